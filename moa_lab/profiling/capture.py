@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from moa_lab.interface import AttentionCall, Handler
-from moa_lab.kernels.reference import masked_attention
+from moa_lab.kernels.reference import masked_attention, windowed_attention
 from moa_lab.masks import visible
 from moa_lab.profiling.influence import LayerInfluence, influence, reduce_rows, span_effect
 from moa_lab.records import BLOCK_TOKENS
@@ -22,20 +23,34 @@ Receiver = Callable[[int, LayerInfluence], None]
 """Takes a layer number and its reduced influence, while the backward pass runs."""
 
 
-def capturing(layer: int, receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None) -> Handler:
+def capturing(
+    layer: int, receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None, *, elements: bool = True
+) -> Handler:
     """An attention handler that computes the layer's output, and sends its influence to `receive` during backward.
 
-    windows: tokens per KV head that the output is computed with (a plan); None: the dense model.
+    windows: tokens per KV head that the output is computed with (a plan); None: the dense model. elements: False leaves out the
+    influence of single values, which takes most of the time (`blocks` and `distances` are then empty).
     Raises ValueError (when called) for a call that continues a cache: influence needs every query of the sequence.
     """
 
     def handler(call: AttentionCall) -> torch.Tensor:
         if not call.is_prefill:
             raise ValueError("influence is profiled on whole sequences; call the model with use_cache=False")
-        shown = _shown(call, windows, sink_tokens)
-        return _CapturedAttention.apply(call.query, call.key, call.value, call, shown, layer, receive, sink_tokens)
+        wanted = _Wanted(layer, receive, sink_tokens, windows, elements)
+        return _CapturedAttention.apply(call.query, call.key, call.value, call, wanted)
 
     return handler
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The arguments of `capturing`."""
+
+    layer: int
+    receive: Receiver
+    sink_tokens: int
+    windows: np.ndarray | None
+    elements: bool
 
 
 class _CapturedAttention(torch.autograd.Function):
@@ -43,39 +58,26 @@ class _CapturedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        call: AttentionCall,
-        shown: torch.Tensor,
-        layer: int,
-        receive: Receiver,
-        sink_tokens: int,
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall, wanted: _Wanted
     ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value, call.positions, shown)
-        ctx.scale, ctx.softcap, ctx.layer, ctx.receive, ctx.sink_tokens = call.scale, call.softcap, layer, receive, sink_tokens
-        return masked_attention(query, key, value, shown, call.scale, call.softcap)
+        ctx.save_for_backward(query, key, value, call.positions, call.query_positions)
+        ctx.scale, ctx.softcap, ctx.wanted = call.scale, call.softcap, wanted
+        if wanted.windows is None:
+            return masked_attention(query, key, value, call.positions >= 0, call.scale, call.softcap)
+        return windowed_attention(
+            query, key, value, call.query_positions, call.positions, wanted.sink_tokens, wanted.windows, call.scale, call.softcap
+        )
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, positions, shown = ctx.saved_tensors
+        query, key, value, positions, query_positions = ctx.saved_tensors
         work_dtype = torch.promote_types(query.dtype, torch.float32)
         gradients, reduced = _backward_by_row_blocks(
             query.to(work_dtype), key.to(work_dtype), value.to(work_dtype), output_gradients[0].to(work_dtype),
-            positions, shown, ctx.scale, ctx.softcap, ctx.sink_tokens,
+            positions, query_positions, ctx.scale, ctx.softcap, ctx.wanted,
         )  # fmt: skip
-        ctx.receive(ctx.layer, reduced)
-        return (*(gradient.to(query.dtype) for gradient in gradients), None, None, None, None, None)
-
-
-def _shown(call: AttentionCall, windows: np.ndarray | None, sink_tokens: int) -> torch.Tensor:
-    """What the output may use: bool (batch or 1, 1 or query_heads, N, N)."""
-    if windows is None:
-        return call.positions >= 0
-    group = call.query.shape[1] // call.key.shape[1]
-    window = torch.from_numpy(windows).to(call.query.device, torch.int32).repeat_interleave(group)[:, None, None]
-    return visible(call.query_positions, call.positions, sink_tokens, window) & (call.positions >= 0)
+        ctx.wanted.receive(ctx.wanted.layer, reduced)
+        return (*(gradient.to(query.dtype) for gradient in gradients), None, None)
 
 
 def _backward_by_row_blocks(
@@ -84,10 +86,10 @@ def _backward_by_row_blocks(
     value: torch.Tensor,
     output_gradient: torch.Tensor,
     positions: torch.Tensor,
-    shown: torch.Tensor,
+    query_positions: torch.Tensor,
     scale: float,
     softcap: float | None,
-    sink_tokens: int,
+    wanted: _Wanted,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], LayerInfluence]:
     batch, heads, n, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -95,11 +97,14 @@ def _backward_by_row_blocks(
     query, output_gradient = (x.reshape(batch, kv_heads, heads // kv_heads, n, head_dim) for x in (query, output_gradient))
     query_gradient = torch.empty_like(query)
     key_gradient, value_gradient = torch.zeros_like(key), torch.zeros_like(value)
-    by_group = shown.reshape(shown.shape[0], -1, 1 if shown.shape[1] == 1 else heads // kv_heads, n, n)
+    window = None
+    if wanted.windows is not None:
+        window = torch.from_numpy(wanted.windows).to(query.device, torch.int32)[:, None, None, None]
     tiles = -(-n // BLOCK_TOKENS)
+    reduced = tiles if wanted.elements else 0
     result = LayerInfluence(
-        blocks=query.new_zeros(batch, heads, tiles, tiles),
-        distances=query.new_zeros(batch, heads, tiles),
+        blocks=query.new_zeros(batch, heads, reduced, reduced),
+        distances=query.new_zeros(batch, heads, reduced),
         span_effects=query.new_zeros(batch, heads, tiles),
     )
 
@@ -112,16 +117,20 @@ def _backward_by_row_blocks(
         if softcap is not None:
             capped = torch.tanh(scores / softcap)
             scores, slope = softcap * capped, 1 - capped**2
-        dense = scores.masked_fill(positions[:, :, None, start:stop, :stop] < 0, float("-inf")).softmax(dim=-1)
+        key_positions = positions[:, :, None, start:stop, :stop]
+        scores = scores.masked_fill(key_positions < 0, float("-inf"))
+        dense = scores.softmax(dim=-1)
         weights = dense
-        if shown.shape[1] > 1:
-            weights = scores.masked_fill(~by_group[..., start:stop, :stop], float("-inf")).softmax(dim=-1)
+        if window is not None:
+            seen = visible(query_positions[:, :, None, start:stop], key_positions, wanted.sink_tokens, window)
+            weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
         weights_gradient = gradient @ values.transpose(-1, -2)
-        magnitude = influence(weights, weights_gradient).abs_().reshape(batch, heads, stop - start, stop)
-        reduce_rows(result, _pad_to_tiles(magnitude), start, sink_tokens)
+        if wanted.elements:
+            magnitude = influence(weights, weights_gradient).abs_().reshape(batch, heads, stop - start, stop)
+            reduce_rows(result, _pad_to_tiles(magnitude), start, wanted.sink_tokens)
 
         expected = (weights * weights_gradient).sum(dim=-1, keepdim=True)
-        effect = span_effect(dense, weights_gradient, start, sink_tokens, tiles)
+        effect = span_effect(dense, weights_gradient, start, wanted.sink_tokens, tiles)
         result.span_effects += effect.reshape(batch, heads, tiles)
         scores_gradient = (weights_gradient - expected).mul_(weights).mul_(scale)
         if slope is not None:

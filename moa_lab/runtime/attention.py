@@ -6,8 +6,7 @@ import numpy as np
 import torch
 
 from moa_lab.interface import AttentionCall, Handler
-from moa_lab.kernels.reference import masked_attention
-from moa_lab.masks import visible
+from moa_lab.kernels.reference import windowed_attention
 from moa_lab.plan import Plan
 
 
@@ -30,7 +29,11 @@ class MaskedSpans:
         def attend(call: AttentionCall) -> torch.Tensor:
             if self.fixed is None and (call.is_prefill or self._current is None):
                 self._current = call.key.shape[2]
-            return self._attend(call, self._window_tokens()[layer])
+            windows = self._window_tokens()[layer]
+            return windowed_attention(
+                call.query, call.key, call.value, call.query_positions, call.positions, self.plan.sink_tokens, windows,
+                call.scale, call.softcap,
+            )  # fmt: skip
 
         return attend
 
@@ -40,16 +43,3 @@ class MaskedSpans:
         if n not in self._windows:
             self._windows[n] = self.plan.windows(n)
         return self._windows[n]
-
-    def _attend(self, call: AttentionCall, windows: np.ndarray) -> torch.Tensor:
-        group = call.query.shape[1] // call.key.shape[1]
-        asked = call.query_positions
-        output = torch.empty_like(call.query)
-        for window in np.unique(windows):
-            kv_heads = torch.from_numpy(np.flatnonzero(windows == window)).to(call.query.device)
-            query_heads = (kv_heads[:, None] * group + torch.arange(group, device=kv_heads.device)).flatten()
-            shown = visible(asked, call.positions, self.plan.sink_tokens, int(window)) & (call.positions >= 0)
-            output[:, query_heads] = masked_attention(
-                call.query[:, query_heads], call.key[:, kv_heads], call.value[:, kv_heads], shown, call.scale, call.softcap
-            )
-        return output
