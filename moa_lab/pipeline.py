@@ -28,11 +28,14 @@ from moa_lab.presets import PRESETS, Preset
 from moa_lab.profiling import profile
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements
+from moa_lab.refine import refine
 from moa_lab.report import save_report
 from moa_lab.search import baseline_plan, loss_table, search
 from moa_lab.storage import RecordError, parse, read_json, to_json, write_json
 
 SETTINGS_SCHEMA = "moa-lab/run/1"
+
+REFINED_POINTS = 5
 
 Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, Measurements)
 
@@ -176,7 +179,7 @@ class Run:
         return _stored(self.folder / "table.safetensors", LossTable.load, lambda: loss_table(self.profile()))
 
     def front(self) -> Front:
-        """Stage search: candidates from the dense profile, then from profiles under the best plan so far."""
+        """Stages search and refine: candidates from the dense profile, and plans on the way down from the best of them."""
         return _stored(self.folder / "front.json", Front.load, self._searched)
 
     def plan(self) -> Plan:
@@ -211,49 +214,36 @@ class Run:
         return summary
 
     def _searched(self) -> Front:
-        known = self.profile()
-        front = self._search(known, 0)
-        for number in range(1, self.preset.rounds + 1):
-            draft = _stored(self.folder / f"draft-{number}.json", Plan.load, partial(self._draft, front, number))
-            under = self.folder / f"profile-{number}.safetensors"
-            known = known.with_effects_of(_stored(under, InfluenceProfile.load, partial(self._profile_under, draft)))
-            more = self._search(known, number)
-            front = replace(front, points=(*front.points, *more.points), settings={**front.settings, "rounds": number})
-        return front
+        front = _stored(self.folder / "front-search.json", Front.load, self._search)
+        if not self.preset.refine_steps:
+            return front
+        draft = _stored(self.folder / "draft.json", Plan.load, lambda: self._validation(front, "draft").best)
+        refined = refine(
+            self.model, draft, self.samples(), self.table(), self.settings.density, steps=self.preset.refine_steps, points=REFINED_POINTS,
+            seed=self.settings.seed, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self._parts("refine"),
+            progress=self._steps("refine"),
+        )  # fmt: skip
+        return replace(front, points=(*front.points, *refined), settings={**front.settings, "refine_steps": self.preset.refine_steps})
 
-    def _search(self, known: InfluenceProfile, number: int) -> Front:
-        stage = f"search {number}" if number else "search"
-
-        def find() -> Front:
-            found = search(
-                known, self.settings.density, max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed,
-                time_limit_s=self.preset.search_seconds, max_points=self.preset.candidates,
-                progress=lambda done, total, message: self.progress(stage, done, total),
-            )  # fmt: skip
-            if not number:
-                return found
-            points = tuple(replace(point, plan=point.plan.renamed(f"round-{number} {point.plan.name}")) for point in found)
-            return replace(found, points=points)
-
-        return _stored(self.folder / f"front-{number}.json", Front.load, find)
-
-    def _draft(self, front: Front, number: int) -> Plan:
-        return self._validation(front, f"draft-{number}").best
-
-    def _profile_under(self, plan: Plan) -> InfluenceProfile:
-        # Every second sample: the plan's profile corrects the dense one, it does not replace it.
-        samples = SampleSet(self.samples().samples[::2], provenance=self.samples().provenance)
-        stage = f"profile under {plan.name}"
-        return profile(self.model, samples, plan=plan, parts_dir=self._parts("profile"), progress=self._steps(stage))
+    def _search(self) -> Front:
+        return search(
+            self.profile(), self.settings.density, max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed,
+            time_limit_s=self.preset.search_seconds, max_points=self.preset.candidates,
+            progress=lambda done, total, message: self.progress("search", done, total),
+        )  # fmt: skip
 
     @cached_property
     def _validation_samples(self) -> list[Sample]:
-        preset, length = self.preset, validation_length(self.lengths, self.geometry.max_length)
-        samples = needle_samples(
-            self.tokenizer, length, preset.validation_questions, per_sample=min(preset.needles_per_text, preset.validation_questions),
-            split="validation", seed=self.settings.seed, documents=self.documents["validation"],
-        )  # fmt: skip
-        return samples + self._own_answers(length, preset.validation_summaries, "validation", "validate")
+        preset = self.preset
+        lengths = [validation_length(self.lengths, self.geometry.max_length), *([max(self.lengths)] if preset.validate_longest else [])]
+        samples = []
+        for length in lengths:
+            samples += needle_samples(
+                self.tokenizer, length, preset.validation_questions, per_sample=min(preset.needles_per_text, preset.validation_questions),
+                split="validation", seed=self.settings.seed, documents=self.documents["validation"],
+            )  # fmt: skip
+            samples += self._own_answers(length, preset.validation_summaries, "validation", "validate")
+        return samples
 
     def _validation(self, front: Front, name: str) -> Validation:
         return choose(self.model, front, self._validation_samples, name=name, store=self._store, progress=self._steps(f"validate {name}"))

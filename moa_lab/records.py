@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -65,12 +65,6 @@ class InfluenceProfile:
     def distance(self, task: str, length: int) -> np.ndarray:
         """Mean histogram over samples: float64 (layers, query_heads, length/64)."""
         return self.distances[task, length].astype(np.float64).mean(axis=0)
-
-    def with_effects_of(self, other: InfluenceProfile) -> InfluenceProfile:
-        """The same profile with the span effects of `other` added as further samples: effects averaged over points on the way
-        from the dense model to a plan say more than those at either end (as integrated gradients do)."""
-        joined = {key: np.concatenate([effects, other.span_effects[key]]) for key, effects in self.span_effects.items()}
-        return replace(self, span_effects=joined)
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""

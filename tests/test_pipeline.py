@@ -16,7 +16,7 @@ from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile, Measurements
 from moa_lab.storage import to_json
 
-STAGES = ("calibrate", "profile", "search", "validate draft-1", "profile under draft-1", "validate moa", "evaluate")
+STAGES = ("calibrate", "profile", "search", "validate draft", "refine", "validate moa", "evaluate")
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,7 @@ Receiver = Callable[[int, LayerInfluence], None]
 """Takes a layer number and its reduced influence, while the backward pass runs."""
 
 
-def capturing(
-    layer: int, receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None, *, elements: bool = True
-) -> Handler:
+def capturing(layer: int, receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None, *, elements: bool = True) -> Handler:
     """An attention handler that computes the layer's output, and sends its influence to `receive` during backward.
 
     windows: tokens per KV head that the output is computed with (a plan); None: the dense model. elements: False leaves out the

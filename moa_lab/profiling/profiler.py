@@ -21,7 +21,7 @@ from moa_lab.profiling.estimate import Estimate, estimate_cost
 from moa_lab.profiling.influence import LayerInfluence
 from moa_lab.provenance import provenance
 from moa_lab.records import InfluenceProfile, ProfileKey
-from moa_lab.storage import RecordError, read_tensors, write_tensors
+from moa_lab.storage import is_intact, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def profile(
         folder = Path(parts_dir) if parts_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         setting = f"{weights}-{sink_tokens}" + (f"-{plan.identity()}" if plan else "")
         paths = {sample.identity: folder / f"{sample.identity}-{setting}.safetensors" for sample in samples}
-        missing = [sample for sample in samples if _read_part(paths[sample.identity]) is None]
+        missing = [sample for sample in samples if not is_intact(paths[sample.identity], _read_part)]
         done = len(samples) - len(missing)
         if progress:
             progress(done, len(samples))
@@ -110,17 +110,14 @@ def _batches(samples: list[Sample], batch_size: int | None, estimate: Estimate) 
             yield group[start : start + size]
 
 
-def _read_part(path: Path) -> dict[str, np.ndarray] | None:
-    try:
-        return read_tensors(path, PART_SCHEMA)[0]
-    except RecordError:
-        return None
+def _read_part(path: Path) -> dict[str, np.ndarray]:
+    return read_tensors(path, PART_SCHEMA)[0]
 
 
 def _merge(samples: Iterable[Sample], paths: dict[str, Path]) -> dict[str, dict[ProfileKey, np.ndarray]]:
     merged: dict[str, dict[ProfileKey, np.ndarray]] = {name: {} for name in PART_NAMES}
     for key, group in group_by_shape(samples).items():
-        parts = [read_tensors(paths[sample.identity], PART_SCHEMA)[0] for sample in group]
+        parts = [_read_part(paths[sample.identity]) for sample in group]
         merged["blocks"][key] = np.asarray(sum(part["blocks"] / np.float32(len(group)) for part in parts))
         for name in ("distances", "span_effects"):
             merged[name][key] = np.stack([part[name] for part in parts])

@@ -63,14 +63,14 @@ class _HeadLosses:
     def __init__(
         self, profile: InfluenceProfile, task: str, length: int, rules: tuple[SpanRule, ...], min_span: int, estimator: Estimator
     ) -> None:
-        # curve[sample, ..., b]: what is lost with the keys at distances >= 64 b; the last entry is 0.
+        # curve[sample, ..., b]: what is lost with the keys at distances >= 64 b.
         if estimator == "span":
             curve = _alike(profile.span_effects[task, length].astype(np.float64))
         else:
             histogram = profile.distance(task, length)[None]
             curve = np.cumsum(histogram[..., ::-1], axis=-1)[..., ::-1]
-        self._edges = BLOCK_TOKENS * np.arange(curve.shape[-1] + 1, dtype=np.float64)
-        self._curve = np.concatenate([curve, np.zeros((*curve.shape[:-1], 1))], axis=-1)
+        self._curve = curve
+        self._furthest = float(BLOCK_TOKENS * curve.shape[-1])
         spans = np.array([rule.span_tokens(length, min_span) for rule in rules])
         dense = np.array([profile.geometry.dense_span_tokens(layer, length) for layer in range(profile.geometry.layers)])
         self._floor = float(max(min(min_span, length) - profile.sink_tokens, 0))
@@ -89,7 +89,7 @@ class _HeadLosses:
         return np.where(cut, self._by_distance(), 0.0)
 
     def _by_distance(self) -> np.ndarray:
-        furthest = self._edges[-1]
+        furthest = self._furthest
         if self._floor >= furthest:
             return np.zeros((1, *self._curve.shape[1:3], len(self._windows)))
         count = min(DISTANCE_BUCKETS, max(1, round((furthest - self._floor) / BLOCK_TOKENS)))
@@ -99,14 +99,32 @@ class _HeadLosses:
 
     def _lost(self, windows: np.ndarray, until: float | None = None) -> np.ndarray:
         """Mean over samples of what is lost at distances from each window on (up to `until`): (layers, query_heads, windows)."""
-        lost = self._at(windows) - (0.0 if until is None else self._at(np.array([until])))
+        lost = _at(self._curve, windows) - (0.0 if until is None else _at(self._curve, np.array([until])))
         return np.abs(lost).mean(axis=0)
 
-    def _at(self, windows: np.ndarray) -> np.ndarray:
-        position = np.minimum(windows, self._edges[-1]) / BLOCK_TOKENS
-        below = np.minimum(position.astype(np.int64), len(self._edges) - 2)
-        part = position - below
-        return self._curve[..., below] * (1 - part) + self._curve[..., below + 1] * part
+
+def rule_effects(effects: np.ndarray, table: LossTable, length: int) -> np.ndarray:
+    """Signed loss change of every rule of `table` against the whole head, pooled by sum: (samples, layers, kv_heads, rules).
+
+    effects: span effects (samples, layers, query_heads, N/64) at `length`. A KV head's query heads change together, so to first
+    order their effects add up.
+    """
+    samples, layers, query_heads, _ = effects.shape
+    spans = table.span_tokens(length)
+    dense = np.array([table.geometry.dense_span_tokens(layer, length) for layer in range(layers)])
+    windows = np.array([max(rule.span_tokens(length, table.min_span) - table.sink_tokens, 0) for rule in table.rules], dtype=np.float64)
+    changed = np.where((spans < dense[:, None])[None, :, None, :], _at(effects.astype(np.float64), windows), 0.0)
+    kv_heads = table.geometry.kv_heads
+    return changed.reshape(samples, layers, kv_heads, query_heads // kv_heads, len(windows)).sum(axis=3)
+
+
+def _at(curve: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """`curve[..., b]`, which belongs to windows of 64 b tokens and is 0 beyond its end, at `windows` (interpolated linearly)."""
+    ended = np.concatenate([curve, np.zeros((*curve.shape[:-1], 1))], axis=-1)
+    position = np.minimum(windows / BLOCK_TOKENS, curve.shape[-1])
+    below = np.minimum(position.astype(np.int64), curve.shape[-1] - 1)
+    part = position - below
+    return ended[..., below] * (1 - part) + ended[..., below + 1] * part
 
 
 def _alike(effects: np.ndarray) -> np.ndarray:
