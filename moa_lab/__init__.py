@@ -28,6 +28,7 @@ _HOMES = {
     "estimate_cost": "moa_lab.profiling",
     "loss_table": "moa_lab.search",
     "search": "moa_lab.search",
+    "refine": "moa_lab.refinement",
     "apply_plan": "moa_lab.runtime",
     "evaluate": "moa_lab.evaluate",
     "validate": "moa_lab.evaluate",

@@ -149,6 +149,40 @@ def search(
 
 
 @app.command()
+def refine(
+    plan: Annotated[Path, typer.Argument(help="config card to start from, for instance of `moa-lab validate`")],
+    samples: Annotated[Path, typer.Option("--samples", help="samples file of `moa-lab calibrate`")],
+    profile: Annotated[Path, typer.Option("--profile", help="profile file of `moa-lab profile`, which names the rules and lengths")],
+    out: Annotated[Path, typer.Option("--out", help="front file (.json), for `moa-lab validate`")],
+    density: Annotated[float, typer.Option("--density")] = 0.5,
+    model: ModelOption = "smollm2",
+    steps: Annotated[int, typer.Option("--steps", help="gradient steps")] = 30,
+    points: Annotated[int, typer.Option("--points", help="plans to keep on the way")] = 5,
+    max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    force: ForceOption = False,
+) -> None:
+    """Improve a plan by the gradient of the loss under the plan itself."""
+    from moa_lab.calibration import SampleSet
+    from moa_lab.models import load_model
+    from moa_lab.plan import Plan
+    from moa_lab.records import InfluenceProfile
+    from moa_lab.refinement import refine as improve
+    from moa_lab.search import loss_table
+
+    _free(out, force)
+    card, loaded_samples, table = Plan.load(plan), SampleSet.load(samples), loss_table(InfluenceProfile.load(profile))
+    loaded, _ = load_model(model)
+    with _Bars() as bars:
+        front = improve(
+            loaded, card, loaded_samples, table, density, steps=steps, points=points, seed=seed, max_rules_per_layer=max_rules,
+            parts_dir=_parts(out), progress=bars.steps("refine"),
+        )  # fmt: skip
+    front.save(out)
+    typer.echo(f"{len(front)} plans: {out}")
+
+
+@app.command()
 def validate(
     front: Annotated[Path, typer.Argument(help="front file of `moa-lab search`")],
     out: Annotated[Path, typer.Option("--out", help="config card of the best plan (.json)")],

@@ -28,14 +28,14 @@ from moa_lab.presets import PRESETS, Preset
 from moa_lab.profiling import profile
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements
-from moa_lab.refine import refine
+from moa_lab.refinement import refine
 from moa_lab.report import save_report
 from moa_lab.search import baseline_plan, loss_table, search
 from moa_lab.storage import RecordError, parse, read_json, to_json, write_json
 
 SETTINGS_SCHEMA = "moa-lab/run/1"
 
-REFINED_POINTS = 5
+REFINED_POINTS = 6
 
 Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, Measurements)
 
@@ -223,7 +223,9 @@ class Run:
             seed=self.settings.seed, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self._parts("refine"),
             progress=self._steps("refine"),
         )  # fmt: skip
-        return replace(front, points=(*front.points, *refined), settings={**front.settings, "refine_steps": self.preset.refine_steps})
+        return replace(
+            front, points=(*front.points, *refined.points), settings={**front.settings, "refine_steps": self.preset.refine_steps}
+        )
 
     def _search(self) -> Front:
         return search(

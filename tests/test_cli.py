@@ -86,6 +86,7 @@ def test_a_plan_of_another_geometry_is_refused_with_both_geometries(
     [
         ("profile", "FILE", "--out", "OUT"),
         ("search", "FILE", "--out", "OUT"),
+        ("refine", "FILE", "--samples", "FILE", "--profile", "FILE", "--out", "OUT"),
         ("validate", "FILE", "--length", "256", "--out", "OUT"),
         ("evaluate", "FILE", "--lengths", "256", "--out", "OUT"),
         ("show", "FILE"),

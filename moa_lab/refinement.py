@@ -19,15 +19,15 @@ from moa_lab.calibration.samples import Sample, SampleSet, group_by_shape
 from moa_lab.plan import Plan
 from moa_lab.profiling import estimate_cost
 from moa_lab.profiling.spans import span_effects
-from moa_lab.records import FrontPoint, LossTable, Objective
+from moa_lab.records import Front, FrontPoint, LossTable, Objective
 from moa_lab.search.budget import BudgetSolver
-from moa_lab.search.front import point
+from moa_lab.search.front import DENSITY, point
 from moa_lab.search.goals import Goal, default_goals
 from moa_lab.search.losses import rule_effects
 from moa_lab.search.milp import solve_milp
 from moa_lab.search.problem import Density, densities
 
-STEP = 0.2
+STEP = 0.07
 """How far a step moves the potential of a head whose effect has the size that is usual for heads (root mean square)."""
 HOLD = 0.5
 """Potential that a head loses per octave away from its span in the first plan: what gradients must overcome to move it."""
@@ -53,7 +53,7 @@ def refine(
     max_rules_per_layer: int | None = None,
     parts_dir: str | Path | None = None,
     progress: Progress | None = None,
-) -> tuple[FrontPoint, ...]:
+) -> Front:
     """Plans on the way down from `plan` at a density: `points` of them, evenly spaced over `steps`, for validation to choose from.
 
     samples: calibration samples; every step takes SAMPLES_PER_STEP of each (task, length), in an order that `seed` decides.
@@ -64,7 +64,8 @@ def refine(
     if steps < 1 or not 1 <= points <= steps:
         raise ValueError(f"steps and points must be at least 1, and no more points than steps; got steps {steps}, points {points}")
     checkpoint = estimate_cost(model, samples, sink_tokens=plan.sink_tokens).checkpoint
-    way = _Way(table, densities(table, density), max_rules_per_layer, table.choice(plan))
+    targets = densities(table, density)
+    way = _Way(table, targets, max_rules_per_layer, table.choice(plan))
     draws = {key: _Draws(group, np.random.default_rng([seed, index])) for index, (key, group) in enumerate(group_by_shape(samples).items())}
     scales = {key: _Scale() for key in draws}
     folder = Path(parts_dir) if parts_dir else None
@@ -81,7 +82,15 @@ def refine(
             found.append(way.point(f"refined-{step}", {"start": plan.name, "steps": step, "seed": seed}))
         if progress:
             progress(step, steps)
-    return tuple(found)
+    names = (*(objective.name for objective in table.objectives), DENSITY)
+    settings = {
+        "solver": "refine",
+        "start": plan.name,
+        "steps": steps,
+        "seed": seed,
+        "density": {str(n): value for n, value in targets.items()},
+    }
+    return Front(tuple(found), names, settings, table.provenance)
 
 
 class _Way:
