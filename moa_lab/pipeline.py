@@ -219,7 +219,7 @@ class Run:
             return front
         draft = _stored(self.folder / "draft.json", Plan.load, lambda: self._validation(front, "draft").best)
         refined = refine(
-            self.model, draft, self.samples(), self.table(), self.settings.density, steps=self.preset.refine_steps, points=REFINED_POINTS,
+            self.model, draft, self.samples(), self.table(), self.settings.density, steps=self.preset.refine_steps, points=min(REFINED_POINTS, self.preset.refine_steps),
             seed=self.settings.seed, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self._parts("refine"),
             progress=self._steps("refine"),
         )  # fmt: skip
