@@ -156,13 +156,11 @@ def refine(
     out: Annotated[Path, typer.Option("--out", help="front file (.json), for `moa-lab validate`")],
     density: Annotated[float, typer.Option("--density")] = 0.5,
     model: ModelOption = "smollm2",
-    steps: Annotated[int, typer.Option("--steps", help="gradient steps")] = 30,
-    points: Annotated[int, typer.Option("--points", help="plans to keep on the way")] = 5,
+    rounds: Annotated[int, typer.Option("--rounds", help="rounds at most; each moves a few heads")] = 4,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
     force: ForceOption = False,
 ) -> None:
-    """Improve a plan by the gradient of the loss under the plan itself."""
+    """Improve a plan by moving a few heads at a time, measured on the calibration samples."""
     from moa_lab.calibration import SampleSet
     from moa_lab.models import load_model
     from moa_lab.plan import Plan
@@ -175,11 +173,11 @@ def refine(
     loaded, _ = load_model(model)
     with _Bars() as bars:
         front = improve(
-            loaded, card, loaded_samples, table, density, steps=steps, points=points, seed=seed, max_rules_per_layer=max_rules,
-            parts_dir=_parts(out), progress=bars.steps("refine"),
+            loaded, card, loaded_samples, table, density, rounds=rounds, max_rules_per_layer=max_rules, parts_dir=_parts(out),
+            progress=bars.steps("refine"),
         )  # fmt: skip
     front.save(out)
-    typer.echo(f"{len(front)} plans: {out}")
+    typer.echo(f"{len(front)} better plans: {out}")
 
 
 @app.command()

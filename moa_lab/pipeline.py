@@ -35,8 +35,6 @@ from moa_lab.storage import RecordError, parse, read_json, to_json, write_json
 
 SETTINGS_SCHEMA = "moa-lab/run/1"
 
-REFINED_POINTS = 6
-
 Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, Measurements)
 
 logger = logging.getLogger(__name__)
@@ -179,7 +177,7 @@ class Run:
         return _stored(self.folder / "table.safetensors", LossTable.load, lambda: loss_table(self.profile()))
 
     def front(self) -> Front:
-        """Stages search and refine: candidates from the dense profile, and plans on the way down from the best of them."""
+        """Stages search and refine: candidates from the dense profile, and better plans near the best of them."""
         return _stored(self.folder / "front.json", Front.load, self._searched)
 
     def plan(self) -> Plan:
@@ -215,17 +213,15 @@ class Run:
 
     def _searched(self) -> Front:
         front = _stored(self.folder / "front-search.json", Front.load, self._search)
-        if not self.preset.refine_steps:
+        if not self.preset.refine_rounds:
             return front
         draft = _stored(self.folder / "draft.json", Plan.load, lambda: self._validation(front, "draft").best)
         refined = refine(
-            self.model, draft, self.samples(), self.table(), self.settings.density, steps=self.preset.refine_steps, points=min(REFINED_POINTS, self.preset.refine_steps),
-            seed=self.settings.seed, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self._parts("refine"),
+            self.model, draft, self.samples(), self.table(), self.settings.density, rounds=self.preset.refine_rounds,
+            max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self._parts("effects"), store=self._store,
             progress=self._steps("refine"),
         )  # fmt: skip
-        return replace(
-            front, points=(*front.points, *refined.points), settings={**front.settings, "refine_steps": self.preset.refine_steps}
-        )
+        return replace(front, points=(*front.points, *refined), settings={**front.settings, "refine_rounds": self.preset.refine_rounds})
 
     def _search(self) -> Front:
         return search(

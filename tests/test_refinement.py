@@ -1,8 +1,10 @@
-"""Refining: the measured loss goes down, the budget holds, and a killed refinement goes on."""
+"""Refining: the measured loss goes down, few heads move, the budget holds, and a killed refinement goes on."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,12 +13,13 @@ from tiny import VOCABULARY, tiny_model
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.samples import Sample, SampleSet
-from moa_lab.evaluate.scoring import sample_loss, score_samples
+from moa_lab.evaluate.scoring import mean_losses, score_samples
+from moa_lab.evaluate.store import ScoreStore
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, full_or_floor_plan
 from moa_lab.profiling import profile
 from moa_lab.records import LossTable
-from moa_lab.refinement import _Draws, _Scale, refine
+from moa_lab.refinement import refine
 from moa_lab.search import loss_table
 
 torch.set_num_threads(1)
@@ -50,7 +53,7 @@ def table(model: PreTrainedModel, samples: SampleSet) -> LossTable:
 
 
 def mean_loss(model: PreTrainedModel, plan: Plan, samples: SampleSet) -> float:
-    return float(np.mean([sample_loss(result) for result in score_samples(model, plan, list(samples))]))
+    return float(np.mean(list(mean_losses(list(samples), score_samples(model, plan, list(samples))).values())))
 
 
 @pytest.fixture(scope="module")
@@ -62,76 +65,77 @@ def worst(model: PreTrainedModel, samples: SampleSet) -> Plan:
     return max(plans, key=lambda plan: mean_loss(model, plan, samples))
 
 
-def test_the_loss_goes_down_and_no_point_exceeds_the_budget(
-    model: PreTrainedModel, samples: SampleSet, table: LossTable, worst: Plan
-) -> None:
-    points = refine(model, worst, samples, table, dict.fromkeys(LENGTHS, DENSITY), steps=12, points=4).points
-    assert [point.plan.name for point in points] == ["refined-3", "refined-6", "refined-9", "refined-12"]
-    for point in points:
+def test_every_point_loses_less_and_keeps_the_budget(model: PreTrainedModel, samples: SampleSet, table: LossTable, worst: Plan) -> None:
+    front = refine(model, worst, samples, table, dict.fromkeys(LENGTHS, DENSITY), rounds=4)
+    assert [point.plan.name for point in front] == [f"refined-{number}" for number in range(1, len(front) + 1)]
+    losses = [mean_loss(model, worst, samples), *(mean_loss(model, point.plan, samples) for point in front)]
+    assert all(later < earlier for earlier, later in pairwise(losses))
+    dense = mean_loss(model, full_or_floor_plan(worst.geometry, whole=list(np.ndindex(3, 2)), floor_tokens=128), samples)
+    assert losses[-1] - dense < 0.7 * (losses[0] - dense)
+    for point, loss in zip(front, losses[1:], strict=True):
         assert point.origin == "refined"
         assert point.plan.search["start"] == worst.name
+        assert point.plan.search["calibration_loss"] == pytest.approx(loss, rel=1e-5)
         assert point.predicted == pytest.approx({**point.predicted, **table.predict(table.choice(point.plan))})
         for n in LENGTHS:
             assert point.density[str(n)] == pytest.approx(point.plan.density(n))
             assert point.plan.density(n) <= DENSITY + 1e-9
-    losses = [mean_loss(model, point.plan, samples) for point in points]
-    at_start = mean_loss(model, worst, samples)
-    dense = mean_loss(model, full_or_floor_plan(worst.geometry, whole=list(np.ndindex(3, 2)), floor_tokens=128), samples)
-    assert min(losses) - dense < 0.6 * (at_start - dense)
+
+
+def test_no_round_moves_more_heads_than_it_may(model: PreTrainedModel, samples: SampleSet, table: LossTable, worst: Plan) -> None:
+    front = refine(model, worst, samples, table, dict.fromkeys(LENGTHS, DENSITY), rounds=3, moves=(3,))
+    assert len(front) > 1
+    choices = [table.choice(worst), *(table.choice(point.plan) for point in front)]
+    for point, (before, after) in zip(front, pairwise(choices), strict=True):
+        assert 1 <= (before != after).sum() <= 3
+        assert point.plan.search["moved_heads"] == (before != after).sum()
+
+
+def test_where_no_plan_is_as_near_as_asked_the_nearest_is_taken(
+    model: PreTrainedModel, samples: SampleSet, table: LossTable, worst: Plan
+) -> None:
+    # A budget that is used up to the last token: one head alone cannot grow.
+    (point,) = refine(model, worst, samples, table, {n: worst.density(n) for n in LENGTHS}, rounds=1, moves=(1,))
+    assert point.plan.search["moved_heads"] > 1
+
+
+def test_where_nothing_is_lost_nothing_is_found(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
+    dense = full_or_floor_plan(geometry_of(model), whole=list(np.ndindex(3, 2)), floor_tokens=128)
+    told: list[tuple[int, int]] = []
+    front = refine(model, dense, samples, table, 1.0, rounds=1, moves=(1,), progress=lambda *step: told.append(step))
+    before = mean_loss(model, dense, samples)
+    assert all(mean_loss(model, point.plan, samples) < before for point in front)
+    assert told[-1] == (1, 1)
 
 
 def test_the_same_call_after_a_kill_computes_nothing_twice_and_ends_the_same(
     model: PreTrainedModel, samples: SampleSet, table: LossTable, worst: Plan, tmp_path: Path
 ) -> None:
     def killed(done: int, total: int) -> None:
-        assert total == 4
-        if done == 2:
-            raise KeyboardInterrupt
+        raise KeyboardInterrupt
 
-    unbroken = refine(model, worst, samples, table, DENSITY, steps=4, points=1)
+    kept = {"parts_dir": tmp_path / "effects", "store": ScoreStore(tmp_path / "scores", "weights")}
+    settings: dict[str, Any] = {"density": dict.fromkeys(LENGTHS, DENSITY), "rounds": 2}
+    unbroken = refine(model, worst, samples, table, **settings)
     with pytest.raises(KeyboardInterrupt):
-        refine(model, worst, samples, table, DENSITY, steps=4, points=1, parts_dir=tmp_path, progress=killed)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+        refine(model, worst, samples, table, **settings, **kept, progress=killed)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
     assert before
-    found = refine(model, worst, samples, table, DENSITY, steps=4, points=1, parts_dir=tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert len(list(tmp_path.iterdir())) > len(before)
+    found = refine(model, worst, samples, table, **settings, **kept)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path: after[path] for path in before} == before
     assert [point.plan.rules for point in found] == [point.plan.rules for point in unbroken]
 
 
 def test_the_number_of_rules_per_layer_is_kept(model: PreTrainedModel, samples: SampleSet, table: LossTable, worst: Plan) -> None:
-    (found,) = refine(model, worst, samples, table, DENSITY, steps=2, points=1, max_rules_per_layer=1)
-    assert found.plan.rules != worst.rules
-    assert all(len(set(row)) == 1 for row in found.plan.rules)
+    front = refine(model, worst, samples, table, 0.8, rounds=1, moves=(3,), max_rules_per_layer=1)
+    assert len(front) == 1
+    assert all(len(set(row)) == 1 for point in front for row in point.plan.rules)
 
 
-@pytest.mark.parametrize(("steps", "points"), [(0, 1), (3, 4), (3, 0)])
-def test_steps_and_points_that_make_no_sense_are_refused(
-    model: PreTrainedModel, samples: SampleSet, table: LossTable, worst: Plan, steps: int, points: int
+@pytest.mark.parametrize(("rounds", "moves"), [(0, (2,)), (1, ()), (1, (2, 0))])
+def test_rounds_and_moves_that_make_no_sense_are_refused(
+    model: PreTrainedModel, samples: SampleSet, table: LossTable, worst: Plan, rounds: int, moves: tuple[int, ...]
 ) -> None:
-    with pytest.raises(ValueError, match=f"steps {steps}, points {points}"):
-        refine(model, worst, samples, table, DENSITY, steps=steps, points=points)
-
-
-def test_every_sample_is_drawn_before_any_comes_again(samples: SampleSet) -> None:
-    four = samples.samples[:4]
-    draws = _Draws(four, np.random.default_rng(0))
-    for _ in range(3):
-        assert {sample.identity for sample in draws.take(2) + draws.take(2)} == {sample.identity for sample in four}
-    assert len(draws.take(9)) == 4
-
-
-def test_an_upset_sample_counts_as_a_usual_one_and_the_present_choice_is_the_origin() -> None:
-    scale = _Scale()
-    random = np.random.default_rng(0)
-    effects = random.normal(size=(5, 2, 3, 4))
-    choice = random.integers(0, 4, (2, 3))
-    ordinary = scale.scaled(effects, choice)
-    np.testing.assert_allclose(np.take_along_axis(ordinary, choice[..., None], axis=-1), 0.0)
-    upset = np.stack([effects[0], 1000 * effects[0]])
-    one = scale.scaled(effects[:1], choice)
-    np.testing.assert_array_less(np.abs(scale.scaled(upset, choice)).max(), 3 * np.abs(one).max())
-
-
-def test_samples_without_any_effect_move_nothing() -> None:
-    assert not _Scale().scaled(np.zeros((2, 2, 3, 4)), np.zeros((2, 3), dtype=np.int64)).any()
+    with pytest.raises(ValueError, match="rounds and moves must be at least 1"):
+        refine(model, worst, samples, table, DENSITY, rounds=rounds, moves=moves)

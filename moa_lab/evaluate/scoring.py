@@ -93,6 +93,12 @@ def sample_loss(scores: Sequence[AnswerScore]) -> float:
     return sum(score.loss * score.tokens for score in scores) / sum(score.tokens for score in scores)
 
 
+def mean_losses(samples: Sequence[Sample], scores: Sequence[Sequence[AnswerScore]]) -> dict[tuple[str, int], float]:
+    """Mean nats per answer token, by (task, length); every sample counts alike."""
+    grouped = _groups(samples, scores).items()
+    return {key: float(np.mean([sample_loss(result) for _, result in group])) for key, group in grouped}
+
+
 def _asked(sample: Sample) -> list[dict[str, Any]]:
     """The facts that the answers of a sample are about: calibration leaves out those that the dense model gets wrong."""
     facts = sample.detail["facts"]

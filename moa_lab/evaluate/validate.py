@@ -9,7 +9,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.samples import Sample
-from moa_lab.evaluate.scoring import Progress, loss_rows, retrieval_rows, sample_loss, score_samples
+from moa_lab.evaluate.scoring import Progress, loss_rows, mean_losses, retrieval_rows, score_samples
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.testsets import needle_samples, own_answer_samples
 from moa_lab.models import geometry_of
@@ -51,7 +51,7 @@ def choose(
         if progress:
             progress(done, len(plans))
         scores = score_samples(model, plan, samples, store=store)
-        losses[plan.name] = _mean_losses(samples, [sample_loss(result) for result in scores])
+        losses[plan.name] = mean_losses(samples, scores)
         rows += loss_rows(plan, samples, scores)
         asked = [index for index, sample in enumerate(samples) if "facts" in sample.detail]
         rows += retrieval_rows(plan, [samples[i] for i in asked], [scores[i] for i in asked])
@@ -110,10 +110,3 @@ def validation_length(lengths: Sequence[int], max_length: int) -> int:
     middle = (ordered[-1] + below) // 2
     rounded = middle // 64 * 64
     return rounded if below < rounded < ordered[-1] else max(middle, 1)
-
-
-def _mean_losses(samples: Sequence[Sample], losses: Sequence[float]) -> dict[tuple[str, int], float]:
-    groups: dict[tuple[str, int], list[float]] = {}
-    for sample, loss in zip(samples, losses, strict=True):
-        groups.setdefault((sample.task, sample.length), []).append(loss)
-    return {key: float(np.mean(values)) for key, values in groups.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,14 @@ from transformers import PreTrainedModel
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.models import geometry_of
 from moa_lab.plan import full_or_floor_plan
-from moa_lab.profiling import profile, spans
+from moa_lab.profiling import estimate, profile, spans
 from moa_lab.profiling.spans import span_effects
 
 torch.set_num_threads(1)
 
-SAMPLES = [Sample("questions", np.random.default_rng(seed).integers(5, VOCABULARY, 200), ((170, 200),)) for seed in range(3)]
+SAMPLES = SampleSet(
+    tuple(Sample("questions", np.random.default_rng(seed).integers(5, VOCABULARY, 200), ((170, 200),)) for seed in range(3))
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,15 +30,19 @@ def model() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_they_are_those_of_a_profile_under_the_plan(family: str, checkpoint: bool) -> None:
+@pytest.mark.parametrize("free_bytes", [2**33, 2**24], ids=["roomy", "tight"])
+def test_they_are_those_of_a_profile_under_the_plan(family: str, free_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model(family)
     plan = full_or_floor_plan(geometry_of(model), whole=[(0, 1)], floor_tokens=128)
-    expected = profile(model, SampleSet(tuple(SAMPLES)), plan=plan).span_effects["questions", 200]
-    found = span_effects(model, SAMPLES, plan, checkpoint=checkpoint)
-    assert found.shape == (3, 2, 4, 4)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-7)
-    assert np.abs(found).max() > 0
+    mixed = SampleSet((*SAMPLES.samples, replace(SAMPLES.samples[0], task="summaries")))
+    expected = profile(model, mixed, plan=plan).span_effects
+    monkeypatch.setattr(estimate, "_free_bytes", lambda device: free_bytes)
+    found = span_effects(model, mixed, plan)
+    assert found.keys() == expected.keys() == {("questions", 200), ("summaries", 200)}
+    assert found["questions", 200].shape == (3, 2, 4, 4)
+    for key, effects in found.items():
+        np.testing.assert_allclose(effects, expected[key], rtol=1e-4, atol=1e-7)
+        assert np.abs(effects).max() > 0
 
 
 def test_finished_samples_are_read_and_another_plan_has_its_own(
@@ -51,26 +58,28 @@ def test_finished_samples_are_read_and_another_plan_has_its_own(
     monkeypatch.setattr(spans, "backward_pass", counted)
     geometry = geometry_of(model)
     plan = full_or_floor_plan(geometry, whole=[(0, 1)], floor_tokens=128)
-    first = span_effects(model, SAMPLES[:1], plan, parts_dir=tmp_path)
-    both = span_effects(model, SAMPLES, plan, parts_dir=tmp_path)
+    told: list[tuple[int, int]] = []
+    span_effects(model, SampleSet(SAMPLES.samples[:1]), plan, parts_dir=tmp_path)
+    all_three = span_effects(model, SAMPLES, plan, parts_dir=tmp_path, progress=lambda *step: told.append(step))
+    assert sum(passes) == 3
+    assert told == [(2, 3), (3, 3)]
     again = span_effects(model, SAMPLES, plan, parts_dir=tmp_path)
-    assert passes == [1, 2]
-    np.testing.assert_array_equal(both[0], first[0])
-    np.testing.assert_array_equal(again, both)
-    other = span_effects(model, SAMPLES[:1], full_or_floor_plan(geometry, whole=[(1, 0)], floor_tokens=128), parts_dir=tmp_path)
-    assert passes == [1, 2, 1]
-    assert not np.array_equal(other, first)
+    assert sum(passes) == 3
+    np.testing.assert_array_equal(again["questions", 200], all_three["questions", 200])
+    other = span_effects(model, SAMPLES, full_or_floor_plan(geometry, whole=[(1, 0)], floor_tokens=128), parts_dir=tmp_path)
+    assert sum(passes) == 6
+    assert not np.array_equal(other["questions", 200], again["questions", 200])
 
 
 def test_a_broken_part_is_computed_again(model: PreTrainedModel, tmp_path: Path) -> None:
     plan = full_or_floor_plan(geometry_of(model), whole=[(0, 1)], floor_tokens=128)
-    expected = span_effects(model, SAMPLES[:1], plan, parts_dir=tmp_path)
-    (part,) = tmp_path.iterdir()
+    expected = span_effects(model, SAMPLES, plan, parts_dir=tmp_path)
+    part = next(tmp_path.iterdir())
     part.write_bytes(part.read_bytes()[:40])
-    np.testing.assert_array_equal(span_effects(model, SAMPLES[:1], plan, parts_dir=tmp_path), expected)
+    np.testing.assert_array_equal(span_effects(model, SAMPLES, plan, parts_dir=tmp_path)["questions", 200], expected["questions", 200])
 
 
 def test_a_plan_of_another_geometry_is_refused(model: PreTrainedModel) -> None:
     plan = full_or_floor_plan(geometry_of(tiny_model("mqa")), whole=[(0, 0)], floor_tokens=128)
     with pytest.raises(ValueError, match="another geometry"):
-        span_effects(model, SAMPLES[:1], plan)
+        span_effects(model, SAMPLES, plan)
