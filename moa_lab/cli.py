@@ -13,7 +13,7 @@ import typer
 from tqdm import tqdm
 
 from moa_lab.doctor import diagnose
-from moa_lab.presets import PRESETS
+from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.storage import schema_of
 
 app = typer.Typer(
@@ -58,7 +58,7 @@ def run(
 ) -> None:
     """All stages: calibrate, profile, search, validate, evaluate, report."""
     from moa_lab.evaluate.summary import table
-    from moa_lab.pipeline import Run, RunSettings
+    from moa_lab.pipeline import Run
 
     settings = RunSettings(
         model=model, density=density, lengths=_lengths(lengths), test_lengths=_lengths(test_lengths), preset=preset, seed=seed,

@@ -23,8 +23,8 @@ from moa_lab.evaluate.testsets import document_samples, line_samples, needle_sam
 from moa_lab.evaluate.validate import Validation, choose, validation_length
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, load_model, model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import Plan, check_density, dense_plan, uniform_plan
-from moa_lab.presets import PRESETS, Preset
+from moa_lab.plan import Plan, dense_plan, uniform_plan
+from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, Preset, RunSettings
 from moa_lab.profiling import profile
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements
@@ -33,35 +33,12 @@ from moa_lab.report import save_report
 from moa_lab.search import baseline_plan, loss_table, search
 from moa_lab.storage import RecordError, parse, read_json, to_json, write_json
 
-SETTINGS_SCHEMA = "moa-lab/run/1"
-
 Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, Measurements)
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Everything that decides a run's numbers. source: documents (see `load_documents`); None takes the embedded texts."""
-
-    model: str = "smollm2"
-    density: float = 0.5
-    lengths: tuple[int, ...] | None = None
-    test_lengths: tuple[int, ...] | None = None
-    preset: str = "quick"
-    seed: int = 0
-    supervision: str = "model"
-    source: str | None = None
-    columns: str | None = None
-    max_rules_per_layer: int | None = None
-
-    def __post_init__(self) -> None:
-        check_density(self.density)
-        if self.preset not in PRESETS:
-            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
 
 
 @dataclass

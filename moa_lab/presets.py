@@ -1,9 +1,13 @@
-"""Sizes of a run: what quick, standard and full mean."""
+"""What decides a run's numbers: its settings, and the sizes that quick, standard and full stand for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from moa_lab.plan import check_density
+
+SETTINGS_SCHEMA = "moa-lab/run/1"
 
 
 @dataclass(frozen=True)
@@ -45,10 +49,10 @@ PRESETS: Mapping[str, Preset] = {
         test_lengths=(2048,), needles=24, needles_per_text=3, own_answers=4, lines=0, documents=0,
         baselines=(), search_seconds=20.0,
     ),
-    # One GPU: some five minutes with the embedded model.
+    # One GPU: some ten minutes with the embedded model.
     "standard": Preset(
         lengths=(2048, 4096), questions=48, questions_per_sample=1, summaries=12, answer_tokens=128,
-        candidates=12, refine_rounds=4, validation_questions=64, validation_summaries=16, validate_longest=True,
+        candidates=12, refine_rounds=6, validation_questions=64, validation_summaries=16, validate_longest=True,
         test_lengths=(2048, 4096), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=16,
         baselines=("ranked", "paper"), search_seconds=30.0,
     ),
@@ -60,3 +64,24 @@ PRESETS: Mapping[str, Preset] = {
     ),
 }  # fmt: skip
 """Presets by name. Lengths beyond a model's maximum are left out, and said so; lengths that the user names are refused."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides a run's numbers. source: documents (see `load_documents`); None takes the embedded texts."""
+
+    model: str = "smollm2"
+    density: float = 0.5
+    lengths: tuple[int, ...] | None = None
+    test_lengths: tuple[int, ...] | None = None
+    preset: str = "quick"
+    seed: int = 0
+    supervision: str = "model"
+    source: str | None = None
+    columns: str | None = None
+    max_rules_per_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        check_density(self.density)
+        if self.preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 
 from moa_lab import presets
-from moa_lab.pipeline import Run, RunSettings
+from moa_lab.pipeline import Run
 
 TINY = replace(
     presets.PRESETS["quick"], lengths=(384, 512), questions=2, questions_per_sample=1, summaries=2, answer_tokens=8, candidates=4,
@@ -34,7 +34,7 @@ def main(model: str, documents: str, out: str, stage: str | None = None) -> None
         if name == stage and done >= 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    settings = RunSettings(model=model, density=0.6, preset="tiny", source=documents, columns="text=text,summary=summary")
+    settings = presets.RunSettings(model=model, density=0.6, preset="tiny", source=documents, columns="text=text,summary=summary")
     Run(Path(out), settings, progress).everything()
 
 

@@ -11,8 +11,9 @@ import pytest
 from texts import bpe_tokenizer, small_documents
 from tiny import tiny_model
 
-from moa_lab.pipeline import SETTINGS_SCHEMA, Run, RunSettings
+from moa_lab.pipeline import Run
 from moa_lab.plan import Plan
+from moa_lab.presets import SETTINGS_SCHEMA, RunSettings
 from moa_lab.records import Front, InfluenceProfile, Measurements
 from moa_lab.storage import to_json
 
