@@ -31,7 +31,7 @@ from moa_lab.search.problem import Density, densities
 
 logger = logging.getLogger(__name__)
 
-MOVES = (2, 4, 8)
+MOVES = (1, 2, 3, 4, 6, 8, 12)
 """Heads that a round may move: one plan is made and measured for each number."""
 BISECTIONS = 24
 
@@ -123,7 +123,7 @@ class _Neighbours:
                     continue
                 high = toll
                 within = solved if moved else within
-                if moved > most // 2:
+                if moved == most:
                     break
             near = fewest if within is None else within
             if near is not None:

@@ -1,9 +1,8 @@
-"""Lifelike small profiles, tables small enough to try every choice, and what a choice keeps."""
+"""Lifelike small profiles, and tables of them small enough to try every choice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import product
+from collections.abc import Sequence
 
 import numpy as np
 from hypothesis import strategies as st
@@ -56,15 +55,3 @@ def small_tables(draw: st.DrawFn, rules: Sequence[SpanRule] | None = RULES) -> L
         layers, 2 * kv_heads, kv_heads, (256, 512), seed=draw(st.integers(0, 10_000)), windows=(window, *(None,) * (layers - 1))
     )
     return loss_table(profile, rules)
-
-
-def all_choices(table: LossTable) -> Iterator[np.ndarray]:
-    """Every choice (layers, kv_heads) of a table."""
-    shape = (table.geometry.layers, table.geometry.kv_heads)
-    for rules in product(range(len(table.rules)), repeat=shape[0] * shape[1]):
-        yield np.array(rules, dtype=np.int64).reshape(shape)
-
-
-def fits(table: LossTable, choice: np.ndarray, density: float, lengths: Iterable[int]) -> bool:
-    """True when the choice keeps at most `density` of the dense cache at every length."""
-    return all(table.density(choice, n) <= density + 1e-9 for n in lengths)

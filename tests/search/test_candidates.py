@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
-from moa_lab.records import InfluenceProfile
-from moa_lab.search import InfeasibleError, front_values, search
+from moa_lab.records import InfluenceProfile, LossTable
+from moa_lab.search import InfeasibleError, front_values, loss_table, paper_goals, search
+from tests.search.instances import skewed_profile
 from tests.search.tables import dominated, random_profile, small_geometry
 
 KEYS = (("questions", 512), ("questions", 1024), ("summaries", 1024))
@@ -51,3 +53,35 @@ def test_a_cancelled_search_returns_what_it_found(profile: InfluenceProfile) -> 
 def test_an_infeasible_density_names_its_length(profile: InfluenceProfile) -> None:
     with pytest.raises(InfeasibleError, match=r"density 0\.1 at length 512 is infeasible: min_span 128 needs at least 0\.25"):
         search(profile, 0.1)
+
+
+def test_search_joins_diverse_candidates_and_says_where_each_came_from(table: LossTable) -> None:
+    told: list[tuple[int, int]] = []
+    front = search(table, 0.6, intervals=3, time_limit_s=6, progress=lambda done, total, message: told.append((done, total)))
+    origins = {point.origin for point in front}
+    assert {"default", "ranked"} <= origins
+    assert origins & {"paper", "worst-questions", "worst-others"}
+    assert 6 <= len(front) <= 16
+    names = [point.plan.name for point in front]
+    assert len(set(names)) == len(names)
+    assert {"ranked-128", "ranked-192", "ranked-256"} <= set(names)
+    assert all(value <= 0.6 for point in front for value in point.density.values())
+    assert told[-1][0] == told[-1][1]
+    # Only the ranked reference plans may be dominated.
+    rest = replace(front, points=tuple(point for point in front if point.origin != "ranked"))
+    assert not dominated(front_values(rest))
+    assert all({"questions", "summaries"} <= set(point.predicted) for point in front)
+
+
+def test_search_takes_a_profile_own_goals_and_a_rule_limit() -> None:
+    profile = skewed_profile(4, 4, 2, (512,))
+    table = loss_table(profile)
+    front = search(profile, 0.6, goals=paper_goals(table), max_rules_per_layer=1, intervals=2)
+    assert len(front) >= 1
+    assert all(len(set(row)) == 1 for point in front for row in point.plan.rules)
+    assert {point.origin for point in front} <= {"given", "ranked", "budget"}
+
+
+def test_search_of_one_task_spans_its_lengths() -> None:
+    front = search(skewed_profile(4, 4, 2, (512, 1024), tasks=("questions",)), 0.5, intervals=2, time_limit_s=4)
+    assert set(front.settings["goals"]) == {"questions@512/all_or_nothing", "questions@1024/all_or_nothing"}

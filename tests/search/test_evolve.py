@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa_lab.search import InfeasibleError, PlanProblem, evolve, front_values, hypervolume
+from moa_lab.records import LossTable
+from moa_lab.search import (
+    InfeasibleError,
+    PlanProblem,
+    default_goals,
+    evolve,
+    front_values,
+    hypervolume,
+)
+from tests.search.instances import small_tables
 from tests.search.tables import all_choices, dominated, keeps, random_table, task_goals
 
 TARGETS = {1024: 0.5, 3000: 0.45}
@@ -65,3 +74,20 @@ def test_an_infeasible_density_and_too_small_a_population_are_refused() -> None:
         evolve(random_table(0), 0.01)
     with pytest.raises(ValueError, match="population at least 4"):
         evolve(random_table(0), 0.5, population=2)
+
+
+@settings(max_examples=20, deadline=None)
+@given(small_tables(rules=None), st.floats(0.5, 1.0), st.integers(0, 1000))
+def test_repair_keeps_every_limit_and_leaves_feasible_choices_alone(table: LossTable, density: float, seed: int) -> None:
+    problem = PlanProblem(table, density, default_goals(table))
+    choices = np.random.default_rng(seed).integers(0, len(table.rules), (5, problem.n_var))
+    repaired = problem.repaired(choices)
+    for before, after in zip(choices, repaired, strict=True):
+        assert problem.keeps_limits(after)
+        if problem.keeps_limits(before):
+            assert (before == after).all()
+
+
+def test_evolve_refuses_seeds_of_another_table(table: LossTable) -> None:
+    with pytest.raises(ValueError, match="seeds must be plans or rule indices"):
+        evolve(table, 0.5, seeds=[np.zeros((1, 1), dtype=int)])

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from moa_lab.search import Goal, default_goals, mean_goal, paper_goals
+from moa_lab.records import LossTable
+from moa_lab.search import (
+    Goal,
+    default_goals,
+    loss_table,
+    mean_goal,
+    paper_goals,
+)
+from tests.search.instances import skewed_profile
 from tests.search.tables import random_table
 
 OBJECTIVES = (
@@ -45,3 +53,16 @@ def test_the_value_of_a_goal_is_the_weighted_mean_of_its_objectives() -> None:
 def test_weights_below_nothing_or_without_a_sum_are_refused(weights: dict[str, float]) -> None:
     with pytest.raises(ValueError, match="weights must be at least 0 with a sum above 0"):
         Goal("bad", weights)
+
+
+def test_default_goals_take_weights_and_forms_and_refuse_unknown_names(table: LossTable) -> None:
+    weighted = default_goals(table, weights={"summaries@512/sum": 3.0})
+    assert weighted[1].shares == {"summaries@512/sum": 0.75, "summaries@1024/sum": 0.25}
+    assert default_goals(table, forms={"questions": "sum"})[0].shares == {"questions@512/sum": 0.5, "questions@1024/sum": 0.5}
+    assert mean_goal(weighted, {"questions": 3.0}).shares["questions@512/all_or_nothing"] == pytest.approx(0.375)
+    with pytest.raises(ValueError, match="forms: 'poems' is not in the table"):
+        default_goals(table, forms={"poems": "sum"})
+    with pytest.raises(ValueError, match="weights: 'summaries@9/sum'"):
+        default_goals(table, weights={"summaries@9/sum": 1.0})
+    sums_only = loss_table(skewed_profile(), forms=("sum",))
+    assert set(default_goals(sums_only)[0].weights) == {"questions@256/sum", "questions@512/sum"}

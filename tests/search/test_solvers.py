@@ -22,7 +22,8 @@ from moa_lab.search import (
     solve_budget,
     solve_milp,
 )
-from tests.search.instances import all_choices, fits, skewed_profile, small_tables
+from tests.search.instances import skewed_profile, small_tables
+from tests.search.tables import all_choices, keeps
 
 DENSITIES = st.floats(0.3, 1.0)
 
@@ -35,7 +36,8 @@ def _goals_of(table: LossTable) -> list[Goal]:
 
 def _feasible(table: LossTable, density: float) -> list[np.ndarray]:
     lengths = limit_lengths(table)
-    return [choice for choice in all_choices(table) if fits(table, choice, density, lengths)]
+    choices = all_choices(table)
+    return list(choices[keeps(table, choices, dict.fromkeys(lengths, density))])
 
 
 def _values(table: LossTable, goal: Goal, choices: list[np.ndarray]) -> list[float]:
@@ -158,7 +160,7 @@ def test_running_out_of_time_reports_a_valid_gap() -> None:
     assert answer.status == "time_limit"
     assert answer.gap == pytest.approx((answer.value - answer.bound) / answer.value)
     assert 0 < answer.gap < 0.05
-    assert fits(table, answer.choice, 0.25, limit_lengths(table))
+    assert keeps(table, answer.choice[None], dict.fromkeys(limit_lengths(table), 0.25)).all()
 
 
 def test_stopping_before_any_feasible_choice_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
