@@ -45,10 +45,13 @@ def test_the_whole_library_in_one_screen() -> None:
 
     model, tokenizer = tiny_model("llama", max_length=1024), bpe_tokenizer()
     samples = ml.calibrate(model, tokenizer, lengths=[384, 512], wanted=requests(questions=2, others=1, answer_tokens=8))
-    front = ml.search(ml.profile(model, samples), density=0.6, time_limit_s=10, max_points=3)
+    profile = ml.profile(model, samples)
+    front = ml.search(profile, density=0.6, time_limit_s=10, max_points=3)
     best = ml.validate(model, tokenizer, front, length=448, questions=2, summaries=1)
     assert best.density(512) <= 0.6 + 1e-9
     assert best.scores
+    better = ml.refine(model, best, samples, ml.loss_table(profile), 0.6, rounds=1)
+    assert all(point.plan.density(512) <= 0.6 + 1e-9 for point in better)
     before = model.config._attn_implementation
     with ml.apply_plan(model, best, n_tokens=64):
         tokens = torch.arange(1, 40)[None]
