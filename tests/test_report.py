@@ -90,7 +90,7 @@ def test_candidates_of_the_front_stay_out_of_the_score_table() -> None:
 
 def test_bytes_are_called_predicted_wherever_they_are_shown() -> None:
     text = text_of(full_report())
-    assert "the mask-only CPU backend allocates the dense cache, whatever the plan" in text
+    assert "the mask-only backend allocates the dense cache, whatever the plan" in text
     assert "KV cache of one sequence, predicted" in text
 
 
@@ -100,16 +100,22 @@ def test_losses_of_different_texts_are_not_pooled() -> None:
         for task, value in (("summaries", 0.5), ("speeches", 2.5))
     ]
     text = text_of(build_report(make_plan(), measurements=Measurements(tuple(rows))))
-    assert "Cross-entropy (nats per token): speeches" in text
+    assert "Cross-entropy, speeches (nats per token)" in text
     assert "2.500" in text
     assert "0.500" in text
 
 
-def test_task_by_task_shares_stand_beside_the_pooled_ones() -> None:
-    rows = [dataclasses.replace(score("moa", value, n=20), task=task) for task, value in (("keys", 0.0), ("codes", 1.0))]
-    text = text_of(build_report(make_plan(), measurements=Measurements(tuple(rows))))
-    assert "Needles retrieved (%): codes" in text
-    assert "retrieves 50% of needles" in text
+def test_needles_and_lines_are_not_pooled_and_needles_speak_for_the_plan() -> None:
+    shares = (("lines", 0.0), ("needles", 1.0))
+    rows = [dataclasses.replace(score("moa", value, n=20), task=task) for task, value in shares]
+    losses = (("documents", 3.25), ("summaries", 0.75))
+    rows += [dataclasses.replace(score("moa", value, metric="cross_entropy"), task=task) for task, value in losses]
+    page = build_report(make_plan(), measurements=Measurements(tuple(rows)))
+    text = text_of(page)
+    assert "Lines retrieved (%)" in text
+    assert text.index("Needles retrieved (%)") < text.index("Lines retrieved (%)")
+    assert "retrieves 100% of needles" in answer(page)
+    assert "Its cross-entropy on summaries at 2,048 tokens is 0.750 nats per token." in text
 
 
 def test_the_page_says_how_it_was_made() -> None:

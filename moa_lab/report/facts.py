@@ -11,10 +11,11 @@ from moa_lab.plan import Plan
 from moa_lab.records import Front, FrontPoint, InfluenceProfile, Measurements
 
 DENSE_ROLE, UNIFORM_ROLE = "dense", "uniform window"
+LEADING_TASKS = {"retrieval": "needles", "cross_entropy": "summaries"}
 
 BYTES_NOTE = (
     "KV bytes are predicted from the spans, for one sequence at 2 bytes a number. "
-    "They are not what this run allocated: the mask-only CPU backend allocates the dense cache, whatever the plan."
+    "They are not what this run allocated: the mask-only backend allocates the dense cache, whatever the plan."
 )
 
 
@@ -50,12 +51,17 @@ class Facts:
         return tuple(dict.fromkeys([*first, *found]))
 
     def tasks(self, metric: str) -> tuple[str, ...]:
-        """Tasks measured with `metric` for a plan of the table, sorted."""
-        return tuple(sorted({row.task for row in self.measurements.select(metric=metric) if row.plan in self.names}))
+        """Tasks measured with `metric` for a plan of the table, the one that speaks for it first; they are never pooled: needles and
+        lines are not equally hard, and losses of different texts have no common scale."""
+        found = {row.task for row in self.measurements.select(metric=metric) if row.plan in self.names}
+        return tuple(sorted(found, key=lambda task: (task != LEADING_TASKS.get(metric), task)))
 
-    def separate_tasks(self, metric: str) -> tuple[str | None, ...]:
-        """The tasks to show apart. `(None,)` pools: several wordings make one share, but losses of different texts have no common scale."""
-        return (None,) if metric_label(metric)[1] == "%" else self.tasks(metric)
+    def heading(self, metric: str, task: str) -> str:
+        """What was measured: the metric, and the task where there are several."""
+        label = metric_label(metric)[0].capitalize()
+        if len(self.tasks(metric)) == 1:
+            return label
+        return f"{task.capitalize()} retrieved" if metric == "retrieval" else f"{label}, {task}"
 
     def role(self, name: str) -> str:
         """What a reader calls a plan: the dense model, the uniform window, or its name."""
@@ -76,8 +82,8 @@ class Facts:
         return max(self.lengths() or self.plan.lengths or profiled or (self.plan.geometry.max_length,))
 
     def score(self, name: str, metric: str, length: int, task: str | None = None) -> Score | None:
-        """The pooled score of a plan."""
-        return pooled(self.measurements, name, metric, length, task)
+        """The score of a plan in a task; None takes the one that speaks for the metric."""
+        return pooled(self.measurements, name, metric, length, task or next(iter(self.tasks(metric)), None))
 
     def answer_length(self, metric: str) -> int | None:
         """The longest of the lengths at which the plan and most of the others were measured; None when the plan was not."""
@@ -104,7 +110,8 @@ def answer(facts: Facts) -> str:
     kept = f"At {density_text(facts.plan.density(length))} of the KV cache, this plan"
     others = comparison(facts, metric, length)
     if metric == "retrieval":
-        return f"{kept} retrieves {value} of needles at {length:,} tokens{others}."
+        told = facts.tasks(metric)[0] if len(facts.tasks(metric)) > 1 else "needles"
+        return f"{kept} retrieves {value} of {told} at {length:,} tokens{others}."
     label, unit = metric_label(metric)
     return f"{kept} has a {label} of {value}{'' if unit == '%' else f' {unit}'} at {length:,} tokens{others}."
 
@@ -116,8 +123,10 @@ def second_sentence(facts: Facts) -> str:
     if length and facts.answer_length("retrieval"):
         own = facts.score(facts.plan.name, "cross_entropy", length)
         assert own is not None
+        tasks = facts.tasks("cross_entropy")
+        on = f" on {tasks[0]}" if len(tasks) > 1 else ""
         parts.append(
-            f"Its cross-entropy at {length:,} tokens is {own.value:.3f} nats per token{comparison(facts, 'cross_entropy', length)}."
+            f"Its cross-entropy{on} at {length:,} tokens is {own.value:.3f} nats per token{comparison(facts, 'cross_entropy', length)}."
         )
     size, dense = facts.plan.kv_bytes(facts.main_length), _dense_bytes(facts.plan, facts.main_length)
     parts.append(

@@ -58,28 +58,28 @@ def _tiles(facts: Facts) -> str:
 def _scores(facts: Facts) -> Section:
     panels = []
     for metric in facts.metrics:
-        label, unit = metric_label(metric)
-        tasks = facts.separate_tasks(metric)
-        for task in tasks:
-            heading = label.capitalize() + (f", {task}" if task and len(tasks) > 1 else "")
+        unit = metric_label(metric)[1]
+        for task in facts.tasks(metric):
+            heading = facts.heading(metric, task)
             caption = (
                 "Higher is better." if unit == "%" else "Lower is better; the axis does not start at 0." if "entropy" in metric else ""
             )
             fig = figures.score_bars(facts.measurements, metric, task, facts.names)
             alt = f"{heading} per plan and length, with 95% intervals; the table above holds the numbers."
             panels.append(panel(fig, heading, alt, caption))
-    table = f'<div class="card">{tables.score_table(facts)}{tables.task_table(facts)}</div>'
+    table = f'<div class="card">{tables.score_table(facts)}</div>'
     return Section("scores", "Scores", f"{table}<p>{escape(BYTES_NOTE)}</p>{columns(panels) if panels else ''}")
 
 
 def _depths(facts: Facts) -> Section | None:
-    measured = {row.plan for row in facts.measurements.select(metric="retrieval") if row.detail.get("by_depth")}
+    task = next(iter(facts.tasks("retrieval")), None)
+    measured = {row.plan for row in facts.measurements.select(metric="retrieval") if row.task == task and row.detail.get("by_depth")}
     names = [name for name in reversed(facts.names) if name in measured][:MAX_DEPTH_MAPS]
     if not names:
         return None
     panels = []
     for name in names:
-        fig = figures.retrieval_heatmap(facts.measurements, name).update_traces(showscale=False)
+        fig = figures.retrieval_heatmap(facts.measurements, name, task=task).update_traces(showscale=False)
         shares = [value for row in fig.data[0].z for value in row if value is not None]
         alt = f"Needles retrieved under {name} by depth and length: between {min(shares):.0f}% and {max(shares):.0f}%."
         panels.append(panel(fig, name, alt))

@@ -25,8 +25,7 @@ def score_table(facts: Facts) -> str:
     styles = series_styles(facts.names)
     groups = []
     for metric in facts.metrics:
-        tasks = facts.separate_tasks(metric)
-        groups += [_score_rows(facts, metric, task, lengths, styles, len(tasks) > 1) for task in tasks]
+        groups += [_score_rows(facts, metric, task, lengths, styles) for task in facts.tasks(metric)]
     groups.append(
         _size_rows(facts, "Density (share of the dense KV cache)", lengths, styles, lambda plan, n: density_text(plan.density(n)))
     )
@@ -37,21 +36,6 @@ def score_table(facts: Facts) -> str:
         f'<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table><caption>{caption}</caption>'
         f'<thead><tr><th scope="col">Plan</th>{columns}</tr></thead>{"".join(groups)}</table></div>'
     )
-
-
-def task_table(facts: Facts) -> str:
-    """Shares that pool several tasks, task by task; empty when there is nothing to tell apart."""
-    styles = series_styles(facts.names)
-    groups = []
-    for metric in facts.metrics:
-        tasks = facts.tasks(metric)
-        if metric_label(metric)[1] == "%" and len(tasks) > 1:
-            groups += [_score_rows(facts, metric, task, facts.lengths(), styles, True) for task in tasks]
-    if not groups:
-        return ""
-    columns = "".join(f'<th scope="col">{length:,}<span class="unit"> tokens</span></th>' for length in facts.lengths())
-    head = f'<thead><tr><th scope="col">Plan</th>{columns}</tr></thead>'
-    return f'<details><summary>Scores task by task</summary><div class="scroll"><table>{head}{"".join(groups)}</table></div></details>'
 
 
 def rules_table(plan: Plan, n_tokens: int) -> str:
@@ -157,9 +141,8 @@ def _all(records: dict[str, tuple[Provenance, dict[str, Any]]], name: str) -> li
     return [f"{value} ({kind})" for kind, value in found.items()]
 
 
-def _score_rows(facts: Facts, metric: str, task: str | None, lengths: Iterable[int], styles: dict[str, Style], name_task: bool) -> str:
-    label, unit = metric_label(metric)
-    heading = f"{label.capitalize()} ({unit})" + (f": {escape(task)}" if task and name_task else "")
+def _score_rows(facts: Facts, metric: str, task: str, lengths: Iterable[int], styles: dict[str, Style]) -> str:
+    heading = f"{escape(facts.heading(metric, task))} ({metric_label(metric)[1]})"
     rows = []
     for name in facts.names:
         cells = [_score_cell(metric, facts.score(name, metric, length, task)) for length in lengths]
