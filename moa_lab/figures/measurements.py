@@ -113,6 +113,8 @@ def score_bars(measurements: Measurements, metric: str, task: str | None = None,
     if not lengths:
         raise ValueError(f"no {metric!r} was measured{'' if plans is None else ' for these plans'}")
     label, unit = metric_label(metric)
+    if metric == "retrieval" and task:
+        label = f"{theme.plain(task)} retrieved"
     styles = theme.series_styles(names)
     fig = theme.figure(
         [_bars(measurements, name, metric, task, lengths, styles[name]) for name in names],
