@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -110,13 +111,16 @@ class _Neighbours:
         do; where none would be left then, the last plan before that is taken, which moves the fewest.
         """
         gain = change - np.take_along_axis(change, choice[:, :, None], axis=2)
+        highest = float(np.abs(gain).max())
+        # Every bisection starts at the same tolls: none is solved twice.
+        solved_at = cache(lambda toll: self._solved(gain, choice, toll))
         found: dict[bytes, np.ndarray] = {}
         for most in moves:
-            low, high = 0.0, float(np.abs(gain).max())
+            low, high = 0.0, highest
             fewest = within = None
             for _ in range(BISECTIONS):
                 toll = (low + high) / 2
-                solved = self._solved(gain, choice, toll)
+                solved = solved_at(toll)
                 moved = int((solved != choice).sum())
                 if moved > most:
                     low, fewest = toll, solved
