@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from moa_lab.masks import visible
 
 
+QUERY_BLOCK = 512
+"""Queries that read their keys together: wider reads keys that most of them do not see, narrower starts more kernels."""
+
+
 def masked_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -47,13 +51,34 @@ def windowed_attention(
     """`masked_attention` in which KV head g sees the sink and its own `windows[g]` tokens: int (kv_heads,).
 
     query_positions: int32 (batch or 1, 1, query_tokens, 1); positions: int32 (batch or 1, 1, query_tokens, key_tokens), the
-    key's position, -1 where the model itself hides the key. Heads of one window share a mask: no mask per head is ever held.
+    key's position, -1 where the model itself hides the key. In a row, keys and their positions are in the same order and equally
+    far apart. Heads of one window share a mask, and a block of queries reads the sink and the window's keys alone, so work
+    and memory fall with the windows.
     """
     group = query.shape[1] // key.shape[1]
+    tokens, keys = query.shape[2], key.shape[2]
+    offset = keys - tokens
+    # The newest key's position says which key of its row has position 0: one after the padding, or one that a cache dropped.
+    sink_end = max(keys - 1 - int(positions[:, 0, -1, -1].min()) + sink_tokens, 0)
     output = torch.empty_like(query)
     for window in np.unique(windows):
         kv_heads = torch.from_numpy(np.flatnonzero(windows == window)).to(query.device)
         query_heads = (kv_heads[:, None] * group + torch.arange(group, device=kv_heads.device)).flatten()
-        shown = visible(query_positions, positions, sink_tokens, int(window)) & (positions >= 0)
-        output[:, query_heads] = masked_attention(query[:, query_heads], key[:, kv_heads], value[:, kv_heads], shown, scale, softcap)
+        asked, known, values = query[:, query_heads], key[:, kv_heads], value[:, kv_heads]
+        blocks = []
+        for start in range(0, tokens, QUERY_BLOCK):
+            stop = min(start + QUERY_BLOCK, tokens)
+            read = _reached(offset + start, offset + stop, sink_end, int(window))
+            rows = positions[:, :, start:stop]
+            at = torch.cat([rows[..., part] for part in read], dim=-1)
+            shown = visible(query_positions[:, :, start:stop], at, sink_tokens, int(window)) & (at >= 0)
+            near_keys, near_values = (torch.cat([x[:, :, part] for part in read], dim=2) for x in (known, values))
+            blocks.append(masked_attention(asked[:, :, start:stop], near_keys, near_values, shown, scale, softcap))
+        output[:, query_heads] = torch.cat(blocks, dim=2)
     return output
+
+
+def _reached(first: int, stop: int, sink_end: int, window: int) -> list[slice]:
+    """The keys that queries at keys `first` to `stop` may see: the sink and the window before the first of them."""
+    near = max(first - window + 1, 0)
+    return [slice(0, stop)] if near <= sink_end else [slice(0, sink_end), slice(near, stop)]
