@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from moa_lab.geometry import ModelGeometry
 from moa_lab.kernels.reference import masked_attention
@@ -34,6 +35,8 @@ class AttentionCall:
     query: (batch, query_heads, query_tokens, head_dim); key, value: (batch, kv_heads, key_tokens, head_dim).
     positions: int32 (batch or 1, 1, query_tokens, key_tokens): the key's position in its own sequence (left padding
     not counted), or -1 where the model itself hides the key (future, padding, its own sliding window).
+    first: int32 (batch,), each row's first key that is not padding, where the model hides the future and left padding and nothing
+    else; None where it hides more, or where that is not known: `positions` tell all.
     """
 
     query: torch.Tensor
@@ -42,6 +45,7 @@ class AttentionCall:
     positions: torch.Tensor
     scale: float
     softcap: float | None
+    first: torch.Tensor | None = None
 
     @property
     def is_prefill(self) -> bool:
@@ -75,6 +79,8 @@ class AttentionSite:
 _handlers: weakref.WeakKeyDictionary[torch.nn.Module, Handler] = weakref.WeakKeyDictionary()
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 _sites: weakref.WeakKeyDictionary[torch.nn.Module, tuple[AttentionSite, ...]] = weakref.WeakKeyDictionary()
+# What `AttentionCall.first` is for the masks that hide nothing else. A model that copies its mask loses this, and only this.
+_firsts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -120,12 +126,23 @@ def position_mask(
     shown = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, device=device, **settings)
     assert shown is not None, "only a causal skip leaves the mask out"
     position = torch.arange(kv_length, device=device, dtype=torch.int32) + kv_offset
+    first = torch.zeros(batch_size, device=device, dtype=torch.int32)
     if attention_mask is None:
-        return torch.where(shown[:1], position, -1)
-    first = attention_mask.to(device).int().argmax(dim=1).to(torch.int32)
-    codes = torch.where(shown, position - first[:, None, None, None], -1)
-    # A padding query sees nothing; its softmax would be 0/0. It may see everything: nobody reads its output.
-    return torch.where(codes.amax(dim=-1, keepdim=True) < 0, 0, codes)
+        codes = torch.where(shown[:1], position, -1)
+    else:
+        first = attention_mask.to(device).int().argmax(dim=1).to(torch.int32)
+        codes = torch.where(shown, position - first[:, None, None, None], -1)
+        # A padding query sees nothing; its softmax would be 0/0. It may see everything: nobody reads its output.
+        codes = torch.where(codes.amax(dim=-1, keepdim=True) < 0, 0, codes)
+    newest_last = kv_offset == 0 and q_offset + q_length == kv_length
+    if settings.get("mask_function") is causal_mask_function and newest_last and _padded_on_the_left(attention_mask):
+        _firsts[codes] = first
+    return codes
+
+
+def _padded_on_the_left(attention_mask: torch.Tensor | None) -> bool:
+    """True where no padding follows a token in any row."""
+    return attention_mask is None or not bool((attention_mask[:, 1:].int() < attention_mask[:, :-1].int()).any())
 
 
 def _dispatch(
@@ -141,11 +158,13 @@ def _dispatch(
         if settings.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name} to its attention, which moa_lab cannot represent")
     scale = settings.get("scaling")
+    causal = torch.zeros(len(query), device=query.device, dtype=torch.int32)
     call = AttentionCall(
         query, key, value,
         positions=_positions(attention_mask, query, key),
         scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
         softcap=settings.get("softcap"),
+        first=causal if attention_mask is None else _firsts.get(attention_mask),
     )  # fmt: skip
     handler = _handlers.get(module)
     if handler is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCABULARY, tiny_model
+from tiny import FAMILIES, random_tokens, tiny_model
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, T5Config, T5ForConditionalGeneration
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -32,10 +32,6 @@ def eager_model(family: str, **settings: Any) -> PreTrainedModel:
     model = tiny_model(family, **settings)
     model.set_attn_implementation("eager")
     return model
-
-
-def random_tokens(rows: int, n_tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(5, VOCABULARY, (rows, n_tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def left_padded(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

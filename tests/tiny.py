@@ -36,6 +36,11 @@ DESIGNS: dict[str, tuple[str, int, int, int]] = {
 FAMILIES = tuple(DESIGNS)
 
 
+def random_tokens(rows: int, n_tokens: int, seed: int = 0) -> torch.Tensor:
+    """Tokens without the special ones: int64 (rows, n_tokens)."""
+    return torch.randint(len(SPECIAL), VOCABULARY, (rows, n_tokens), generator=torch.Generator().manual_seed(seed))
+
+
 def tiny_model(
     family: str, *, layers: int = 2, dtype: torch.dtype = torch.float32, seed: int = 0, max_length: int = 512, **overrides: Any
 ) -> PreTrainedModel:

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from moa_lab.masks import visible
 
-
 QUERY_BLOCK = 512
 """Queries that read their keys together: wider reads keys that most of them do not see, narrower starts more kernels."""
 

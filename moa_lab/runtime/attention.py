@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from moa_lab.interface import AttentionCall, Handler
-from moa_lab.kernels.reference import windowed_attention
+from moa_lab.kernels.dispatch import span_attention
 from moa_lab.plan import Plan
 
 
@@ -30,10 +30,9 @@ class MaskedSpans:
             if self.fixed is None and (call.is_prefill or self._current is None):
                 self._current = call.key.shape[2]
             windows = self._window_tokens()[layer]
-            return windowed_attention(
-                call.query, call.key, call.value, call.query_positions, call.positions, self.plan.sink_tokens, windows,
-                call.scale, call.softcap,
-            )  # fmt: skip
+            return span_attention(
+                call.query, call.key, call.value, call.positions, call.first, self.plan.sink_tokens, windows, call.scale, call.softcap
+            )
 
         return attend
 

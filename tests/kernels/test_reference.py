@@ -90,7 +90,9 @@ WINDOWS = np.array([3, 64, 11, 3])
 
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("first", [[0, 0], [0, 9], [0, 64]])
-@pytest.mark.parametrize(("n_queries", "n_keys", "own_window"), [(64, 64, None), (64, 64, 7), (20, 64, None), (1, 64, None), (17, 17, None)])
+@pytest.mark.parametrize(
+    ("n_queries", "n_keys", "own_window"), [(64, 64, None), (64, 64, 7), (20, 64, None), (1, 64, None), (17, 17, None)]
+)
 def test_windows_in_blocks_equal_one_mask_for_all(
     first: list[int], n_queries: int, n_keys: int, own_window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCABULARY, tiny_model
+from tiny import FAMILIES, VOCABULARY, random_tokens, tiny_model
 from transformers import DynamicCache, PreTrainedModel
 
 from moa_lab.interface import AttentionCall, route_attention
@@ -38,10 +38,6 @@ def small_plan(model: PreTrainedModel) -> Plan:
         tuple(SpanRule(float(9 + 5 * (layer + head)), 0.0) for head in range(geometry.kv_heads)) for layer in range(geometry.layers)
     )
     return Plan(geometry=geometry, rules=rules, sink_tokens=4, min_span=5)
-
-
-def random_tokens(rows: int, n_tokens: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(5, VOCABULARY, (rows, n_tokens), generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()

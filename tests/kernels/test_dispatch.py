@@ -1,0 +1,98 @@
+"""The kernel and the reference are one attention: a model gives the same logits by either."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tiny import random_tokens, tiny_model
+from transformers import DynamicCache, PreTrainedModel
+
+from moa_lab.kernels import dispatch, prefill
+from moa_lab.models import geometry_of
+from moa_lab.plan import full_or_floor_plan
+from moa_lab.runtime import apply_plan
+
+N = 300
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[int]]:
+    """Switches the kernel on or off; the list says how many queries each kernel call was for."""
+    calls: list[int] = []
+    compute = prefill.prefill_attention
+
+    def counting(query: torch.Tensor, *arguments: Any, **settings: Any) -> torch.Tensor:
+        calls.append(query.shape[2])
+        return compute(query, *arguments, **settings)
+
+    def switch(on: bool) -> list[int]:
+        monkeypatch.setattr(dispatch, "kernel_applies", lambda query: on)
+        monkeypatch.setattr(prefill, "prefill_attention", counting)
+        return calls
+
+    return switch
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: torch.Tensor, **settings: Any) -> torch.Tensor:
+    plan = full_or_floor_plan(geometry_of(model), whole=[(1, 0)], floor_tokens=128)
+    with apply_plan(model, plan, N):
+        found: torch.Tensor = model(input_ids=tokens, **settings).logits
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen3"])
+def test_a_model_gives_the_same_logits_by_kernel_and_by_reference(family: str, counted: Callable[[bool], list[int]]) -> None:
+    model = tiny_model(family)
+    tokens = random_tokens(2, N)
+    counted(False)
+    expected = logits(model, tokens)
+    calls = counted(True)
+    torch.testing.assert_close(logits(model, tokens), expected, atol=2e-4, rtol=1e-4)
+    own_windows = sum(window is not None for window in geometry_of(model).layer_windows)
+    assert calls == [N] * (geometry_of(model).layers - own_windows), "the kernel takes every layer that hides the future alone"
+
+
+@pytest.mark.parametrize("padding", [0, 90])
+def test_padding_and_caches_give_the_same_logits_by_kernel(padding: int, counted: Callable[[bool], list[int]]) -> None:
+    model = tiny_model("llama")
+    tokens = random_tokens(2, N)
+    mask = torch.ones(2, N, dtype=torch.long)
+    mask[1, :padding] = 0
+    counted(False)
+    expected = logits(model, tokens, attention_mask=mask)
+    calls = counted(True)
+    cache = DynamicCache(config=model.config)
+    first = logits(model, tokens[:, :200], attention_mask=mask[:, :200], past_key_values=cache, use_cache=True)
+    second = logits(model, tokens[:, 200:], attention_mask=mask, past_key_values=cache, use_cache=True)
+    assert set(calls) == {200, 100}
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat([first, second], dim=1)[real], expected[real], atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["right padding", "hole", "own mask"])
+def test_what_a_first_key_cannot_tell_is_left_to_the_reference(kind: str, counted: Callable[[bool], list[int]]) -> None:
+    model = tiny_model("llama")
+    tokens = random_tokens(1, 40)
+    mask = torch.ones(1, 40, dtype=torch.long)
+    if kind == "own mask":
+        mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+        mask[..., 5] = False
+        mask[..., 5, 5] = True
+    else:
+        mask[:, slice(30, 40) if kind == "right padding" else slice(5, 8)] = 0
+    calls = counted(True)
+    logits(model, tokens, attention_mask=mask)
+    assert not calls
+
+
+def test_the_kernel_is_for_gpus_and_for_inference() -> None:
+    query = torch.zeros(1, 1, 4, 8)
+    assert not dispatch.kernel_applies(query)
+    if torch.cuda.is_available():
+        assert dispatch.kernel_applies(query.cuda())
+        assert not dispatch.kernel_applies(query.cuda().requires_grad_())
+        assert not dispatch.kernel_applies(query.cuda().double())
