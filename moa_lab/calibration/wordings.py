@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -54,20 +54,19 @@ def _digits(count: int) -> Callable[[Random], str]:
     return lambda random: str(random.randrange(10 ** (count - 1), 10**count))
 
 
-def _one_of(words: Sequence[str]) -> Callable[[Random], str]:
-    return lambda random: random.choice(words)
-
-
 def _code(random: Random) -> str:
     letters = "".join(random.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(3))
     return f"{letters}-{random.randrange(1000, 10000)}"
+
+
+def _flight(random: Random) -> str:
+    return f"{''.join(random.choice('ABCDEFGHJKLMNPRSTUVWXYZ') for _ in range(2))}{random.randrange(100, 1000)}"
 
 
 _TOWNS = ("Ashford", "Brenton", "Calder", "Dunmore", "Elmhurst", "Farrow", "Glenrock", "Hartwell", "Ivydale", "Kelso", "Linden", "Marlow")
 _PLACES = ("harbor", "mill", "station", "library", "bakery", "quarry", "chapel", "orchard")
 _FIRST = ("Amelia", "Bernard", "Clara", "Dmitri", "Esther", "Felix", "Greta", "Hassan", "Ingrid", "Jonah", "Keiko", "Lorenzo")
 _LAST = ("Abbott", "Bishop", "Cortez", "Dalton", "Engel", "Foster", "Grimes", "Holt", "Ibarra", "Jensen", "Kramer", "Lund")
-_CITIES = ("Lisbon", "Nairobi", "Toronto", "Prague", "Lima", "Oslo", "Cairo", "Hanoi", "Dublin", "Athens", "Manila", "Warsaw")
 _COLORS = ("scarlet", "amber", "violet", "ivory", "indigo", "bronze", "crimson", "silver")
 _THINGS = ("locker", "crate", "cabinet", "trunk", "drawer", "satchel", "barrel", "toolbox")
 _FRUITS = ("apples", "pears", "melons", "cherries", "plums", "lemons", "grapes", "figs")
@@ -102,8 +101,8 @@ WORDINGS: Mapping[Split, tuple[Wording, ...]] = {
             "The telephone number of {key} is", (_FIRST, _LAST), _digits(7),
         ),
         Wording(
-            "home_town", "{key} grew up in {value}.", "In which city did {key} grow up?",
-            "{key} grew up in", (_FIRST, _LAST), _one_of(_CITIES),
+            "flight", "{key} is booked on flight {value}.", "On which flight is {key} booked?",
+            "{key} is booked on flight", (_FIRST, _LAST), _flight,
         ),
         Wording(
             "cargo", "The ship {key} carried {value}.", "What did the ship {key} carry?",
