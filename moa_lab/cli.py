@@ -156,7 +156,10 @@ def refine(
     out: Annotated[Path, typer.Option("--out", help="front file (.json), for `moa-lab validate`")],
     density: Annotated[float, typer.Option("--density")] = 0.5,
     model: ModelOption = "smollm2",
-    rounds: Annotated[int, typer.Option("--rounds", help="rounds at most; each moves a few heads")] = 4,
+    rounds: Annotated[int, typer.Option("--rounds", help="rounds at most; each measures heads and moves some")] = 3,
+    heads: Annotated[
+        int | None, typer.Option("--heads", help="heads measured in a round, two forward passes a sample each; default all")
+    ] = None,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
     force: ForceOption = False,
 ) -> None:
@@ -173,8 +176,8 @@ def refine(
     loaded, _ = load_model(model)
     with _Bars() as bars:
         front = improve(
-            loaded, card, loaded_samples, table, density, rounds=rounds, max_rules_per_layer=max_rules, parts_dir=_parts(out),
-            progress=bars.steps("refine"),
+            loaded, card, loaded_samples, table, density, rounds=rounds, heads=heads, max_rules_per_layer=max_rules,
+            parts_dir=_parts(out), progress=bars.steps("refine"),
         )  # fmt: skip
     front.save(out)
     typer.echo(f"{len(front)} better plans: {out}")

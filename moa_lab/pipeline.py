@@ -195,7 +195,7 @@ class Run:
         draft = _stored(self.folder / "draft.json", Plan.load, lambda: self._validation(front, "draft").best)
         refined = refine(
             self.model, draft, self.samples(), self.table(), self.settings.density, rounds=self.preset.refine_rounds,
-            max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self._parts("effects"), store=self._store,
+            heads=self.preset.refine_heads, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self._parts("refine"),
             progress=self._steps("refine"),
         )  # fmt: skip
         return replace(front, points=(*front.points, *refined), settings={**front.settings, "refine_rounds": self.preset.refine_rounds})
@@ -210,9 +210,9 @@ class Run:
     @cached_property
     def _validation_samples(self) -> list[Sample]:
         preset = self.preset
-        lengths = [validation_length(self.lengths, self.geometry.max_length), *([max(self.lengths)] if preset.validate_longest else [])]
+        between = validation_length(self.lengths, self.geometry.max_length)
         samples = []
-        for length in lengths:
+        for length in sorted({between, *(self.lengths if preset.validate_profiled else ())}):
             samples += needle_samples(
                 self.tokenizer, length, preset.validation_questions, per_sample=min(preset.needles_per_text, preset.validation_questions),
                 split="validation", seed=self.settings.seed, documents=self.documents["validation"],

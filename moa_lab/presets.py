@@ -15,7 +15,7 @@ class Preset:
     """How much of everything a run takes. Counts are per length.
 
     questions (questions_per_sample in one text), summaries: calibration samples; answer_tokens: tokens of a summary.
-    validation_*: samples at a length that is not profiled, and at the longest profiled one if validate_longest. candidates: plans of
+    validation_*: samples at a length that is not profiled, and at the longest profiled one if validate_profiled. candidates: plans of
     the search that are measured there. refine_rounds: how often the best of them is improved (0: it is taken as it is). needles
     (needles_per_text in one text), own_answers, lines, documents: test samples at every tested length. baselines: plans measured
     beside dense, uniform and the chosen one.
@@ -28,9 +28,10 @@ class Preset:
     answer_tokens: int
     candidates: int
     refine_rounds: int
+    refine_heads: int
     validation_questions: int
     validation_summaries: int
-    validate_longest: bool
+    validate_profiled: bool
     test_lengths: tuple[int, ...]
     needles: int
     needles_per_text: int
@@ -45,20 +46,20 @@ PRESETS: Mapping[str, Preset] = {
     # A laptop's two cores: about ten minutes with the embedded model.
     "quick": Preset(
         lengths=(1024, 2048), questions=6, questions_per_sample=2, summaries=2, answer_tokens=48,
-        candidates=5, refine_rounds=0, validation_questions=6, validation_summaries=2, validate_longest=False,
+        candidates=5, refine_rounds=0, refine_heads=0, validation_questions=6, validation_summaries=2, validate_profiled=False,
         test_lengths=(2048,), needles=24, needles_per_text=3, own_answers=4, lines=0, documents=0,
         baselines=(), search_seconds=20.0,
     ),
     # One GPU: some ten minutes with the embedded model.
     "standard": Preset(
         lengths=(2048, 4096), questions=48, questions_per_sample=1, summaries=12, answer_tokens=128,
-        candidates=12, refine_rounds=6, validation_questions=64, validation_summaries=16, validate_longest=True,
+        candidates=12, refine_rounds=2, refine_heads=96, validation_questions=64, validation_summaries=16, validate_profiled=True,
         test_lengths=(2048, 4096), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=16,
         baselines=("ranked", "paper"), search_seconds=30.0,
     ),
     "full": Preset(
         lengths=(1024, 2048, 4096), questions=96, questions_per_sample=1, summaries=32, answer_tokens=192,
-        candidates=32, refine_rounds=12, validation_questions=192, validation_summaries=48, validate_longest=True,
+        candidates=32, refine_rounds=4, refine_heads=256, validation_questions=192, validation_summaries=48, validate_profiled=True,
         test_lengths=(1024, 2048, 4096, 8192), needles=256, needles_per_text=1, own_answers=64, lines=64, documents=32,
         baselines=("ranked", "paper"), search_seconds=300.0,
     ),

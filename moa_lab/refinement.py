@@ -1,15 +1,15 @@
-"""From a good plan to a better one: a few heads at a time are moved where the loss, taken under the plan itself, says it pays.
+"""From a good plan to a better one: a few heads at a time are moved, by what each was measured to be worth under the plan.
 
 A profile of the dense model says what each head is worth while all the others are whole. Under a plan others have gone, and what
-is left is worth more. The gradient under the plan knows that, but only for small changes: a plan that is optimal for it as a
-whole is far away and bad. So every round asks for the best plans that differ in a few heads, measures them, and goes on from
-the best (a trust region: Conn, Gould and Toint, 2000). Every round's plan has a lower measured loss than the one before.
+is left is worth more. So every round measures the heads under the plan itself, one at a time; asks for the best plans that
+differ in a few heads, as if their effects added up; measures those; and goes on from the best (a trust region: Conn, Gould and
+Toint, 2000). Gradients under the plan, which would be cheaper, do not do: cutting a whole head is too large a step for them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,26 +18,23 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.samples import SampleSet
-from moa_lab.evaluate.scoring import mean_losses, score_samples
-from moa_lab.evaluate.store import ScoreStore
+from moa_lab.evaluate.effects import LossKey, MeasuredLosses, head_effects
 from moa_lab.plan import Plan
-from moa_lab.profiling import span_effects
 from moa_lab.records import Front, FrontPoint, LossTable, Objective
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.front import DENSITY, point
 from moa_lab.search.goals import Goal, default_goals
-from moa_lab.search.losses import rule_effects
 from moa_lab.search.milp import solve_milp
 from moa_lab.search.problem import Density, densities
 
 logger = logging.getLogger(__name__)
 
-MOVES = (1, 2, 3, 4, 6, 8, 12)
-"""Heads that a round may move: one plan is made and measured for each number."""
+MOVES = (1, 2, 3, 4, 6, 8, 12, 16)
+"""Heads that a step may move: one plan is made and measured for each number."""
 BISECTIONS = 24
 
 Progress = Callable[[int, int], None]
-"""Called with (rounds done, rounds in all)."""
+"""Called with (hundredths of rounds done, and in all)."""
 
 
 def refine(
@@ -47,55 +44,107 @@ def refine(
     table: LossTable,
     density: Density,
     *,
-    rounds: int = 4,
+    rounds: int = 3,
+    heads: int | None = None,
     moves: Sequence[int] = MOVES,
     max_rules_per_layer: int | None = None,
     parts_dir: str | Path | None = None,
-    store: ScoreStore | None = None,
     progress: Progress | None = None,
 ) -> Front:
     """The plan of every round that lowers the loss on `samples`, at most `rounds` of them; empty when none does.
 
-    The loss is the mean over (task, length) of nats per answer token, as in validation. samples: calibration samples; validation
-    must choose among the start and the points, since these were chosen by `samples`. table: the rules to choose from, and
-    what predicts the points' losses; `density` and its lengths are as in `search`. parts_dir and store keep gradients and scores,
-    so that the same call after a kill goes on. Raises ValueError for a plan of another geometry or with rules that the table
-    lacks, and InfeasibleError as `search` does.
+    The loss is the mean over (task, length) of nats per answer token, as in validation. A round measures `heads` heads (None: all)
+    and takes steps from what it found until none helps. samples: calibration samples; validation must choose among the start and
+    the points, since these were chosen by `samples`. table: the rules to choose from, what says which heads are worth measuring,
+    and what predicts the points' losses; `density` and its lengths are as in `search`. parts_dir keeps what was measured, so that
+    the same call after a kill goes on. Raises ValueError for a plan of another geometry or with rules that the table lacks, and
+    InfeasibleError as `search` does.
     """
-    if rounds < 1 or not moves or min(moves) < 1:
-        raise ValueError(f"rounds and moves must be at least 1, got rounds {rounds}, moves {tuple(moves)}")
+    if rounds < 1 or not moves or min(moves) < 1 or (heads is not None and heads < 1):
+        raise ValueError(f"rounds, heads and moves must be at least 1, got rounds {rounds}, heads {heads}, moves {tuple(moves)}")
     targets = densities(table, density)
     neighbours = _Neighbours(table, targets, max_rules_per_layer)
-    choice, here = table.choice(plan), plan
-    loss = _measured(model, here, samples, store)
+    choice = table.choice(plan)
+    measured = MeasuredLosses(model, samples, parts_dir)
+
+    def loss_of(candidate: np.ndarray) -> float:
+        return float(np.mean(list(measured(table.plan(candidate, "near")).values())))
+
+    def told(number: int) -> Progress | None:
+        return (lambda done, total: progress(100 * (number - 1) + 100 * done // max(total, 1), 100 * rounds)) if progress else None
+
+    loss = loss_of(choice)
     found: list[FrontPoint] = []
     for number in range(1, rounds + 1):
-        effects = span_effects(model, samples, here, parts_dir=parts_dir)
-        change = np.mean([rule_effects(values, table, length) for (_, length), values in effects.items()], axis=0)
-        tried = [(_measured(model, table.plan(near, "near"), samples, store), near) for near in neighbours.of(choice, change, moves)]
-        best, near = min(tried, key=lambda pair: pair[0], default=(loss, choice))
-        logger.info("refinement round %d: loss %.4f, best of %d neighbours %.4f", number, loss, len(tried), best)
-        if best >= loss:
+        chosen = _worth_measuring(table, choice, heads)
+        change = _rule_changes(table, choice, head_effects(measured, table, choice, chosen, progress=told(number)))
+        before, steps = choice, 0
+        still = np.ones(choice.shape, dtype=bool)
+        still[tuple(np.array(chosen).T)] = False
+        while True:
+            # What a step moved was measured where it was: it stays until it is measured again.
+            tried = [(loss_of(near), near) for near in neighbours.of(choice, change, moves, still)]
+            best, near = min(tried, key=lambda pair: pair[0], default=(loss, choice))
+            logger.info("refinement round %d: loss %.4f, best of %d neighbours %.4f", number, loss, len(tried), best)
+            if best >= loss:
+                break
+            still |= near != choice
+            loss, choice, steps = best, near, steps + 1
+        if not steps:
             break
-        told = {"start": plan.name, "round": number, "moved_heads": int((near != choice).sum()), "calibration_loss": best}
-        loss, choice = best, near
+        search = {
+            "start": plan.name,
+            "round": number,
+            "steps": steps,
+            "moved_heads": int((before != choice).sum()),
+            "calibration_loss": loss,
+        }
         found.append(
-            point(table, choice, name=f"refined-{number}", origin="refined", lengths=targets, goals=default_goals(table), search=told)
+            point(table, choice, name=f"refined-{number}", origin="refined", lengths=targets, goals=default_goals(table), search=search)
         )
-        here = found[-1].plan
-        if progress:
-            progress(number, rounds)
     if progress:
-        progress(rounds, rounds)
+        progress(100 * rounds, 100 * rounds)
     names = (*(objective.name for objective in table.objectives), DENSITY)
     settings = {
         "solver": "refine",
         "start": plan.name,
         "rounds": rounds,
+        "heads": heads,
         "moves": list(moves),
         "density": {str(n): d for n, d in targets.items()},
     }
     return Front(tuple(found), names, settings, table.provenance)
+
+
+def _worth_measuring(table: LossTable, choice: np.ndarray, heads: int | None) -> list[tuple[int, int]]:
+    """At most `heads` heads: half that gain most per token by being whole, half that lose least by being cut, as predicted."""
+    every = [(int(layer), int(head)) for layer, head in np.ndindex(choice.shape)]
+    if heads is None or heads >= len(every):
+        return every
+    spans = np.stack([table.span_tokens(length) for length in table.lengths]).mean(axis=0)[:, None, :]
+    lost = table.losses.mean(axis=0)
+    held, now = (np.take_along_axis(np.broadcast_to(of, lost.shape), choice[:, :, None], axis=2)[..., 0] for of in (spans, lost))
+    gain = (now - lost.min(axis=2)) / np.maximum(spans.max(axis=2) - held, 1)
+    cost = np.where(held > spans.min(axis=2), (lost.max(axis=2) - now) / np.maximum(held - spans.min(axis=2), 1), np.inf)
+    first = [every[index] for index in np.argsort(-gain, axis=None, kind="stable")]
+    second = [every[index] for index in np.argsort(cost, axis=None, kind="stable")]
+    return list(dict.fromkeys(head for pair in zip(first, second, strict=True) for head in pair))[:heads]
+
+
+def _rule_changes(table: LossTable, choice: np.ndarray, effects: Mapping[LossKey, np.ndarray]) -> np.ndarray:
+    """Loss change of every rule, (layers, kv_heads, rules): between a head's own span and its ends, linear in tokens.
+
+    A fact may lie at any distance, so half the tokens hold half the facts.
+    """
+    changes = []
+    for (_, length), (cut, whole) in effects.items():
+        spans = table.span_tokens(length)[:, None, :].astype(np.float64)
+        held = np.take_along_axis(np.broadcast_to(spans, (*choice.shape, spans.shape[2])), choice[:, :, None], axis=2)
+        fewest, most = spans.min(axis=2, keepdims=True), spans.max(axis=2, keepdims=True)
+        down = cut[..., None] * (held - spans) / np.maximum(held - fewest, 1)
+        up = whole[..., None] * (spans - held) / np.maximum(most - held, 1)
+        changes.append(np.where(spans < held, down, up))
+    return np.asarray(np.mean(changes, axis=0))
 
 
 class _Neighbours:
@@ -104,16 +153,17 @@ class _Neighbours:
     def __init__(self, table: LossTable, targets: dict[int, float], max_rules: int | None) -> None:
         self._table, self._targets, self._max_rules = table, targets, max_rules
 
-    def of(self, choice: np.ndarray, change: np.ndarray, moves: Sequence[int]) -> list[np.ndarray]:
+    def of(self, choice: np.ndarray, change: np.ndarray, moves: Sequence[int], still: np.ndarray) -> list[np.ndarray]:
         """For each number in `moves` the best choice that differs from `choice` in at most so many heads, none twice.
 
-        change: (layers, kv_heads, rules), the loss change of every rule. A toll on every head that moves is raised until few enough
-        do; where none would be left then, the last plan before that is taken, which moves the fewest.
+        change: (layers, kv_heads, rules), the loss change of every rule. still: bool (layers, kv_heads), heads that do not move. A
+        toll on every head that moves is raised until few enough do; where none would be left then, the last plan before that is
+        taken, which moves the fewest.
         """
-        gain = change - np.take_along_axis(change, choice[:, :, None], axis=2)
-        highest = float(np.abs(gain).max())
+        pinned = {(int(layer), int(head)): int(choice[layer, head]) for layer, head in np.argwhere(still)}
+        highest = float(np.abs(change).max())
         # Every bisection starts at the same tolls: none is solved twice.
-        solved_at = cache(lambda toll: self._solved(gain, choice, toll))
+        solved_at = cache(lambda toll: self._solved(change, choice, toll, pinned))
         found: dict[bytes, np.ndarray] = {}
         for most in moves:
             low, high = 0.0, highest
@@ -134,18 +184,13 @@ class _Neighbours:
                 found.setdefault(near.tobytes(), near)
         return list(found.values())
 
-    def _solved(self, gain: np.ndarray, choice: np.ndarray, toll: float) -> np.ndarray:
-        costs = gain + toll
+    def _solved(self, change: np.ndarray, choice: np.ndarray, toll: float, pinned: dict[tuple[int, int], int]) -> np.ndarray:
+        costs = change + toll
         np.put_along_axis(costs, choice[:, :, None], 0.0, axis=2)
         objective = Objective("refined", self._table.lengths[-1], "sum", (0, 1))
         # The same for all rules of a head changes no choice; losses are told from 0 on.
         table = replace(self._table, objectives=(objective,), losses=(costs - costs.min(axis=2, keepdims=True))[None])
         goal = Goal("refined", {objective.name: 1.0})
         if self._max_rules is None:
-            return BudgetSolver(table, goal, self._targets).solve(self._targets).choice
-        return solve_milp(table, self._targets, goal=goal, max_rules_per_layer=self._max_rules).choice
-
-
-def _measured(model: PreTrainedModel, plan: Plan, samples: SampleSet, store: ScoreStore | None) -> float:
-    scores = score_samples(model, plan, list(samples), store=store)
-    return float(np.mean(list(mean_losses(list(samples), scores).values())))
+            return BudgetSolver(table, goal, self._targets).solve(self._targets, pinned).choice
+        return solve_milp(table, self._targets, goal=goal, max_rules_per_layer=self._max_rules, pinned=pinned).choice

@@ -19,7 +19,7 @@ from moa_lab.pipeline import Run
 
 TINY = replace(
     presets.PRESETS["quick"], lengths=(384, 512), questions=2, questions_per_sample=1, summaries=2, answer_tokens=8, candidates=4,
-    refine_rounds=2, validation_questions=2, validation_summaries=2, validate_longest=True,
+    refine_rounds=2, refine_heads=3, validation_questions=2, validation_summaries=2, validate_profiled=True,
     test_lengths=(512,), needles=2, needles_per_text=1, own_answers=2, lines=1, documents=1,
     baselines=("ranked", "paper"), search_seconds=20.0,
 )  # fmt: skip

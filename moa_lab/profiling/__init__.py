@@ -2,6 +2,5 @@
 
 from moa_lab.profiling.estimate import Estimate, estimate_cost
 from moa_lab.profiling.profiler import profile
-from moa_lab.profiling.spans import span_effects
 
-__all__ = ["Estimate", "estimate_cost", "profile", "span_effects"]
+__all__ = ["Estimate", "estimate_cost", "profile"]

@@ -16,20 +16,19 @@ from moa_lab.profiling.capture import Receiver, capturing
 
 
 def backward_pass(
-    model: PreTrainedModel, batch: list[Sample], receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None,
-    *, elements: bool = True,
-) -> None:  # fmt: skip
+    model: PreTrainedModel, batch: list[Sample], receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None
+) -> None:
     """One forward and backward pass over samples of one length; `receive` gets every layer's influence.
 
     The loss of a sample is the mean over its answer tokens; the batch's loss is the sum over samples, so that every
     sample's influence is the one it would have alone. windows: int (layers, kv_heads), tokens, of a plan that the model runs
-    under; None: the dense model. elements: as in `capturing`. Parameters need no gradient: it starts at the embeddings.
+    under; None: the dense model. Parameters need no gradient: it starts at the embeddings.
     """
     tokens = torch.tensor(np.stack([sample.tokens for sample in batch]), device=model.device)
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
 
     def handler(layer: int) -> Handler:
-        return capturing(layer, receive, sink_tokens, None if windows is None else windows[layer], elements=elements)
+        return capturing(layer, receive, sink_tokens, None if windows is None else windows[layer])
 
     with _without_denormals(), torch.enable_grad(), route_attention(model, handler):
         loss = embedded.new_zeros((), dtype=torch.float32)

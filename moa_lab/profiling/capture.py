@@ -23,18 +23,17 @@ Receiver = Callable[[int, LayerInfluence], None]
 """Takes a layer number and its reduced influence, while the backward pass runs."""
 
 
-def capturing(layer: int, receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None, *, elements: bool = True) -> Handler:
+def capturing(layer: int, receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None) -> Handler:
     """An attention handler that computes the layer's output, and sends its influence to `receive` during backward.
 
-    windows: tokens per KV head that the output is computed with (a plan); None: the dense model. elements: False leaves out the
-    influence of single values, which takes most of the time (`blocks` and `distances` are then empty).
+    windows: tokens per KV head that the output is computed with (a plan); None: the dense model.
     Raises ValueError (when called) for a call that continues a cache: influence needs every query of the sequence.
     """
 
     def handler(call: AttentionCall) -> torch.Tensor:
         if not call.is_prefill:
             raise ValueError("influence is profiled on whole sequences; call the model with use_cache=False")
-        wanted = _Wanted(layer, receive, sink_tokens, windows, elements)
+        wanted = _Wanted(layer, receive, sink_tokens, windows)
         return _CapturedAttention.apply(call.query, call.key, call.value, call, wanted)
 
     return handler
@@ -48,7 +47,6 @@ class _Wanted:
     receive: Receiver
     sink_tokens: int
     windows: np.ndarray | None
-    elements: bool
 
 
 class _CapturedAttention(torch.autograd.Function):
@@ -99,10 +97,9 @@ def _backward_by_row_blocks(
     if wanted.windows is not None:
         window = torch.from_numpy(wanted.windows).to(query.device, torch.int32)[:, None, None, None]
     tiles = -(-n // BLOCK_TOKENS)
-    reduced = tiles if wanted.elements else 0
     result = LayerInfluence(
-        blocks=query.new_zeros(batch, heads, reduced, reduced),
-        distances=query.new_zeros(batch, heads, reduced),
+        blocks=query.new_zeros(batch, heads, tiles, tiles),
+        distances=query.new_zeros(batch, heads, tiles),
         span_effects=query.new_zeros(batch, heads, tiles),
     )
 
@@ -123,9 +120,8 @@ def _backward_by_row_blocks(
             seen = visible(query_positions[:, :, None, start:stop], key_positions, wanted.sink_tokens, window)
             weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
         weights_gradient = gradient @ values.transpose(-1, -2)
-        if wanted.elements:
-            magnitude = influence(weights, weights_gradient).abs_().reshape(batch, heads, stop - start, stop)
-            reduce_rows(result, _pad_to_tiles(magnitude), start, wanted.sink_tokens)
+        magnitude = influence(weights, weights_gradient).abs_().reshape(batch, heads, stop - start, stop)
+        reduce_rows(result, _pad_to_tiles(magnitude), start, wanted.sink_tokens)
 
         expected = (weights * weights_gradient).sum(dim=-1, keepdim=True)
         effect = span_effect(dense, weights_gradient, start, wanted.sink_tokens, tiles)

@@ -69,7 +69,7 @@ def profile(
             estimate = estimate_cost(model, missing, sink_tokens=sink_tokens)
             logger.info("profiling %d samples: %s", len(missing), estimate)
             estimate.require_fit()
-            for batch in batches(missing, batch_size, estimate):
+            for batch in _batches(missing, batch_size, estimate):
                 windows = plan.windows(batch[0].length) if plan else None
                 results = _profile_batch(model, geometry, batch, sink_tokens, windows, estimate.checkpoint)
                 for sample, part in zip(batch, results, strict=True):
@@ -103,7 +103,7 @@ def _profile_batch(
         yield {name: array[index] for name, array in stacked.items()}
 
 
-def batches(samples: list[Sample], batch_size: int | None, estimate: Estimate) -> Iterator[list[Sample]]:
+def _batches(samples: list[Sample], batch_size: int | None, estimate: Estimate) -> Iterator[list[Sample]]:
     for (_, length), group in group_by_shape(samples).items():
         size = batch_size or estimate.samples_in_flight(length)
         for start in range(0, len(group), size):

@@ -103,25 +103,6 @@ class _HeadLosses:
         return np.abs(lost).mean(axis=0)
 
 
-def rule_effects(effects: np.ndarray, table: LossTable, length: int) -> np.ndarray:
-    """Signed loss change of every rule of `table` against the whole head, in nats: (layers, kv_heads, rules).
-
-    effects: span effects (samples, layers, query_heads, N/64) at `length`. The mean over samples, those of more than the median
-    total effect scaled down to it: a few lost answers would outweigh all others. A KV head's query heads change together, so to
-    first order their effects add up.
-    """
-    effects = effects.astype(np.float64)
-    total = _totals(effects)
-    mean = (effects * np.minimum(1.0, np.median(total) / np.where(total > 0, total, 1.0))).mean(axis=0)
-    layers, query_heads, _ = mean.shape
-    spans = table.span_tokens(length)
-    dense = np.array([table.geometry.dense_span_tokens(layer, length) for layer in range(layers)])
-    windows = np.array([max(rule.span_tokens(length, table.min_span) - table.sink_tokens, 0) for rule in table.rules], dtype=np.float64)
-    changed = np.where((spans < dense[:, None])[:, None, :], _at(mean, windows), 0.0)
-    kv_heads = table.geometry.kv_heads
-    return changed.reshape(layers, kv_heads, query_heads // kv_heads, len(windows)).sum(axis=2)
-
-
 def _at(curve: np.ndarray, windows: np.ndarray) -> np.ndarray:
     """`curve[..., b]`, which belongs to windows of 64 b tokens and is 0 beyond its end, at `windows` (interpolated linearly)."""
     ended = np.concatenate([curve, np.zeros((*curve.shape[:-1], 1))], axis=-1)
@@ -133,13 +114,8 @@ def _at(curve: np.ndarray, windows: np.ndarray) -> np.ndarray:
 
 def _alike(effects: np.ndarray) -> np.ndarray:
     """Scale every sample to the same total effect: a few samples that the model barely answers would outweigh all others."""
-    total = _totals(effects)
+    total = np.abs(effects).max(axis=-1).sum(axis=(1, 2))[:, None, None, None]
     return effects / np.where(total > 0, total, 1.0)
-
-
-def _totals(effects: np.ndarray) -> np.ndarray:
-    """Total effect of every sample, summed over heads: (samples, 1, 1, 1)."""
-    return np.abs(effects).max(axis=-1).sum(axis=(1, 2))[:, None, None, None]
 
 
 _POOLS: dict[str, Callable[..., np.ndarray]] = {"max": np.max, "sum": np.sum, "mean": np.mean}

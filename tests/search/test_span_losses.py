@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from moa_lab.plan import DENSE, SpanRule
 from moa_lab.records import BLOCK_TOKENS, Form
 from moa_lab.search import loss_table
-from moa_lab.search.losses import rule_effects
 from tests.search.tables import SINK, curve_profile, random_profile, small_geometry
 
 LENGTH = 1024
@@ -132,28 +131,3 @@ def test_span_effects_that_are_not_finite_are_refused() -> None:
     broken = {**profile.span_effects, key: np.full_like(profile.span_effects[key], np.nan)}
     with pytest.raises(ValueError, match=f"not finite for {key[0]}@{key[1]}"):
         loss_table(replace(profile, span_effects=broken))
-
-
-def test_rule_effects_keep_their_sign_add_up_over_a_group_and_are_nothing_for_a_whole_span() -> None:
-    geometry = small_geometry(layers=2, kv_heads=2, group=2, layer_windows=(None, 512))
-    rules = (SpanRule(128.0, 0.0), SpanRule(288.0, 0.0), SpanRule(0.0, 0.5), DENSE)
-    effects = np.random.default_rng(0).normal(0, 1, (1, 2, 4, LENGTH // BLOCK_TOKENS))
-    table = loss_table(curve_profile(effects, LENGTH, geometry=geometry), rules)
-    found = rule_effects(effects, table, LENGTH)
-    added = effects[0, :, 0::2] + effects[0, :, 1::2]
-    assert found.shape == (2, 2, 4)
-    np.testing.assert_allclose(found[..., 0], added[..., 1])
-    # A window of 224 lies half-way between 3 and 4 blocks.
-    np.testing.assert_allclose(found[..., 1], (added[..., 3] + added[..., 4]) / 2)
-    np.testing.assert_allclose(found[0, :, 2], added[0, :, 7])
-    assert not found[1, :, 2].any(), "a span of 512 is the whole of a layer whose own window is 512"
-    assert not found[..., 3].any()
-
-
-def test_in_rule_effects_samples_cancel_and_an_upset_one_counts_as_a_usual_one() -> None:
-    one = _curves(0, samples=1)
-    table = loss_table(curve_profile(one, LENGTH, geometry=ONE_QUERY_PER_KV), (SpanRule(128.0, 0.0), DENSE))
-    assert rule_effects(np.concatenate([one, -one]), table, LENGTH) == pytest.approx(0.0)
-    other = _curves(1, samples=2)
-    expected = rule_effects(np.concatenate([other, one]), table, LENGTH)
-    np.testing.assert_allclose(rule_effects(np.concatenate([other, 1000 * one]), table, LENGTH), expected)

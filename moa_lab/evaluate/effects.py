@@ -1,0 +1,84 @@
+"""What heads are worth under a plan, measured: one at a time is cut to the floor and made whole, and the loss taken again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from moa_lab.calibration.samples import SampleSet
+from moa_lab.evaluate.scoring import mean_losses, score_samples
+from moa_lab.models import weights_fingerprint
+from moa_lab.plan import Plan
+from moa_lab.records import LossTable
+from moa_lab.storage import RecordError, read_json, write_json
+
+LOSSES_SCHEMA = "moa-lab/plan-losses/1"
+
+LossKey = tuple[str, int]
+"""A task and a length."""
+
+Progress = Callable[[int, int], None]
+"""Called with (plans measured, plans in all)."""
+
+
+class MeasuredLosses:
+    """Losses of plans on `samples`: a call gives nats per answer token by (task, length), as `mean_losses` does.
+
+    folder: losses are kept there, a small file per plan, and what is there is not measured again.
+    """
+
+    def __init__(self, model: PreTrainedModel, samples: SampleSet, folder: str | Path | None = None) -> None:
+        self._model, self._samples = model, samples
+        self._folder = Path(folder) if folder else None
+        self._setting = f"{weights_fingerprint(model)}-{samples.identity}"
+
+    def __call__(self, plan: Plan) -> dict[LossKey, float]:
+        path = self._folder / f"{plan.identity()}-{self._setting}.json" if self._folder else None
+        if path is not None and (kept := _read(path)) is not None:
+            return kept
+        losses = mean_losses(list(self._samples), score_samples(self._model, plan, list(self._samples)))
+        if path is not None:
+            write_json(path, {"schema": LOSSES_SCHEMA, "losses": [[task, length, loss] for (task, length), loss in losses.items()]})
+        return losses
+
+
+def head_effects(
+    measured: MeasuredLosses,
+    table: LossTable,
+    choice: np.ndarray,
+    heads: Iterable[tuple[int, int]],
+    *,
+    progress: Progress | None = None,
+) -> dict[LossKey, np.ndarray]:
+    """How the loss changes when one head is cut to the cheapest rule, and when it is made whole: (2, layers, kv_heads), in nats.
+
+    choice: int (layers, kv_heads), the plan that all other heads stay in. heads: (layer, kv_head) to measure; the others are 0.
+    Two plans are measured for each head, one where it is at an end already.
+    """
+    spans = np.sum([table.span_tokens(length) for length in table.lengths], axis=0)
+    ends = np.stack([spans.argmin(axis=1), spans.argmax(axis=1)])
+    here = measured(table.plan(choice, "here"))
+    effects = {key: np.zeros((2, *choice.shape)) for key in here}
+    wanted = [(end, layer, head) for layer, head in heads for end in (0, 1) if choice[layer, head] != ends[end, layer]]
+    for done, (end, layer, head) in enumerate(wanted):
+        if progress:
+            progress(done, len(wanted))
+        changed = choice.copy()
+        changed[layer, head] = ends[end, layer]
+        for key, loss in measured(table.plan(changed, "changed")).items():
+            effects[key][end, layer, head] = loss - here[key]
+    if progress:
+        progress(len(wanted), len(wanted))
+    return effects
+
+
+def _read(path: Path) -> dict[LossKey, float] | None:
+    try:
+        rows: Any = read_json(path, LOSSES_SCHEMA)["losses"]
+        return {(str(task), int(length)): float(loss) for task, length, loss in rows}
+    except (RecordError, KeyError, TypeError, ValueError):
+        return None
