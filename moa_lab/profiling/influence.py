@@ -19,8 +19,7 @@ class LayerInfluence:
     """Reduced |influence| of one layer, per sample of the batch and query head.
 
     blocks: (batch, query_heads, N/64, N/64), sums over 64 x 64 blocks; distances: (batch, query_heads, N/64), sums over
-    distance bins of 64 for the keys beyond the sink; both empty (0 for N/64) where only span effects were wanted.
-    span_effects: (batch, query_heads, N/64), see `span_effect`.
+    distance bins of 64 for the keys beyond the sink. span_effects: (batch, query_heads, N/64), see `span_effect`.
     """
 
     blocks: torch.Tensor
