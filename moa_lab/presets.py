@@ -46,8 +46,8 @@ PRESETS: Mapping[str, Preset] = {
     # A laptop's two cores: about ten minutes with the embedded model.
     "quick": Preset(
         lengths=(1024, 2048), questions=8, questions_per_sample=2, summaries=2, answer_tokens=48,
-        candidates=5, refine_rounds=0, refine_heads=0, validation_questions=10, validation_summaries=2, validate_profiled=False,
-        test_lengths=(2048,), needles=24, needles_per_text=3, own_answers=4, lines=0, documents=0,
+        candidates=5, refine_rounds=0, refine_heads=0, validation_questions=4, validation_summaries=2, validate_profiled=False,
+        test_lengths=(2048,), needles=16, needles_per_text=1, own_answers=4, lines=0, documents=0,
         baselines=(), search_seconds=20.0,
     ),
     # One GPU: some ten minutes with the embedded model.
