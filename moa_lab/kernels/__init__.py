@@ -1,1 +1,1 @@
-"""Attention arithmetic: the plain reference everything else is held against."""
+"""Attention arithmetic: the plain reference, the Triton kernel held against it, and which of them runs."""
