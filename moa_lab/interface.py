@@ -158,13 +158,12 @@ def _dispatch(
         if settings.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name} to its attention, which moa_lab cannot represent")
     scale = settings.get("scaling")
-    causal = torch.zeros(len(query), device=query.device, dtype=torch.int32)
     call = AttentionCall(
         query, key, value,
         positions=_positions(attention_mask, query, key),
         scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
         softcap=settings.get("softcap"),
-        first=causal if attention_mask is None else _firsts.get(attention_mask),
+        first=_first(attention_mask, query),
     )  # fmt: skip
     handler = _handlers.get(module)
     if handler is not None:
@@ -173,6 +172,13 @@ def _dispatch(
     if watcher is None:
         raise ValueError(f"{type(module).__name__} attended, but was not seen when the model was first inspected")
     return watcher(module, call).transpose(1, 2), None
+
+
+def _first(attention_mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+    if attention_mask is None:
+        return torch.zeros(len(query), device=query.device, dtype=torch.int32)
+    found: torch.Tensor | None = _firsts.get(attention_mask)
+    return found
 
 
 def _positions(attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

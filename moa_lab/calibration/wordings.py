@@ -54,13 +54,16 @@ def _digits(count: int) -> Callable[[Random], str]:
     return lambda random: str(random.randrange(10 ** (count - 1), 10**count))
 
 
+def _letters(random: Random, count: int) -> str:
+    return "".join(random.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(count))
+
+
 def _code(random: Random) -> str:
-    letters = "".join(random.choice("ABCDEFGHJKLMNPRSTUVWXYZ") for _ in range(3))
-    return f"{letters}-{random.randrange(1000, 10000)}"
+    return f"{_letters(random, 3)}-{random.randrange(1000, 10000)}"
 
 
 def _flight(random: Random) -> str:
-    return f"{''.join(random.choice('ABCDEFGHJKLMNPRSTUVWXYZ') for _ in range(2))}{random.randrange(100, 1000)}"
+    return f"{_letters(random, 2)}{random.randrange(100, 1000)}"
 
 
 _TOWNS = ("Ashford", "Brenton", "Calder", "Dunmore", "Elmhurst", "Farrow", "Glenrock", "Hartwell", "Ivydale", "Kelso", "Linden", "Marlow")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -13,13 +12,10 @@ from moa_lab.calibration.samples import SampleSet
 from moa_lab.evaluate.scoring import mean_losses, score_samples
 from moa_lab.models import weights_fingerprint
 from moa_lab.plan import Plan
-from moa_lab.records import LossTable
-from moa_lab.storage import RecordError, read_json, write_json
+from moa_lab.records import LossTable, ProfileKey
+from moa_lab.storage import RecordError, parse, read_json, write_json
 
 LOSSES_SCHEMA = "moa-lab/plan-losses/1"
-
-LossKey = tuple[str, int]
-"""A task and a length."""
 
 Progress = Callable[[int, int], None]
 """Called with (plans measured, plans in all)."""
@@ -28,19 +24,26 @@ Progress = Callable[[int, int], None]
 class MeasuredLosses:
     """Losses of plans on `samples`: a call gives nats per answer token by (task, length), as `mean_losses` does.
 
-    folder: losses are kept there, a small file per plan, and what is there is not measured again.
+    No plan is measured twice. folder: losses are kept there too, a small file per plan, for the same samples another time.
     """
 
     def __init__(self, model: PreTrainedModel, samples: SampleSet, folder: str | Path | None = None) -> None:
-        self._model, self._samples = model, samples
+        self._model, self._samples = model, list(samples)
+        self._known: dict[str, dict[ProfileKey, float]] = {}
         self._folder = Path(folder) if folder else None
         self._setting = f"{weights_fingerprint(model)}-{samples.identity}"
 
-    def __call__(self, plan: Plan) -> dict[LossKey, float]:
-        path = self._folder / f"{plan.identity()}-{self._setting}.json" if self._folder else None
+    def __call__(self, plan: Plan) -> dict[ProfileKey, float]:
+        identity = plan.identity()
+        if identity not in self._known:
+            self._known[identity] = self._kept_or_measured(plan, identity)
+        return self._known[identity]
+
+    def _kept_or_measured(self, plan: Plan, identity: str) -> dict[ProfileKey, float]:
+        path = self._folder / f"{identity}-{self._setting}.json" if self._folder else None
         if path is not None and (kept := _read(path)) is not None:
             return kept
-        losses = mean_losses(list(self._samples), score_samples(self._model, plan, list(self._samples)))
+        losses = mean_losses(self._samples, score_samples(self._model, plan, self._samples))
         if path is not None:
             write_json(path, {"schema": LOSSES_SCHEMA, "losses": [[task, length, loss] for (task, length), loss in losses.items()]})
         return losses
@@ -53,7 +56,7 @@ def head_effects(
     heads: Iterable[tuple[int, int]],
     *,
     progress: Progress | None = None,
-) -> dict[LossKey, np.ndarray]:
+) -> dict[ProfileKey, np.ndarray]:
     """How the loss changes when one head is cut to the cheapest rule, and when it is made whole: (2, layers, kv_heads), in nats.
 
     choice: int (layers, kv_heads), the plan that all other heads stay in. heads: (layer, kv_head) to measure; the others are 0.
@@ -76,9 +79,9 @@ def head_effects(
     return effects
 
 
-def _read(path: Path) -> dict[LossKey, float] | None:
+def _read(path: Path) -> dict[ProfileKey, float] | None:
     try:
-        rows: Any = read_json(path, LOSSES_SCHEMA)["losses"]
-        return {(str(task), int(length)): float(loss) for task, length, loss in rows}
-    except (RecordError, KeyError, TypeError, ValueError):
+        rows = parse(list[tuple[str, int, float]], read_json(path, LOSSES_SCHEMA)["losses"], path)
+    except (RecordError, KeyError):
         return None
+    return {(task, length): loss for task, length, loss in rows}
