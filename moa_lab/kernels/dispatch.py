@@ -13,9 +13,12 @@ MAX_HEAD_DIM = 256
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def kernel_applies(query: torch.Tensor) -> bool:
-    """True where the Triton kernel can take the place of the reference: on a GPU, for its dtypes, where no gradient is asked for."""
-    wants_gradient = torch.is_grad_enabled() and query.requires_grad
+def kernel_applies(query: torch.Tensor, *others: torch.Tensor) -> bool:
+    """True where the Triton kernel can take the place of the reference: on a GPU, for its dtypes, where no gradient is asked for.
+
+    others: key and value, which a gradient may be asked for alone.
+    """
+    wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *others))
     fits = query.dtype in KERNEL_DTYPES and query.shape[-1] <= MAX_HEAD_DIM
     return query.is_cuda and fits and not wants_gradient and find_spec("triton") is not None
 
@@ -35,7 +38,7 @@ def span_attention(
 
     Shapes as in `windowed_attention`; first as in `AttentionCall`: without it only the reference knows what is hidden.
     """
-    if first is not None and kernel_applies(query):
+    if first is not None and kernel_applies(query, key, value):
         # Imported here: Triton is not everywhere.
         from moa_lab.kernels.prefill import prefill_attention
 

@@ -29,7 +29,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], list[int]]:
         return compute(query, *arguments, **settings)
 
     def switch(on: bool) -> list[int]:
-        monkeypatch.setattr(dispatch, "kernel_applies", lambda query: on)
+        monkeypatch.setattr(dispatch, "kernel_applies", lambda *tensors: on)
         monkeypatch.setattr(prefill, "prefill_attention", counting)
         return calls
 
@@ -95,4 +95,5 @@ def test_the_kernel_is_for_gpus_and_for_inference() -> None:
     if torch.cuda.is_available():
         assert dispatch.kernel_applies(query.cuda())
         assert not dispatch.kernel_applies(query.cuda().requires_grad_())
+        assert not dispatch.kernel_applies(query.cuda(), query.cuda(), query.cuda().requires_grad_())
         assert not dispatch.kernel_applies(query.cuda().double())
