@@ -16,6 +16,7 @@ from moa_lab.plan import full_or_floor_plan
 from moa_lab.runtime import apply_plan
 
 N = 300
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
@@ -46,8 +47,8 @@ def logits(model: PreTrainedModel, tokens: torch.Tensor, **settings: Any) -> tor
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen3"])
 def test_a_model_gives_the_same_logits_by_kernel_and_by_reference(family: str, counted: Callable[[bool], list[int]]) -> None:
-    model = tiny_model(family)
-    tokens = random_tokens(2, N)
+    model = tiny_model(family).to(DEVICE)
+    tokens = random_tokens(2, N).to(DEVICE)
     counted(False)
     expected = logits(model, tokens)
     calls = counted(True)
@@ -58,9 +59,9 @@ def test_a_model_gives_the_same_logits_by_kernel_and_by_reference(family: str, c
 
 @pytest.mark.parametrize("padding", [0, 90])
 def test_padding_and_caches_give_the_same_logits_by_kernel(padding: int, counted: Callable[[bool], list[int]]) -> None:
-    model = tiny_model("llama")
-    tokens = random_tokens(2, N)
-    mask = torch.ones(2, N, dtype=torch.long)
+    model = tiny_model("llama").to(DEVICE)
+    tokens = random_tokens(2, N).to(DEVICE)
+    mask = torch.ones(2, N, dtype=torch.long, device=DEVICE)
     mask[1, :padding] = 0
     counted(False)
     expected = logits(model, tokens, attention_mask=mask)
@@ -75,11 +76,11 @@ def test_padding_and_caches_give_the_same_logits_by_kernel(padding: int, counted
 
 @pytest.mark.parametrize("kind", ["right padding", "hole", "own mask"])
 def test_what_a_first_key_cannot_tell_is_left_to_the_reference(kind: str, counted: Callable[[bool], list[int]]) -> None:
-    model = tiny_model("llama")
-    tokens = random_tokens(1, 40)
-    mask = torch.ones(1, 40, dtype=torch.long)
+    model = tiny_model("llama").to(DEVICE)
+    tokens = random_tokens(1, 40).to(DEVICE)
+    mask = torch.ones(1, 40, dtype=torch.long, device=DEVICE)
     if kind == "own mask":
-        mask = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+        mask = torch.ones(1, 1, 40, 40, dtype=torch.bool, device=DEVICE).tril()
         mask[..., 5] = False
         mask[..., 5, 5] = True
     else:
