@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from moa_lab.evaluate.summary import table
 
@@ -13,6 +14,17 @@ def test_the_readme_quotes_the_record_of_the_demo() -> None:
     shown = table(json.loads((ROOT / "data/runs/demo/summary.json").read_text(encoding="utf-8")))
     for line in shown.replace("; [95% interval]", ";\n[95% interval]").splitlines():
         assert line in README
+
+
+def test_the_readme_quotes_the_records_of_the_gpu() -> None:
+    def cells(plan: dict[str, Any]) -> list[str]:
+        spread = (("retrieval", "accuracy"), ("cross_entropy", "value"), ("document_cross_entropy", "value"))
+        return [f"{plan[metric][length][part]:.3f}" for metric, part in spread for length in ("2048", "4096")]
+
+    for density in (25, 50):
+        plans = json.loads((ROOT / f"data/runs/standard-{density}/summary.json").read_text(encoding="utf-8"))["plans"]
+        for name in ("dense", "uniform", "paper", "moa"):
+            assert " | ".join([f"| {density}% | {name}", *cells(plans[name])]) + " |" in README
 
 
 def test_the_readme_names_every_module_and_the_picture_is_there() -> None:
