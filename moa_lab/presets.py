@@ -43,14 +43,14 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    # A laptop's two cores: about ten minutes with the embedded model.
+    # A laptop's two cores: thirteen minutes with the embedded model, all installs included.
     "quick": Preset(
         lengths=(1024, 2048), questions=8, questions_per_sample=2, summaries=2, answer_tokens=48,
         candidates=5, refine_rounds=0, refine_heads=0, validation_questions=4, validation_summaries=2, validate_profiled=False,
         test_lengths=(2048,), needles=16, needles_per_text=1, own_answers=4, lines=0, documents=0,
         baselines=(), search_seconds=20.0,
     ),
-    # One GPU: some ten minutes with the embedded model.
+    # One GPU: nine minutes on an H100 with the embedded model.
     "standard": Preset(
         lengths=(2048, 4096), questions=48, questions_per_sample=1, summaries=12, answer_tokens=128,
         candidates=12, refine_rounds=2, refine_heads=96, validation_questions=64, validation_summaries=16, validate_profiled=True,
