@@ -1,0 +1,67 @@
+"""Head to slots: where the KV heads of one layer keep their tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class LayerLayout:
+    """Slots of a flat buffer per KV head: first a sink that stays, then a ring, one head after the other.
+
+    sink_tokens, windows: what queries see, per KV head (see `moa_lab.masks.visible`). reach: the layer's own window in tokens,
+    beyond which nothing is seen, the sink neither. capacity: tokens of a sequence for which there is room; a head that would
+    keep more gets no more than that, and none of its slots is written twice.
+
+    The position of a token in its own sequence says its slot, so nothing moves when a ring wraps.
+    """
+
+    sink_tokens: int
+    windows: tuple[int, ...]
+    reach: int | None
+    capacity: int
+
+    def __post_init__(self) -> None:
+        if self.capacity < 1 or self.sink_tokens < 0 or not self.windows or min(self.windows) < 1:
+            raise ValueError(f"a layout needs windows and a capacity of at least 1 token, got {self.windows} and {self.capacity}")
+
+    @cached_property
+    def sinks(self) -> np.ndarray:
+        """Slots of the sink: int64 (kv_heads,). None where the layer's own window makes one ring of all that is seen."""
+        if self.reach is None:
+            return np.full(len(self.windows), self.sink_tokens)
+        return np.where(self.sink_tokens + np.array(self.windows) > self.reach, 0, self.sink_tokens)
+
+    @cached_property
+    def rings(self) -> np.ndarray:
+        """Slots that a ring needs, whether there is room or not: int64 (kv_heads,)."""
+        windows = np.array(self.windows)
+        return windows if self.reach is None else np.where(self.sink_tokens + windows > self.reach, self.reach, windows)
+
+    @cached_property
+    def slots(self) -> np.ndarray:
+        """Slots per head: int64 (kv_heads,)."""
+        return np.minimum(self.sinks + self.rings, self.capacity)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """First slot of every head, and the number of all: int64 (kv_heads + 1,)."""
+        return np.concatenate([[0], np.cumsum(self.slots)])
+
+    @property
+    def total(self) -> int:
+        """Slots of all heads."""
+        return int(self.starts[-1])
+
+    @property
+    def is_closed(self) -> bool:
+        """True where no head will ever need more slots."""
+        return bool((self.slots == self.sinks + self.rings).all())
+
+    def table(self) -> np.ndarray:
+        """What a kernel needs to know of every head: int32 (kv_heads, 4): first slot, sink, ring, window."""
+        windows = np.minimum(self.windows, np.iinfo(np.int32).max)
+        return np.stack([self.starts[:-1], self.sinks, self.rings, windows], axis=1).astype(np.int32)

@@ -1,0 +1,77 @@
+"""Attention over a ring cache in plain PyTorch: the reference, and the backend without Triton."""
+
+from __future__ import annotations
+
+import torch
+
+from moa_lab.cache import RingLayer
+from moa_lab.kernels.reference import masked_attention
+from moa_lab.masks import visible
+
+
+def chunk_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ring: RingLayer,
+    lengths: torch.Tensor,
+    padding: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention of new tokens to what the ring holds from before and to one another: (batch, query_heads, query_tokens, head_dim).
+
+    query: (batch, query_heads, query_tokens, head_dim), the last of the new tokens; key, value: (batch, kv_heads, tokens, head_dim),
+    not yet written to the ring. lengths: int32 (batch,), tokens of each row with the new ones; padding: int32 (batch,), how many of
+    a row's first columns are no tokens. What they get has no meaning.
+    """
+    tokens, group = key.shape[2], query.shape[1] // key.shape[1]
+    layout = ring.layout
+    column = torch.arange(tokens, device=query.device, dtype=torch.int32)
+    position = lengths[:, None] - tokens + column
+    new = torch.where(column >= padding[:, None], position, -1)
+    asked, real = (x[:, tokens - query.shape[2] :] for x in (position, new >= 0))
+    past = ring.positions(lengths - tokens + padding)
+    output = torch.empty_like(query)
+    for head, window in enumerate(layout.windows):
+        part = slice(int(layout.starts[head]), int(layout.starts[head + 1]))
+        known = torch.cat([past[:, part], new], dim=1)[:, None, None]
+        near_key = torch.cat([ring.keys[:, None, part], key[:, head : head + 1]], dim=2)
+        near_value = torch.cat([ring.values[:, None, part], value[:, head : head + 1]], dim=2)
+        heads = slice(head * group, (head + 1) * group)
+        shown = _shown(asked[:, None, :, None], known, layout.sink_tokens, window, layout.reach)
+        # A padding query sees nothing, and its softmax would be 0/0: it may see all.
+        shown = shown | ~real[:, None, :, None]
+        output[:, heads] = masked_attention(query[:, heads], near_key, near_value, shown, scale, softcap)
+    return output
+
+
+def newest_attention(
+    query: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, scale: float, softcap: float | None = None
+) -> torch.Tensor:
+    """Attention of every row's newest token, already in the ring: (batch, query_heads, 1, head_dim).
+
+    query: (batch, query_heads, 1, head_dim); lengths: int32 (batch,), at least 1.
+    """
+    layout, heads = ring.layout, query.shape[1]
+    group = heads // len(layout.windows)
+    positions = None if layout.reach is None else ring.positions(lengths)
+    output = torch.empty_like(query)
+    for head, window in enumerate(layout.windows):
+        part = slice(int(layout.starts[head]), int(layout.starts[head + 1]))
+        if positions is None:
+            # A ring holds what its head sees, and nothing else.
+            shown = torch.arange(part.stop - part.start, device=query.device) < lengths[:, None]
+        else:
+            shown = _shown(lengths[:, None] - 1, positions[:, part], layout.sink_tokens, window, layout.reach)
+        rows = slice(head * group, (head + 1) * group)
+        # One KV head: its query heads stand where queries would.
+        asked = query[:, rows].transpose(1, 2)
+        found = masked_attention(asked, ring.keys[:, None, part], ring.values[:, None, part], shown[:, None, None], scale, softcap)
+        output[:, rows] = found.transpose(1, 2)
+    return output
+
+
+def _shown(asked: torch.Tensor, known: torch.Tensor, sink_tokens: int, window: int, reach: int | None) -> torch.Tensor:
+    shown = visible(asked, known, sink_tokens, window) & (known >= 0)
+    return shown if reach is None else shown & (asked - known < reach)
