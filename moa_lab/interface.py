@@ -7,6 +7,7 @@ No model family is named anywhere: which modules attend is found by running the 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
@@ -14,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_overlay
 
 from moa_lab.geometry import ModelGeometry
 from moa_lab.kernels.reference import masked_attention
+from moa_lab.masks import KeyMask
 from moa_lab.models import geometry_of
 
 ATTENTION_NAME = "moa_lab"
@@ -32,25 +33,26 @@ UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "sinks", "attention_bias", "h
 class AttentionCall:
     """One layer's attention, as transformers asks for it.
 
-    query: (batch, query_heads, query_tokens, head_dim); key, value: (batch, kv_heads, key_tokens, head_dim).
-    positions: int32 (batch or 1, 1, query_tokens, key_tokens): the key's position in its own sequence (left padding
-    not counted), or -1 where the model itself hides the key (future, padding, its own sliding window).
-    first: int32 (batch,), each row's first key that is not padding, where the model hides the future and left padding and nothing
-    else; None where it hides more, or where that is not known: `positions` tell all.
+    query: (batch, query_heads, query_tokens, head_dim); key, value: (batch, kv_heads, key_tokens, head_dim). mask: what the model
+    hides. Over a cache that hands out nothing but the new tokens' keys, the mask still counts all tokens.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    positions: torch.Tensor
+    mask: KeyMask
     scale: float
     softcap: float | None
-    first: torch.Tensor | None = None
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """`KeyMask.positions`."""
+        return self.mask.positions
 
     @property
     def is_prefill(self) -> bool:
         """True when the call starts a sequence: no key lies before the first query."""
-        return self.query.shape[2] == self.key.shape[2]
+        return self.mask.n_queries == self.mask.n_keys
 
     @property
     def query_positions(self) -> torch.Tensor:
@@ -79,8 +81,6 @@ class AttentionSite:
 _handlers: weakref.WeakKeyDictionary[torch.nn.Module, Handler] = weakref.WeakKeyDictionary()
 _watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 _sites: weakref.WeakKeyDictionary[torch.nn.Module, tuple[AttentionSite, ...]] = weakref.WeakKeyDictionary()
-# What `AttentionCall.first` is for the masks that hide nothing else. A model that copies its mask loses this, and only this.
-_firsts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 @contextlib.contextmanager
@@ -107,7 +107,7 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     return _sites[model]
 
 
-def position_mask(
+def key_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
@@ -116,33 +116,36 @@ def position_mask(
     attention_mask: torch.Tensor | None = None,
     device: torch.device | str = "cpu",
     **settings: Any,
-) -> torch.Tensor:
-    """Mask function for transformers: `AttentionCall.positions` instead of a boolean mask.
-
-    Carrying the positions makes one small tensor say everything: what the model hides, where each row's sequence
-    starts, and how far back every key lies.
-    """
+) -> KeyMask:
+    """Mask function for transformers: says what is hidden instead of writing it out, query by key."""
+    device = torch.device(device)
+    causal, reach = _own_window(settings.get("mask_function", causal_mask_function))
+    if causal and kv_offset == 0 and q_offset + q_length == kv_length:
+        real = None if attention_mask is None else attention_mask[:, :kv_length].to(device, torch.bool)
+        return KeyMask(batch_size, q_length, kv_length, device, real=real, reach=reach)
     settings["allow_is_causal_skip"] = False
     shown = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, device=device, **settings)
     assert shown is not None, "only a causal skip leaves the mask out"
     position = torch.arange(kv_length, device=device, dtype=torch.int32) + kv_offset
-    first = torch.zeros(batch_size, device=device, dtype=torch.int32)
     if attention_mask is None:
         codes = torch.where(shown[:1], position, -1)
     else:
-        first = attention_mask.to(device).int().argmax(dim=1).to(torch.int32)
-        codes = torch.where(shown, position - first[:, None, None, None], -1)
+        own = attention_mask.to(device).int().cumsum(dim=1, dtype=torch.int32)[:, kv_offset : kv_offset + kv_length] - 1
+        codes = torch.where(shown, own[:, None, None], -1)
         # A padding query sees nothing; its softmax would be 0/0. It may see everything: nobody reads its output.
         codes = torch.where(codes.amax(dim=-1, keepdim=True) < 0, 0, codes)
-    newest_last = kv_offset == 0 and q_offset + q_length == kv_length
-    if settings.get("mask_function") is causal_mask_function and newest_last and _padded_on_the_left(attention_mask):
-        _firsts[codes] = first
-    return codes
+    return KeyMask(batch_size, q_length, kv_length, device, explicit=codes)
 
 
-def _padded_on_the_left(attention_mask: torch.Tensor | None) -> bool:
-    """True where no padding follows a token in any row."""
-    return attention_mask is None or not bool((attention_mask[:, 1:].int() < attention_mask[:, :-1].int()).any())
+def _own_window(mask_function: Callable[..., Any]) -> tuple[bool, int | None]:
+    """Whether a mask function of transformers is causal and nothing else but for a sliding window, and that window in tokens."""
+    if mask_function is causal_mask_function:
+        return True, None
+    parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
+    others = [part for part in parts if part is not causal_mask_function]
+    if len(parts) != 2 or len(others) != 1 or others[0].__code__ is not sliding_window_overlay(1).__code__:
+        return False, None
+    return True, int(inspect.getclosurevars(others[0]).nonlocals["sliding_window"])
 
 
 def _dispatch(
@@ -150,7 +153,7 @@ def _dispatch(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: KeyMask | torch.Tensor | None,
     **settings: Any,
 ) -> tuple[torch.Tensor, None]:
     """The function registered with transformers; output (batch, query_tokens, query_heads, head_dim)."""
@@ -160,10 +163,9 @@ def _dispatch(
     scale = settings.get("scaling")
     call = AttentionCall(
         query, key, value,
-        positions=_positions(attention_mask, query, key),
+        mask=_mask(attention_mask, query, key),
         scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
         softcap=settings.get("softcap"),
-        first=_first(attention_mask, query),
     )  # fmt: skip
     handler = _handlers.get(module)
     if handler is not None:
@@ -174,29 +176,21 @@ def _dispatch(
     return watcher(module, call).transpose(1, 2), None
 
 
-def _first(attention_mask: torch.Tensor | None, query: torch.Tensor) -> torch.Tensor | None:
+def _mask(attention_mask: KeyMask | torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> KeyMask:
+    if isinstance(attention_mask, KeyMask):
+        return attention_mask
+    batch, n_queries, n_keys = query.shape[0], query.shape[2], key.shape[2]
     if attention_mask is None:
-        return torch.zeros(len(query), device=query.device, dtype=torch.int32)
-    found: torch.Tensor | None = _firsts.get(attention_mask)
-    return found
-
-
-def _positions(attention_mask: torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    key_tokens = key.shape[2]
-    if attention_mask is not None and attention_mask.dtype == torch.int32:
-        return attention_mask[..., :key_tokens]
-    position = torch.arange(key_tokens, device=query.device, dtype=torch.int32)
-    if attention_mask is None:
-        asked = position[key_tokens - query.shape[2] :, None]
-        return torch.where(position <= asked, position, -1)[None, None]
+        return KeyMask(batch, n_queries, n_keys, query.device)
     # A 4-d mask of the user's own: boolean, or additive with very negative numbers where a key is hidden.
-    mask = attention_mask[..., :key_tokens]
+    mask = attention_mask[..., :n_keys]
     shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    return torch.where(shown, position, -1)
+    position = torch.arange(n_keys, device=query.device, dtype=torch.int32)
+    return KeyMask(batch, n_queries, n_keys, query.device, explicit=torch.where(shown, position, -1))
 
 
 AttentionInterface.register(ATTENTION_NAME, _dispatch)
-AttentionMaskInterface.register(ATTENTION_NAME, position_mask)
+AttentionMaskInterface.register(ATTENTION_NAME, key_mask)
 
 
 @contextlib.contextmanager
@@ -239,14 +233,19 @@ def _find_sites(model: PreTrainedModel, geometry: ModelGeometry) -> tuple[Attent
     # From the middle of the vocabulary: special tokens drive some models to activations that half precision cannot repeat.
     vocabulary = _attention_config(model).vocab_size
     tokens = (torch.arange(8, device=model.device)[None] * 37 + vocabulary // 2) % vocabulary
-    with _routed(model, {}, watch):
-        ours = model(input_ids=tokens, use_cache=False).logits
+    unrouted = f"{name} does not use transformers' attention interface: its attention cannot be routed"
+    try:
+        with _routed(model, {}, watch):
+            ours = model(input_ids=tokens, use_cache=False).logits
+    except (TypeError, AttributeError) as error:
+        # A layer of its own kind that takes our mask for a tensor.
+        raise ValueError(unrouted) from error
     # transformers' sdpa leaves out soft-capping without a word; eager is what such a family defines itself.
     capped = any(call.softcap is not None for _, call in seen)
     with _implementation(model, "eager" if capped else _attention_config(model)._attn_implementation):
         own = model(input_ids=tokens, use_cache=False).logits
     if not seen:
-        raise ValueError(f"{name} does not use transformers' attention interface: its attention cannot be routed")
+        raise ValueError(unrouted)
     sites = []
     for layer, (module, call) in enumerate(seen):
         shape = (call.query.shape[1], call.key.shape[1], call.query.shape[3])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -16,6 +18,56 @@ def visible(query: Array, key: Array, sink_tokens: int, window_tokens: Array | i
     Arguments broadcast; the result is boolean. Every mask in the project is this expression.
     """
     return (key <= query) & ((key < sink_tokens) | (query - key < window_tokens))
+
+
+@dataclass(frozen=True)
+class KeyMask:
+    """What a model hides from its queries, in all heads of a layer alike: the future, padding, and what lies beyond its own window.
+
+    The queries are the last n_queries of n_keys tokens. real: bool (batch, n_keys), False for padding (None: there is none).
+    reach: the model's own window in tokens (None: no end). explicit: int32 (batch or 1, 1, n_queries, n_keys), `positions` for
+    what the others cannot say; they are not looked at then.
+    """
+
+    batch: int
+    n_queries: int
+    n_keys: int
+    device: torch.device
+    real: torch.Tensor | None = None
+    reach: int | None = None
+    explicit: torch.Tensor | None = None
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """The key's position in its own sequence, padding not counted, or -1 where the model hides the key.
+
+        int32 (batch or 1, 1, n_queries, n_keys). A padding query sees nothing, and its softmax would be 0/0: it may see all.
+        """
+        if self.explicit is not None:
+            return self.explicit
+        index = torch.arange(self.n_keys, device=self.device, dtype=torch.int32)
+        back = index[self.n_keys - self.n_queries :, None] - index
+        shown = back >= 0 if self.reach is None else (back >= 0) & (back < self.reach)
+        if self.real is None:
+            return torch.where(shown, index, -1)[None, None]
+        own = (self.real.cumsum(dim=1, dtype=torch.int32) - 1)[:, None, None]
+        positions = torch.where(shown & self.real[:, None, None], own, -1)
+        asks = self.real[:, None, self.n_keys - self.n_queries :, None]
+        return torch.where(asks, positions, own.clamp(min=0))
+
+    @cached_property
+    def first(self) -> torch.Tensor | None:
+        """int32 (batch,), each row's first token, where all padding lies on the left; None where more is hidden than that says."""
+        if self.explicit is not None:
+            return None
+        if self.real is None:
+            return torch.zeros(self.batch, device=self.device, dtype=torch.int32)
+        return self.real.int().argmax(dim=1).to(torch.int32) if self.padded_on_the_left else None
+
+    @cached_property
+    def padded_on_the_left(self) -> bool:
+        """True where no padding follows a token in any row."""
+        return self.explicit is None and (self.real is None or not bool((self.real[:, :-1] & ~self.real[:, 1:]).any()))
 
 
 def dense_mask(n_tokens: int, sink_tokens: int, windows: torch.Tensor) -> torch.Tensor:

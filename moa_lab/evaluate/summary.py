@@ -7,7 +7,6 @@ from typing import Any
 
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement, Measurements
-from moa_lab.runtime.apply import SAVES_MEMORY
 from moa_lab.storage import to_json
 
 # Which test samples stand for a score in the summary.
@@ -25,7 +24,7 @@ def summarise(plans: Sequence[Plan], measurements: Measurements, n_tokens: int) 
     return {
         "plans": {plan.name: _entry(plan, measurements, n_tokens) for plan in plans},
         "n_tokens": n_tokens,
-        "kv_bytes_are": "measured" if SAVES_MEMORY else "predicted from the spans; the mask-only backend allocates the dense cache",
+        "kv_bytes_are": "predicted from the spans; the mask-only backend allocates the dense cache",
         "provenance": to_json(measurements.provenance),
     }
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 
 import numpy as np
 import torch
 
+from moa_lab.cache import RingLayer
 from moa_lab.kernels.reference import windowed_attention
+from moa_lab.kernels.ring_reference import chunk_attention, newest_attention
+from moa_lab.kernels.schedule import DecodeSchedule, decode_schedule
+from moa_lab.masks import KeyMask
 
 MAX_HEAD_DIM = 256
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,8 +32,7 @@ def span_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    positions: torch.Tensor,
-    first: torch.Tensor | None,
+    mask: KeyMask,
     sink_tokens: int,
     windows: np.ndarray,
     scale: float,
@@ -36,13 +40,64 @@ def span_attention(
 ) -> torch.Tensor:
     """Attention in which KV head g sees the sink and its own `windows[g]` tokens, by the fastest way that is right.
 
-    Shapes as in `windowed_attention`; first as in `AttentionCall`: without it only the reference knows what is hidden.
+    Shapes as in `windowed_attention`. mask: what the model itself hides.
     """
-    if first is not None and kernel_applies(query, key, value):
+    if kernel_applies(query, key, value) and mask.first is not None:
         # Imported here: Triton is not everywhere.
         from moa_lab.kernels.prefill import prefill_attention
 
         on_device = torch.from_numpy(windows.astype(np.int32)).to(query.device, non_blocking=True)
-        return prefill_attention(query, key, value, on_device, sink_tokens, scale, first=first, softcap=softcap)
+        return prefill_attention(query, key, value, on_device, sink_tokens, scale, first=mask.first, reach=mask.reach, softcap=softcap)
+    positions = mask.positions
     query_positions = positions.amax(dim=-1, keepdim=True)
-    return windowed_attention(query, key, value, query_positions, positions, sink_tokens, windows, scale, softcap)
+    gaps = mask.explicit is None and not mask.padded_on_the_left
+    return windowed_attention(query, key, value, query_positions, positions, sink_tokens, windows, scale, softcap, gaps)
+
+
+def ring_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ring: RingLayer,
+    lengths: torch.Tensor,
+    padding: torch.Tensor,
+    schedule: Callable[[], DecodeSchedule] | None,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attend from new tokens to what the ring holds and to one another, and write them: (batch, query_heads, tokens, head_dim).
+
+    Shapes as in `chunk_attention`. schedule: asked for where the decode kernel runs, see `new_schedule`; None: nothing is written.
+    """
+    if schedule is None:
+        return chunk_attention(query, key, value, ring, lengths, padding, scale, softcap)
+    if query.shape[2] > 1:
+        found = chunk_attention(query, key, value, ring, lengths, padding, scale, softcap)
+        ring_write(key, value, ring, lengths, padding)
+        return found
+    ring_write(key, value, ring, lengths, padding)
+    if not kernel_applies(query, key, value):
+        return newest_attention(query, ring, lengths, scale, softcap)
+    from moa_lab.kernels.decode import decode_attention
+
+    return decode_attention(query, ring, lengths, schedule(), scale, softcap)
+
+
+def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, padding: torch.Tensor) -> None:
+    """`RingLayer.write`, in one kernel where there is Triton."""
+    if kernel_applies(key.detach(), value.detach()):
+        from moa_lab.kernels import decode
+
+        decode.ring_write(key, value, ring, lengths, padding)
+    else:
+        ring.write(key, value, lengths, padding)
+
+
+def new_schedule(ring: RingLayer, batch: int) -> DecodeSchedule:
+    """A schedule for the decode kernel that fills this device."""
+    # Imported here: Triton is not everywhere.
+    from moa_lab.kernels.decode import PROGRAMS_PER_CORE, tile_slots
+
+    cores = torch.cuda.get_device_properties(ring.keys.device).multi_processor_count
+    tile = tile_slots(ring.keys.shape[-1], ring.keys.dtype)
+    return decode_schedule(ring.layout.slots, batch, tile, PROGRAMS_PER_CORE * cores, ring.keys.device)

@@ -46,13 +46,14 @@ def windowed_attention(
     windows: np.ndarray,
     scale: float,
     softcap: float | None = None,
+    gaps: bool = False,
 ) -> torch.Tensor:
     """`masked_attention` in which KV head g sees the sink and its own `windows[g]` tokens: int (kv_heads,).
 
     query_positions: int32 (batch or 1, 1, query_tokens, 1); positions: int32 (batch or 1, 1, query_tokens, key_tokens), the
-    key's position, -1 where the model itself hides the key. In a row, keys and their positions are in the same order and equally
-    far apart. Heads of one window share a mask, and a block of queries reads the sink and the window's keys alone, so work
-    and memory fall with the windows.
+    key's position, -1 where the model itself hides the key. In a row, keys and their positions are in the same order and, but for
+    padding between tokens (gaps), equally far apart. Heads of one window share a mask, and without gaps a block of queries reads the
+    sink and the window's keys alone, so work and memory fall with the windows.
     """
     group = query.shape[1] // key.shape[1]
     tokens, keys = query.shape[2], key.shape[2]
@@ -67,7 +68,7 @@ def windowed_attention(
         blocks = []
         for start in range(0, tokens, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, tokens)
-            read = _reached(offset + start, offset + stop, sink_end, int(window))
+            read = [slice(0, offset + stop)] if gaps else _reached(offset + start, offset + stop, sink_end, int(window))
             rows = positions[:, :, start:stop]
             at = torch.cat([rows[..., part] for part in read], dim=-1)
             shown = visible(query_positions[:, :, start:stop], at, sink_tokens, int(window)) & (at >= 0)

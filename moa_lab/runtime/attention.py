@@ -1,6 +1,8 @@
-"""Attention under a plan, by masking: right for every model, and no memory saved."""
+"""Attention under a plan: over the tokens of one pass, over a cache that shrinks, or, masked, over one that does not."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -10,7 +12,14 @@ from moa_lab.kernels.dispatch import span_attention
 from moa_lab.plan import Plan
 
 
-class MaskedSpans:
+class SpanCache(Protocol):
+    """A cache that keeps what a plan's heads will see."""
+
+    def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        """Attention of one layer over the cache and the new tokens."""
+
+
+class SpanAttention:
     """Attention handlers of a model under `plan`, one per layer, that agree on the length N the spans are taken at.
 
     n_tokens: N for elastic rules (prompt and new tokens together); None: the length of the newest prompt, kept while
@@ -20,25 +29,41 @@ class MaskedSpans:
     def __init__(self, plan: Plan, n_tokens: int | None = None) -> None:
         self.plan = plan
         self.fixed = n_tokens
+        self.active = True
         self._windows: dict[int, np.ndarray] = {}
         self._current = n_tokens
+        self._arrived: tuple[SpanCache, torch.Tensor] | None = None
+
+    def arrive(self, cache: SpanCache, key: torch.Tensor) -> None:
+        """Told by a cache that gives nothing but the new tokens' `key` to the attention that comes next."""
+        if not self.active:
+            raise RuntimeError("this cache belongs to a plan that is no longer applied: use it within the same `apply_plan`")
+        self._arrived = (cache, key)
+
+    def forget(self) -> None:
+        """A new forward pass begins: what an earlier one left when it failed is void."""
+        self._arrived = None
 
     def handler(self, layer: int) -> Handler:
         """The attention of one layer."""
 
         def attend(call: AttentionCall) -> torch.Tensor:
+            arrived, self._arrived = self._arrived, None
+            if arrived is not None:
+                cache, key = arrived
+                if key is not call.key:
+                    raise ValueError("the model changes keys between its cache and its attention: pass past_key_values=DynamicCache()")
+                return cache.attend(layer, call)
             if self.fixed is None and (call.is_prefill or self._current is None):
-                self._current = call.key.shape[2]
-            windows = self._window_tokens()[layer]
-            return span_attention(
-                call.query, call.key, call.value, call.positions, call.first, self.plan.sink_tokens, windows, call.scale, call.softcap
-            )
+                self._current = call.mask.n_keys
+            windows = self.windows(self._current or call.mask.n_keys)[layer]
+            return span_attention(call.query, call.key, call.value, call.mask, self.plan.sink_tokens, windows, call.scale, call.softcap)
 
         return attend
 
-    def _window_tokens(self) -> np.ndarray:
-        n = self._current
-        assert n is not None
+    def windows(self, n_tokens: int) -> np.ndarray:
+        """Window tokens at length N, or at `n_tokens` where no N is fixed: int64 (layers, kv_heads)."""
+        n = self.fixed or n_tokens
         if n not in self._windows:
             self._windows[n] = self.plan.windows(n)
         return self._windows[n]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moa_lab.interface import AttentionCall
-from moa_lab.masks import visible
+from moa_lab.masks import KeyMask, visible
 from moa_lab.profiling import capture
 from moa_lab.profiling.capture import capturing
 from moa_lab.profiling.influence import LayerInfluence, influence, naive_influence
@@ -28,11 +28,9 @@ def random_call(
         return (2 * torch.randn(BATCH, heads, n_tokens, HEAD_DIM, generator=generator, dtype=torch.float64)).to(dtype)
 
     query, key, value, output_gradient = draw(HEADS), draw(kv_heads), draw(kv_heads), draw(HEADS)
-    position = torch.arange(n_tokens, dtype=torch.int32)
-    shown = visible(position[:, None], position[None], 0, own_window or n_tokens)
-    positions = torch.where(shown, position, -1)[None, None]
+    mask = KeyMask(1, n_tokens, n_tokens, query.device, reach=own_window)
     inputs = [x.requires_grad_(True) for x in (query, key, value)]
-    return AttentionCall(*inputs, positions=positions, scale=SCALE, softcap=softcap), output_gradient
+    return AttentionCall(*inputs, mask=mask, scale=SCALE, softcap=softcap), output_gradient
 
 
 def shown_under(call: AttentionCall, windows: np.ndarray | None, sink_tokens: int) -> torch.Tensor:
@@ -156,6 +154,6 @@ def test_a_sink_over_the_whole_sequence_leaves_nothing_to_lose() -> None:
 
 def test_a_call_over_a_cache_is_refused() -> None:
     call, _ = random_call(20, 2)
-    continued = AttentionCall(call.query[:, :, 5:], call.key, call.value, call.positions[:, :, 5:], SCALE, None)
+    continued = AttentionCall(call.query[:, :, 5:], call.key, call.value, KeyMask(1, 15, 20, call.query.device), SCALE, None)
     with pytest.raises(ValueError, match="use_cache=False"):
         capturing(0, lambda layer, reduced: None, 64)(continued)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tiny import FAMILIES, VOCABULARY, random_tokens, tiny_model
+from tiny_plans import small_plan
 from transformers import DynamicCache, PreTrainedModel
 
 from moa_lab.interface import AttentionCall, route_attention
@@ -29,15 +30,6 @@ def mixed_plan(model: PreTrainedModel, sink_tokens: int = 64, **fields: Any) -> 
     geometry = geometry_of(model)
     rules = tuple(tuple(SPANS[(layer + head) % 4] for head in range(geometry.kv_heads)) for layer in range(geometry.layers))
     return Plan(geometry=geometry, rules=rules, sink_tokens=sink_tokens, **fields)
-
-
-def small_plan(model: PreTrainedModel) -> Plan:
-    """Spans so small that a few dozen tokens overflow every one of them."""
-    geometry = geometry_of(model)
-    rules = tuple(
-        tuple(SpanRule(float(9 + 5 * (layer + head)), 0.0) for head in range(geometry.kv_heads)) for layer in range(geometry.layers)
-    )
-    return Plan(geometry=geometry, rules=rules, sink_tokens=4, min_span=5)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,9 +11,9 @@ import torch
 from moa_lab.geometry import ModelGeometry
 from moa_lab.interface import AttentionCall
 from moa_lab.kernels.reference import masked_attention
-from moa_lab.masks import dense_mask, visible
+from moa_lab.masks import KeyMask, dense_mask, visible
 from moa_lab.plan import Plan, SpanRule
-from moa_lab.runtime.attention import MaskedSpans
+from moa_lab.runtime.attention import SpanAttention
 
 torch.set_num_threads(1)
 
@@ -32,13 +34,12 @@ def random_call(plan: Plan, n_queries: int, n_keys: int, *, batch: int = 2, soft
     generator = torch.Generator().manual_seed(n_keys)
     shapes = [(plan.geometry.query_heads, n_queries), (plan.geometry.kv_heads, n_keys), (plan.geometry.kv_heads, n_keys)]
     query, key, value = (torch.randn(batch, heads, n, 8, generator=generator) for heads, n in shapes)
-    position = torch.arange(n_keys, dtype=torch.int32)
-    positions = torch.where(position <= position[n_keys - n_queries :, None], position, -1)[None, None]
-    return AttentionCall(query, key, value, positions=positions, scale=0.5, softcap=softcap)
+    mask = KeyMask(batch, n_queries, n_keys, query.device)
+    return AttentionCall(query, key, value, mask=mask, scale=0.5, softcap=softcap)
 
 
 def attend(plan: Plan, call: AttentionCall, n_tokens: int | None = None) -> torch.Tensor:
-    return MaskedSpans(plan, n_tokens).handler(0)(call)
+    return SpanAttention(plan, n_tokens).handler(0)(call)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.0])
@@ -62,7 +63,7 @@ def test_the_window_ends_between_distance_w_minus_1_and_w(window: int) -> None:
     for distance, seen in [(window - 1, True), (window, False), (window + 1, False)]:
         value = call.value.clone()
         value[:, :, n - 1 - distance] += 1
-        after = attend(plan, AttentionCall(call.query, call.key, value, call.positions, 0.5, None), n)
+        after = attend(plan, AttentionCall(call.query, call.key, value, call.mask, 0.5, None), n)
         assert torch.equal(after, before) != seen, f"distance {distance}"
 
 
@@ -73,7 +74,7 @@ def test_the_sink_ends_between_positions_s_minus_1_and_s() -> None:
     for position, seen in [(0, True), (SINK - 1, True), (SINK, False)]:
         value = call.value.clone()
         value[:, :, position] += 1
-        after = attend(plan, AttentionCall(call.query, call.key, value, call.positions, 0.5, None), 40)
+        after = attend(plan, AttentionCall(call.query, call.key, value, call.mask, 0.5, None), 40)
         assert torch.equal(after, before) != seen, f"position {position}"
 
 
@@ -89,7 +90,7 @@ def test_poison_outside_every_span_changes_nothing(softcap: float | None) -> Non
         key[:, head, SINK : n_keys - n_queries - window + 1] = 1e18
         value[:, head, SINK : n_keys - n_queries - window + 1] = -1e30
     assert (value < -1e29).sum() > 0
-    after = attend(plan, AttentionCall(call.query, key, value, call.positions, 0.5, softcap), n_keys)
+    after = attend(plan, AttentionCall(call.query, key, value, call.mask, 0.5, softcap), n_keys)
     torch.testing.assert_close(after, before, atol=0, rtol=0)
 
 
@@ -99,7 +100,7 @@ def test_query_heads_of_a_group_share_the_window_of_their_kv_head() -> None:
     before = attend(plan, call, 40)
     value = call.value.clone()
     value[:, :, 20] += 1
-    after = attend(plan, AttentionCall(call.query, call.key, value, call.positions, 0.5, None), 40)
+    after = attend(plan, AttentionCall(call.query, call.key, value, call.mask, 0.5, None), 40)
     changed = (after != before).any(dim=-1)[0, :, 0].tolist()
     assert changed == [False, False, False, True, True, True]
 
@@ -109,7 +110,7 @@ def test_what_the_model_hides_stays_hidden() -> None:
     call = random_call(plan, 40, 40, batch=1)
     own = visible(torch.arange(40)[:, None], torch.arange(40)[None], 0, 8)
     positions = torch.where(own, torch.arange(40), -1).int()[None, None]
-    found = attend(plan, AttentionCall(call.query, call.key, call.value, positions, 0.5, None))
+    found = attend(plan, AttentionCall(call.query, call.key, call.value, replace(call.mask, explicit=positions), 0.5, None))
     torch.testing.assert_close(found, masked_attention(call.query, call.key, call.value, own, 0.5), atol=1e-5, rtol=1e-5)
 
 
@@ -121,24 +122,24 @@ def test_rows_are_placed_by_their_own_positions() -> None:
     seen = (position[:, None, :] <= position[:, :, None]) & (position[:, None, :] >= 0)
     positions = torch.where(seen, position[:, None, :], -1)
     positions = torch.where(positions.amax(dim=-1, keepdim=True) < 0, 0, positions)[:, None]
-    found = attend(plan, AttentionCall(call.query, call.key, call.value, positions, 0.5, None), n)
+    found = attend(plan, AttentionCall(call.query, call.key, call.value, replace(call.mask, explicit=positions), 0.5, None), n)
     for row, length in enumerate([n, short]):
         alone = AttentionCall(
             call.query[row : row + 1, :, -length:], call.key[row : row + 1, :, -length:], call.value[row : row + 1, :, -length:],
-            torch.where(torch.ones(length, length).bool().tril(), torch.arange(length), -1).int()[None, None], 0.5, None,
+            KeyMask(1, length, length, call.query.device), 0.5, None,
         )  # fmt: skip
         torch.testing.assert_close(found[row : row + 1, :, -length:], attend(plan, alone, n), atol=1e-5, rtol=1e-5)
 
 
 def test_without_a_length_the_prompts_own_decides_until_the_next_prompt() -> None:
     plan = plan_of([SpanRule(0.0, 0.5)], 1)
-    spans = MaskedSpans(plan)
+    spans = SpanAttention(plan)
     attended = spans.handler(0)
 
     def seen_by_last(n_queries: int, n_keys: int) -> int:
         call = random_call(plan, n_queries, n_keys, batch=1)
         value = call.value.clone().requires_grad_(True)
-        output = attended(AttentionCall(call.query, call.key, value, call.positions, 0.5, None))
+        output = attended(AttentionCall(call.query, call.key, value, call.mask, 0.5, None))
         (gradient,) = torch.autograd.grad(output[:, :, -1].sum(), value)
         return int((gradient.abs().sum(dim=-1) > 0).sum())
 
