@@ -53,6 +53,10 @@ class RingCache(Cache):
         """Columns of tokens that came so far, padding counted."""
         return self._seen
 
+    def advance(self, columns: int) -> None:
+        """Count columns that came without Python: those of replayed graphs."""
+        self._seen += columns
+
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no end."""
         return -1
@@ -135,7 +139,7 @@ class RingCache(Cache):
             raise RuntimeError(
                 "tokens were overwritten in a full ring and cannot be taken back; call activate_past_recording() before they come"
             )
-        self.lengths = self.lengths - remove
+        self.lengths -= remove
         self._seen -= remove
 
     def _commit(self, remove: int) -> None:
@@ -171,7 +175,8 @@ class RingCache(Cache):
                 raise ValueError("padding between recorded tokens: assisted generation takes rows without padding")
         else:
             self._padding = padding
-        self.lengths = self.lengths + (tokens - padding)
+        # In place, so that a captured graph counts on by itself.
+        self.lengths += tokens - padding
         if self._seen > self._capacity:
             self._capacity = max(self._seen + ROOM, self._capacity + self._capacity // 4)
             for ring in self.rings:

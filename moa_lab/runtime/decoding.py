@@ -1,0 +1,97 @@
+"""The decode loop: one pass per new token, captured as a CUDA graph where there is one."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from moa_lab.runtime.ring_cache import RingCache
+from moa_lab.runtime.sampling import Sampling
+
+logger = logging.getLogger(__name__)
+
+WARM_UP = 3
+"""Steps that run before one is captured: what is made on first use is there by then."""
+CHECK_EVERY = 32
+"""Steps between two questions whether all rows have stopped: the only time the host waits."""
+
+
+class Decoder:
+    """New tokens of every row, up to `most`, and what a step needs, all of it on the device.
+
+    cache: as the prefill left it; lengths: int64 (batch,), tokens of every row so far.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, cache: RingCache, lengths: torch.Tensor, sampling: Sampling, stops: Sequence[int], most: int
+    ) -> None:
+        device, batch = lengths.device, len(lengths)
+        self._model, self._cache, self._sampling, self._most = model, cache, sampling, most
+        self._positions = lengths[:, None].clone()
+        self._generator = sampling.generator(device)
+        self._stops = torch.tensor(list(stops), dtype=torch.long, device=device)
+        self._tokens = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self._said = torch.zeros(batch, most, dtype=torch.long, device=device)
+        self._at = torch.zeros(1, dtype=torch.long, device=device)
+        self._stopped = torch.zeros(batch, dtype=torch.bool, device=device)
+        self.steps = 0
+        self.captured = False
+
+    def first(self, logits: torch.Tensor) -> None:
+        """Choose every row's first token from the prompt's `logits` (batch, vocabulary)."""
+        self._say(logits)
+
+    def run(self, graph: bool | None = None) -> None:
+        """Decode until all rows have stopped or have said all they may."""
+        wanted = self._tokens.is_cuda if graph is None else graph
+        replay = None
+        while self.steps < self._most - 1:
+            if self.steps % CHECK_EVERY == 0 and bool(self._stopped.all()):
+                break
+            if wanted and self.steps == WARM_UP:
+                replay = self._capture()
+                self.captured = replay is not None
+            if replay is None:
+                self._step()
+            else:
+                replay.replay()
+                self._cache.advance(1)
+            self.steps += 1
+
+    def tokens(self) -> list[list[int]]:
+        """What every row said, up to and with its stop token."""
+        rows = self._said[:, : self.steps + 1].tolist()
+        stops = set(self._stops.tolist())
+        ends = [next((at for at, token in enumerate(row) if token in stops), len(row) - 1) for row in rows]
+        return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
+
+    def _step(self) -> None:
+        found = self._model(input_ids=self._tokens, position_ids=self._positions, past_key_values=self._cache, use_cache=True)
+        self._positions += 1
+        self._say(found.logits[:, -1])
+
+    def _say(self, logits: torch.Tensor) -> None:
+        chosen = self._sampling.pick(logits, self._generator)
+        self._tokens.copy_(chosen[:, None])
+        self._said.index_copy_(1, self._at, chosen[:, None])
+        self._at += 1
+        self._stopped |= torch.isin(chosen, self._stops)
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        """The step as a graph; None, and a line in the log, where the model talks to the host in every step."""
+        captured = torch.cuda.CUDAGraph()
+        captured.register_generator_state(self._generator)
+        seen = self._cache.get_seq_length()
+        try:
+            with torch.cuda.graph(captured):
+                self._step()
+        except RuntimeError as error:
+            logger.warning("the decode step cannot be captured (%s): it runs step by step", str(error).splitlines()[0])
+            return None
+        finally:
+            # Capturing ran nothing.
+            self._cache.advance(seen - self._cache.get_seq_length())
+        return captured

@@ -1,0 +1,139 @@
+"""Generation over the ring cache: prefill in chunks, then one token after another without a word to the host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa_lab.models import chat_ids, geometry_of
+from moa_lab.plan import Plan, dense_plan
+from moa_lab.runtime.apply import apply_plan, ring_cache
+from moa_lab.runtime.decoding import Decoder
+from moa_lab.runtime.ring_cache import RingCache
+from moa_lab.runtime.sampling import Sampling
+
+PREFILL_TOKENS = 32768
+"""Tokens of all rows that go through the model at once in prefill: what a larger chunk would gain is small, its memory is not."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated, and what it took.
+
+    texts, tokens: one per prompt, up to and with the stop token. prompt_tokens: per prompt. prefill_s, decode_s: seconds;
+    decode_steps: passes after the first new token. kv_bytes_predicted: of the plan, all rows; kv_bytes_allocated: what the cache held.
+    captured: whether the decode step ran as a CUDA graph.
+    """
+
+    texts: tuple[str, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    prompt_tokens: tuple[int, ...]
+    prefill_s: float
+    decode_s: float
+    decode_steps: int
+    kv_bytes_predicted: int
+    kv_bytes_allocated: int
+    captured: bool
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Tokens a second after the first, all rows together."""
+        return self.decode_steps * len(self.texts) / self.decode_s if self.decode_s else 0.0
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: str | Sequence[str],
+    *,
+    plan: Plan | None = None,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    chat: bool = False,
+    stop_tokens: Sequence[int] | None = None,
+    prefill_tokens: int = PREFILL_TOKENS,
+    graph: bool | None = None,
+) -> Generation:
+    """Answer `prompts`, all in one batch, under `plan` (None: every head keeps everything).
+
+    Spans are those of the longest prompt and the new tokens together. sampling: None takes the likeliest token. chat: prompts are
+    a user's messages. stop_tokens: None for the model's own end of sequence. prefill_tokens: of all rows, at once. graph: capture
+    the decode step as a CUDA graph (None: on a GPU, where the model allows it). Raises ValueError for no prompts, an empty one, or
+    tokens beyond the model's maximum length.
+    """
+    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    rows = [chat_ids(tokenizer, [{"role": "user", "content": text}]) if chat else list(tokenizer.encode(text)) for text in asked]
+    if not rows or not all(rows):
+        raise ValueError("generation needs at least one prompt, and a token in every prompt")
+    n_tokens = max(map(len, rows)) + max_new_tokens
+    plan = plan or dense_plan(geometry_of(model))
+    if max_new_tokens < 1 or n_tokens > plan.geometry.max_length:
+        raise ValueError(
+            f"{max(map(len, rows))} prompt and {max_new_tokens} new tokens: new tokens must be at least 1, and all together at most "
+            f"{plan.geometry.max_length}, the model's maximum length"
+        )
+    stops = _end_of_sequence(model) if stop_tokens is None else list(stop_tokens)
+    with apply_plan(model, plan, n_tokens):
+        cache = ring_cache(model, n_tokens)
+        started = _clock(model)
+        logits, lengths = _prefill(model, cache, rows, prefill_tokens)
+        decoder = Decoder(model, cache, lengths, sampling or Sampling(), stops, max_new_tokens)
+        decoder.first(logits)
+        first = _clock(model)
+        decoder.run(graph)
+        ended = _clock(model)
+    tokens = decoder.tokens()
+    return Generation(
+        texts=tuple(str(tokenizer.decode(_without_stop(row, stops), skip_special_tokens=chat)) for row in tokens),
+        tokens=tuple(map(tuple, tokens)),
+        prompt_tokens=tuple(map(len, rows)),
+        prefill_s=first - started,
+        decode_s=ended - first,
+        decode_steps=decoder.steps,
+        kv_bytes_predicted=len(rows) * plan.kv_bytes(n_tokens, logits.dtype.itemsize),
+        kv_bytes_allocated=cache.allocated_bytes,
+        captured=decoder.captured,
+    )
+
+
+def _prefill(
+    model: PreTrainedModel, cache: RingCache, rows: Sequence[Sequence[int]], prefill_tokens: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (batch, vocabulary) of every row's last token, and int64 lengths (batch,); the rows are padded on the left."""
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        tokens[index, longest - len(row) :] = torch.tensor(row)
+    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    tokens, mask, positions, lengths = (x.to(model.device) for x in (tokens, mask, positions, lengths))
+    chunk = max(prefill_tokens // len(rows), 1)
+    for start in range(0, longest, chunk):
+        part = slice(start, start + chunk)
+        # The whole mask as far as the tokens go; without padding none is needed.
+        padded = {"attention_mask": mask[:, : part.stop]} if len(rows) > 1 else {}
+        logits = model(
+            input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1, **padded
+        ).logits
+    return logits[:, -1], lengths
+
+
+def _end_of_sequence(model: PreTrainedModel) -> list[int]:
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _without_stop(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
+    return list(tokens[:-1]) if tokens and tokens[-1] in stops else list(tokens)
+
+
+def _clock(model: PreTrainedModel) -> float:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -1,0 +1,148 @@
+"""Our own loop says what transformers' generate says, row by row, and tells what it took."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from tiny_plans import small_plan
+from transformers import DynamicCache, PreTrainedModel
+
+import moa_lab as ml
+from moa_lab.models import geometry_of
+from moa_lab.plan import Plan, dense_plan
+from moa_lab.runtime import Sampling, apply_plan
+from moa_lab.runtime.generate import generate
+
+torch.set_num_threads(1)
+
+PROMPTS = ["The president spoke of the harvest and of the roads for a long while.", "Peace.", "We have met again, and much is to be said."]
+
+
+def model_of(family: str, **settings: Any) -> PreTrainedModel:
+    # Tied to its embeddings, a random model says the last token over and over.
+    model = tiny_model(family, tie_word_embeddings=False, **settings)
+    # Nothing stops a random model but what a test says.
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def alone(model: PreTrainedModel, plan: Plan, prompt: str, n_tokens: int, new: int) -> list[int]:
+    """transformers' generate for one prompt, over a whole cache that is masked."""
+    tokens = torch.tensor([tiny_tokenizer().encode(prompt)])
+    with apply_plan(model, plan, n_tokens):
+        said = model.generate(tokens, attention_mask=torch.ones_like(tokens), past_key_values=DynamicCache(), do_sample=False,
+                              max_new_tokens=new, pad_token_id=0)  # fmt: skip
+    return said[0, tokens.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("prefill_tokens", [100_000, 60, 1])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt_neox"])
+def test_every_row_of_a_ragged_batch_says_what_it_says_alone(family: str, prefill_tokens: int) -> None:
+    model = model_of(family)
+    plan = small_plan(model)
+    found = generate(model, tiny_tokenizer(), PROMPTS, plan=plan, max_new_tokens=30, prefill_tokens=prefill_tokens)
+    n_tokens = max(found.prompt_tokens) + 30
+    for prompt, said in zip(PROMPTS, found.tokens, strict=True):
+        assert list(said) == alone(model, plan, prompt, n_tokens, 30)
+
+
+def test_without_a_plan_everything_is_kept() -> None:
+    model = model_of("llama")
+    found = generate(model, tiny_tokenizer(), PROMPTS[0], max_new_tokens=20)
+    assert list(found.tokens[0]) == alone(model, dense_plan(geometry_of(model)), PROMPTS[0], found.prompt_tokens[0] + 20, 20)
+
+
+def test_bytes_are_predicted_and_allocated_alike() -> None:
+    model = model_of("llama")
+    plan = small_plan(model)
+    found = generate(model, tiny_tokenizer(), PROMPTS, plan=plan, max_new_tokens=20)
+    whole = generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=20)
+    assert found.kv_bytes_allocated == found.kv_bytes_predicted < whole.kv_bytes_allocated
+    assert found.decode_steps == 19
+    assert found.decode_tokens_per_s > 0
+    assert found.prefill_s > 0
+
+
+def test_a_row_ends_with_its_stop_token_and_the_others_go_on() -> None:
+    model = model_of("llama")
+    plan = small_plan(model)
+    free = generate(model, tiny_tokenizer(), PROMPTS, plan=plan, max_new_tokens=100)
+    stop = free.tokens[1][5]
+    found = generate(model, tiny_tokenizer(), PROMPTS, plan=plan, max_new_tokens=100, stop_tokens=[stop])
+    for said, unstopped in zip(found.tokens, free.tokens, strict=True):
+        end = unstopped.index(stop) + 1 if stop in unstopped else len(unstopped)
+        assert said == unstopped[:end]
+    assert len(found.tokens[1]) <= 6
+    assert found.texts[1] == tiny_tokenizer().decode(found.tokens[1][:-1])
+
+
+def test_it_ends_when_all_rows_have_stopped() -> None:
+    model = model_of("llama")
+    every = list(range(geometry_vocabulary(model)))
+    found = generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=90, stop_tokens=every)
+    assert [len(said) for said in found.tokens] == [1, 1, 1]
+    assert found.decode_steps == 0
+
+
+def geometry_vocabulary(model: PreTrainedModel) -> int:
+    return int(model.config.vocab_size)
+
+
+def test_a_seed_says_the_same_twice_and_another_something_else() -> None:
+    model = model_of("llama")
+    said = [generate(model, tiny_tokenizer(), PROMPTS, max_new_tokens=20, sampling=Sampling(1.5, seed=seed)).tokens for seed in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.6}])
+def test_tokens_are_drawn_as_often_as_their_weights_say(settings: dict[str, Any]) -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.5, 0.0, -1.0]])
+    sampling = Sampling(temperature=1.3, **settings)
+    generator = sampling.generator(torch.device("cpu"))
+    drawn = sampling.pick(logits.expand(40_000, -1), generator).bincount(minlength=5) / 40_000
+    weights = (logits[0] / 1.3).softmax(dim=-1)
+    kept = torch.ones(5, dtype=torch.bool)
+    if "top_k" in settings:
+        kept[3:] = False
+    if "top_p" in settings:
+        kept[2:] = False
+    weights = torch.where(kept, weights, 0.0)
+    torch.testing.assert_close(drawn, weights / weights.sum(), atol=0.01, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"prompts": []}, "at least one prompt"),
+        ({"prompts": ["a", ""]}, "a token in every prompt"),
+        ({"max_new_tokens": 0}, "at least 1"),
+        ({"max_new_tokens": 600}, "512"),
+    ],
+)
+def test_what_cannot_be_answered_is_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        generate(model_of("llama"), tiny_tokenizer(), **{"prompts": "hello there", **settings})
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}])
+def test_sampling_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="top_k"):
+        Sampling(**wrong)
+
+
+@pytest.mark.slow
+def test_the_real_model_says_the_same_600_tokens_past_its_windows(smollm2: tuple[PreTrainedModel, Any]) -> None:
+    model, tokenizer = smollm2
+    plan = small_plan(model)
+    prompts = ["The state of the union is", "Once upon a time there was a little mill by the river, and in it"]
+    found = ml.generate(model, tokenizer, prompts, plan=plan, max_new_tokens=600, stop_tokens=[])
+    assert found.kv_bytes_allocated == found.kv_bytes_predicted
+    # Greedy: each token is the likeliest after those before it. One pass over all of them, without a cache, says which that is.
+    with apply_plan(model, plan, max(found.prompt_tokens) + 600), torch.no_grad():
+        for prompt, said in zip(prompts, found.tokens, strict=True):
+            tokens = torch.tensor([[*tokenizer.encode(prompt), *said]])
+            likeliest = model(tokens[:, :-1], use_cache=False, logits_to_keep=600).logits.argmax(dim=-1)
+            assert likeliest[0].tolist() == list(said)
