@@ -65,9 +65,10 @@ class Sequences:
             output[row, :, padding:] = masked_attention(query, key, value, shown[None], self.scale, self.softcap)[0]
         return output
 
-    def poison(self) -> None:
-        """NaN in every slot that holds no token: what is read from there shows."""
-        empty = self.ring.positions(self.lengths) < 0
+    def poison(self, unwritten: Chunk | None = None) -> None:
+        """NaN in every slot that holds no token: what is read from there shows. unwritten: a chunk that is not in the ring yet."""
+        new = 0 if unwritten is None else unwritten.key.shape[2] - unwritten.padding
+        empty = self.ring.positions(self.lengths - new) < 0
         self.ring.keys[empty] = self.ring.values[empty] = float("nan")
 
     def reorder(self, rows: list[int]) -> None:

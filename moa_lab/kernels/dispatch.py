@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
@@ -69,11 +70,10 @@ def ring_attention(
 
     Shapes as in `chunk_attention`. schedule: asked for where the decode kernel runs, see `new_schedule`; None: nothing is written.
     """
-    if schedule is None:
-        return chunk_attention(query, key, value, ring, lengths, padding, scale, softcap)
-    if query.shape[2] > 1:
-        found = chunk_attention(query, key, value, ring, lengths, padding, scale, softcap)
-        ring_write(key, value, ring, lengths, padding)
+    if schedule is None or query.shape[2] > 1:
+        found = _chunk_attention(query, key, value, ring, lengths, padding, scale, softcap)
+        if schedule is not None:
+            ring_write(key, value, ring, lengths, padding)
         return found
     ring_write(key, value, ring, lengths, padding)
     if not kernel_applies(query, key, value):
@@ -81,6 +81,14 @@ def ring_attention(
     from moa_lab.kernels.decode import decode_attention
 
     return decode_attention(query, ring, lengths, schedule(), scale, softcap)
+
+
+def _chunk_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
+    if kernel_applies(query, key, value):
+        from moa_lab.kernels import prefill
+
+        return prefill.chunk_attention(query, key, value, *others)
+    return chunk_attention(query, key, value, *others)
 
 
 def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, padding: torch.Tensor) -> None:

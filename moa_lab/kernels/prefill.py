@@ -6,30 +6,51 @@ import torch
 import triton
 import triton.language as tl
 
+from moa_lab.cache import RingLayer
+
+NO_REACH = 2**30
+"""Tokens that no sequence has: the reach of a layer without a window of its own."""
+
+
+@triton.jit
+def _load(
+    new, ring, positions, past, origin, sink, ring_slots, stride, stop,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, OVER_RING: tl.constexpr,
+):  # fmt: skip
+    """Keys or values at `positions` before `stop`: those from `past` on are new, the others lie in the ring."""
+    dims = tl.arange(0, PADDED_DIM)
+    real = (positions[:, None] < stop) & (dims[None, :] < HEAD_DIM)
+    offsets = (positions - origin).to(tl.int64)[:, None] * stride + dims[None, :]
+    if OVER_RING:
+        is_new = positions[:, None] >= past
+        slots = tl.where(positions < sink, positions, sink + (positions - sink) % ring_slots)
+        held = tl.load(ring + slots.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :], mask=real & (is_new == 0), other=0.0)
+        found = tl.where(is_new, tl.load(new + offsets, mask=real & is_new, other=0.0), held)
+    else:
+        found = tl.load(new + offsets, mask=real, other=0.0)
+    return found
+
 
 @triton.jit
 def _fold(
-    scores_max, scores_sum, output,
-    query, key_start, value_start, key_stride, value_stride, low, high,
-    query_index, first, sink_end, window, reach, n_keys, scale, softcap,
+    scores_max, scores_sum, output, query, low, high,
+    key, value, key_ring, value_ring, past, origin, sink, ring_slots, key_stride, value_stride, stop,
+    query_positions, sink_tokens, window, reach, scale, softcap,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr,
-    MASKED: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    MASKED: tl.constexpr, CAPPED: tl.constexpr, OVER_RING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys `low` to `high` (multiples of BLOCK_N) into the running softmax of a block of queries."""
-    dims = tl.arange(0, PADDED_DIM)
+    """Fold the keys at positions `low` to `high` (multiples of BLOCK_N) into the running softmax of a block of queries."""
     for start in range(low, high, BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        real = (keys[:, None] < n_keys) & (dims[None, :] < HEAD_DIM)
-        offsets = keys.to(tl.int64)[:, None]
-        key = tl.load(key_start + offsets * key_stride + dims[None, :], mask=real, other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        positions = start + tl.arange(0, BLOCK_N)
+        near_key = _load(key, key_ring, positions, past, origin, sink, ring_slots, key_stride, stop, HEAD_DIM, PADDED_DIM, OVER_RING)
+        scores = tl.dot(query, tl.trans(near_key), input_precision=PRECISION) * scale
         if CAPPED:
             # tanh by a sigmoid; in base 2 from here on.
             scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
         scores = scores * 1.4426950408889634
         if MASKED:
-            back = query_index[:, None] - keys[None, :]
-            seen = (back >= 0) & (keys[None, :] >= first) & (back < reach) & ((back < window) | (keys[None, :] < sink_end))
+            back = query_positions[:, None] - positions[None, :]
+            seen = (back >= 0) & (back < reach) & ((back < window) | (positions[None, :] < sink_tokens))
             scores = tl.where(seen, scores, float("-inf"))
         new_max = tl.maximum(scores_max, tl.max(scores, axis=1))
         # A row that has seen nothing yet has no maximum to subtract.
@@ -37,29 +58,41 @@ def _fold(
         weights = tl.exp2(scores - safe_max[:, None])
         shrink = tl.exp2(scores_max - safe_max)
         scores_sum = scores_sum * shrink + tl.sum(weights, axis=1)
-        value = tl.load(value_start + offsets * value_stride + dims[None, :], mask=real, other=0.0)
-        output = tl.dot(weights.to(value.dtype), value, output * shrink[:, None], input_precision=PRECISION)
+        near_value = _load(
+            value, value_ring, positions, past, origin, sink, ring_slots, value_stride, stop, HEAD_DIM, PADDED_DIM, OVER_RING
+        )
+        output = tl.dot(weights.to(near_value.dtype), near_value, output * shrink[:, None], input_precision=PRECISION)
         scores_max = new_max
     return scores_max, scores_sum, output
 
 
 @triton.jit
 def _prefill_kernel(
-    query, key, value, output, windows, firsts,
+    query, key, value, output, key_ring, value_ring, table, lengths, padding,
     query_batch, query_head, query_token, key_batch, key_head, key_token,
-    value_batch, value_head, value_token, output_batch, output_head, output_token,
-    n_queries, n_keys, offset, query_heads, sink_tokens, reach, scale, softcap,
+    value_batch, value_head, value_token, output_batch, output_head, output_token, ring_batch,
+    n_queries, n_keys, query_heads, sink_tokens, reach, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, OVER_RING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # The last queries of a row see most keys: they start first.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     batch = (tl.program_id(1) // query_heads).to(tl.int64)
     head = (tl.program_id(1) % query_heads).to(tl.int64)
     kv_head = head // GROUP
-    window = tl.load(windows + kv_head)
-    first = tl.load(firsts + batch)
-    sink_end = first + sink_tokens
+    sink = tl.load(table + kv_head * 4 + 1)
+    ring_slots = tl.load(table + kv_head * 4 + 2)
+    window = tl.load(table + kv_head * 4 + 3)
+    # Everything is counted in positions of the row's own sequence. Its new tokens begin at `past`, the first column at `origin`.
+    fresh = n_keys - tl.load(padding + batch)
+    length = fresh
+    if OVER_RING:
+        length = tl.load(lengths + batch)
+        ring_start = batch * ring_batch + tl.load(table + kv_head * 4).to(tl.int64) * HEAD_DIM
+        key_ring += ring_start
+        value_ring += ring_start
+    past = length - fresh
+    origin = length - n_keys
 
     rows = block * BLOCK_M + tl.arange(0, BLOCK_M)
     dims = tl.arange(0, PADDED_DIM)
@@ -68,46 +101,39 @@ def _prefill_kernel(
     asked = tl.load(query + rows.to(tl.int64)[:, None] * query_token + dims[None, :], mask=real, other=0.0)
     key += batch * key_batch + kv_head * key_head
     value += batch * value_batch + kv_head * value_head
-    # Position of every query among the keys.
-    query_index = offset + rows
-    lowest = offset + block * BLOCK_M
-    highest = tl.minimum(lowest + BLOCK_M, offset + n_queries) - 1
+    query_positions = length - n_queries + rows
+    lowest = length - n_queries + block * BLOCK_M
+    highest = tl.minimum(lowest + BLOCK_M, length) - 1
 
-    # The window: [near, stop), of which all rows see [inner, diagonal) whole. The sink before it: [begin, sink_stop).
-    stop = tl.minimum(highest + 1, n_keys)
-    oldest = tl.maximum(tl.maximum(lowest - reach + 1, first), 0)
-    near = tl.maximum(lowest - window + 1, oldest) // BLOCK_N * BLOCK_N
+    # The window: [near, highest], of which all rows see [inner, diagonal) whole. The sink before it: [begin, sink_stop).
+    oldest = tl.maximum(lowest - reach + 1, 0)
     begin = oldest // BLOCK_N * BLOCK_N
-    sink_stop = tl.minimum((sink_end + BLOCK_N - 1) // BLOCK_N * BLOCK_N, near)
-    inner = (tl.maximum(highest - tl.minimum(window, reach) + 1, first) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
-    diagonal = (lowest + 1) // BLOCK_N * BLOCK_N
+    near = tl.maximum(lowest - window + 1, oldest) // BLOCK_N * BLOCK_N
+    sink_stop = tl.minimum((sink_tokens + BLOCK_N - 1) // BLOCK_N * BLOCK_N, near)
+    inner = (tl.maximum(highest - tl.minimum(window, reach) + 1, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    diagonal = tl.maximum(lowest + 1, 0) // BLOCK_N * BLOCK_N
     inner = tl.maximum(tl.minimum(inner, diagonal), near)
     diagonal = tl.maximum(diagonal, inner)
 
     scores_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     scores_sum = tl.zeros([BLOCK_M], tl.float32)
     total = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
-    scores_max, scores_sum, total = _fold(
-        scores_max, scores_sum, total, asked, key, value, key_token, value_token, begin, sink_stop,
-        query_index, first, sink_end, window, reach, n_keys, scale, softcap,
-        HEAD_DIM, PADDED_DIM, BLOCK_N, True, CAPPED, PRECISION,
-    )  # fmt: skip
-    scores_max, scores_sum, total = _fold(
-        scores_max, scores_sum, total, asked, key, value, key_token, value_token, near, inner,
-        query_index, first, sink_end, window, reach, n_keys, scale, softcap,
-        HEAD_DIM, PADDED_DIM, BLOCK_N, True, CAPPED, PRECISION,
-    )  # fmt: skip
-    scores_max, scores_sum, total = _fold(
-        scores_max, scores_sum, total, asked, key, value, key_token, value_token, inner, diagonal,
-        query_index, first, sink_end, window, reach, n_keys, scale, softcap,
-        HEAD_DIM, PADDED_DIM, BLOCK_N, False, CAPPED, PRECISION,
-    )  # fmt: skip
-    scores_max, scores_sum, total = _fold(
-        scores_max, scores_sum, total, asked, key, value, key_token, value_token, diagonal, stop,
-        query_index, first, sink_end, window, reach, n_keys, scale, softcap,
-        HEAD_DIM, PADDED_DIM, BLOCK_N, True, CAPPED, PRECISION,
-    )  # fmt: skip
-    # A padding query sees nothing: its output is 0.
+    for part in tl.static_range(4):
+        if part == 0:
+            low, high = begin, sink_stop
+        elif part == 1:
+            low, high = near, inner
+        elif part == 2:
+            low, high = inner, diagonal
+        else:
+            low, high = diagonal, highest + 1
+        scores_max, scores_sum, total = _fold(
+            scores_max, scores_sum, total, asked, low, high,
+            key, value, key_ring, value_ring, past, origin, sink, ring_slots, key_token, value_token, length,
+            query_positions, sink_tokens, window, reach, scale, softcap,
+            HEAD_DIM, PADDED_DIM, BLOCK_N, part != 2, CAPPED, OVER_RING, PRECISION,
+        )  # fmt: skip
+    # A padding query of a row's first tokens sees nothing: its output is 0.
     total = total / tl.where(scores_sum == 0.0, 1.0, scores_sum)[:, None]
     output += batch * output_batch + head * output_head
     tl.store(output + rows.to(tl.int64)[:, None] * output_token + dims[None, :], total.to(output.dtype.element_ty), mask=real)
@@ -136,26 +162,54 @@ def prefill_attention(
     Work grows with what the windows keep. Sums are in float32; the result has the dtype of `query`. Raises ValueError for
     shapes that do not fit. Source: FlashAttention-2 (Dao, 2023) with the spans of MoA (arXiv 2406.14909).
     """
+    if windows.shape != (key.shape[1],) or (first is not None and first.shape != (len(query),)):
+        raise ValueError(f"windows must be (kv_heads,) = ({key.shape[1]},) and first (batch,) = ({len(query)},)")
+    table = torch.zeros(key.shape[1], 4, dtype=torch.int32, device=query.device)
+    table[:, 3] = windows
+    padding = torch.zeros(len(query), dtype=torch.int32, device=query.device) if first is None else first
+    return _attend(query, key, value, None, table, padding, padding, sink_tokens, reach, scale, softcap)
+
+
+def chunk_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    ring: RingLayer,
+    lengths: torch.Tensor,
+    padding: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """`moa_lab.kernels.ring_reference.chunk_attention` in one kernel: new tokens attend to the ring and to one another.
+
+    Of the ring, nothing is read that no new token sees. float16, bfloat16 or float32.
+    """
+    layout = ring.layout
+    return _attend(query, key, value, ring, ring.table, lengths, padding, layout.sink_tokens, layout.reach, scale, softcap)
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring: RingLayer | None, table: torch.Tensor,
+    lengths: torch.Tensor, padding: torch.Tensor, sink_tokens: int, reach: int | None, scale: float, softcap: float | None,
+) -> torch.Tensor:  # fmt: skip
     batch, query_heads, n_queries, head_dim = query.shape
     kv_heads, n_keys = key.shape[1], key.shape[2]
     if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != head_dim or query_heads % kv_heads or n_queries > n_keys:
         raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit together")
-    if windows.shape != (kv_heads,) or (first is not None and first.shape != (batch,)):
-        raise ValueError(f"windows must be (kv_heads,) = ({kv_heads},) and first (batch,) = ({batch},)")
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     # As transformers wants it: (batch, tokens, heads, head_dim) in memory.
     output = torch.empty(batch, n_queries, query_heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
-    if first is None:
-        first = torch.zeros(batch, dtype=torch.int32, device=query.device)
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
     block_m, block_n, warps, stages = _tiles(padded_dim, query.dtype)
+    keys, values = (key, value) if ring is None else (ring.keys, ring.values)
     grid = (triton.cdiv(n_queries, block_m), batch * query_heads)
     _prefill_kernel[grid](
-        query, key, value, output, windows, first,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3],
-        n_queries, n_keys, n_keys - n_queries, query_heads, sink_tokens, min(reach or n_keys, n_keys), scale, softcap or 1.0,
+        query, key, value, output, keys, values, table, lengths, padding,
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], keys.stride(0),
+        n_queries, n_keys, query_heads, sink_tokens, reach or NO_REACH, scale, softcap or 1.0,
         GROUP=query_heads // kv_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK_M=block_m, BLOCK_N=block_n,
-        CAPPED=softcap is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32", num_warps=warps, num_stages=stages,
+        CAPPED=softcap is not None, OVER_RING=ring is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return output
 

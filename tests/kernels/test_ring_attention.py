@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ring_oracle import Chunk, Sequences, random_layout
 
 from moa_lab.cache import LayerLayout
+from moa_lab.kernels import prefill
 from moa_lab.kernels.decode import decode_attention, ring_write
 from moa_lab.kernels.ring_reference import chunk_attention, newest_attention
 from moa_lab.kernels.schedule import decode_schedule
@@ -36,9 +37,8 @@ def by_triton(rows: Sequences, chunk: Chunk, tile: int = 16, programs: int = 5) 
     """With NaN in the slots that hold nothing."""
     new = (chunk.lengths, chunk.padding)
     if chunk.query.shape[2] > 1:
-        rows.ring.keys.nan_to_num_()
-        rows.ring.values.nan_to_num_()
-        found = chunk_attention(chunk.query, chunk.key, chunk.value, rows.ring, *new, rows.scale, rows.softcap)
+        rows.poison(chunk)
+        found = prefill.chunk_attention(chunk.query, chunk.key, chunk.value, rows.ring, *new, rows.scale, rows.softcap)
         ring_write(chunk.key, chunk.value, rows.ring, *new)
         return found
     ring_write(chunk.key, chunk.value, rows.ring, *new)
