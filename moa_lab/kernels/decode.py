@@ -9,8 +9,10 @@ import triton.language as tl
 from moa_lab.cache import RingLayer
 from moa_lab.kernels.schedule import DecodeSchedule
 
-PROGRAMS_PER_CORE = 2
-"""Programs that a streaming multiprocessor runs at once."""
+PROGRAMS_PER_CORE = 3
+"""Programs that a streaming multiprocessor gets when there is enough to read."""
+TILES_PER_PROGRAM = 32
+"""Tiles that a program should have before there is a second one on its multiprocessor: each leaves a part to merge."""
 
 
 @triton.jit
@@ -188,6 +190,11 @@ def tile_slots(head_dim: int, dtype: torch.dtype) -> int:
     """Slots that a program reads at once."""
     size = 4 if dtype == torch.float32 else 2
     return max(16, min(128, 16384 // (triton.next_power_of_2(head_dim) * size)))
+
+
+def programs_for(tiles: int, cores: int) -> int:
+    """How many programs read `tiles` tiles on a GPU of `cores` streaming multiprocessors."""
+    return min(max(tiles // TILES_PER_PROGRAM, cores), PROGRAMS_PER_CORE * cores)
 
 
 def _shape(padded_dim: int, dtype: torch.dtype) -> tuple[int, int]:

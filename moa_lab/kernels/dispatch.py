@@ -104,8 +104,9 @@ def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths:
 def new_schedule(ring: RingLayer, batch: int) -> DecodeSchedule:
     """A schedule for the decode kernel that fills this device."""
     # Imported here: Triton is not everywhere.
-    from moa_lab.kernels.decode import PROGRAMS_PER_CORE, tile_slots
+    from moa_lab.kernels.decode import programs_for, tile_slots
 
     cores = torch.cuda.get_device_properties(ring.keys.device).multi_processor_count
     tile = tile_slots(ring.keys.shape[-1], ring.keys.dtype)
-    return decode_schedule(ring.layout.slots, batch, tile, PROGRAMS_PER_CORE * cores, ring.keys.device)
+    tiles = batch * int((-(-ring.layout.slots // tile)).sum())
+    return decode_schedule(ring.layout.slots, batch, tile, programs_for(tiles, cores), ring.keys.device)
