@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa_lab.calibration import Sample, SampleSet, calibrate, requests
 from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
 from moa_lab.calibration.sources import ColumnMap, load_documents
+from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.scoring import loss_rows, retrieval_rows, score_samples
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.summary import summarise
@@ -244,6 +245,7 @@ class Run:
                     done += len(samples)
                     make = retrieval_rows if samples and "facts" in samples[0].detail else loss_rows
                     rows += make(plan, samples, scores)
+        rows += [memory_row(plan, length, self.model.device) for plan in plans for length in self.test_lengths]
         return Measurements(tuple(rows), {"run": to_json(self.settings)}, self._provenance())
 
     def _evaluated(self, finished: int, _: int, *, before: int, total: int) -> None:

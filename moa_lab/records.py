@@ -279,6 +279,10 @@ def _without_plan(point: FrontPoint) -> dict[str, Any]:
     return {"predicted": point.predicted, "density": point.density, "origin": point.origin, "gap": point.gap}
 
 
+ALLOCATED = "kv_bytes_allocated"
+"""The metric of memory: bytes of K and V of one sequence at 2 bytes a number, allocated and not predicted."""
+
+
 @dataclass(frozen=True)
 class Measurement:
     """One measured score of one plan: the mean of `n` observations with its 95% interval.

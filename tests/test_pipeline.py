@@ -70,7 +70,7 @@ def test_a_run_leaves_the_records_it_promises(unbroken: Path) -> None:
     plans = numbers(unbroken)
     assert set(plans) == {"dense", "uniform", "moa", "ranked", "paper"}
     for name, entry in plans.items():
-        assert entry["kv_bytes"] > 0, name
+        assert entry["kv_bytes_allocated"] == entry["kv_bytes"] > 0, name
         for score, value in (("retrieval", "accuracy"), ("cross_entropy", "value")):
             found = entry[score]["512"]
             assert found["low"] <= found[value] <= found["high"]

@@ -88,10 +88,16 @@ def test_candidates_of_the_front_stay_out_of_the_score_table() -> None:
     assert "milp-03" not in page[page.index("<table>") : page.index("</table>")]
 
 
-def test_bytes_are_called_predicted_wherever_they_are_shown() -> None:
+def test_bytes_are_called_predicted_or_allocated_wherever_they_are_shown() -> None:
     text = text_of(full_report())
-    assert "the mask-only backend allocates the dense cache, whatever the plan" in text
+    assert "predicted from the spans and, where that was measured, as allocated" in text
     assert "KV cache of one sequence, predicted" in text
+    assert "KV cache of one sequence, allocated" not in text
+    plan = make_plan()
+    rows = [score(plan.name, 0.5), Measurement(plan.name, "kv_bytes_allocated", "cache", 2048, 3.0 * 2**20, 1, 3e6, 3e6, 0.5)]
+    text = text_of(build_report(plan, measurements=Measurements(tuple(rows))))
+    assert "KV cache of one sequence, allocated" in text
+    assert "3.0 MiB were allocated" in text
 
 
 def test_losses_of_different_texts_are_not_pooled() -> None:

@@ -7,6 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
+from moa_lab.plan import Plan
+
 
 @dataclass(frozen=True)
 class LayerLayout:
@@ -65,3 +67,12 @@ class LayerLayout:
         """What a kernel needs to know of every head: int32 (kv_heads, 4): first slot, sink, ring, window."""
         windows = np.minimum(self.windows, np.iinfo(np.int32).max)
         return np.stack([self.starts[:-1], self.sinks, self.rings, windows], axis=1).astype(np.int32)
+
+
+def layer_layouts(plan: Plan, n_tokens: int, capacity: int | None = None) -> list[LayerLayout]:
+    """The layout of every layer under `plan` at length N = `n_tokens`, with room for `capacity` tokens (None: N)."""
+    reaches = plan.geometry.layer_windows
+    return [
+        LayerLayout(plan.sink_tokens, tuple(row.tolist()), reach, capacity or n_tokens)
+        for row, reach in zip(plan.windows(n_tokens), reaches, strict=True)
+    ]

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from moa_lab.cache.layout import LayerLayout
+from moa_lab.cache.layout import LayerLayout, layer_layouts
+from moa_lab.plan import Plan
 
 
 class RingLayer:
@@ -80,3 +81,9 @@ class RingLayer:
     def select(self, rows: torch.Tensor) -> None:
         """Keep, drop, repeat or reorder rows: int64 indices."""
         self.keys, self.values = (x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values))
+
+
+def allocated_kv_bytes(plan: Plan, n_tokens: int, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> int:
+    """Bytes that the K and V of one sequence of `n_tokens` take under `plan`, found by allocating them, a layer at a time."""
+    head_dim = plan.geometry.head_dim
+    return sum(RingLayer(layout, 1, head_dim, dtype, torch.device(device)).allocated_bytes for layout in layer_layouts(plan, n_tokens))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moa_lab.plan import Plan
-from moa_lab.records import Measurement, Measurements
+from moa_lab.records import ALLOCATED, Measurement, Measurements
 from moa_lab.storage import to_json
 
 # Which test samples stand for a score in the summary.
@@ -20,11 +20,11 @@ VALUE_NAMES = {"retrieval": "accuracy", "cross_entropy": "value"}
 
 
 def summarise(plans: Sequence[Plan], measurements: Measurements, n_tokens: int) -> dict[str, Any]:
-    """Scores of every plan by name; `density` and `kv_bytes` (predicted, 2 bytes a number) are those at `n_tokens`."""
+    """Scores of every plan by name; `density` and bytes at 2 bytes a number, predicted and allocated, are those at `n_tokens`."""
     return {
         "plans": {plan.name: _entry(plan, measurements, n_tokens) for plan in plans},
         "n_tokens": n_tokens,
-        "kv_bytes_are": "predicted from the spans; the mask-only backend allocates the dense cache",
+        "kv_bytes_are": "predicted from the spans, and as allocated for the ring cache",
         "provenance": to_json(measurements.provenance),
     }
 
@@ -32,14 +32,22 @@ def summarise(plans: Sequence[Plan], measurements: Measurements, n_tokens: int) 
 def table(summary: dict[str, Any]) -> str:
     """The summary as lines of text: one row per plan, one column per score and length."""
     plans = summary["plans"]
+    measured = all(ALLOCATED in entry for entry in plans.values())
     columns = [
         (score, length) for score in SCORES for length in sorted({n for entry in plans.values() for n in entry.get(score, {})}, key=int)
     ]
-    head = ["plan", "density", "KV MiB", *(f"{score.replace('_', ' ')} @{length}" for score, length in columns)]
+    head = [
+        "plan",
+        "density",
+        "KV MiB",
+        *(["allocated"] if measured else []),
+        *(f"{score.replace('_', ' ')} @{length}" for score, length in columns),
+    ]
     rows = [head]
     for name, entry in plans.items():
         cells = [_cell(entry.get(score, {}).get(length)) for score, length in columns]
-        rows.append([name, f"{entry['density']:.1%}", f"{entry['kv_bytes'] / 2**20:.1f}", *cells])
+        sizes = [f"{entry[key] / 2**20:.1f}" for key in ("kv_bytes", ALLOCATED) if key in entry]
+        rows.append([name, f"{entry['density']:.1%}", *sizes, *cells])
     widths = [max(len(row[index]) for row in rows) for index in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     scores = [(name, score) for entry in plans.values() for name in SCORES for score in entry.get(name, {}).values()]
@@ -55,6 +63,8 @@ def _entry(plan: Plan, measurements: Measurements, n_tokens: int) -> dict[str, A
         "density_by_length": {str(n): plan.density(n) for n in sorted({row.length for row in measurements})},
         "span_tokens_mean": float(plan.spans(n_tokens).mean()),
     }
+    for row in measurements.select(plan=plan.name, metric=ALLOCATED, length=n_tokens):
+        entry[ALLOCATED] = int(row.value)
     for name, (metric, task) in SCORES.items():
         found = measurements.select(plan=plan.name, metric=metric, task=task)
         if found:

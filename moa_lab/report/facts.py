@@ -8,14 +8,14 @@ from moa_lab.figures import pooled
 from moa_lab.figures.measurements import Score, metric_label, shown
 from moa_lab.figures.theme import byte_size
 from moa_lab.plan import Plan
-from moa_lab.records import Front, FrontPoint, InfluenceProfile, Measurements
+from moa_lab.records import ALLOCATED, Front, FrontPoint, InfluenceProfile, Measurements
 
 DENSE_ROLE, UNIFORM_ROLE = "dense", "uniform window"
 LEADING_TASKS = {"retrieval": "needles", "cross_entropy": "summaries"}
 
 BYTES_NOTE = (
-    "KV bytes are predicted from the spans, for one sequence at 2 bytes a number. "
-    "They are not what this run allocated: the mask-only backend allocates the dense cache, whatever the plan."
+    "KV bytes are for one sequence at 2 bytes a number: predicted from the spans and, where that was measured, as allocated for the "
+    "ring cache. Scores were taken in one pass over each text, which needs no cache."
 )
 
 
@@ -46,7 +46,7 @@ class Facts:
     @property
     def metrics(self) -> tuple[str, ...]:
         """Metrics measured for a plan of the table; retrieval first, then cross-entropy."""
-        found = dict.fromkeys(row.metric for row in self.measurements if row.plan in self.names)
+        found = dict.fromkeys(row.metric for row in self.measurements if row.plan in self.names and row.metric != ALLOCATED)
         first = [metric for metric in ("retrieval", "cross_entropy") if metric in found]
         return tuple(dict.fromkeys([*first, *found]))
 
@@ -84,6 +84,11 @@ class Facts:
     def score(self, name: str, metric: str, length: int, task: str | None = None) -> Score | None:
         """The score of a plan in a task; None takes the one that speaks for the metric."""
         return pooled(self.measurements, name, metric, length, task or next(iter(self.tasks(metric)), None))
+
+    def allocated(self, name: str, length: int) -> int | None:
+        """Bytes that were allocated for the cache of a plan; None where that was not measured."""
+        rows = self.measurements.select(plan=name, metric=ALLOCATED, length=length)
+        return int(rows[0].value) if rows else None
 
     def answer_length(self, metric: str) -> int | None:
         """The longest of the lengths at which the plan and most of the others were measured; None when the plan was not."""
@@ -131,9 +136,14 @@ def second_sentence(facts: Facts) -> str:
     size, dense = facts.plan.kv_bytes(facts.main_length), _dense_bytes(facts.plan, facts.main_length)
     parts.append(
         f"The cache of one sequence of {facts.main_length:,} tokens needs {byte_size(size)} instead of {byte_size(dense)}, "
-        "predicted from the spans."
+        f"predicted from the spans{_allocated(facts)}."
     )
     return " ".join(parts)
+
+
+def _allocated(facts: Facts) -> str:
+    size = facts.allocated(facts.plan.name, facts.main_length)
+    return f"; {byte_size(size)} were allocated" if size is not None else ""
 
 
 def comparison(facts: Facts, metric: str, length: int) -> str:

@@ -30,12 +30,19 @@ def score_table(facts: Facts) -> str:
         _size_rows(facts, "Density (share of the dense KV cache)", lengths, styles, lambda plan, n: density_text(plan.density(n)))
     )
     groups.append(_size_rows(facts, "KV cache of one sequence, predicted", lengths, styles, lambda plan, n: byte_size(plan.kv_bytes(n))))
+    if any(facts.allocated(plan.name, n) is not None for plan in facts.plans for n in lengths):
+        groups.append(_size_rows(facts, "KV cache of one sequence, allocated", lengths, styles, lambda plan, n: _allocated(facts, plan, n)))
     columns = "".join(f'<th scope="col">{length:,}<span class="unit"> tokens</span></th>' for length in lengths)
     caption = "Small print in a cell: 95% interval, and the number n of observations." if facts.metrics else "Nothing was measured yet."
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="Scores"><table><caption>{caption}</caption>'
         f'<thead><tr><th scope="col">Plan</th>{columns}</tr></thead>{"".join(groups)}</table></div>'
     )
+
+
+def _allocated(facts: Facts, plan: Plan, length: int) -> str:
+    size = facts.allocated(plan.name, length)
+    return "&ndash;" if size is None else byte_size(size)
 
 
 def rules_table(plan: Plan, n_tokens: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from moa_lab.cache import LayerLayout, RingLayer
+from moa_lab.cache import LayerLayout, RingLayer, layer_layouts
 from moa_lab.interface import AttentionCall
 from moa_lab.kernels.dispatch import new_schedule, ring_attention, ring_write, span_attention
 from moa_lab.kernels.schedule import DecodeSchedule
@@ -38,7 +38,7 @@ class RingCache(Cache):
         self._schedules: dict[tuple[int, ...], DecodeSchedule] = {}
         self._padding = torch.zeros(0, dtype=torch.int32)
         self._order: torch.Tensor | None = None
-        self._windows = np.zeros((0, 0), dtype=np.int64)
+        self._layouts: list[LayerLayout] = []
         self._is_first, self._is_void = True, False
         self._recorded: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._seen = 0
@@ -79,9 +79,9 @@ class RingCache(Cache):
         if layer == 0:
             self._begin(call, tokens)
         if self._is_first:
-            found = span_attention(
-                call.query, call.key, call.value, call.mask, self._spans.plan.sink_tokens, self._windows[layer], call.scale, call.softcap
-            )
+            layout = self._layouts[layer]
+            windows = np.array(layout.windows)
+            found = span_attention(call.query, call.key, call.value, call.mask, layout.sink_tokens, windows, call.scale, call.softcap)
             if not self._is_void:
                 self._allocate(layer, call)
                 self._keep(layer, _ordered(call.key, self._order), _ordered(call.value, self._order))
@@ -163,9 +163,9 @@ class RingCache(Cache):
         # A single pass may have one; what it would leave here cannot be gone on from.
         self._is_void = mask.explicit is not None
         if self._is_first:
-            self._windows = self._spans.windows(tokens)
             self._capacity = max(self._capacity, self._spans.fixed or 0, tokens)
             self._capacity += 0 if self._capacity > tokens or self._spans.fixed else ROOM
+            self._layouts = layer_layouts(self._spans.plan, self._spans.fixed or tokens, self._capacity)
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
             self.rings = []
         self._seen += tokens
@@ -184,11 +184,7 @@ class RingCache(Cache):
                     ring.grow(self._capacity)
 
     def _allocate(self, layer: int, call: AttentionCall) -> None:
-        geometry = self._spans.plan.geometry
-        layout = LayerLayout(
-            self._spans.plan.sink_tokens, tuple(self._windows[layer].tolist()), geometry.layer_windows[layer], self._capacity
-        )
-        self.rings.append(RingLayer(layout, len(call.key), geometry.head_dim, call.key.dtype, call.key.device))
+        self.rings.append(RingLayer(self._layouts[layer], len(call.key), call.key.shape[3], call.key.dtype, call.key.device))
 
     def _keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         if self._recorded is None:

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ring_oracle import Sequences, random_layout
 
-from moa_lab.cache import LayerLayout
+from moa_lab.cache import LayerLayout, allocated_kv_bytes
+from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import Plan, SpanRule
 
 
 @settings(max_examples=60, deadline=None)
@@ -82,3 +84,14 @@ def test_growing_moves_no_token() -> None:
 def test_layouts_that_hold_nothing_are_refused(wrong: dict) -> None:
     with pytest.raises(ValueError, match="layout"):
         LayerLayout(**{"sink_tokens": 4, "windows": (8,), "reach": None, "capacity": 10, **wrong})
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1))
+def test_what_is_allocated_is_what_the_spans_predict(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    geometry = ModelGeometry(2, 4, 2, 16, 4096, layer_windows=(None, int(rng.integers(1, 900))))
+    rules = tuple(tuple(SpanRule(float(rng.integers(-200, 600)), float(rng.random())) for _ in range(2)) for _ in range(2))
+    plan = Plan(geometry=geometry, rules=rules)
+    n_tokens = int(rng.integers(1, 3000))
+    assert allocated_kv_bytes(plan, n_tokens) == plan.kv_bytes(n_tokens)

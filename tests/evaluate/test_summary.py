@@ -2,6 +2,7 @@
 
 import json
 
+from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.summary import summarise, table
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan, dense_plan, uniform_plan
@@ -51,12 +52,17 @@ def test_other_test_sets_stand_under_names_of_their_own(geometry: ModelGeometry)
     assert entry["density_by_length"] == {"2048": plans[2].density(2048), "4096": plans[2].density(4096)}
 
 
-def test_bytes_say_that_they_are_predicted(geometry: ModelGeometry) -> None:
+def test_predicted_and_allocated_bytes_stand_side_by_side(geometry: ModelGeometry) -> None:
     plans = plans_of(geometry)
-    summary = summarise(plans, measured(plans), 4096)
-    assert "predicted" in summary["kv_bytes_are"]
-    assert "mask-only" in summary["kv_bytes_are"]
-    assert "predicted" in table(summary)
+    allocated = [memory_row(plan, length) for plan in plans for length in LENGTHS]
+    summary = summarise(plans, measured(plans).plus(allocated), 4096)
+    assert all(summary["plans"][plan.name]["kv_bytes_allocated"] == plan.kv_bytes(4096) for plan in plans)
+    size = f"{plans[1].kv_bytes(4096) / 2**20:.1f}"
+    lines = table(summary).splitlines()
+    assert lines[0].split()[:5] == ["plan", "density", "KV", "MiB", "allocated"]
+    assert lines[2].split()[2:4] == [size, size]
+    assert "allocated" in lines[-1]
+    assert "allocated" not in table(summarise(plans, measured(plans), 4096)).splitlines()[0]
 
 
 def test_the_text_has_a_row_per_plan_and_every_score_with_its_interval(geometry: ModelGeometry) -> None:
