@@ -27,6 +27,16 @@ def test_the_readme_quotes_the_records_of_the_gpu() -> None:
             assert " | ".join([f"| {density}% | {name}", *cells(plans[name])]) + " |" in README
 
 
+def test_the_readme_quotes_the_record_of_the_decode_kernel() -> None:
+    rows = json.loads((ROOT / "data/benchmarks/decode.json").read_text(encoding="utf-8"))["rows"]
+    decode = [row for row in rows if row["id"] == "D1"]
+    rates = [row["ours"] / 1000 for row in decode]
+    assert f"at {min(rates):.2f} to {max(rates):.2f} TB/s" in README
+    assert f"device-to-device copy: {decode[0]['peer'] / 1000:.2f})" in README
+    assert all(row["detail"]["useful_bytes"] >= 256e6 for row in decode)
+    assert {round(row["shape"]["skew"]) for row in decode} == {2, 4}
+
+
 def test_the_readme_names_every_module_and_the_picture_is_there() -> None:
     assert (ROOT / "data/pictures/report.png").is_file()
     listed = README[README.index("## The tree") :]

@@ -1,0 +1,98 @@
+"""The kernels measured on this GPU, each against its peers and ceilings in the same process: `bench_kernels`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa_lab.bench.decode import decode_row, heterogeneity_row
+from moa_lab.bench.lab import INTERPRETER, Lab, open_lab
+from moa_lab.bench.memory import memory_row
+from moa_lab.bench.prefill import prefill_rows
+from moa_lab.bench.record import BENCH_SCHEMA, GOALS, TOLERANCE, BenchRecord, BenchRow, table
+from moa_lab.bench.shapes import SHAPES, Shape, shapes_of
+from moa_lab.plan import Plan
+from moa_lab.provenance import provenance
+
+__all__ = ["BENCH_SCHEMA", "GOALS", "INTERPRETER", "ROWS", "BenchRecord", "BenchRow", "bench_kernels", "table"]
+
+ROWS = tuple(SHAPES)
+PREFILL_ROWS = ("P1", "P2")
+
+
+def bench_kernels(
+    rows: Collection[str] = ROWS,
+    quick: bool = False,
+    plan: Plan | str | Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BenchRecord:
+    """Measure the rows named, of D1, D2, D3, P1, P2 and M1; a few minutes on a GPU.
+
+    quick: tiny shapes, which show that everything runs and no more; without a GPU they do under TRITON_INTERPRET=1 (set before
+    Triton is imported), where no row meets its goal. plan: a plan or config card whose spans are stretched to the shapes; default:
+    the recorded ones of 50% and 25%. progress: called with shapes done and shapes in all.
+
+    Raises ValueError for a row that there is not, and where nothing can be measured.
+    """
+    unknown = sorted(set(rows) - set(ROWS))
+    if unknown:
+        raise ValueError(f"rows must be among {', '.join(ROWS)}, got {', '.join(unknown)}")
+    lab = open_lab(quick, plan)
+    tasks = _tasks(rows, quick, lab)
+    found: list[BenchRow] = []
+    for done, task in enumerate(tasks):
+        if progress is not None:
+            progress(done, len(tasks))
+        found += task()
+        lab.release()
+    if progress is not None:
+        progress(len(tasks), len(tasks))
+    ordered = sorted(found, key=lambda row: ROWS.index(row.id))
+    return BenchRecord(tuple(ordered), _settings(lab, quick), provenance(device=lab.name, seed=0))
+
+
+def _tasks(rows: Collection[str], quick: bool, lab: Lab) -> list[Callable[[], list[BenchRow]]]:
+    """One task a shape; P1 and P2 share theirs."""
+    tasks: list[Callable[[], list[BenchRow]]] = []
+    for row in ROWS:
+        if row in rows and row not in PREFILL_ROWS:
+            tasks += [partial(_one, row, shape, lab) for shape in shapes_of(row, quick, lab.plans)]
+    wanted: dict[Shape, list[str]] = {}
+    for row in PREFILL_ROWS:
+        for shape in shapes_of(row, quick, lab.plans) if row in rows else ():
+            wanted.setdefault(shape, []).append(row)
+    tasks += [partial(prefill_rows, shape, lab, names) for shape, names in wanted.items()]
+    return tasks
+
+
+def _one(row: str, shape: Shape, lab: Lab) -> list[BenchRow]:
+    if row == "D2":
+        return [heterogeneity_row(shape, lab)]
+    return [memory_row(shape, lab) if row == "M1" else decode_row(row, shape, lab)]
+
+
+def _settings(lab: Lab, quick: bool) -> dict[str, Any]:
+    ceilings = {"copy_GB/s": lab.copy_bytes / 1e9, "matmul_TFLOP/s": lab.matmul_flops / 1e12} if lab.is_gpu else {}
+    return {
+        "device": lab.name,
+        "quick": quick,
+        "dtype": str(lab.dtype).removeprefix("torch."),
+        "tolerance": TOLERANCE,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "flashinfer": _version("flashinfer-python"),
+        "ceilings": ceilings,
+        "plans": {name: plan.identity() for name, plan in lab.plans.items()},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

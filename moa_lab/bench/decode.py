@@ -1,0 +1,144 @@
+"""Decode over full rings: bytes per second against a copy (D1, D3), and what unequal spans cost (D2)."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moa_lab.bench.lab import Lab, timing_detail
+from moa_lab.bench.peers import flashinfer_decode, flex_decode, measured, sdpa_decode
+from moa_lab.bench.record import GOALS, BenchRow, errors, judged
+from moa_lab.bench.shapes import Shape, Spans, described, kv_bytes
+from moa_lab.bench.timing import copies_past_cache, time_calls
+from moa_lab.cache import LayerLayout, RingLayer
+from moa_lab.kernels.dispatch import new_schedule
+from moa_lab.kernels.ring_reference import newest_attention
+from moa_lab.kernels.schedule import DecodeSchedule, decode_schedule
+
+INTERPRETER_PROGRAMS = 5
+GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class DecodeInputs:
+    """One step's query (batch, query_heads, 1, head_dim), a ring in which every head is full, lengths int32 (batch,).
+
+    dense: keys and values of all tokens, (batch, kv_heads, n_tokens, head_dim) each, of which the ring holds its part; None where
+    no peer reads them and the ring holds random numbers.
+    """
+
+    query: torch.Tensor
+    ring: RingLayer
+    lengths: torch.Tensor
+    schedule: DecodeSchedule
+    scale: float
+    dense: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attend(self) -> torch.Tensor:
+        """Our kernel."""
+        # Imported here: Triton is not everywhere.
+        from moa_lab.kernels import decode
+
+        return decode.decode_attention(self.query, self.ring, self.lengths, self.schedule, self.scale)
+
+    def expected(self) -> torch.Tensor:
+        """The reference in float32, on the same numbers."""
+        exact = copy.copy(self.ring)
+        exact.keys, exact.values = self.ring.keys.float(), self.ring.values.float()
+        return newest_attention(self.query.float(), exact, self.lengths, self.scale)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Our kernel at one shape: milliseconds and useful bytes of a step, errors, how it was timed."""
+
+    ms: float
+    nbytes: int
+    errors: dict[str, float | None]
+    detail: dict[str, Any]
+
+    @property
+    def rate(self) -> float:
+        """Useful bytes/s."""
+        return self.nbytes / (self.ms * 1e-3)
+
+
+def decode_inputs(shape: Shape, spans: Spans, lab: Lab, seed: int = 0, dense: bool = False) -> DecodeInputs:
+    """Random inputs at full length. dense: keys and values of all tokens are made, and written to the ring."""
+    layout = LayerLayout(spans.sink_tokens, spans.windows, None, shape.n_tokens)
+    ring = RingLayer(layout, shape.batch, shape.head_dim, lab.dtype, lab.device)
+    lengths = torch.full((shape.batch,), shape.n_tokens, dtype=torch.int32, device=lab.device)
+    query = lab.random(seed, shape.batch, shape.query_heads, 1, shape.head_dim)
+    tokens = None
+    if dense:
+        size = (shape.batch, shape.kv_heads, shape.n_tokens, shape.head_dim)
+        tokens = lab.random(seed + 1, *size), lab.random(seed + 2, *size)
+        ring.write(*tokens, lengths, torch.zeros_like(lengths))
+    else:
+        generator = torch.Generator(lab.device).manual_seed(seed + 1)
+        ring.keys.normal_(generator=generator)
+        ring.values.normal_(generator=generator)
+    return DecodeInputs(query, ring, lengths, _schedule(ring, lab), shape.scale, tokens)
+
+
+def decode_row(row: str, shape: Shape, lab: Lab) -> BenchRow:
+    """D1 or D3: useful bytes/s, as GB/s, against the copy; peers read as many bytes of a dense cache."""
+    spans = lab.spans(shape)
+    inputs, ours = measure(shape, spans, lab, dense=shape.flex)
+    peers = _peers(shape, spans, lab)
+    if inputs.dense is not None:
+        key, value = inputs.dense
+        # By KV head and group, which is the order of query heads.
+        peers["FlexAttention"] = measured(
+            "FlexAttention", lambda: [flex_decode(inputs.query, key, value, spans)], ours.nbytes / GIGA, lab, inputs.expected()
+        )
+    trusted = lab.trusts(ours.errors)
+    detail = {**ours.detail, "useful_bytes": ours.nbytes, "peers": peers}
+    return judged(row, GOALS[row], described(shape, spans), ours.rate / GIGA, lab.copy_bytes / GIGA, "copy", "GB/s", trusted, detail)
+
+
+def heterogeneity_row(shape: Shape, lab: Lab) -> BenchRow:
+    """D2: milliseconds of a real plan's spans against those of equal spans, as many bytes in all."""
+    spans = lab.spans(shape)
+    _, ours = measure(shape, spans, lab)
+    lab.release()
+    _, uniform = measure(shape, spans.uniform(), lab)
+    trusted = lab.trusts(ours.errors, uniform.errors)
+    detail = {**ours.detail, "useful_bytes": ours.nbytes, "uniform": uniform.detail}
+    return judged("D2", GOALS["D2"], described(shape, spans), ours.ms, uniform.ms, "uniform", "ms", trusted, detail)
+
+
+def measure(shape: Shape, spans: Spans, lab: Lab, dense: bool = False) -> tuple[DecodeInputs, Measured]:
+    """Inputs, and our kernel measured and checked on them."""
+    nbytes = kv_bytes(shape, sum(spans.tokens), lab.dtype.itemsize)
+    inputs = decode_inputs(shape, spans, lab, dense=dense)
+    if inputs.ring.layout.total != sum(spans.tokens):
+        raise ValueError(f"the ring has {inputs.ring.layout.total} slots for spans of {sum(spans.tokens)} tokens")
+    found = errors(inputs.attend(), inputs.expected())
+    lab.release()
+    more = [decode_inputs(shape, spans, lab, seed=3 * index) for index in range(1, copies_past_cache(nbytes, lab.device))]
+    timing = time_calls([each.attend for each in (inputs, *more)], lab.device)
+    return inputs, Measured(timing.ms, nbytes, found, {**timing_detail(timing), **found})
+
+
+def _peers(shape: Shape, spans: Spans, lab: Lab) -> dict[str, Any]:
+    tokens = spans.mean
+    nbytes = kv_bytes(shape, tokens * shape.kv_heads, lab.dtype.itemsize)
+    copies = copies_past_cache(nbytes, lab.device)
+    return {
+        "SDPA flash": measured("SDPA flash", lambda: sdpa_decode("SDPA flash", shape, tokens, copies, lab), nbytes / GIGA, lab),
+        "cuDNN": measured("cuDNN", lambda: sdpa_decode("cuDNN", shape, tokens, copies, lab), nbytes / GIGA, lab),
+        "FlashInfer": measured("FlashInfer", lambda: flashinfer_decode(shape, tokens, copies, lab), nbytes / GIGA, lab),
+    }
+
+
+def _schedule(ring: RingLayer, lab: Lab) -> DecodeSchedule:
+    if lab.is_gpu:
+        return new_schedule(ring, len(ring.keys))
+    from moa_lab.kernels.decode import tile_slots
+
+    tile = tile_slots(ring.keys.shape[-1], ring.keys.dtype)
+    return decode_schedule(ring.layout.slots, len(ring.keys), tile, INTERPRETER_PROGRAMS, lab.device)

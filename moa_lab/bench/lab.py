@@ -1,0 +1,85 @@
+"""What all measurements of a record share: the device, the plans, the ceilings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa_lab.bench.record import is_right
+from moa_lab.bench.shapes import Shape, Spans, default_plans, stretched_spans
+from moa_lab.bench.timing import Timing, copy_rate, matmul_rate
+from moa_lab.plan import Plan
+
+INTERPRETER = "interpreter"
+TINY_COPY_BYTES = 2**16
+
+
+@dataclass(frozen=True)
+class Lab:
+    """device: a GPU, or the CPU under Triton's interpreter. dtype: of queries, keys and values.
+
+    plans: by name. copy_bytes: bytes/s of a copy; matmul_flops: FLOP/s of a product, 0 under the interpreter.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    plans: Mapping[str, Plan]
+    copy_bytes: float
+    matmul_flops: float
+
+    @property
+    def is_gpu(self) -> bool:
+        """True where times mean something."""
+        return self.device.type == "cuda"
+
+    @property
+    def name(self) -> str:
+        """The GPU's name, or "interpreter"."""
+        return torch.cuda.get_device_name(self.device) if self.is_gpu else INTERPRETER
+
+    def spans(self, shape: Shape) -> Spans:
+        """The spans of a shape's heads."""
+        return stretched_spans(self.plans[shape.plan], shape.kv_heads, shape.n_tokens)
+
+    def trusts(self, *errors: Mapping[str, float | None]) -> bool:
+        """True where a row may meet its goal: timed on a GPU, and right."""
+        return self.is_gpu and all(is_right(dict(found)) for found in errors)
+
+    def random(self, seed: int, *size: int) -> torch.Tensor:
+        """Normal numbers in the lab's dtype."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
+
+    def release(self) -> None:
+        """Give freed memory back, so that the next shape finds it whole."""
+        if self.is_gpu:
+            torch.cuda.empty_cache()
+
+
+def open_lab(quick: bool, plan: Plan | str | Path | None) -> Lab:
+    """The lab of this machine. Raises ValueError where nothing can be measured: no GPU, and not quick under Triton's interpreter."""
+    plans = default_plans() if plan is None else _own(plan)
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if torch.cuda.is_available() and not interpreted:
+        device = torch.device("cuda", torch.cuda.current_device())
+        return Lab(device, torch.bfloat16, plans, copy_rate(device), matmul_rate(device))
+    if not (quick and interpreted):
+        raise ValueError("bench_kernels needs a GPU; without one, quick=True under TRITON_INTERPRET=1 runs all of it on tiny shapes")
+    device = torch.device("cpu")
+    # float16: Triton's interpreter multiplies bfloat16 wrongly.
+    return Lab(device, torch.float16, plans, copy_rate(device, TINY_COPY_BYTES), 0.0)
+
+
+def timing_detail(timing: Timing) -> dict[str, Any]:
+    """A timing as JSON data."""
+    return {"ms": timing.ms, "spread": timing.spread, "timer": timing.timer}
+
+
+def _own(plan: Plan | str | Path) -> dict[str, Plan]:
+    loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
+    return {loaded.name: loaded}

@@ -1,0 +1,95 @@
+"""Prefill under a plan: useful FLOP/s against FlexAttention and dense attention (P1), and wall clock against dense (P2)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from moa_lab.bench.lab import Lab, timing_detail
+from moa_lab.bench.peers import Inputs, flex_prefill, measured, sdpa_prefill
+from moa_lab.bench.record import GOALS, BenchRow, errors, judged
+from moa_lab.bench.shapes import Shape, Spans, dense_flops, described, prefill_flops
+from moa_lab.bench.timing import copies_past_cache, time_calls
+from moa_lab.kernels.reference import windowed_attention
+
+TERA = 1e12
+
+
+def prefill_rows(shape: Shape, lab: Lab, rows: Collection[str]) -> list[BenchRow]:
+    """The rows of `rows`, of P1 and P2, that one measurement of `shape` gives: all share its times."""
+    spans = lab.spans(shape)
+    inputs = _all_inputs(shape, lab)
+    ours, trusted = _ours(shape, spans, inputs, lab)
+    peers = _dense_peers(shape, inputs, lab)
+    if shape.flex and "P1" in rows:
+        expected = expected_prefill(*inputs[0], spans, shape.scale)
+        work = prefill_flops(shape, spans) / TERA
+        peers["FlexAttention"] = measured("FlexAttention", lambda: [flex_prefill(*each, spans) for each in inputs[:1]], work, lab, expected)
+    detail = {**ours, "useful_flops": prefill_flops(shape, spans), "peers": peers}
+    names = ("cuDNN", "FlexAttention") if shape.flex else ("cuDNN",)
+    found = [_rate_row(shape, spans, name, detail, trusted) for name in names if "P1" in rows]
+    return [*found, _wall_clock_row(shape, spans, detail, trusted)] if "P2" in rows else found
+
+
+def expected_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float) -> torch.Tensor:
+    """The reference in float32, on the same numbers: (batch, query_heads, n_tokens, head_dim)."""
+    n_tokens = query.shape[2]
+    index = torch.arange(n_tokens, device=query.device, dtype=torch.int32)
+    # A view: as numbers, a position for every pair would take gigabytes. What is in the future, the reference itself hides.
+    positions = index.expand(1, 1, n_tokens, n_tokens)
+    return windowed_attention(
+        query.float(), key.float(), value.float(), index[None, None, :, None], positions, spans.sink_tokens, np.array(spans.windows), scale
+    )  # fmt: skip
+
+
+def _all_inputs(shape: Shape, lab: Lab) -> list[Inputs]:
+    heads = (shape.query_heads, shape.kv_heads, shape.kv_heads)
+    nbytes = 2 * (shape.query_heads + shape.kv_heads) * shape.batch * shape.n_tokens * shape.head_dim * lab.dtype.itemsize
+
+    def one(seed: int) -> Inputs:
+        query, key, value = (lab.random(seed + part, shape.batch, n, shape.n_tokens, shape.head_dim) for part, n in enumerate(heads))
+        return query, key, value
+
+    return [one(3 * copy) for copy in range(copies_past_cache(nbytes, lab.device))]
+
+
+def _ours(shape: Shape, spans: Spans, inputs: list[Inputs], lab: Lab) -> tuple[dict[str, Any], bool]:
+    """Our kernel's time, rate and errors, and whether they may meet a goal."""
+    # Imported here: Triton is not everywhere.
+    from moa_lab.kernels import prefill
+
+    windows = torch.tensor(spans.windows, dtype=torch.int32, device=lab.device)
+
+    def attend(each: Inputs) -> torch.Tensor:
+        return prefill.prefill_attention(*each, windows, spans.sink_tokens, shape.scale)
+
+    found = errors(attend(inputs[0]), expected_prefill(*inputs[0], spans, shape.scale))
+    lab.release()
+    timing = time_calls([partial(attend, each) for each in inputs], lab.device)
+    rate = timing.rate(prefill_flops(shape, spans) / TERA)
+    return {**timing_detail(timing), "rate": rate, **found}, lab.trusts(found)
+
+
+def _dense_peers(shape: Shape, inputs: list[Inputs], lab: Lab) -> dict[str, Any]:
+    """Dense causal attention, its rate in the FLOPs of the whole triangle."""
+    work = dense_flops(shape) / TERA
+    return {
+        "SDPA flash": measured("SDPA flash", lambda: sdpa_prefill("SDPA flash", inputs), work, lab),
+        "cuDNN": measured("cuDNN", lambda: sdpa_prefill("cuDNN", inputs), work, lab),
+    }
+
+
+def _rate_row(shape: Shape, spans: Spans, name: str, detail: dict[str, Any], trusted: bool) -> BenchRow:
+    """P1: TFLOP/s that are useful, against a peer's."""
+    goal, peer = GOALS[f"P1 {name}"], detail["peers"][name].get("rate")
+    return judged("P1", goal, described(shape, spans), detail["rate"], peer, name, "TFLOP/s", trusted, detail)
+
+
+def _wall_clock_row(shape: Shape, spans: Spans, detail: dict[str, Any], trusted: bool) -> BenchRow:
+    """P2: milliseconds, against cuDNN's for the whole triangle."""
+    peer = detail["peers"]["cuDNN"].get("ms")
+    return judged("P2", GOALS["P2"], described(shape, spans), detail["ms"], peer, "cuDNN", "ms", trusted, detail)

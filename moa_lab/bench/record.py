@@ -1,0 +1,159 @@
+"""The record of a benchmark: rows, the goals they are held against, and the table of both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa_lab.provenance import Provenance
+from moa_lab.storage import parse, read_json, to_json, write_json
+
+BENCH_SCHEMA = "moa-lab/bench/1"
+TOLERANCE = 3e-2
+"""Largest error of a bfloat16 result: absolute, and relative to the largest number of the same output row."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What a row's ratio should reach, or stay below."""
+
+    ratio: float
+    at_most: bool = False
+
+    def meets(self, ratio: float) -> bool:
+        """True where `ratio` is good enough."""
+        return ratio <= self.ratio if self.at_most else ratio >= self.ratio
+
+    def __str__(self) -> str:
+        return f"{'<=' if self.at_most else '>='} {self.ratio:.2f}"
+
+
+GOALS = {
+    "D1": Goal(0.90),
+    "D2": Goal(1.05, at_most=True),
+    "D3": Goal(0.80),
+    "P1 cuDNN": Goal(0.77),
+    "P1 FlexAttention": Goal(1.25),
+    "P2": Goal(0.75, at_most=True),
+    "M1": Goal(1.02, at_most=True),
+}
+
+
+@dataclass(frozen=True)
+class BenchRow:
+    """Ours against a peer at one shape: `ratio` = ours / peer, both in `unit`; None where the peer did not run.
+
+    meets: the ratio reaches `goal` (or, `at_most`, stays below it), measured on a GPU with a result that is right.
+    detail: error (largest), relative_error (largest, over its output row's largest number), None where not finite; ms, timer and
+    spread (see `moa_lab.bench.timing`); peers, each with its own ms and rate, or with the reason why it "failed".
+    """
+
+    id: str
+    shape: dict[str, Any]
+    ours: float
+    peer: float | None
+    peer_name: str
+    ratio: float | None
+    goal: float
+    meets: bool
+    unit: str
+    at_most: bool = False
+    detail: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class BenchRecord:
+    """Rows, what they were measured with, and where they came from."""
+
+    rows: tuple[BenchRow, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def __iter__(self) -> Iterator[BenchRow]:
+        return iter(self.rows)
+
+    def select(self, row: str) -> tuple[BenchRow, ...]:
+        """The rows of one id, for instance "D1"."""
+        return tuple(found for found in self.rows if found.id == row)
+
+    def save(self, path: str | Path) -> Path:
+        """Write one JSON file."""
+        return write_json(path, {"schema": BENCH_SCHEMA, **to_json(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> BenchRecord:
+        """Read a record; raises RecordError for a broken or foreign file."""
+        data = read_json(path, BENCH_SCHEMA)
+        return parse(cls, {name: value for name, value in data.items() if name != "schema"}, path)
+
+
+def judged(
+    row: str, goal: Goal, shape: dict[str, Any], ours: float, peer: float | None, peer_name: str, unit: str, trusted: bool,
+    detail: dict[str, Any],
+) -> BenchRow:  # fmt: skip
+    """A row whose `meets` follows from the ratio; never where it is not `trusted`: wrong, or not timed on a GPU."""
+    ratio = None if peer is None else ours / peer
+    meets = trusted and ratio is not None and goal.meets(ratio)
+    return BenchRow(row, shape, ours, peer, peer_name, ratio, goal.ratio, meets, unit, goal.at_most, detail)
+
+
+def errors(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float | None]:
+    """Largest error of `found` (..., head_dim) against `expected` in float32.
+
+    Averages over many random values are small, so that an output of zeros would pass an absolute tolerance: relative_error divides
+    by the largest number of the same output row.
+    """
+    apart = (found.float() - expected).abs()
+    size = expected.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    worst = {"error": float(apart.max()), "relative_error": float((apart / size).max())}
+    # JSON has no word for NaN and infinity.
+    return {name: value if value <= torch.finfo(torch.float32).max else None for name, value in worst.items()}
+
+
+def is_right(found: dict[str, float | None]) -> bool:
+    """True where all errors are finite and within the tolerance."""
+    return all(value is not None and value <= TOLERANCE for value in found.values())
+
+
+def table(record: BenchRecord) -> str:
+    """The record as lines of text: one row per measurement, then what the ceilings were."""
+    rows = [["row", "shape", "ours", "peer", "ratio", "goal", "meets", "error", "other peers"], *(_cells(row) for row in record)]
+    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join([*lines, _note(record)])
+
+
+def _cells(row: BenchRow) -> list[str]:
+    error = row.detail.get("relative_error", "-")
+    peers = [f"{name} {_peer(found)}" for name, found in row.detail.get("peers", {}).items() if name != row.peer_name]
+    return [
+        row.id,
+        _shape(row.shape),
+        f"{row.ours:.4g} {row.unit}",
+        f"{row.peer_name} {'-' if row.peer is None else f'{row.peer:.4g}'}",
+        "-" if row.ratio is None else f"{row.ratio:.3f}",
+        str(Goal(row.goal, row.at_most)),
+        "yes" if row.meets else "no",
+        error if isinstance(error, str) else "not finite" if error is None else f"{error:.1e}",
+        ", ".join(peers),
+    ]
+
+
+def _shape(shape: dict[str, Any]) -> str:
+    heads = f"{shape['query_heads']}/{shape['kv_heads']} d{shape['head_dim']} b{shape['batch']} {shape['n_tokens']}"
+    return f"{heads} {shape['plan']} ({shape['density']:.0%}, skew {shape['skew']:.1f})"
+
+
+def _peer(found: dict[str, Any]) -> str:
+    return "failed" if "failed" in found else f"{found['rate']:.4g}"
+
+
+def _note(record: BenchRecord) -> str:
+    settings = record.settings
+    ceilings = ", ".join(f"{name} {value:.4g}" for name, value in settings.get("ceilings", {}).items())
+    versions = f"torch {settings.get('torch')}, Triton {settings.get('triton')}"
+    return f"{settings.get('device', 'unknown device')}; {ceilings or 'no ceilings'}; {versions}; error: relative, of our output"

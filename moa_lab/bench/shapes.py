@@ -1,0 +1,181 @@
+"""What is measured: shapes of attention, and windows as unequal as those of a real plan."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moa_lab.masks import causal_work
+from moa_lab.plan import Plan
+
+RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
+DEFAULT_PLANS = ("standard-50", "standard-25")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Attention of one layer: `batch` rows of `n_tokens` tokens under the plan of that name.
+
+    flex: also FlexAttention is measured, which compiles for many seconds a shape.
+    """
+
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int
+    n_tokens: int
+    plan: str = "standard-50"
+    flex: bool = False
+
+    @property
+    def group(self) -> int:
+        """Query heads of a KV head."""
+        return self.query_heads // self.kv_heads
+
+    @property
+    def scale(self) -> float:
+        """What scores are multiplied with."""
+        return float(self.head_dim**-0.5)
+
+
+@dataclass(frozen=True)
+class Spans:
+    """Tokens that the KV heads of one layer keep of `n_tokens`, sink and window: at most all of them."""
+
+    n_tokens: int
+    sink_tokens: int
+    tokens: tuple[int, ...]
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """Window tokens per KV head."""
+        return tuple(span - self.sink_tokens for span in self.tokens)
+
+    @property
+    def density(self) -> float:
+        """Kept tokens over all tokens."""
+        return sum(self.tokens) / (len(self.tokens) * self.n_tokens)
+
+    @property
+    def skew(self) -> float:
+        """Longest over mean span."""
+        return max(self.tokens) * len(self.tokens) / sum(self.tokens)
+
+    @property
+    def mean(self) -> int:
+        """Mean span, to the next token."""
+        return round(sum(self.tokens) / len(self.tokens))
+
+    def uniform(self) -> Spans:
+        """The same number of tokens in all, dealt out equally."""
+        least, more = divmod(sum(self.tokens), len(self.tokens))
+        return replace(self, tokens=tuple(least + (head < more) for head in range(len(self.tokens))))
+
+
+def stretched_spans(plan: Plan, kv_heads: int, n_tokens: int) -> Spans:
+    """Spans of a layer of `kv_heads` heads at `n_tokens` that is as dense as `plan`, and as unequal as its heads are among themselves.
+
+    All heads of the plan, at the longest length that its card reports, are sorted by the fraction they keep and cut into `kv_heads`
+    equal parts; a head keeps its part's mean. So the density stays, whatever the number of heads, and few keep all while many keep
+    next to nothing. The order is shuffled, as heads of a model come. Below that length the sink shrinks with everything else.
+    """
+    home = max(plan.lengths, default=plan.geometry.max_length)
+    fractions = np.sort(plan.spans(home).ravel() / home)
+    # Parts of whole heads only after every head is there kv_heads times.
+    parts = np.repeat(fractions, kv_heads).reshape(kv_heads, -1).mean(axis=1)
+    sink = min(plan.sink_tokens, plan.sink_tokens * n_tokens // home)
+    tokens = np.clip(np.rint(parts * n_tokens), sink + 1, n_tokens).astype(int)
+    order = np.random.default_rng(0).permutation(kv_heads)
+    return Spans(n_tokens, sink, tuple(tokens[order].tolist()))
+
+
+def described(shape: Shape, spans: Spans) -> dict[str, Any]:
+    """The shape as JSON data, with its density and skew."""
+    fields = {name: value for name, value in asdict(shape).items() if name != "flex"}
+    return {**fields, "sink_tokens": spans.sink_tokens, "density": round(spans.density, 4), "skew": round(spans.skew, 2)}
+
+
+def kv_bytes(shape: Shape, slots: int, itemsize: int) -> int:
+    """Bytes of K and V in `slots` slots a row (all KV heads together), all rows: what a decode step must read."""
+    return 2 * slots * shape.head_dim * itemsize * shape.batch
+
+
+def prefill_flops(shape: Shape, spans: Spans) -> int:
+    """FLOPs of the visible pairs, in all query heads and rows: two products of 2 * head_dim each."""
+    pairs = sum(causal_work(shape.n_tokens, spans.sink_tokens, window) for window in spans.windows)
+    return 4 * shape.head_dim * pairs * shape.group * shape.batch
+
+
+def dense_flops(shape: Shape) -> int:
+    """FLOPs of the whole causal triangle."""
+    return 4 * shape.head_dim * (shape.n_tokens * (shape.n_tokens + 1) // 2) * shape.query_heads * shape.batch
+
+
+def default_plans() -> dict[str, Plan]:
+    """The recorded plans by name. Raises ValueError where there is no checkout to read them from."""
+    paths = {name: RUNS / name / "plan.json" for name in DEFAULT_PLANS}
+    if not all(path.is_file() for path in paths.values()):
+        raise ValueError(f"the recorded plans are not in {RUNS}; pass plan=, a config card of `moa-lab validate`")
+    return {name: Plan.load(path) for name, path in paths.items()}
+
+
+# D1: at least 256 MB of kept K and V, far beyond every cache.
+DECODE = (
+    Shape(32, 32, 128, 16, 4096, flex=True),
+    Shape(32, 32, 128, 4, 16384),
+    Shape(32, 32, 64, 16, 8192),
+    Shape(32, 8, 128, 64, 4096),
+    Shape(32, 8, 128, 16, 16384, flex=True),
+    Shape(32, 8, 128, 4, 65536),
+    Shape(32, 8, 64, 64, 8192),
+    Shape(32, 32, 128, 64, 4096, "standard-25"),
+    Shape(32, 8, 128, 32, 16384, "standard-25"),
+    Shape(32, 32, 128, 1, 65536, "standard-25"),
+)
+HETEROGENEOUS = tuple(DECODE[index] for index in (0, 1, 4, 7, 8))
+SINGLE = tuple(Shape(32, kv_heads, 128, 1, length) for kv_heads in (32, 8) for length in (16384, 32768, 65536))
+PREFILL = (
+    Shape(32, 32, 128, 1, 4096),
+    Shape(32, 32, 128, 1, 8192, flex=True),
+    Shape(32, 32, 128, 1, 16384, flex=True),
+    Shape(32, 32, 128, 1, 32768),
+    Shape(32, 8, 128, 1, 4096),
+    Shape(32, 8, 128, 1, 8192),
+    Shape(32, 8, 128, 1, 16384, flex=True),
+    Shape(32, 8, 128, 1, 32768),
+)
+WALL_CLOCK_LENGTHS = (16384, 32768)
+MEMORY = (Shape(32, 8, 128, 4, 16384), Shape(32, 32, 128, 1, 16384, "standard-25"))
+MEMORY_LAYERS = 32
+
+SHAPES: dict[str, tuple[Shape, ...]] = {
+    "D1": DECODE,
+    "D2": HETEROGENEOUS,
+    "D3": SINGLE,
+    "P1": PREFILL,
+    "P2": tuple(shape for shape in PREFILL if shape.n_tokens in WALL_CLOCK_LENGTHS),
+    "M1": MEMORY,
+}
+
+_TINY = Shape(4, 2, 32, 1, 256)
+QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {
+    "D1": (replace(_TINY, kv_heads=4), replace(_TINY, batch=2, plan="standard-25")),
+    "D2": (_TINY,),
+    "D3": (_TINY,),
+    "P1": (_TINY,),
+    "P2": (_TINY,),
+    "M1": (_TINY,),
+}
+
+
+def shapes_of(row: str, quick: bool, plans: Collection[str]) -> tuple[Shape, ...]:
+    """Shapes of a row of the table, under the one plan of a user where `plans` are not the recorded ones."""
+    found = (QUICK_SHAPES if quick else SHAPES)[row]
+    if set(DEFAULT_PLANS) <= set(plans):
+        return found
+    (name,) = plans
+    return tuple(replace(shape, plan=name) for shape in found)
