@@ -180,13 +180,8 @@ def _mask(attention_mask: KeyMask | torch.Tensor | None, query: torch.Tensor, ke
     if isinstance(attention_mask, KeyMask):
         return attention_mask
     batch, n_queries, n_keys = query.shape[0], query.shape[2], key.shape[2]
-    if attention_mask is None:
-        return KeyMask(batch, n_queries, n_keys, query.device)
-    # A 4-d mask of the user's own: boolean, or additive with very negative numbers where a key is hidden.
-    mask = attention_mask[..., :n_keys]
-    shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-    position = torch.arange(n_keys, device=query.device, dtype=torch.int32)
-    return KeyMask(batch, n_queries, n_keys, query.device, explicit=torch.where(shown, position, -1))
+    explicit = None if attention_mask is None else attention_mask[..., :n_keys]
+    return KeyMask(batch, n_queries, n_keys, query.device, explicit=explicit)
 
 
 AttentionInterface.register(ATTENTION_NAME, _dispatch)

@@ -25,8 +25,9 @@ class KeyMask:
     """What a model hides from its queries, in all heads of a layer alike: the future, padding, and what lies beyond its own window.
 
     The queries are the last n_queries of n_keys tokens. real: bool (batch, n_keys), False for padding (None: there is none).
-    reach: the model's own window in tokens (None: no end). explicit: int32 (batch or 1, 1, n_queries, n_keys), `positions` for
-    what the others cannot say; they are not looked at then.
+    reach: the model's own window in tokens (None: no end). explicit: what the others cannot say, and they are not looked at then:
+    (batch or 1, 1, n_queries, n_keys), int32 `positions`, or a mask of one's own: boolean, or added to scores, very negative where a
+    key is hidden.
     """
 
     batch: int
@@ -44,7 +45,7 @@ class KeyMask:
         int32 (batch or 1, 1, n_queries, n_keys). A padding query sees nothing, and its softmax would be 0/0: it may see all.
         """
         if self.explicit is not None:
-            return self.explicit
+            return _positions_of(self.explicit)
         index = torch.arange(self.n_keys, device=self.device, dtype=torch.int32)
         back = index[self.n_keys - self.n_queries :, None] - index
         shown = back >= 0 if self.reach is None else (back >= 0) & (back < self.reach)
@@ -68,6 +69,13 @@ class KeyMask:
     def padded_on_the_left(self) -> bool:
         """True where no padding follows a token in any row."""
         return self.explicit is None and (self.real is None or not bool((self.real[:, :-1] & ~self.real[:, 1:]).any()))
+
+
+def _positions_of(explicit: torch.Tensor) -> torch.Tensor:
+    if explicit.dtype == torch.int32:
+        return explicit
+    shown = explicit if explicit.dtype == torch.bool else explicit > torch.finfo(explicit.dtype).min / 2
+    return torch.where(shown, torch.arange(shown.shape[-1], device=shown.device, dtype=torch.int32), -1)
 
 
 def dense_mask(n_tokens: int, sink_tokens: int, windows: torch.Tensor) -> torch.Tensor:

@@ -81,7 +81,7 @@ def decode_inputs(shape: Shape, spans: Spans, lab: Lab, seed: int = 0, dense: bo
         generator = torch.Generator(lab.device).manual_seed(seed + 1)
         ring.keys.normal_(generator=generator)
         ring.values.normal_(generator=generator)
-    return DecodeInputs(query, ring, lengths, _schedule(ring, lab), shape.scale, tokens)
+    return DecodeInputs(query, ring, lengths, _schedule(ring), shape.scale, tokens)
 
 
 def decode_row(row: str, shape: Shape, lab: Lab) -> BenchRow:
@@ -135,10 +135,11 @@ def _peers(shape: Shape, spans: Spans, lab: Lab) -> dict[str, Any]:
     }
 
 
-def _schedule(ring: RingLayer, lab: Lab) -> DecodeSchedule:
-    if lab.is_gpu:
-        return new_schedule(ring, len(ring.keys))
+def _schedule(ring: RingLayer) -> DecodeSchedule:
+    made = new_schedule(ring, len(ring.keys))
+    if made is not None:
+        return made
     from moa_lab.kernels.decode import tile_slots
 
     tile = tile_slots(ring.keys.shape[-1], ring.keys.dtype)
-    return decode_schedule(ring.layout.slots, len(ring.keys), tile, INTERPRETER_PROGRAMS, lab.device)
+    return decode_schedule(ring.layout.slots, len(ring.keys), tile, INTERPRETER_PROGRAMS, ring.keys.device)

@@ -135,14 +135,7 @@ def _write_kernel(
 
 def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, padding: torch.Tensor) -> None:
     """`RingLayer.write` in one kernel, without a word to the host."""
-    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
-    batch, kv_heads, tokens, head_dim = key.shape
-    padded_dim = triton.next_power_of_2(head_dim)
-    block = min(triton.next_power_of_2(tokens), max(4096 // padded_dim, 1))
-    _write_kernel[(triton.cdiv(tokens, block), batch * kv_heads)](
-        key, value, ring.keys, ring.values, ring.table, lengths, padding, *key.stride()[:3], *value.stride()[:3], ring.keys.stride(0),
-        tokens, kv_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK=block, num_warps=4,
-    )  # fmt: skip
+    _write(key, value, ring.keys, ring.values, ring.table, lengths, padding)
 
 
 def decode_attention(
@@ -159,31 +152,63 @@ def decode_attention(
     batch and the ring's slots. Sums are in float32 and in the same order every time.
     Source: split-KV decoding as in Flash-Decoding (Dao et al., 2023), over heads of unequal spans.
     """
-    query = query if query.stride(-1) == 1 else query.contiguous()
-    batch, query_heads, _, head_dim = query.shape
-    kv_heads = len(ring.layout.windows)
+    batch, kv_heads = len(query), len(ring.layout.windows)
     if len(schedule.firsts) != batch * kv_heads + 1 or len(ring.keys) != batch:
         raise ValueError(f"the schedule and the ring must be for {batch} rows and {kv_heads} KV heads")
-    group = query_heads // kv_heads
+    return _decode(
+        query, ring.keys, ring.values, ring.table, lengths, schedule.segments, schedule.bounds, schedule.firsts, schedule.tile,
+        ring.layout.sink_tokens, ring.layout.reach or 0, scale, softcap or 0.0,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("moa_lab::ring_write", mutates_args=("keys", "values"))
+def _write(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor,
+    lengths: torch.Tensor, padding: torch.Tensor,
+) -> None:  # fmt: skip
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    batch, kv_heads, tokens, head_dim = key.shape
+    padded_dim = triton.next_power_of_2(head_dim)
+    block = min(triton.next_power_of_2(tokens), max(4096 // padded_dim, 1))
+    _write_kernel[(triton.cdiv(tokens, block), batch * kv_heads)](
+        key, value, keys, values, table, lengths, padding, *key.stride()[:3], *value.stride()[:3], keys.stride(0),
+        tokens, kv_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("moa_lab::decode", mutates_args=())
+def _decode(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor,
+    segments: torch.Tensor, bounds: torch.Tensor, firsts: torch.Tensor, tile: int,
+    sink_tokens: int, reach: int, scale: float, softcap: float,
+) -> torch.Tensor:  # fmt: skip
+    """reach, softcap: 0 for none."""
+    query = query if query.stride(-1) == 1 else query.contiguous()
+    batch, query_heads, _, head_dim = query.shape
+    group = query_heads // len(table)
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    segments, reach = len(schedule.segments), ring.layout.reach
     # As transformers wants it: (batch, tokens, heads, head_dim) in memory, which is the same for one token.
     output = torch.empty(batch, query_heads, 1, head_dim, dtype=query.dtype, device=query.device)
-    part_output = torch.empty(segments, group, padded_dim, dtype=torch.float32, device=query.device)
-    part_max, part_sum = torch.empty(2, segments, group, dtype=torch.float32, device=query.device)
+    part_output = torch.empty(len(segments), group, padded_dim, dtype=torch.float32, device=query.device)
+    part_max, part_sum = torch.empty(2, len(segments), group, dtype=torch.float32, device=query.device)
     warps, stages = _shape(padded_dim, query.dtype)
-    _decode_kernel[(schedule.programs,)](
-        query, ring.keys, ring.values, ring.table, lengths, schedule.segments, schedule.bounds, part_output, part_max, part_sum,
-        query.stride(0), query.stride(1), ring.keys.stride(0), ring.layout.sink_tokens, reach or 0, scale, softcap or 1.0,
-        GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim, PADDED_DIM=padded_dim, TILE=schedule.tile,
-        CAPPED=softcap is not None, REACHES=reach is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+    _decode_kernel[(len(bounds) - 1,)](
+        query, keys, values, table, lengths, segments, bounds, part_output, part_max, part_sum,
+        query.stride(0), query.stride(1), keys.stride(0), sink_tokens, reach, scale, softcap or 1.0,
+        GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim, PADDED_DIM=padded_dim, TILE=tile,
+        CAPPED=softcap != 0, REACHES=reach != 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _merge_kernel[(batch * query_heads,)](
-        part_output, part_max, part_sum, schedule.firsts, output, output.stride(0), output.stride(1), query_heads,
+        part_output, part_max, part_sum, firsts, output, output.stride(0), output.stride(1), query_heads,
         GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK=16, num_warps=4,
     )  # fmt: skip
     return output
+
+
+@_decode.register_fake
+def _(query: torch.Tensor, *_: object) -> torch.Tensor:
+    return query.new_empty(query.shape)
 
 
 def tile_slots(head_dim: int, dtype: torch.dtype) -> int:

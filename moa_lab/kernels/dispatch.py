@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -62,25 +61,28 @@ def ring_attention(
     ring: RingLayer,
     lengths: torch.Tensor,
     padding: torch.Tensor,
-    schedule: Callable[[], DecodeSchedule] | None,
     scale: float,
     softcap: float | None = None,
+    *,
+    schedule: DecodeSchedule | None = None,
+    keep: bool = True,
 ) -> torch.Tensor:
     """Attend from new tokens to what the ring holds and to one another, and write them: (batch, query_heads, tokens, head_dim).
 
-    Shapes as in `chunk_attention`. schedule: asked for where the decode kernel runs, see `new_schedule`; None: nothing is written.
+    Shapes as in `chunk_attention`. schedule: what `new_schedule` made, for one token; without it the reference runs. keep: False
+    writes nothing.
     """
-    if schedule is None or query.shape[2] > 1:
+    if query.shape[2] > 1 or not keep:
         found = _chunk_attention(query, key, value, ring, lengths, padding, scale, softcap)
-        if schedule is not None:
+        if keep:
             ring_write(key, value, ring, lengths, padding)
         return found
     ring_write(key, value, ring, lengths, padding)
-    if not kernel_applies(query, key, value):
+    if schedule is None or not kernel_applies(query, key, value):
         return newest_attention(query, ring, lengths, scale, softcap)
     from moa_lab.kernels.decode import decode_attention
 
-    return decode_attention(query, ring, lengths, schedule(), scale, softcap)
+    return decode_attention(query, ring, lengths, schedule, scale, softcap)
 
 
 def _chunk_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
@@ -101,12 +103,18 @@ def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths:
         ring.write(key, value, lengths, padding)
 
 
-def new_schedule(ring: RingLayer, batch: int) -> DecodeSchedule:
-    """A schedule for the decode kernel that fills this device."""
+def new_schedule(ring: RingLayer, batch: int) -> DecodeSchedule | None:
+    """A schedule for the decode kernel that fills this device; None where the kernel does not run."""
+    if not kernel_applies(ring.keys):
+        return None
     # Imported here: Triton is not everywhere.
     from moa_lab.kernels.decode import programs_for, tile_slots
 
-    cores = torch.cuda.get_device_properties(ring.keys.device).multi_processor_count
     tile = tile_slots(ring.keys.shape[-1], ring.keys.dtype)
     tiles = batch * int((-(-ring.layout.slots // tile)).sum())
-    return decode_schedule(ring.layout.slots, batch, tile, programs_for(tiles, cores), ring.keys.device)
+    return decode_schedule(ring.layout.slots, batch, tile, programs_for(tiles, _cores(ring.keys.device)), ring.keys.device)
+
+
+def _cores(device: torch.device) -> int:
+    """Streaming multiprocessors; in the interpreter, a number that a test can wait for."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

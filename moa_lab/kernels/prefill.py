@@ -164,10 +164,11 @@ def prefill_attention(
     """
     if windows.shape != (key.shape[1],) or (first is not None and first.shape != (len(query),)):
         raise ValueError(f"windows must be (kv_heads,) = ({key.shape[1]},) and first (batch,) = ({len(query)},)")
+    _check(query, key, value)
     table = torch.zeros(key.shape[1], 4, dtype=torch.int32, device=query.device)
     table[:, 3] = windows
     padding = torch.zeros(len(query), dtype=torch.int32, device=query.device) if first is None else first
-    return _attend(query, key, value, None, table, padding, padding, sink_tokens, reach, scale, softcap)
+    return _prefill(query, key, value, None, None, table, padding, padding, sink_tokens, reach or NO_REACH, scale, softcap or 0.0)
 
 
 def chunk_attention(
@@ -184,34 +185,56 @@ def chunk_attention(
 
     Of the ring, nothing is read that no new token sees. float16, bfloat16 or float32.
     """
+    _check(query, key, value)
     layout = ring.layout
-    return _attend(query, key, value, ring, ring.table, lengths, padding, layout.sink_tokens, layout.reach, scale, softcap)
+    return _prefill(
+        query, key, value, ring.keys, ring.values, ring.table, lengths, padding, layout.sink_tokens, layout.reach or NO_REACH, scale,
+        softcap or 0.0,
+    )  # fmt: skip
 
 
-def _attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring: RingLayer | None, table: torch.Tensor,
-    lengths: torch.Tensor, padding: torch.Tensor, sink_tokens: int, reach: int | None, scale: float, softcap: float | None,
+def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    batch, query_heads, n_queries, head_dim = query.shape
+    fits = key.shape == value.shape and key.shape[0] == batch and key.shape[3] == head_dim
+    if not fits or query_heads % key.shape[1] or n_queries > key.shape[2]:
+        raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit together")
+
+
+@torch.library.custom_op("moa_lab::prefill", mutates_args=())
+def _prefill(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring_keys: torch.Tensor | None, ring_values: torch.Tensor | None,
+    table: torch.Tensor, lengths: torch.Tensor, padding: torch.Tensor, sink_tokens: int, reach: int, scale: float, softcap: float,
 ) -> torch.Tensor:  # fmt: skip
+    """softcap: 0 for none."""
     batch, query_heads, n_queries, head_dim = query.shape
     kv_heads, n_keys = key.shape[1], key.shape[2]
-    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != head_dim or query_heads % kv_heads or n_queries > n_keys:
-        raise ValueError(f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit together")
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    # As transformers wants it: (batch, tokens, heads, head_dim) in memory.
-    output = torch.empty(batch, n_queries, query_heads, head_dim, dtype=query.dtype, device=query.device).transpose(1, 2)
+    output = _like(query)
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
     block_m, block_n, warps, stages = _tiles(padded_dim, query.dtype)
-    keys, values = (key, value) if ring is None else (ring.keys, ring.values)
+    over_ring = ring_keys is not None
+    keys, values = (key, value) if ring_keys is None else (ring_keys, ring_values)
     grid = (triton.cdiv(n_queries, block_m), batch * query_heads)
     _prefill_kernel[grid](
         query, key, value, output, keys, values, table, lengths, padding,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], keys.stride(0),
-        n_queries, n_keys, query_heads, sink_tokens, reach or NO_REACH, scale, softcap or 1.0,
+        n_queries, n_keys, query_heads, sink_tokens, reach, scale, softcap or 1.0,
         GROUP=query_heads // kv_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK_M=block_m, BLOCK_N=block_n,
-        CAPPED=softcap is not None, OVER_RING=ring is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        CAPPED=softcap != 0, OVER_RING=over_ring, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return output
+
+
+@_prefill.register_fake
+def _(query: torch.Tensor, *_: object) -> torch.Tensor:
+    return _like(query)
+
+
+def _like(query: torch.Tensor) -> torch.Tensor:
+    """Room for the output, as transformers wants it: (batch, tokens, heads, head_dim) in memory."""
+    batch, query_heads, n_queries, head_dim = query.shape
+    return query.new_empty(batch, n_queries, query_heads, head_dim).transpose(1, 2)
 
 
 def _tiles(padded_dim: int, dtype: torch.dtype) -> tuple[int, int, int, int]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from moa_lab.runtime.ring_cache import RingCache
 from moa_lab.runtime.sampling import Sampling
@@ -22,11 +22,12 @@ CHECK_EVERY = 32
 class Decoder:
     """New tokens of every row, up to `most`, and what a step needs, all of it on the device.
 
-    cache: as the prefill left it; lengths: int64 (batch,), tokens of every row so far.
+    model: the model, or what `torch.compile` made of it. cache: as the prefill left it, with room for all that is to come; lengths:
+    int64 (batch,), tokens of every row so far.
     """
 
     def __init__(
-        self, model: PreTrainedModel, cache: RingCache, lengths: torch.Tensor, sampling: Sampling, stops: Sequence[int], most: int
+        self, model: Callable[..., Any], cache: RingCache, lengths: torch.Tensor, sampling: Sampling, stops: Sequence[int], most: int
     ) -> None:
         device, batch = lengths.device, len(lengths)
         self._model, self._cache, self._sampling, self._most = model, cache, sampling, most
@@ -37,6 +38,8 @@ class Decoder:
         self._said = torch.zeros(batch, most, dtype=torch.long, device=device)
         self._at = torch.zeros(1, dtype=torch.long, device=device)
         self._stopped = torch.zeros(batch, dtype=torch.bool, device=device)
+        # A mask that is there already keeps the model from making one in every pass; the cache knows what is seen.
+        self._mask = torch.ones(batch, 1, 1, 1, dtype=torch.bool, device=device)
         self.steps = 0
         self.captured = False
 
@@ -47,19 +50,16 @@ class Decoder:
     def run(self, graph: bool | None = None) -> None:
         """Decode until all rows have stopped or have said all they may."""
         wanted = self._tokens.is_cuda if graph is None else graph
-        replay = None
-        while self.steps < self._most - 1:
-            if self.steps % CHECK_EVERY == 0 and bool(self._stopped.all()):
-                break
-            if wanted and self.steps == WARM_UP:
-                replay = self._capture()
-                self.captured = replay is not None
-            if replay is None:
-                self._step()
-            else:
-                replay.replay()
-                self._cache.advance(1)
-            self.steps += 1
+        step = self._step
+        with self._cache.decoding():
+            while self.steps < self._most - 1:
+                if self.steps % CHECK_EVERY == 0 and bool(self._stopped.all()):
+                    break
+                if wanted and self.steps == WARM_UP:
+                    step = self._captured() or step
+                step()
+                self.steps += 1
+        self._cache.came(self.steps)
 
     def tokens(self) -> list[list[int]]:
         """What every row said, up to and with its stop token."""
@@ -69,7 +69,9 @@ class Decoder:
         return [row[: end + 1] for row, end in zip(rows, ends, strict=True)]
 
     def _step(self) -> None:
-        found = self._model(input_ids=self._tokens, position_ids=self._positions, past_key_values=self._cache, use_cache=True)
+        found = self._model(
+            input_ids=self._tokens, position_ids=self._positions, attention_mask=self._mask, past_key_values=self._cache, use_cache=True
+        )  # fmt: skip
         self._positions += 1
         self._say(found.logits[:, -1])
 
@@ -80,18 +82,15 @@ class Decoder:
         self._at += 1
         self._stopped |= torch.isin(chosen, self._stops)
 
-    def _capture(self) -> torch.cuda.CUDAGraph | None:
+    def _captured(self) -> Callable[[], None] | None:
         """The step as a graph; None, and a line in the log, where the model talks to the host in every step."""
-        captured = torch.cuda.CUDAGraph()
-        captured.register_generator_state(self._generator)
-        seen = self._cache.get_seq_length()
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self._generator)
         try:
-            with torch.cuda.graph(captured):
+            with torch.cuda.graph(graph):
                 self._step()
         except RuntimeError as error:
             logger.warning("the decode step cannot be captured (%s): it runs step by step", str(error).splitlines()[0])
             return None
-        finally:
-            # Capturing ran nothing.
-            self._cache.advance(seen - self._cache.get_seq_length())
-        return captured
+        self.captured = True
+        return graph.replay

@@ -58,12 +58,14 @@ def generate(
     stop_tokens: Sequence[int] | None = None,
     prefill_tokens: int = PREFILL_TOKENS,
     graph: bool | None = None,
+    compiled: bool = False,
 ) -> Generation:
     """Answer `prompts`, all in one batch, under `plan` (None: every head keeps everything).
 
     Spans are those of the longest prompt and the new tokens together. sampling: None takes the likeliest token. chat: prompts are
     a user's messages. stop_tokens: None for the model's own end of sequence. prefill_tokens: of all rows, at once. graph: capture
-    the decode step as a CUDA graph (None: on a GPU, where the model allows it). Raises ValueError for no prompts, an empty one, or
+    the decode step as a CUDA graph (None: on a GPU, where the model allows it). compiled: `torch.compile` the decode step first, which
+    takes a minute or so and pays for long answers. Raises ValueError for no prompts, an empty one, or
     tokens beyond the model's maximum length.
     """
     asked = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -82,7 +84,9 @@ def generate(
         cache = ring_cache(model, n_tokens)
         started = _clock(model)
         logits, lengths = _prefill(model, cache, rows, prefill_tokens)
-        decoder = Decoder(model, cache, lengths, sampling or Sampling(), stops, max_new_tokens)
+        decoder = Decoder(
+            torch.compile(model, fullgraph=True) if compiled else model, cache, lengths, sampling or Sampling(), stops, max_new_tokens
+        )
         decoder.first(logits)
         first = _clock(model)
         decoder.run(graph)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,11 +36,12 @@ class RingCache(Cache):
         self._capacity = capacity or 0
         self.rings: list[RingLayer] = []
         self.lengths = torch.zeros(0, dtype=torch.int32)
-        self._schedules: dict[tuple[int, ...], DecodeSchedule] = {}
+        self._schedules: dict[tuple[int, ...], DecodeSchedule | None] = {}
+        self._dealt: list[DecodeSchedule | None] = []
         self._padding = torch.zeros(0, dtype=torch.int32)
         self._order: torch.Tensor | None = None
         self._layouts: list[LayerLayout] = []
-        self._is_first, self._is_void = True, False
+        self._is_first, self._is_void, self._counts = True, False, True
         self._recorded: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._seen = 0
         super().__init__(layers=[_Layer(self, layer) for layer in range(spans.plan.geometry.layers)])
@@ -53,8 +55,23 @@ class RingCache(Cache):
         """Columns of tokens that came so far, padding counted."""
         return self._seen
 
-    def advance(self, columns: int) -> None:
-        """Count columns that came without Python: those of replayed graphs."""
+    @contextlib.contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Within this, every pass brings one token to every row, and the host counts nothing: what a pass does is the same each time,
+        whatever its mask.
+
+        The tokens must fit in the room there is; `came` tells afterwards how many there were.
+        """
+        self._padding = torch.zeros_like(self.lengths)
+        self._dealt = [self._schedule_of(layer) for layer in range(len(self.rings))]
+        self._order, self._is_first, self._counts = None, False, False
+        try:
+            yield
+        finally:
+            self._counts = True
+
+    def came(self, columns: int) -> None:
+        """Count the columns that came while decoding."""
         self._seen += columns
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -88,12 +105,14 @@ class RingCache(Cache):
             return found
         ring = self.rings[layer]
         query, key, value = (_ordered(x, self._order) for x in (call.query, call.key, call.value))
-        if self._recorded is None:
-            found = ring_attention(query, key, value, ring, self.lengths, self._padding, self._schedule_of(ring), call.scale, call.softcap)
-        else:
+        keep = self._recorded is None
+        if self._recorded is not None:
             self._keep(layer, key, value)
             key, value = self._recorded[layer]
-            found = ring_attention(query, key, value, ring, self.lengths, self._padding, None, call.scale, call.softcap)
+        schedule = self._schedule_of(layer) if keep and tokens == 1 else None
+        found = ring_attention(
+            query, key, value, ring, self.lengths, self._padding, call.scale, call.softcap, schedule=schedule, keep=keep
+        )  # fmt: skip
         return found if self._order is None else _ordered(found, self._order.argsort(dim=1))
 
     # --- rows
@@ -156,6 +175,9 @@ class RingCache(Cache):
 
     def _begin(self, call: AttentionCall, tokens: int) -> None:
         """What is the same for all layers of a forward pass."""
+        if not self._counts:
+            self.lengths += 1
+            return
         mask, batch, device = call.mask, len(call.query), call.query.device
         self._is_first = self._seen == 0
         if self._is_void or (mask.explicit is not None and not self._is_first):
@@ -195,14 +217,15 @@ class RingCache(Cache):
             before = self._recorded[layer]
             self._recorded[layer] = (torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2))
 
-    def _schedule_of(self, ring: RingLayer) -> Callable[[], DecodeSchedule]:
-        def find() -> DecodeSchedule:
-            name = (len(self.lengths), *ring.layout.slots.tolist())
-            if name not in self._schedules:
-                self._schedules[name] = new_schedule(ring, len(self.lengths))
-            return self._schedules[name]
-
-        return find
+    def _schedule_of(self, layer: int) -> DecodeSchedule | None:
+        """For one token a row; layers of one layout share it."""
+        if not self._counts:
+            return self._dealt[layer]
+        slots = self.rings[layer].layout.slots
+        name = (len(self.lengths), *slots.tolist())
+        if name not in self._schedules:
+            self._schedules[name] = new_schedule(self.rings[layer], len(self.lengths))
+        return self._schedules[name]
 
 
 class _Layer(CacheLayerMixin):
