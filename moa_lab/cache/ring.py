@@ -61,8 +61,8 @@ class RingLayer:
         kept = (column >= padding[:, None])[..., None] & ((at < sinks) | (at >= lengths[:, None, None] - rings))
         batch = torch.arange(len(key), device=key.device)[:, None, None].expand_as(kept)[kept]
         slots = self.slots_of(positions)[kept]
-        self.keys[batch, slots] = key.transpose(1, 2)[kept].detach()
-        self.values[batch, slots] = value.transpose(1, 2)[kept].detach()
+        self.keys[batch, slots] = key.transpose(1, 2)[kept]
+        self.values[batch, slots] = value.transpose(1, 2)[kept]
 
     def grow(self, capacity: int) -> None:
         """Make room for sequences of `capacity` tokens; heads that keep less stay as they are."""

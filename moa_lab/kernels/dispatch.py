@@ -95,7 +95,9 @@ def _chunk_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, padding: torch.Tensor) -> None:
     """`RingLayer.write`, in one kernel where there is Triton."""
-    if kernel_applies(key.detach(), value.detach()):
+    # What is kept is a copy: no gradient goes through a cache.
+    key, value = key.detach(), value.detach()
+    if kernel_applies(key, value):
         from moa_lab.kernels import decode
 
         decode.ring_write(key, value, ring, lengths, padding)

@@ -110,9 +110,9 @@ class RingCache(Cache):
             self._keep(layer, key, value)
             key, value = self._recorded[layer]
         schedule = self._schedule_of(layer) if keep and tokens == 1 else None
-        found = ring_attention(
-            query, key, value, ring, self.lengths, self._padding, call.scale, call.softcap, schedule=schedule, keep=keep
-        )  # fmt: skip
+        # A model may be spread over several devices, a layer here and a layer there.
+        lengths, padding = (x.to(query.device) for x in (self.lengths, self._padding))
+        found = ring_attention(query, key, value, ring, lengths, padding, call.scale, call.softcap, schedule=schedule, keep=keep)
         return found if self._order is None else _ordered(found, self._order.argsort(dim=1))
 
     # --- rows
@@ -168,7 +168,8 @@ class RingCache(Cache):
             raise RuntimeError(f"{remove} tokens are to be taken back, {columns + remove} were recorded")
         for ring, (key, value) in zip(self.rings, self._recorded, strict=True):
             if columns:
-                ring_write(key[:, :, :columns], value[:, :, :columns], ring, self.lengths - remove, self._padding)
+                lengths, padding = (x.to(key.device) for x in (self.lengths - remove, self._padding))
+                ring_write(key[:, :, :columns], value[:, :, :columns], ring, lengths, padding)
         self._recorded = []
 
     # --- one forward pass
@@ -210,7 +211,8 @@ class RingCache(Cache):
 
     def _keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         if self._recorded is None:
-            ring_write(key, value, self.rings[layer], self.lengths, self._padding)
+            lengths, padding = (x.to(key.device) for x in (self.lengths, self._padding))
+            ring_write(key, value, self.rings[layer], lengths, padding)
         elif len(self._recorded) == layer:
             self._recorded.append((key, value))
         else:
@@ -271,4 +273,4 @@ def _padding(mask: KeyMask, tokens: int, lengths: torch.Tensor) -> tuple[torch.T
 
 def _ordered(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
     """`x` (batch, heads, tokens, head_dim) with each row's tokens in `order` (batch, tokens)."""
-    return x if order is None else x.gather(2, order[:, None, :, None].expand_as(x))
+    return x if order is None else x.gather(2, order.to(x.device)[:, None, :, None].expand_as(x))

@@ -188,6 +188,20 @@ def test_a_forward_pass_makes_its_own_cache_and_goes_on_with_it() -> None:
     torch.testing.assert_close(second.logits, expected.logits[:, 50:], atol=2e-4, rtol=1e-4)
 
 
+def test_a_gradient_goes_through_the_pass_and_not_through_the_cache() -> None:
+    model = model_of("llama").requires_grad_(True)
+    tokens = random_tokens(1, 40)
+    with apply_plan(model, small_plan(model)):
+        found = model(tokens)
+        found.logits.sum().backward()
+        kept = [parameter.grad.clone() for parameter in model.parameters()]
+        model.zero_grad()
+        model(tokens, use_cache=False).logits.sum().backward()
+    for with_cache, parameter in zip(kept, model.parameters(), strict=True):
+        torch.testing.assert_close(with_cache, parameter.grad)
+    assert not any(ring.keys.requires_grad for ring in found.past_key_values.rings)
+
+
 # --- taking tokens back
 
 
