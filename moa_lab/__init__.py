@@ -35,6 +35,7 @@ _HOMES = {
     "ring_cache": "moa_lab.runtime",
     "evaluate": "moa_lab.evaluate",
     "validate": "moa_lab.evaluate",
+    "parity": "moa_lab.evaluate.parity",
     "figures": "moa_lab.figures",
 }
 

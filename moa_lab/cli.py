@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from tqdm import tqdm
 
+from moa_lab.cli_bench import app as bench_app
 from moa_lab.doctor import diagnose
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.storage import schema_of
@@ -20,6 +21,8 @@ app = typer.Typer(
     help="How much of each head's attention can be dropped, what it costs, and how much is saved.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip
+
+app.add_typer(bench_app, name="bench")
 
 ModelOption = Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")]
 LengthsOption = Annotated[str | None, typer.Option("--lengths", help="profiled lengths in tokens, for instance 1024,2048")]
@@ -238,6 +241,36 @@ def evaluate(
     found.plus(more).save(out)
     for row in (*found, *more):
         typer.echo(f"{row.metric} {row.task}@{row.length}: {row.value:.3f} [{row.low:.3f}, {row.high:.3f}] (n = {row.n})")
+
+
+@app.command()
+def parity(
+    plan: Annotated[Path, typer.Option("--plan", help="config card")],
+    model: ModelOption = "smollm2",
+    n_tokens: Annotated[
+        int | None, typer.Option("--n-tokens", help="length of the longest texts; default as long as the plan needs")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="record of the comparison (.json)")] = None,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    force: ForceOption = False,
+) -> None:
+    """Hold the ring cache and the kernels against masks written out in full; exits with code 1 when a case fails."""
+    from moa_lab.evaluate.parity import parity as compare
+    from moa_lab.evaluate.parity import table
+    from moa_lab.models import load_model
+    from moa_lab.plan import Plan
+
+    if out is not None:
+        _free(out, force)
+    card = Plan.load(plan)
+    loaded, tokenizer = load_model(model)
+    with _Bars() as bars:
+        found = compare(loaded, tokenizer, card, n_tokens=n_tokens, seed=seed, progress=bars.steps("parity"))
+    if out is not None:
+        found.save(out)
+    typer.echo(table(found))
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

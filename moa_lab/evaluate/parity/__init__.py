@@ -1,0 +1,90 @@
+"""Parity: what runs in production, held against masks that are written out in full, on the model at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa_lab.calibration.documents import TextStream, embedded_documents
+from moa_lab.evaluate.parity.bench import Bench
+from moa_lab.evaluate.parity.cases import ROWS, all_cases, ring_sizes
+from moa_lab.evaluate.parity.record import PARITY_SCHEMA, Parity, ParityRow, table
+from moa_lab.evaluate.scoring import Progress
+from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
+from moa_lab.plan import Plan
+from moa_lab.provenance import Provenance, provenance
+
+__all__ = ["PARITY_SCHEMA", "Parity", "ParityRow", "default_tokens", "parity", "table"]
+
+MIN_TOKENS = 32
+MOST_TOKENS = {"cpu": 1024, "cuda": 4096}
+"""Default length at most, by device; other devices take that of the CPU."""
+
+
+def parity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: Plan,
+    *,
+    n_tokens: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Parity:
+    """Compare the ring cache and the kernels that run under `plan` with uncached passes whose masks are written out, head by head.
+
+    n_tokens: the length N of the spans and of the longest texts, 32 up to the model's maximum; None: `default_tokens`. Texts are
+    excerpts of the embedded test documents, drawn by `seed`. Every reference is a pass over one row alone, without padding, over all
+    of its tokens, so it knows neither caches nor padding nor chunks. Cases that a plan has no head for, or that N is too short for,
+    are left out and named in `settings["left_out"]`. progress: called with (cases done, cases in all).
+
+    Tolerances: 1e-3 in float32 and above. In half precision twice what two right orders of summation differ by on this model (the
+    reference in one pass, and token by token over the reversed keys of a cache that keeps everything), at least 8 times the dtype's
+    epsilon. An error that moves no logit by more than that is not seen there: run float32 to look closer.
+    Raises ValueError for a plan of another geometry and for a length outside the model.
+    """
+    geometry = geometry_of(model)
+    plan.check_model(geometry, weights_fingerprint(model) if plan.provenance.weights else None)
+    n = default_tokens(model, plan) if n_tokens is None else n_tokens
+    if not MIN_TOKENS <= n <= geometry.max_length:
+        raise ValueError(f"n_tokens must lie in {MIN_TOKENS}..{geometry.max_length} (the model's maximum length), got {n}")
+    stream = TextStream(embedded_documents("test"), tokenizer, seed)
+    texts = torch.tensor([stream.take(n) for _ in range(ROWS)], device=model.device)
+    # Without its provenance: the weights were looked at, once is enough.
+    bench = Bench(model, replace(plan, provenance=Provenance()), n, texts)
+    found = _rows(bench, progress)
+    origin = provenance(
+        model=model_name(model), weights=weights_fingerprint(model), tokenizer=tokenizer_fingerprint(tokenizer),
+        seed=seed, device=str(model.device),
+    )  # fmt: skip
+    settings = {"plan": plan.name, "plan_identity": plan.identity(), "dtype": str(model.dtype).removeprefix("torch."), **bench.settings()}
+    return Parity(tuple(found), settings, origin)
+
+
+def default_tokens(model: PreTrainedModel, plan: Plan) -> int:
+    """The shortest length (a multiple of 64) at which all heads but full ones have wrapped, the smallest of them twice.
+
+    At most the model's maximum length, and at most 1024 tokens on a CPU, 4096 on a GPU.
+    """
+    most = min(geometry_of(model).max_length, MOST_TOKENS.get(model.device.type, MOST_TOKENS["cpu"]))
+    for n in range(256, most, 64):
+        sizes = ring_sizes(plan, n)
+        # 8: a few tokens more, so that the second turn's first slots are written and read.
+        if all(sink + ring < n for sink, ring in sizes) and all(sink + 2 * ring + 8 <= n for sink, ring in sizes[:1]):
+            return n
+    return most
+
+
+def _rows(bench: Bench, progress: Progress | None) -> list[ParityRow]:
+    cases, bench.left_out = all_cases(bench.n, ring_sizes(bench.plan, bench.n))
+    jobs: list[Callable[[], ParityRow]] = [lambda case=case: bench.scripted(case) for case in cases]  # type: ignore[misc]
+    # The bytes are those of all caches before.
+    jobs += [bench.generated, bench.decoded, bench.allocated]
+    rows = []
+    for done, job in enumerate(jobs, start=1):
+        rows.append(job())
+        if progress:
+            progress(done, len(jobs))
+    return rows

@@ -1,0 +1,81 @@
+"""The record of a parity check, and its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moa_lab.provenance import Provenance
+from moa_lab.storage import parse, read_json, to_json, write_json
+
+PARITY_SCHEMA = "moa-lab/parity/1"
+
+
+@dataclass(frozen=True)
+class ParityRow:
+    """One case.
+
+    compared: in words, with tokens per row. positions: where logits (or tokens) were compared. difference: the largest of
+    |logit - reference|, in standard deviations of the reference's logits at that position (over the vocabulary); where only tokens are
+    known, how far a token's reference logit lies below the best, in the same unit; of bytes, |allocated / predicted - 1|. None where it
+    is not a finite number. agreement: share of the `decided` positions whose likeliest token is the reference's (of caches, for bytes);
+    a position is decided where the reference's best two logits are further apart than two right answers can move them: twice the
+    tolerance. None where there is none. tolerance: for `difference`; of chosen tokens twice the one of logits.
+    """
+
+    name: str
+    compared: str
+    positions: int
+    difference: float | None
+    agreement: float | None
+    decided: int
+    tolerance: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Parity:
+    """All cases, with what they were run with (`settings`) and on (`provenance`)."""
+
+    rows: tuple[ParityRow, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    @property
+    def passed(self) -> bool:
+        """True where every case passed, and there was one."""
+        return bool(self.rows) and all(row.passed for row in self.rows)
+
+    def row(self, name: str) -> ParityRow:
+        """The case of that name; KeyError where it was left out."""
+        return {row.name: row for row in self.rows}[name]
+
+    def save(self, path: str | Path) -> Path:
+        """Write one JSON file."""
+        return write_json(path, {"schema": PARITY_SCHEMA, **to_json(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Parity:
+        """Read a record of parity; raises RecordError for a broken or foreign file."""
+        data = read_json(path, PARITY_SCHEMA)
+        return parse(cls, {name: value for name, value in data.items() if name != "schema"}, path)
+
+
+def table(found: Parity) -> str:
+    """The cases as lines of text, what was left out, and the verdict."""
+    head = ["case", "compared", "positions", "difference", "tolerance", "same token", ""]
+    rows = [[*_cells(row), "passed" if row.passed else "FAILED"] for row in found.rows]
+    widths = [max(len(row[index]) for row in [head, *rows]) for index in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    lines += [f"left out: {reason}" for reason in found.settings.get("left_out", ())]
+    failed = sum(not row.passed for row in found.rows)
+    verdict = f"{failed} of {len(found.rows)} cases failed" if failed else f"all {len(found.rows)} cases passed"
+    note = "differences in standard deviations of a position's logits; same token: where the reference's best two are clearly apart"
+    return "\n".join([*lines, note, verdict])
+
+
+def _cells(row: ParityRow) -> list[str]:
+    difference = "not finite" if row.difference is None else f"{row.difference:.2g}"
+    agreement = "-" if row.agreement is None else f"{row.agreement:.1%} of {row.decided}"
+    return [row.name, row.compared, str(row.positions), difference, f"{row.tolerance:.2g}", agreement]
