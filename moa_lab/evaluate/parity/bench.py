@@ -21,7 +21,7 @@ from moa_lab.runtime.decoding import Decoder
 
 NEW_TOKENS = 256
 FULL_PRECISION_TOLERANCE = 1e-3
-NOISE_FACTOR = 4.0
+NOISE_FACTOR = 2.0
 FLOOR_FACTOR = 8.0
 
 
