@@ -15,7 +15,7 @@ from moa_lab.interface import route_attention
 from moa_lab.models import geometry_of, weights_fingerprint
 from moa_lab.plan import Plan
 from moa_lab.runtime.attention import SpanAttention
-from moa_lab.runtime.ring_cache import RingCache
+from moa_lab.runtime.hf_cache import RingCache
 
 PREPARE = "_prepare_cache_for_generation"
 """Where `generate` makes its cache; a method of its own, so this is the one name of transformers' that is not public."""

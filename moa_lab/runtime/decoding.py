@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from moa_lab.runtime.ring_cache import RingCache
+from moa_lab.runtime.hf_cache import RingCache
 from moa_lab.runtime.sampling import Sampling
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ from moa_lab.models import chat_ids, geometry_of
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.runtime.apply import apply_plan, ring_cache
 from moa_lab.runtime.decoding import Decoder
-from moa_lab.runtime.ring_cache import RingCache
+from moa_lab.runtime.hf_cache import RingCache
 from moa_lab.runtime.sampling import Sampling
 
 PREFILL_TOKENS = 32768
