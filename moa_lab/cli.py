@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from tqdm import tqdm
 
 from moa_lab.cli_bench import app as bench_app
 from moa_lab.doctor import diagnose
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.storage import schema_of
+from moa_lab.terminal import Bars, ForceOption, free
 
 app = typer.Typer(
     help="How much of each head's attention can be dropped, what it costs, and how much is saved.",
@@ -26,7 +25,6 @@ app.add_typer(bench_app, name="bench")
 
 ModelOption = Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")]
 LengthsOption = Annotated[str | None, typer.Option("--lengths", help="profiled lengths in tokens, for instance 1024,2048")]
-ForceOption = Annotated[bool, typer.Option("--force", help="replace the output file if it exists")]
 
 
 def main() -> None:
@@ -67,7 +65,7 @@ def run(
         model=model, density=density, lengths=_lengths(lengths), test_lengths=_lengths(test_lengths), preset=preset, seed=seed,
         supervision=supervision, source=source, columns=columns, max_rules_per_layer=max_rules,
     )  # fmt: skip
-    with _Bars() as bars:
+    with Bars() as bars:
         summary = Run(out, settings, bars).everything()
     typer.echo(table(summary))
     typer.echo(f"plan {out / 'plan.json'}, report {out / 'report.html'}")
@@ -92,11 +90,11 @@ def calibrate(
     from moa_lab.calibration.sources import ColumnMap, load_documents
     from moa_lab.models import load_model
 
-    _free(out, force)
+    free(out, force)
     wanted = requests(supervision, questions=questions, others=others)
     documents = load_documents(source, columns=ColumnMap.parse(columns) if columns else None, seed=seed) if source else None
     loaded, tokenizer = load_model(model)
-    with _Bars() as bars:
+    with Bars() as bars:
         samples = make(
             loaded, tokenizer, _lengths(lengths) or (), wanted=wanted, documents=documents, seed=seed,
             parts_dir=_parts(out), progress=bars.steps("calibrate"),
@@ -117,10 +115,10 @@ def profile(
     from moa_lab.models import load_model
     from moa_lab.profiling import profile as measure
 
-    _free(out, force)
+    free(out, force)
     loaded_samples = SampleSet.load(samples)
     loaded, _ = load_model(model)
-    with _Bars() as bars:
+    with Bars() as bars:
         result = measure(loaded, loaded_samples, parts_dir=_parts(out), progress=bars.steps("profile"))
     result.save(out)
     typer.echo(f"profile of {len(loaded_samples)} samples: {out}")
@@ -140,9 +138,9 @@ def search(
     from moa_lab.records import InfluenceProfile
     from moa_lab.search import search as find
 
-    _free(out, force)
+    free(out, force)
     loaded = InfluenceProfile.load(profile)
-    with _Bars() as bars:
+    with Bars() as bars:
         front = find(
             loaded, density, max_rules_per_layer=max_rules, time_limit_s=seconds, max_points=points,
             progress=lambda done, total, message: bars("search", done, total),
@@ -174,10 +172,10 @@ def refine(
     from moa_lab.refinement import refine as improve
     from moa_lab.search import loss_table
 
-    _free(out, force)
+    free(out, force)
     card, loaded_samples, table = Plan.load(plan), SampleSet.load(samples), loss_table(InfluenceProfile.load(profile))
     loaded, _ = load_model(model)
-    with _Bars() as bars:
+    with Bars() as bars:
         front = improve(
             loaded, card, loaded_samples, table, density, rounds=rounds, heads=heads, max_rules_per_layer=max_rules,
             parts_dir=_parts(out), progress=bars.steps("refine"),
@@ -202,10 +200,10 @@ def validate(
     from moa_lab.models import load_model
     from moa_lab.records import Front
 
-    _free(out, force)
+    free(out, force)
     candidates = Front.load(front)
     loaded, tokenizer = load_model(model)
-    with _Bars() as bars:
+    with Bars() as bars:
         best = measure(
             loaded, tokenizer, candidates, length=length, questions=questions, summaries=summaries, seed=seed,
             progress=bars.steps("validate"),
@@ -230,12 +228,12 @@ def evaluate(
     from moa_lab.models import geometry_of, load_model
     from moa_lab.plan import Plan
 
-    _free(out, force)
+    free(out, force)
     card = Plan.load(plan)
     loaded, tokenizer = load_model(model)
     card.check_model(geometry_of(loaded))
     chosen = _lengths(lengths) or ()
-    with _Bars() as bars:
+    with Bars() as bars:
         found = retrieval(loaded, tokenizer, card, lengths=chosen, n=n, seed=seed, progress=bars.steps("retrieval"))
         more = perplexity(loaded, tokenizer, card, lengths=chosen, n=max(1, n // 4), seed=seed, progress=bars.steps("perplexity"))
     found.plus(more).save(out)
@@ -261,10 +259,10 @@ def parity(
     from moa_lab.plan import Plan
 
     if out is not None:
-        _free(out, force)
+        free(out, force)
     card = Plan.load(plan)
     loaded, tokenizer = load_model(model)
-    with _Bars() as bars:
+    with Bars() as bars:
         found = compare(loaded, tokenizer, card, n_tokens=n_tokens, seed=seed, progress=bars.steps("parity"))
     if out is not None:
         found.save(out)
@@ -293,32 +291,6 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-class _Bars:
-    """One progress bar with ETA per stage."""
-
-    def __init__(self) -> None:
-        self._bars: dict[str, tqdm[Any]] = {}
-
-    def __enter__(self) -> _Bars:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for bar in self._bars.values():
-            bar.close()
-
-    def __call__(self, stage: str, done: int, total: int) -> None:
-        if stage not in self._bars:
-            self._bars[stage] = tqdm(total=total, desc=stage, initial=done, leave=True)
-        bar = self._bars[stage]
-        bar.total = total
-        bar.update(max(done - bar.n, 0))
-        bar.refresh()
-
-    def steps(self, stage: str) -> Callable[[int, int], None]:
-        """A callback for one stage."""
-        return lambda done, total: self(stage, done, total)
-
-
 def _lengths(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -326,11 +298,6 @@ def _lengths(text: str | None) -> tuple[int, ...] | None:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"lengths must be whole numbers of tokens separated by commas, got {text!r}") from None
-
-
-def _free(out: Path, force: bool) -> None:
-    if out.exists() and not force:
-        raise ValueError(f"{out} exists; choose another file, or pass --force to replace it")
 
 
 def _parts(out: Path) -> Path:

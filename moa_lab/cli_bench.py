@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from tqdm import tqdm
+
+from moa_lab.terminal import Bars, ForceOption, free
 
 app = typer.Typer(help="Measure speed and memory against peers in the same process, and hold them against goals.", no_args_is_help=True)
 
@@ -22,19 +23,13 @@ def kernels(
     rows: Annotated[str | None, typer.Option("--rows", help="some of D1,D2,D3,P1,P2,M1; all when not given")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="a config card whose spans are stretched to the shapes")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="tiny shapes: shows that everything runs, and no more")] = False,
-    force: Annotated[bool, typer.Option("--force", help="replace the output file if it exists")] = False,
+    force: ForceOption = False,
 ) -> None:
     """The prefill and decode kernels, and the memory of the ring cache."""
     from moa_lab.bench import ROWS, bench_kernels, table
 
-    if out.exists() and not force:
-        raise ValueError(f"{out} exists; choose another file, or pass --force to replace it")
-    with tqdm(desc="bench", unit="shape") as bar:
-
-        def told(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        record = bench_kernels(tuple(rows.split(",")) if rows else ROWS, quick, plan, told)
+    free(out, force)
+    with Bars() as bars:
+        record = bench_kernels(tuple(rows.split(",")) if rows else ROWS, quick, plan, bars.steps("kernels"))
     record.save(out)
     typer.echo(table(record))

@@ -1,0 +1,44 @@
+"""What all commands share: progress bars, and outputs that nothing overwrites by accident."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+ForceOption = Annotated[bool, typer.Option("--force", help="replace the output file if it exists")]
+
+
+class Bars:
+    """One progress bar with ETA per stage."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tqdm[Any]] = {}
+
+    def __enter__(self) -> Bars:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for bar in self._bars.values():
+            bar.close()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._bars:
+            self._bars[stage] = tqdm(total=total, desc=stage, initial=done, leave=True)
+        bar = self._bars[stage]
+        bar.total = total
+        bar.update(max(done - bar.n, 0))
+        bar.refresh()
+
+    def steps(self, stage: str) -> Callable[[int, int], None]:
+        """A callback for one stage."""
+        return lambda done, total: self(stage, done, total)
+
+
+def free(out: Path, force: bool) -> None:
+    """Raise ValueError where `out` exists and is not to be replaced."""
+    if out.exists() and not force:
+        raise ValueError(f"{out} exists; choose another file, or pass --force to replace it")
