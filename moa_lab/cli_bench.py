@@ -30,6 +30,5 @@ def kernels(
 
     free(out, force)
     with Bars() as bars:
-        record = bench_kernels(tuple(rows.split(",")) if rows else ROWS, quick, plan, bars.steps("kernels"))
-    record.save(out)
+        record = bench_kernels(tuple(rows.split(",")) if rows else ROWS, quick, plan, out, bars.steps("kernels"))
     typer.echo(table(record))

@@ -29,13 +29,15 @@ def bench_kernels(
     rows: Collection[str] = ROWS,
     quick: bool = False,
     plan: Plan | str | Path | None = None,
+    out: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchRecord:
     """Measure the rows named, of D1, D2, D3, P1, P2 and M1; a few minutes on a GPU.
 
     quick: tiny shapes, which show that everything runs and no more; without a GPU they do under TRITON_INTERPRET=1 (set before
     Triton is imported), where no row meets its goal. plan: a plan or config card whose spans are stretched to the shapes; default:
-    the recorded ones of 50% and 25%. progress: called with shapes done and shapes in all.
+    the recorded ones of 50% and 25%. out: the record is written there after every shape. progress: called with shapes done and
+    shapes in all.
 
     Raises ValueError for a row that there is not, and where nothing can be measured.
     """
@@ -50,14 +52,20 @@ def bench_kernels(
             progress(done, len(tasks))
         found += task()
         lab.release()
+        if out is not None:
+            _record(found, lab, quick).save(out)
     if progress is not None:
         progress(len(tasks), len(tasks))
+    return _record(found, lab, quick)
+
+
+def _record(found: Collection[BenchRow], lab: Lab, quick: bool) -> BenchRecord:
     ordered = sorted(found, key=lambda row: ROWS.index(row.id))
     return BenchRecord(tuple(ordered), _settings(lab, quick), provenance(device=lab.name, seed=0))
 
 
 def _tasks(rows: Collection[str], quick: bool, lab: Lab) -> list[Callable[[], list[BenchRow]]]:
-    """One task a shape; P1 and P2 share theirs."""
+    """One task a shape; P1 and P2 share theirs. FlexAttention's come last: each compiles for long."""
     tasks: list[Callable[[], list[BenchRow]]] = []
     for row in ROWS:
         if row in rows and row not in PREFILL_ROWS:
@@ -66,7 +74,7 @@ def _tasks(rows: Collection[str], quick: bool, lab: Lab) -> list[Callable[[], li
     for row in PREFILL_ROWS:
         for shape in shapes_of(row, quick, lab.plans) if row in rows else ():
             wanted.setdefault(shape, []).append(row)
-    tasks += [partial(prefill_rows, shape, lab, names) for shape, names in wanted.items()]
+    tasks += [partial(prefill_rows, shape, lab, names) for shape, names in sorted(wanted.items(), key=lambda item: item[0].flex)]
     return tasks
 
 

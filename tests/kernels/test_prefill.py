@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from moa_lab.kernels import prefill
 from moa_lab.kernels.prefill import prefill_attention
 from moa_lab.kernels.reference import masked_attention
 from moa_lab.masks import visible
@@ -105,6 +106,30 @@ def test_keys_that_nobody_sees_are_never_loaded() -> None:
     assert prefill_attention(query, key, value, windows, 20, 0.2).isfinite().all()
 
 
+@pytest.mark.parametrize("head_dim", [16, 80])
+def test_tiles_are_loaded_by_descriptors_where_these_work_and_by_pointers_elsewhere(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def pointers(tensor: torch.Tensor) -> bool:
+        asked.append(described(tensor))
+        return False
+
+    described = prefill._describes
+    tensors = inputs(4, 2, 150, 200, head_dim, torch.float16)
+    check(*tensors, [40, 190], first=[0, 23], softcap=5.0)
+    monkeypatch.setattr(prefill, "_describes", pointers)
+    check(*tensors, [40, 190], first=[0, 23], softcap=5.0)
+    able = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    assert asked == [able] * len(asked)
+    assert asked
+
+
+def test_keys_that_no_descriptor_can_describe_are_loaded_all_the_same() -> None:
+    query, key, value = (torch.cat([x, x], dim=-1)[..., 1:17] for x in inputs(2, 2, 70, 70, 16, torch.float16))
+    assert not prefill._describes(key)
+    check(query, key, value, [20, 60])
+
+
 def test_shapes_that_do_not_fit_are_refused() -> None:
     query, key, value = inputs(4, 2, 8, 8, 16, torch.float32)
     windows = torch.tensor([4, 4], dtype=torch.int32, device=DEVICE)
@@ -114,6 +139,8 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         prefill_attention(query, key[:, :, :4], value[:, :, :4], windows, 4, 0.2)
     with pytest.raises(ValueError, match="windows must be"):
         prefill_attention(query, key, value, windows[:1], 4, 0.2)
+    with pytest.raises(ValueError, match="scale must be positive"):
+        prefill_attention(query, key, value, windows, 4, 0.0)
 
 
 def test_random_cases_of_everything_at_once() -> None:
