@@ -16,6 +16,8 @@ from moa_lab.masks import KeyMask
 
 MAX_HEAD_DIM = 256
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Asked once: within a pass that is compiled, nothing may look for modules.
+HAS_TRITON = find_spec("triton") is not None
 
 
 def kernel_applies(query: torch.Tensor, *others: torch.Tensor) -> bool:
@@ -25,7 +27,12 @@ def kernel_applies(query: torch.Tensor, *others: torch.Tensor) -> bool:
     """
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *others))
     fits = query.dtype in KERNEL_DTYPES and query.shape[-1] <= MAX_HEAD_DIM
-    return query.is_cuda and fits and not wants_gradient and find_spec("triton") is not None
+    return on_gpu(query) and fits and not wants_gradient and HAS_TRITON
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    """Where kernels run."""
+    return tensor.is_cuda
 
 
 def span_attention(

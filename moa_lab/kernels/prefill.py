@@ -77,20 +77,33 @@ def _fold(
 
 
 @triton.jit
+def _head_of_rank(table, kv_heads, rank, PADDED_HEADS: tl.constexpr):
+    """The KV head before which `rank` heads come, the longest window first."""
+    heads = tl.arange(0, PADDED_HEADS)
+    windows = tl.load(table + heads * 4 + 3, mask=heads < kv_heads, other=-1)
+    longer = windows[None, :] > windows[:, None]
+    before = longer | ((windows[None, :] == windows[:, None]) & (heads[None, :] < heads[:, None]))
+    return tl.sum(tl.where(tl.sum(before.to(tl.int32), axis=1) == rank, heads, 0))
+
+
+@triton.jit
 def _prefill_kernel(
     query, key_tiles, value_tiles, key, value, output, key_ring, value_ring, table, lengths, padding,
     query_batch, query_head, query_token, key_batch, key_head, key_token,
     value_batch, value_head, value_token, output_batch, output_head, output_token, ring_batch,
-    n_queries, n_keys, query_heads, sink_tokens, reach, scale, softcap,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    n_queries, n_keys, kv_heads, sink_tokens, reach, scale, softcap,
+    GROUP: tl.constexpr, PADDED_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, OVER_RING: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # The last queries of a row see most keys: they start first.
+    # Long work starts first, or the device waits for it in the end: the heads of the longest windows, in every row, and of each
+    # the last queries, which see most keys.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    row = tl.program_id(1) // query_heads
-    kv_head = tl.program_id(1) % query_heads // GROUP
+    rows_of_head = tl.num_programs(1) // kv_heads
+    kv_head = _head_of_rank(table, kv_heads, tl.program_id(1) // rows_of_head, PADDED_HEADS)
+    row = tl.program_id(1) % rows_of_head // GROUP
     batch = row.to(tl.int64)
-    head = (tl.program_id(1) % query_heads).to(tl.int64)
+    head = (kv_head * GROUP + tl.program_id(1) % GROUP).to(tl.int64)
     sink = tl.load(table + kv_head * 4 + 1)
     ring_slots = tl.load(table + kv_head * 4 + 2)
     window = tl.load(table + kv_head * 4 + 3)
@@ -228,8 +241,8 @@ def _prefill(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     output = _like(query)
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    block_m, block_n, warps, stages = _tiles(padded_dim, query)
     over_ring = ring_keys is not None
+    block_m, block_n, warps, stages = _tiles(padded_dim, query, over_ring)
     described = not over_ring and _describes(key) and _describes(value)
     tiles = [TensorDescriptor.from_tensor(x, [1, 1, block_n, padded_dim]) if described else x for x in (key, value)]
     keys, values = (key, value) if ring_keys is None else (ring_keys, ring_values)
@@ -237,9 +250,10 @@ def _prefill(
     _prefill_kernel[grid](
         query, *tiles, key, value, output, keys, values, table, lengths, padding,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], keys.stride(0),
-        n_queries, n_keys, query_heads, sink_tokens, reach, scale, softcap or 1.0,
-        GROUP=query_heads // kv_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK_M=block_m, BLOCK_N=block_n,
-        CAPPED=softcap != 0, OVER_RING=over_ring, DESCRIBED=described, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        n_queries, n_keys, kv_heads, sink_tokens, reach, scale, softcap or 1.0,
+        GROUP=query_heads // kv_heads, PADDED_HEADS=triton.next_power_of_2(kv_heads), HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
+        BLOCK_M=block_m, BLOCK_N=block_n, CAPPED=softcap != 0, OVER_RING=over_ring, DESCRIBED=described,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return output
@@ -263,12 +277,14 @@ def _describes(tensor: torch.Tensor) -> bool:
     return able and aligned and 0 not in tensor.shape
 
 
-def _tiles(padded_dim: int, query: torch.Tensor) -> tuple[int, int, int, int]:
+def _tiles(padded_dim: int, query: torch.Tensor, over_ring: bool) -> tuple[int, int, int, int]:
     """Queries and keys of a tile, warps and stages: as many of these as the device's shared memory holds."""
     if query.dtype == torch.float32:
         return (64, 32, 4, 1) if padded_dim <= 128 else (32, 32, 4, 1)
-    block_m, block_n, warps, stages = (64, 64, 4, 3) if padded_dim <= 128 else (64, 32, 8, 2)
+    block_m, block_n, warps, stages = (64, 64, 4, 2 if over_ring else 3) if padded_dim <= 128 else (128, 64, 8, 2)
     if query.is_cuda:
         room = triton.runtime.driver.active.utils.get_device_properties(query.device.index)["max_shared_mem"]
-        stages = min(stages, max((room // (padded_dim * query.itemsize) - block_m) // (2 * block_n), 1))
+        tiles = (room // (padded_dim * query.itemsize) - block_m) // block_n
+        # Over a ring, keys and values come from two places each, and the compiler keeps 4 tiles for every stage but the last.
+        stages = min(stages, max((tiles + 3) // 4 if over_ring else tiles // 2, 1))
     return block_m, block_n, warps, stages
