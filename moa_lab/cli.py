@@ -14,7 +14,7 @@ from moa_lab.cli_bench import app as bench_app
 from moa_lab.doctor import diagnose
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.storage import schema_of
-from moa_lab.terminal import Bars, ForceOption, free
+from moa_lab.terminal import Bars, ForceOption, free, lengths_of
 
 app = typer.Typer(
     help="How much of each head's attention can be dropped, what it costs, and how much is saved.",
@@ -62,7 +62,7 @@ def run(
     from moa_lab.pipeline import Run
 
     settings = RunSettings(
-        model=model, density=density, lengths=_lengths(lengths), test_lengths=_lengths(test_lengths), preset=preset, seed=seed,
+        model=model, density=density, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
         supervision=supervision, source=source, columns=columns, max_rules_per_layer=max_rules,
     )  # fmt: skip
     with Bars() as bars:
@@ -96,7 +96,7 @@ def calibrate(
     loaded, tokenizer = load_model(model)
     with Bars() as bars:
         samples = make(
-            loaded, tokenizer, _lengths(lengths) or (), wanted=wanted, documents=documents, seed=seed,
+            loaded, tokenizer, lengths_of(lengths) or (), wanted=wanted, documents=documents, seed=seed,
             parts_dir=_parts(out), progress=bars.steps("calibrate"),
         )  # fmt: skip
     samples.save(out)
@@ -232,7 +232,7 @@ def evaluate(
     card = Plan.load(plan)
     loaded, tokenizer = load_model(model)
     card.check_model(geometry_of(loaded))
-    chosen = _lengths(lengths) or ()
+    chosen = lengths_of(lengths) or ()
     with Bars() as bars:
         found = retrieval(loaded, tokenizer, card, lengths=chosen, n=n, seed=seed, progress=bars.steps("retrieval"))
         more = perplexity(loaded, tokenizer, card, lengths=chosen, n=max(1, n // 4), seed=seed, progress=bars.steps("perplexity"))
@@ -248,6 +248,10 @@ def parity(
     n_tokens: Annotated[
         int | None, typer.Option("--n-tokens", help="length of the longest texts; default as long as the plan needs")
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32 (the sharp test), float16 or bfloat16; default bfloat16 on a GPU that has it, else float32"),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="record of the comparison (.json)")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     force: ForceOption = False,
@@ -255,13 +259,14 @@ def parity(
     """Hold the ring cache and the kernels against masks written out in full; exits with code 1 when a case fails."""
     from moa_lab.evaluate.parity import parity as compare
     from moa_lab.evaluate.parity import table
-    from moa_lab.models import load_model
+    from moa_lab.models import dtype_of, load_model
     from moa_lab.plan import Plan
 
     if out is not None:
         free(out, force)
+    wanted = dtype_of(dtype)
     card = Plan.load(plan)
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, dtype=wanted)
     with Bars() as bars:
         found = compare(loaded, tokenizer, card, n_tokens=n_tokens, seed=seed, progress=bars.steps("parity"))
     if out is not None:
@@ -289,15 +294,6 @@ def doctor() -> None:
         typer.echo(f"{mark} {finding.name}: {finding.detail}{cure}")
     if any(finding.required and not finding.ok for finding in findings):
         raise typer.Exit(1)
-
-
-def _lengths(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"lengths must be whole numbers of tokens separated by commas, got {text!r}") from None
 
 
 def _parts(out: Path) -> Path:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.terminal import Bars, ForceOption, free
+from moa_lab.terminal import Bars, ForceOption, free, lengths_of
 
 app = typer.Typer(help="Measure speed and memory against peers in the same process, and hold them against goals.", no_args_is_help=True)
 
@@ -31,4 +31,64 @@ def kernels(
     free(out, force)
     with Bars() as bars:
         record = bench_kernels(tuple(rows.split(",")) if rows else ROWS, quick, plan, out, bars.steps("kernels"))
+    typer.echo(table(record))
+
+
+@app.command()
+def generate(
+    out: Annotated[Path, typer.Option("--out", help="the record, JSON, written after every side")],
+    rows: Annotated[str | None, typer.Option("--rows", help="some of E1,E2,E3,E4; all when not given")] = None,
+    sides: Annotated[str | None, typer.Option("--sides", help="some of plan,dense,dynamic,static,compiled; all when not given")] = None,
+    lengths: Annotated[str | None, typer.Option("--lengths", help="some prompt lengths, for instance 4096,8192")] = None,
+    plan: Annotated[
+        Path | None, typer.Option("--plan", help="a config card or published plan, stretched where the model is another")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="a tiny model: shows that everything runs, and no more")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="keep the sides that the record at --out has, measure the others")] = False,
+    force: ForceOption = False,
+) -> None:
+    """Decoding end to end on the geometry of 7B and 8B models, every side at the largest batch that fits."""
+    from moa_lab.bench import table
+    from moa_lab.bench.endtoend import KINDS, ROWS
+    from moa_lab.bench.generate import bench_generate
+
+    free(out, force or resume)
+    with Bars() as bars:
+        record = bench_generate(
+            rows.split(",") if rows else ROWS, quick, plan, out, sides.split(",") if sides else KINDS, lengths_of(lengths), resume,
+            bars.steps("generate"),
+        )  # fmt: skip
+    typer.echo(table(record))
+
+
+@app.command()
+def search(
+    out: Annotated[Path, typer.Option("--out", help="the record, JSON")],
+    quick: Annotated[bool, typer.Option("--quick", help="a tiny table: shows that everything runs, and no more")] = False,
+    force: ForceOption = False,
+) -> None:
+    """The search on a table as large as a 7B model's: a density slider, the exact program, a front. No GPU is used."""
+    from moa_lab.bench.search import bench_search, search_table
+
+    free(out, force)
+    with Bars() as bars:
+        record = bench_search(bars.steps("search"), quick)
+    record.save(out)
+    typer.echo(search_table(record))
+
+
+@app.command()
+def profile(
+    out: Annotated[Path, typer.Option("--out", help="the record, JSON")],
+    quick: Annotated[bool, typer.Option("--quick", help="a tiny model: shows that everything runs, and no more")] = False,
+    force: ForceOption = False,
+) -> None:
+    """The influence profile of a 7B geometry at 4k: seconds a sample, memory."""
+    from moa_lab.bench import table
+    from moa_lab.bench.profile import bench_profile
+
+    free(out, force)
+    with Bars() as bars:
+        record = bench_profile(quick, bars.steps("profile"))
+    record.save(out)
     typer.echo(table(record))

@@ -42,3 +42,13 @@ def free(out: Path, force: bool) -> None:
     """Raise ValueError where `out` exists and is not to be replaced."""
     if out.exists() and not force:
         raise ValueError(f"{out} exists; choose another file, or pass --force to replace it")
+
+
+def lengths_of(text: str | None) -> tuple[int, ...] | None:
+    """Numbers of tokens, from "1024,2048"; None for None."""
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"lengths must be whole numbers of tokens separated by commas, got {text!r}") from None

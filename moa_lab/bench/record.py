@@ -40,6 +40,18 @@ GOALS = {
     "P1 FlexAttention": Goal(1.25),
     "P2": Goal(0.75, at_most=True),
     "M1": Goal(1.02, at_most=True),
+    "E1": Goal(1.9),
+    "E1 DynamicCache 4096": Goal(8.2),
+    "E1 DynamicCache 8192": Goal(6.0),
+    "E1 DynamicCache 16384": Goal(6.5),
+    "E2": Goal(3.6),
+    "E2 DynamicCache 4096": Goal(15.0),
+    "E2 DynamicCache 8192": Goal(11.0),
+    "E2 DynamicCache 16384": Goal(12.0),
+    "E3": Goal(1.12, at_most=True),
+    "E4": Goal(1.7),
+    "C1": Goal(1.0, at_most=True),
+    "S1": Goal(1.0, at_most=True),
 }
 
 
@@ -144,7 +156,8 @@ def _cells(row: BenchRow) -> list[str]:
 
 
 def _shape(shape: dict[str, Any]) -> str:
-    heads = f"{shape['query_heads']}/{shape['kv_heads']} d{shape['head_dim']} b{shape['batch']} {shape['n_tokens']}"
+    heads = shape.get("model") or f"{shape['query_heads']}/{shape['kv_heads']} d{shape['head_dim']}"
+    heads = f"{heads} b{shape['batch']} {shape['n_tokens']}"
     return f"{heads} {shape['plan']} ({shape['density']:.0%}, skew {shape['skew']:.1f})"
 
 
@@ -155,5 +168,5 @@ def _peer(found: dict[str, Any]) -> str:
 def _note(record: BenchRecord) -> str:
     settings = record.settings
     ceilings = ", ".join(f"{name} {value:.4g}" for name, value in settings.get("ceilings", {}).items())
-    versions = f"torch {settings.get('torch')}, Triton {settings.get('triton')}"
+    versions = ", ".join(f"{name} {settings[name]}" for name in ("torch", "triton", "transformers") if settings.get(name))
     return f"{settings.get('device', 'unknown device')}; {ceilings or 'no ceilings'}; {versions}; error: relative, of our output"

@@ -141,7 +141,7 @@ SINGLE = tuple(Shape(32, kv_heads, 128, 1, length) for kv_heads in (32, 8) for l
 PREFILL = (
     Shape(32, 32, 128, 1, 4096),
     Shape(32, 32, 128, 1, 8192, flex=True),
-    Shape(32, 32, 128, 1, 16384, flex=True),
+    Shape(32, 32, 128, 1, 16384),
     Shape(32, 32, 128, 1, 32768),
     Shape(32, 8, 128, 1, 4096),
     Shape(32, 8, 128, 1, 8192),

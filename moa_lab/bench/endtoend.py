@@ -1,0 +1,102 @@
+"""Decoding end to end: who decodes what (rows E1 to E4), and what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moa_lab.bench.models import LLAMA2_7B, LLAMA3_8B, TINY, ModelShape
+from moa_lab.bench.shapes import DEFAULT_PLANS
+from moa_lab.plan import Plan
+
+ROWS = ("E1", "E2", "E3", "E4")
+DYNAMIC, STATIC, DENSE = "transformers DynamicCache", "transformers StaticCache compiled", "ours dense"
+COMPILED = " compiled"
+KINDS = ("plan", "dense", "dynamic", "static", "compiled")
+"""Kinds of sides: ours under a plan, ours dense, transformers' two caches, ours under a plan after `torch.compile`."""
+
+LENGTHS, LONG = (4096, 8192, 16384), (32768, 65536)
+QUICK_LENGTHS, QUICK_LONG = (64, 128), (192,)
+
+Found = dict[str, Any]
+Key = tuple[str, int, str]
+"""Model, prompt tokens, side."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A row of the table at one prompt length under one plan."""
+
+    row: str
+    shape: ModelShape
+    prompt: int
+    plan: str
+
+
+@dataclass
+class Findings:
+    """What is to be measured, and what is measured so far.
+
+    found: a side that did not run has only "failed". used: the plan of each of our sides. checks: of (model, plan), whether our loop
+    is right.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    plans: dict[str, Plan | str | Path]
+    jobs: tuple[Job, ...]
+    rows: Collection[str]
+    kinds: Collection[str]
+    new_tokens: int
+    copy_bytes: float
+    found: dict[Key, Found] = field(default_factory=dict)
+    used: dict[Key, Plan] = field(default_factory=dict)
+    checks: dict[tuple[str, str], Found] = field(default_factory=dict)
+
+    @property
+    def is_gpu(self) -> bool:
+        """True where times mean something."""
+        return self.device.type == "cuda"
+
+    def n_tokens(self, prompt: int) -> int:
+        """Tokens of a row in the end."""
+        return prompt + self.new_tokens
+
+
+def jobs_of(rows: Collection[str], quick: bool, plans: Collection[str], lengths: Collection[int] | None = None) -> tuple[Job, ...]:
+    """What the rows ask for; E3 looks at the plans of the others, and alone at those of E1. lengths: of prompts, None for all."""
+    half, quarter = DEFAULT_PLANS if set(DEFAULT_PLANS) <= set(plans) else tuple(plans) * 2
+    short, long = (QUICK_LENGTHS, QUICK_LONG) if quick else (LENGTHS, LONG)
+    every = {"E1": (LLAMA2_7B, short, half), "E2": (LLAMA2_7B, short, quarter), "E4": (LLAMA3_8B, long, half)}
+    wanted = [row for row in every if row in rows] or ["E1"]
+    return tuple(
+        Job(row, TINY if quick else shape, prompt, plan)
+        for row in wanted
+        for shape, prompts, plan in [every[row]]
+        for prompt in prompts
+        if lengths is None or prompt in lengths
+    )
+
+
+def tasks_of(state: Findings, shape: ModelShape) -> list[tuple[int, str]]:
+    """(prompt, side) of a model that are not measured yet, each once: quick ones first, last those that compile for most of a minute."""
+    jobs = [job for job in state.jobs if job.shape == shape]
+    prompts = list(dict.fromkeys(job.prompt for job in jobs))
+    ours = list(dict.fromkeys((job.prompt, ours_name(job.plan)) for job in jobs))
+    sides = {
+        "plan": ours,
+        "dense": [(prompt, DENSE) for prompt in prompts],
+        "dynamic": [(prompt, DYNAMIC) for prompt in prompts],
+        "static": [(prompt, STATIC) for prompt in prompts],
+        "compiled": [(prompt, side + COMPILED) for prompt, side in ours],
+    }
+    return [task for kind in KINDS if kind in state.kinds for task in sides[kind] if (shape.name, *task) not in state.found]
+
+
+def ours_name(plan: str) -> str:
+    """Our side under a plan."""
+    return f"ours {plan}"

@@ -1,0 +1,213 @@
+"""Decoding end to end, every side at the largest batch that fits: against transformers, a compiled cache, our own loop, the roofline."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, __version__
+
+from moa_lab.bench.check import check_tokens
+from moa_lab.bench.endtoend import COMPILED, DYNAMIC, KINDS, ROWS, STATIC, Findings, jobs_of, ours_name, tasks_of
+from moa_lab.bench.generate_rows import rows_of
+from moa_lab.bench.models import (
+    TINY,
+    ModelShape,
+    free_bytes,
+    kept_bytes,
+    largest_batch,
+    plan_for,
+    random_model,
+    read_weight_bytes,
+    roofline_ms,
+    smaller_batch,
+)  # fmt: skip
+from moa_lab.bench.record import BenchRecord
+from moa_lab.bench.shapes import default_plans
+from moa_lab.bench.steps import SETTLED, our_step, transformers_step
+from moa_lab.bench.timing import copy_rate
+from moa_lab.models import geometry_of
+from moa_lab.plan import Plan, dense_plan
+from moa_lab.provenance import provenance
+
+NEW_TOKENS, QUICK_NEW_TOKENS = 64, 16
+RESERVE_BYTES = 2 * 2**30
+"""For what is neither weights nor cache: activations of one token a row, graphs, the workspaces of libraries."""
+
+QUICK_BYTES = 2**20
+
+logger = logging.getLogger(__name__)
+
+
+def bench_generate(
+    rows: Collection[str] = ROWS,
+    quick: bool = False,
+    plan: Plan | str | Path | None = None,
+    out: str | Path | None = None,
+    sides: Collection[str] = KINDS,
+    lengths: Collection[int] | None = None,
+    resume: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> BenchRecord:
+    """Measure the rows named, of E1 to E4; about a quarter of an hour on a GPU of 80 GB.
+
+    quick: a tiny model, also without a GPU, where no row meets its goal. plan: a plan, a config card or a published plan, in place of
+    the recorded ones of 50% and 25%. out: the record is written there whenever a side was measured. sides: some of `KINDS`. lengths:
+    some prompt lengths. resume: sides of the record at `out` are kept and not measured again. progress: called with sides done and
+    sides in all. Raises ValueError for a row or side that there is not, and where nothing can be measured.
+    """
+    state = open_findings(rows, quick, plan, sides, lengths)
+    if resume and out is not None and Path(out).exists():
+        _take_up(state, BenchRecord.load(out))
+    shapes = list(dict.fromkeys(job.shape for job in state.jobs))
+    tasks = {shape: tasks_of(state, shape) for shape in shapes}
+    total, done = sum(map(len, tasks.values())), 0
+    for shape in shapes:
+        longest = state.n_tokens(max(job.prompt for job in state.jobs))
+        model = random_model(shape, longest, state.device, state.dtype)
+        _resolve(state, shape, model)
+        for prompt, side in tasks[shape]:
+            state.found[shape.name, prompt, side] = _measured(state, shape, model, prompt, side)
+            done += 1
+            if out is not None:
+                _record(state).save(out)
+            if progress is not None:
+                progress(done, total)
+        del model
+        _release(state.device)
+    record = _record(state)
+    if out is not None:
+        record.save(out)
+    return record
+
+
+def open_findings(
+    rows: Collection[str],
+    quick: bool,
+    plan: Plan | str | Path | None,
+    sides: Collection[str] = KINDS,
+    lengths: Collection[int] | None = None,
+) -> Findings:
+    """Nothing measured but the copy rate. Raises ValueError as `bench_generate`."""
+    for name, asked, known in (("rows", rows, ROWS), ("sides", sides, KINDS)):
+        if not asked or not set(asked) <= set(known):
+            raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(sorted(set(asked) - set(known))) or 'none'}")
+    if not (quick or torch.cuda.is_available()):
+        raise ValueError("bench_generate needs a GPU; without one, quick=True runs all of it on a tiny model")
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    plans: dict[str, Plan | str | Path] = {}
+    if plan is None:
+        plans.update(default_plans())
+    else:
+        plans[plan.name if isinstance(plan, Plan) else Path(plan).stem] = plan
+    jobs = jobs_of(rows, quick, plans, lengths)
+    if not jobs:
+        raise ValueError(f"lengths must be among those of the rows, 4096 to 65536, got {sorted(lengths or ())}")
+    rate = copy_rate(device) if device.type == "cuda" else copy_rate(device, QUICK_BYTES)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Findings(device, dtype, plans, jobs, rows, sides, QUICK_NEW_TOKENS if quick else NEW_TOKENS, rate)
+
+
+def _take_up(state: Findings, record: BenchRecord) -> None:
+    """Go on where a record ended. Raises ValueError where it was made on another device, of other plans, or for other sizes."""
+    fresh = _record(state).settings
+    for name in ("device", "dtype", "plans", "new_tokens"):
+        if record.settings.get(name) != fresh[name]:
+            raise ValueError(f"the record cannot be resumed: its {name} is {record.settings.get(name)!r}, here it is {fresh[name]!r}")
+    for entry in record.settings["sides"]:
+        # What failed may have been mended.
+        if "failed" not in entry["found"]:
+            state.found[entry["model"], entry["prompt"], entry["side"]] = entry["found"]
+
+
+def _record(state: Findings) -> BenchRecord:
+    """The rows of all that is measured."""
+    name = torch.cuda.get_device_name(state.device) if state.is_gpu else state.device.type
+    settings = {
+        "device": name, "dtype": str(state.dtype).removeprefix("torch."), "torch": torch.__version__, "transformers": __version__,
+        "ceilings": {"copy_GB/s": state.copy_bytes / 1e9}, "new_tokens": state.new_tokens, "timed_steps": state.new_tokens - 1 - SETTLED,
+        "prefill": "none: random keys and values in the caches of all sides", "weights": "random",
+        "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
+        "plans": {name: plan.identity() if isinstance(plan, Plan) else Path(plan).name for name, plan in state.plans.items()},
+        "sides": [{"model": model, "prompt": prompt, "side": side, "found": found} for (model, prompt, side), found in state.found.items()],
+    }  # fmt: skip
+    return BenchRecord(tuple(rows_of(state)), settings, provenance(device=name, seed=0))
+
+
+def _resolve(state: Findings, shape: ModelShape, model: PreTrainedModel) -> None:
+    """The plans of a model's jobs, and whether our loop is right under them."""
+    for job in (job for job in state.jobs if job.shape == shape):
+        plan = plan_for(state.plans[job.plan], geometry_of(model), state.n_tokens(job.prompt))
+        state.used[shape.name, job.prompt, ours_name(job.plan)] = plan
+        if (shape.name, job.plan) not in state.checks:
+            size = {} if shape != TINY else {"n_tokens": 144, "new_tokens": 16}
+            check = partial(check_tokens, shape, plan, state.device, state.dtype, **size)
+            state.checks[shape.name, job.plan] = _tried(check, state.device)
+
+
+def _measured(state: Findings, shape: ModelShape, model: PreTrainedModel, prompt: int, side: str) -> dict[str, Any]:
+    """A side at the largest batch that fits: tokens/s (rate), ms a step, and what the device could do; or why it "failed"."""
+    n_tokens = state.n_tokens(prompt)
+    geometry = geometry_of(model)
+    plan = state.used.get((shape.name, prompt, side.removesuffix(COMPILED))) or dense_plan(geometry)
+    row = plan.kv_bytes(n_tokens, state.dtype.itemsize) + extra_bytes(shape, side, n_tokens, state.dtype.itemsize)
+    free = free_bytes(state.device) if state.is_gpu else QUICK_BYTES
+    batch, tried = largest_batch(free, RESERVE_BYTES if state.is_gpu else 0, row), 0
+    found: dict[str, Any] = {"failed": f"not even one row of {n_tokens} tokens fits"}
+    while batch > 0:
+        tried += 1
+        found = _tried(partial(_run, state, model, plan, side, batch, prompt), state.device)
+        if not found.get("out_of_memory"):
+            break
+        batch = smaller_batch(batch)
+    if "failed" in found:
+        return found
+    length = prompt + (SETTLED + state.new_tokens) // 2
+    token_bytes = geometry.kv_bytes_per_token(state.dtype.itemsize)
+    kv = batch * kept_bytes(plan.spans(n_tokens).ravel().tolist(), length, token_bytes)
+    roofline = roofline_ms(read_weight_bytes(model), kv, state.copy_bytes)
+    rate = batch / found["ms"] * 1e3
+    over = {"roofline_ms": roofline, "over_roofline": found["ms"] / roofline}
+    return {**found, **over, "batch": batch, "rate": rate, "kept_bytes": kv, "tried": tried}
+
+
+def extra_bytes(shape: ModelShape, side: str, n_tokens: int, itemsize: int) -> int:
+    """Bytes a row that a side needs beside the cache: copies of a layer, where it grows and where groups are written out."""
+    layer = 2 * n_tokens * shape.head_dim * itemsize
+    if side == DYNAMIC:
+        return 2 * layer * shape.kv_heads
+    return layer * shape.query_heads if side == STATIC and shape.query_heads > shape.kv_heads else 0
+
+
+def _tried(run: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
+    """What `run` finds, or why it "failed"; nothing that it allocated stays."""
+    try:
+        found = run()
+    # Whatever a library of others raises, also from within a compiler: it must not end the run.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        logger.info("a side did not run: %s: %s", type(error).__name__, reason)
+        short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower() or "ALLOC_FAILED" in str(error)
+        found = {"failed": f"{type(error).__name__}: {reason}"[:300], "out_of_memory": short}
+    _release(device)
+    return found
+
+
+def _release(device: torch.device) -> None:
+    torch.compiler.reset()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@torch.no_grad()
+def _run(state: Findings, model: PreTrainedModel, plan: Plan, side: str, batch: int, prompt: int) -> dict[str, Any]:
+    if side in (DYNAMIC, STATIC):
+        return transformers_step(model, side == STATIC, batch, prompt, state.new_tokens)
+    return our_step(model, plan, batch, prompt, state.new_tokens, compiled=side.endswith(COMPILED))

@@ -1,0 +1,136 @@
+"""Whole models to decode with: real geometry, random weights, plans as unequal as recorded ones; what fits, and how fast it can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from moa_lab.bench.shapes import Spans
+from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import Plan, SpanRule
+from moa_lab.storage import RecordError
+
+STEP_BACK = 16
+"""After a batch that did not fit, the next is smaller by one part in so many, and by one row at least."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A decoder of the Llama family, without weights."""
+
+    name: str
+    layers: int
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+
+    @property
+    def hidden(self) -> int:
+        """Width of the residual stream."""
+        return self.query_heads * self.head_dim
+
+
+LLAMA2_7B = ModelShape("Llama-2-7B", 32, 32, 32, 128, 11008, 32000)
+LLAMA3_8B = ModelShape("Llama-3-8B", 32, 32, 8, 128, 14336, 128256)
+TINY = ModelShape("tiny", 2, 4, 2, 16, 96, 512)
+
+
+def random_model(
+    shape: ModelShape, max_length: int, device: torch.device, dtype: torch.dtype, seed: int = 0, spread: float = 1.0
+) -> PreTrainedModel:
+    """A model with normal weights, made on the device itself; speed does not depend on their values.
+
+    spread: logits, and queries and keys before attention, deviate by about so much.
+    """
+    config = LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.query_heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
+        max_position_embeddings=max_length, initializer_range=spread * shape.hidden**-0.5, tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM._from_config(config, dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def stretched_plan(plan: Plan, geometry: ModelGeometry, n_tokens: int, seed: int = 0) -> Plan:
+    """A plan for `geometry`, at every length near `n_tokens` as dense as `plan` is at home, and as unequal as its heads are.
+
+    As `stretched_spans`, over the heads of all layers at once: layers differ as they do in `plan`, and have orders of their own.
+    """
+    home = max(plan.lengths, default=plan.geometry.max_length)
+    fractions = np.sort(plan.spans(home).ravel() / home)
+    heads = geometry.layers * geometry.kv_heads
+    parts = np.repeat(fractions, heads).reshape(heads, -1).mean(axis=1)
+    shuffled = np.random.default_rng(seed).permutation(parts).reshape(geometry.layers, geometry.kv_heads)
+    sink = min(plan.sink_tokens, plan.sink_tokens * n_tokens // home)
+    rules = tuple(tuple(SpanRule(0.0, min(float(part), 1.0)) for part in row) for row in shuffled)
+    return Plan(geometry, rules, sink_tokens=sink, min_span=sink + 1, name=plan.name, lengths=(n_tokens,), search={"origin": "stretched"})
+
+
+def plan_for(plan: Plan | str | Path, geometry: ModelGeometry, n_tokens: int) -> Plan:
+    """The plan itself where its layers and KV heads are those of `geometry`, else stretched to it.
+
+    A path leads to a config card or to a published plan; raises RecordError for another file.
+    """
+    loaded = plan if isinstance(plan, Plan) else _loaded(plan, geometry)
+    if (loaded.geometry.layers, loaded.geometry.kv_heads) == (geometry.layers, geometry.kv_heads):
+        return replace(loaded, geometry=geometry)
+    return stretched_plan(loaded, geometry, n_tokens)
+
+
+def _loaded(path: str | Path, geometry: ModelGeometry) -> Plan:
+    try:
+        return Plan.load(path)
+    except RecordError:
+        return Plan.from_published(path, geometry)
+
+
+def described_plan(shape: ModelShape, plan: Plan, batch: int, n_tokens: int) -> dict[str, Any]:
+    """What a row says about its shape, as JSON data. skew: longest over mean span, of all layers."""
+    spans = Spans(n_tokens, plan.sink_tokens, tuple(plan.spans(n_tokens).ravel().tolist()))
+    return {
+        "model": shape.name, "query_heads": shape.query_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim,
+        "batch": batch, "n_tokens": n_tokens, "plan": plan.name, "sink_tokens": plan.sink_tokens,
+        "density": round(spans.density, 4), "skew": round(spans.skew, 2),
+    }  # fmt: skip
+
+
+def largest_batch(free_bytes: int, reserve_bytes: int, row_bytes: int, at_most: int = 4096) -> int:
+    """Rows of `row_bytes` each that fit beside a reserve; 0 where none does."""
+    return max(0, min((free_bytes - reserve_bytes) // row_bytes, at_most))
+
+
+def smaller_batch(batch: int) -> int:
+    """What to try after a batch that did not fit."""
+    return batch - max(1, batch // STEP_BACK)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated on a GPU, torch's own cache of freed blocks counted."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+
+
+def read_weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of weights that a decode step reads: all but the table of embeddings, of which it takes a line a row."""
+    table = model.get_input_embeddings().weight
+    return sum(parameter.nbytes for parameter in model.parameters() if parameter is not table)
+
+
+def kept_bytes(spans: Iterable[int], length: int, token_bytes: int) -> int:
+    """Bytes of K and V that heads of `spans` tokens hold of a row of `length` tokens; token_bytes: of one token in one head."""
+    return sum(min(int(span), length) for span in spans) * token_bytes
+
+
+def roofline_ms(weight_bytes: int, kv_bytes: int, bytes_per_s: float) -> float:
+    """Milliseconds in which a device that copies `bytes_per_s` (read and written) can read weights and cache once."""
+    return (weight_bytes + kv_bytes) / bytes_per_s * 1e3

@@ -1,0 +1,142 @@
+"""Profiling the influence of a 7B model's heads: seconds a sample and memory, against what they may take (C1)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, __version__
+
+from moa_lab.bench.models import LLAMA2_7B, TINY, ModelShape, random_model
+from moa_lab.bench.record import GOALS, BenchRecord, errors, is_right, judged
+from moa_lab.calibration.samples import Sample, SampleSet
+from moa_lab.interface import AttentionCall
+from moa_lab.masks import KeyMask
+from moa_lab.plan import SINK_TOKENS
+from moa_lab.profiling import estimate_cost, profile
+from moa_lab.profiling.capture import capturing
+from moa_lab.profiling.influence import LayerInfluence, naive_influence
+from moa_lab.provenance import provenance
+from moa_lab.records import BLOCK_TOKENS, InfluenceProfile
+
+ROW = "C1"
+TOKENS, QUICK_TOKENS = 4096, 128
+CHECK_TOKENS = 512
+SAMPLES = 4
+ANSWER_TOKENS = 64
+MOST_SECONDS, MOST_GB = 3.0, 12.0
+"""What a sample may take, in seconds and in bytes beside the weights."""
+
+
+def bench_profile(quick: bool = False, progress: Callable[[int, int], None] | None = None) -> BenchRecord:
+    """Profile random samples of 4096 tokens on a random model of the Llama-2-7B geometry, as `profile` does for a user; row C1, twice.
+
+    Seconds a sample, and the most memory beside the weights: nothing is asked of `profile` that is not its default. A first sample,
+    which warms up, is not timed. quick: a tiny model, also without a GPU, where no row meets its goal and memory is the estimate.
+    progress: called with samples done and samples in all. Raises ValueError without a GPU where not quick.
+    """
+    if not (quick or torch.cuda.is_available()):
+        raise ValueError("bench_profile needs a GPU; without one, quick=True runs all of it on a tiny model")
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    shape, tokens = (TINY, QUICK_TOKENS) if quick else (LLAMA2_7B, TOKENS)
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    right = influence_errors(shape, min(CHECK_TOKENS, tokens), device, dtype)
+    model = random_model(shape, tokens, device, dtype)
+    seconds, detail = _profiled(model, tokens, progress)
+    detail |= right
+    described = {
+        "model": shape.name, "query_heads": shape.query_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "batch": 1,
+        "n_tokens": tokens, "plan": "none", "density": 1.0, "skew": 1.0,
+    }  # fmt: skip
+    trusted = on_gpu and not quick and detail["finite"] and is_right(right)
+    gigabytes = (detail["peak_bytes"] - detail["weight_bytes"]) / 1e9
+    rows = tuple(
+        judged(ROW, GOALS[ROW], described, found, limit, "limit", unit, trusted, detail)
+        for found, limit, unit in ((seconds, MOST_SECONDS, "s"), (gigabytes, MOST_GB, "GB"))
+    )
+    name = torch.cuda.get_device_name(device) if on_gpu else device.type
+    settings = {
+        "device": name, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__, "transformers": __version__,
+        "quick": quick, "weights": "random",
+    }  # fmt: skip
+    return BenchRecord(rows, settings, provenance(device=name, seed=0))
+
+
+def _profiled(model: PreTrainedModel, tokens: int, progress: Callable[[int, int], None] | None) -> tuple[float, dict[str, Any]]:
+    """Seconds a sample after the first, and what else was seen, as JSON data."""
+    device, on_gpu = model.device, model.device.type == "cuda"
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    samples = random_samples(model.config.vocab_size, tokens)
+    estimate = estimate_cost(model, samples)
+    predicted = estimate.checkpointed_bytes if estimate.checkpoint else estimate.needed_bytes
+    ticks: list[tuple[int, float]] = []
+
+    def told(done: int, total: int) -> None:
+        ticks.append((done, time.perf_counter()))
+        if progress is not None:
+            progress(done, total)
+
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    found = profile(model, SampleSet(samples), progress=told)
+    times = seconds_each(ticks)
+    peak = torch.cuda.max_memory_allocated(device) if on_gpu else weights + predicted
+    detail = {
+        "samples": SAMPLES, "answer_tokens": len(samples[0].answer_positions), "seconds": times, "recomputed": estimate.checkpoint,
+        "weight_bytes": weights, "peak_bytes": peak, "predicted_bytes": predicted,
+        "counted_by": "torch.cuda" if on_gpu else "estimate", "finite": is_finite(found),
+    }  # fmt: skip
+    return float(np.median(times)), detail
+
+
+def random_samples(vocabulary: int, tokens: int) -> tuple[Sample, ...]:
+    """The one that warms up and those that are timed: random tokens, the last of them the answer."""
+    random = np.random.default_rng(0)
+    answer = ((tokens - min(ANSWER_TOKENS, tokens // 2), tokens),)
+    return tuple(Sample("random", random.integers(vocabulary, size=tokens), answer) for _ in range(1 + SAMPLES))
+
+
+def seconds_each(ticks: list[tuple[int, float]]) -> list[float]:
+    """Seconds of every sample after the first batch, which warms up, from (samples done, time) at the start and after every batch.
+
+    Samples of one batch share its time evenly; where there is but one batch, it is what there is to tell.
+    """
+    times: list[float] = []
+    timed = ticks[1:] if len(ticks) > 2 else ticks
+    for (before, began), (done, ended) in pairwise(timed):
+        times += [(ended - began) / (done - before)] * (done - before)
+    return times
+
+
+def is_finite(found: InfluenceProfile) -> bool:
+    """True where a profile holds numbers alone, and every head has some influence."""
+    arrays = [*found.blocks.values(), *found.distances.values(), *found.span_effects.values()]
+    return all(np.isfinite(array).all() for array in arrays) and all(
+        bool((blocks.sum(axis=(-2, -1)) > 0).all()) for blocks in found.blocks.values()
+    )
+
+
+def influence_errors(shape: ModelShape, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
+    """Errors of a layer's influence by 64 x 64 blocks against the matrices written out in float32; random values of the geometry."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(heads: int) -> torch.Tensor:
+        return torch.randn(1, heads, tokens, shape.head_dim, generator=generator, device=device, dtype=dtype)
+
+    query, key, value, gradient = drawn(shape.query_heads), drawn(shape.kv_heads), drawn(shape.kv_heads), drawn(shape.query_heads)
+    inputs = tuple(tensor.requires_grad_() for tensor in (query, key, value))
+    scale = shape.head_dim**-0.5
+    call = AttentionCall(query, key, value, KeyMask(1, tokens, tokens, device), scale, softcap=None)
+    received: dict[int, LayerInfluence] = {}
+    torch.autograd.grad(capturing(0, received.__setitem__, SINK_TOKENS)(call), inputs, gradient)
+    query, key, value, gradient = (tensor.detach().float() for tensor in (*inputs, gradient))
+    full = naive_influence(query, key, value, gradient, call.positions >= 0, scale).abs()
+    tiles = tokens // BLOCK_TOKENS
+    expected = full.reshape(1, shape.query_heads, tiles, BLOCK_TOKENS, tiles, BLOCK_TOKENS).sum(dim=(3, 5))
+    return errors(received[0].blocks, expected)

@@ -1,0 +1,158 @@
+"""Decoding end to end on a tiny model: who is measured, what is kept, and how rows follow from what was found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from moa_lab.bench import generate, steps
+from moa_lab.bench.endtoend import COMPILED, DENSE, DYNAMIC, KINDS, STATIC, Findings, jobs_of, ours_name, tasks_of
+from moa_lab.bench.generate import bench_generate
+from moa_lab.bench.generate_rows import rows_of
+from moa_lab.bench.models import LLAMA2_7B, TINY, largest_batch, plan_for, random_model, smaller_batch, stretched_plan
+from moa_lab.bench.record import BenchRecord
+from moa_lab.bench.shapes import default_plans
+from moa_lab.cli import app
+from moa_lab.models import geometry_of
+
+torch.set_num_threads(1)
+CPU = torch.device("cpu")
+HALF = "standard-50"
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BenchRecord]:
+    path = tmp_path_factory.mktemp("bench") / "generate.json"
+    return path, bench_generate(quick=True, out=path)
+
+
+def test_a_quick_run_measures_every_side_of_every_row_and_meets_nothing(record: tuple[Path, BenchRecord]) -> None:
+    _, found = record
+    assert {row.id for row in found} == {"E1", "E2", "E3", "E4"}
+    assert not any(row.meets for row in found)
+    sides = {(side["prompt"], side["side"]): side["found"] for side in found.settings["sides"]}
+    assert not [found["failed"] for found in sides.values() if "failed" in found]
+    assert {side for _, side in sides} == {
+        DYNAMIC, STATIC, DENSE, *(ours_name(plan) + end for plan in default_plans() for end in ("", COMPILED))
+    }  # fmt: skip
+    for row in found.select("E1"):
+        assert row.ratio == pytest.approx(row.ours / sides[row.shape["n_tokens"] - generate.QUICK_NEW_TOKENS, row.peer_name]["rate"])
+
+
+def test_our_loop_is_checked_against_an_uncached_pass(record: tuple[Path, BenchRecord]) -> None:
+    check = record[1].select("E1")[0].detail["check"]
+    assert check["wrong"] == 0
+    assert check["equal"] > 0.9 * check["tokens"]
+    assert check["equal_dense"] < check["equal"]
+
+
+def test_a_record_is_taken_up_where_it_ended(record: tuple[Path, BenchRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, whole = record
+    monkeypatch.setattr(generate, "_measured", lambda *_: pytest.fail("measured again"))
+    again = bench_generate(quick=True, out=path, resume=True)
+    assert [(row.id, row.ours) for row in again] == [(row.id, row.ours) for row in whole]
+
+
+def test_what_failed_is_told_and_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: dict[str, Any] = {"rows": ["E1"], "quick": True, "out": tmp_path / "a.json", "sides": ["plan", "dynamic"], "lengths": [64]}
+
+    def broken(*_: Any) -> dict[str, Any]:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(generate, "transformers_step", broken)
+    row = next(row for row in bench_generate(**wanted) if row.peer_name == DYNAMIC)
+    assert row.peer is None
+    assert not row.meets
+    assert "no such kernel" in row.detail["peers"][DYNAMIC]["failed"]
+    monkeypatch.setattr(generate, "transformers_step", steps.transformers_step)
+    assert next(row for row in bench_generate(**wanted, resume=True) if row.peer_name == DYNAMIC).ratio is not None
+
+
+def test_a_record_of_other_sizes_is_not_taken_up(record: tuple[Path, BenchRecord], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate, "QUICK_NEW_TOKENS", 20)
+    with pytest.raises(ValueError, match="its new_tokens is 16, here it is 20"):
+        bench_generate(quick=True, out=record[0], resume=True)
+
+
+def test_a_batch_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def short(model: Any, plan: Any, batch: int, *_: Any, **__: Any) -> dict[str, Any]:
+        tried.append(batch)
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return {"ms": 1.0}
+
+    monkeypatch.setattr(generate, "our_step", short)
+    found = bench_generate(["E1"], quick=True, sides=["plan"], lengths=[64]).rows[0]
+    assert tried == [tried[0], smaller_batch(tried[0]), smaller_batch(smaller_batch(tried[0]))]
+    assert found.shape["batch"] == tried[-1]
+    assert found.ours == pytest.approx(tried[-1] * 1e3)
+
+
+def test_the_largest_batch_fills_what_is_free() -> None:
+    assert [largest_batch(free, 10, 7) for free in (9, 16, 17, 80)] == [0, 0, 1, 10]
+    assert [smaller_batch(batch) for batch in (1, 15, 64)] == [0, 14, 60]
+
+
+def test_rows_hold_what_was_found_against_their_goals() -> None:
+    state = Findings(torch.device("cuda"), torch.bfloat16, dict(default_plans()), jobs_of(["E1"], False, default_plans(), [4096]),
+                     ["E1", "E3"], KINDS, 64, 1e12)  # fmt: skip
+    geometry = geometry_of(random_model(TINY, 256, CPU, torch.float32))
+    plan = plan_for(state.plans[HALF], geometry, 4160)
+    name = LLAMA2_7B.name
+    state.used[name, 4096, ours_name(HALF)] = plan
+    state.checks[name, HALF] = {"wrong": 0}
+    ours = {"ms": 30.0, "rate": 2000.0, "batch": 62, "roofline_ms": 29.0, "over_roofline": 1.03}
+    state.found = {
+        (name, 4096, ours_name(HALF)): ours,
+        (name, 4096, ours_name(HALF) + COMPILED): {**ours, "ms": 28.0, "rate": 2200.0},
+        (name, 4096, DYNAMIC): {"rate": 250.0, "over_roofline": 4.0},
+        (name, 4096, STATIC): {"rate": 1200.0, "over_roofline": 1.1},
+        (name, 4096, DENSE): {"rate": 1000.0, "over_roofline": 1.0},
+    }
+    rows = {row.peer_name: row for row in rows_of(state)}
+    assert {peer: round(row.ratio or 0, 3) for peer, row in rows.items()} == {DYNAMIC: 8.8, STATIC: 1.833, DENSE: 2.0, "roofline": 0.966}
+    assert {peer: row.meets for peer, row in rows.items()} == {DYNAMIC: True, STATIC: False, DENSE: True, "roofline": True}
+    state.checks[name, HALF] = {"wrong": 1}
+    assert not any(row.meets for row in rows_of(state))
+
+
+def test_a_side_is_measured_once_for_all_rows() -> None:
+    plans = default_plans()
+    state = Findings(CPU, torch.float32, dict(plans), jobs_of(["E1", "E2"], True, plans), ["E1", "E2"], ["dense", "plan"], 16, 1.0)
+    tasks = tasks_of(state, TINY)
+    assert len(tasks) == len(set(tasks)) == 2 * 3
+    state.found[TINY.name, *tasks[0]] = {"rate": 1.0}
+    assert tasks_of(state, TINY) == tasks[1:]
+
+
+@pytest.mark.parametrize("n_tokens", [128, 4160])
+def test_a_stretched_plan_is_as_dense_as_its_own(n_tokens: int) -> None:
+    geometry = geometry_of(random_model(TINY, 8192, CPU, torch.float32))
+    for plan in default_plans().values():
+        stretched = stretched_plan(plan, geometry, n_tokens)
+        assert stretched.density(n_tokens) == pytest.approx(plan.density(max(plan.lengths)), abs=0.02)
+        assert len(set(stretched.spans(n_tokens).ravel().tolist())) > 1
+
+
+def test_the_command_writes_and_shows_the_record(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    arguments = ["bench", "generate", "--quick", "--rows", "E4", "--sides", "plan,dense", "--out", str(out)]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "ours dense" in shown.output
+    assert BenchRecord.load(out).select("E4")
+    assert isinstance(CliRunner().invoke(app, arguments).exception, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"), [({"rows": ["E9"]}, "rows must be"), ({"sides": ["theirs"]}, "sides must be"), ({"lengths": [5]}, "lengths")]
+)
+def test_what_there_is_not_is_refused(wrong: dict[str, Any], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        bench_generate(quick=True, **wrong)
