@@ -28,6 +28,7 @@ from moa_lab.storage import atomic_path
 logger = logging.getLogger(__name__)
 
 FINGERPRINT_VALUES = 256
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PROBE_TEXT = "The quick brown fox, 1234567 times:\n\tna\u00efve \u4f60\u597d <|end|>"
 
 
@@ -88,6 +89,13 @@ def load_model(
     return model.eval().requires_grad_(False), tokenizer
 
 
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype of that name, of `DTYPES`; None for None. Raises ValueError for another name."""
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name is None else DTYPES[name]
+
+
 def geometry_of(model: PreTrainedModel) -> ModelGeometry:
     """Read the geometry from the model's config and hold it against what its attention modules say.
 
@@ -121,7 +129,8 @@ def model_name(model: PreTrainedModel) -> str:
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """Short hash of the weights: names, shapes, and up to 256 evenly spaced values of every parameter.
 
-    Values are compared as bfloat16, so a float32 and a bfloat16 load of the same file agree; 0.1 s for 7B parameters.
+    Values are compared as bfloat16, so a float32 and a bfloat16 load of the same file agree; 0.1 s for 7B parameters. A float16 load
+    need not: its smallest weights are rounded more coarsely.
     """
     names, samples = [], []
     for name, parameter in sorted(model.named_parameters()):

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from moa_lab.bench.record import BENCH_SCHEMA, BenchRecord
+from moa_lab.bench.record import table as bench_table
+from moa_lab.bench.search import ROW as SEARCH_ROW
+from moa_lab.bench.search import search_table
 from moa_lab.calibration.samples import SAMPLES_SCHEMA, SampleSet
+from moa_lab.evaluate.parity import PARITY_SCHEMA, Parity
+from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.plan import PLAN_SCHEMA, Plan
 from moa_lab.provenance import Provenance
 from moa_lab.records import (
@@ -81,6 +87,20 @@ def _measurements(path: Path) -> str:
     return "\n".join([f"{len(found.rows)} measurements", *lines, _origin(found.provenance)])
 
 
+def _bench(path: Path) -> str:
+    record = BenchRecord.load(path)
+    # What was asked of the search is no shape of a model: it has a table of its own.
+    lines = search_table(record) if record.select(SEARCH_ROW) else bench_table(record)
+    head = f"benchmark of {len(record.rows)} rows, {sum(row.meets for row in record)} of which meet their goals"
+    return "\n".join([head, lines, _origin(record.provenance)])
+
+
+def _parity(path: Path) -> str:
+    found = Parity.load(path)
+    head = f"parity of plan {found.settings.get('plan')!r} in {found.settings.get('dtype')}"
+    return "\n".join([head, parity_table(found), _origin(found.provenance)])
+
+
 def _origin(origin: Provenance) -> str:
     return (
         f"made {origin.created or 'at an unknown time'} on {origin.device}, model {origin.model} ({origin.weights}), by: {origin.command}"
@@ -94,4 +114,6 @@ _DESCRIPTIONS: Mapping[str, Callable[[Path], str]] = {
     TABLE_SCHEMA: _table,
     FRONT_SCHEMA: _front,
     MEASUREMENTS_SCHEMA: _measurements,
+    BENCH_SCHEMA: _bench,
+    PARITY_SCHEMA: _parity,
 }

@@ -10,8 +10,14 @@ from texts import bpe_tokenizer
 from tiny import tiny_model
 
 from moa_lab import cli, storage
+from moa_lab.bench.record import GOALS, BenchRecord, judged
+from moa_lab.bench.record import table as bench_table
+from moa_lab.bench.search import search_table
+from moa_lab.evaluate.parity import Parity, ParityRow
+from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import uniform_plan
+from moa_lab.provenance import Provenance
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +151,44 @@ def test_show_describes_a_config_card(monkeypatch: pytest.MonkeyPatch, capsys: p
     shown = capsys.readouterr().out
     assert "at 256 tokens: density 50.0%" in shown
     assert json.loads(card.read_text())["kv_bytes"]["256"] == 3 * 2 * 128 * 2 * 8 * 2
+
+
+def bench_record(row: str, **shape: object) -> BenchRecord:
+    described = {"model": "tiny", "batch": 3, "n_tokens": 96, "plan": "half", "density": 0.5, "skew": 2.0, **shape}
+    rows = tuple(judged(row, GOALS[row], described, ours, 10.0, "limit", "s", True, {}) for ours in (5.0, 20.0))
+    return BenchRecord(rows, {"device": "a machine", "cpus": 2}, Provenance(device="a machine", command="moa-lab bench"))
+
+
+def test_show_prints_the_table_of_a_benchmark_and_how_much_of_it_meets_its_goals(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    record = bench_record("C1")
+    assert moa_lab(monkeypatch, "show", record.save(tmp_path / "bench.json")) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("benchmark of 2 rows, 1 of which meet their goals\n")
+    assert bench_table(record) in shown
+    assert "by: moa-lab bench" in shown
+
+
+def test_show_prints_what_was_asked_of_the_search(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    record = bench_record("S1", asked="exact", goal="mean", layers=4, kv_heads=4, rules=8)
+    assert moa_lab(monkeypatch, "show", record.save(tmp_path / "search.json")) == 0
+    assert search_table(record) in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_show_prints_the_cases_and_the_verdict_of_a_parity_check(
+    passed: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    row = ParityRow("one prompt", "96 tokens", 96, 1e-5 if passed else None, 1.0, 90, 1e-3, passed)
+    found = Parity((row,), {"plan": "half", "dtype": "float16"}, Provenance(model="tiny"))
+    assert moa_lab(monkeypatch, "show", found.save(tmp_path / "parity.json")) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("parity of plan 'half' in float16\n")
+    assert parity_table(found) in shown
+    assert ("all 1 cases passed" if passed else "1 of 1 cases failed") in shown
 
 
 def test_doctor_names_what_it_looked_at(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from moa_lab.kernels import reference, ring_reference
 from moa_lab.masks import visible
 from moa_lab.models import geometry_of, weights_fingerprint
 from moa_lab.plan import Plan, SpanRule, dense_plan, uniform_plan
+from moa_lab.provenance import Provenance
 from moa_lab.runtime import RingCache, ring_cache
 from moa_lab.runtime.sampling import Sampling
 from moa_lab.storage import RecordError
@@ -298,12 +300,34 @@ def test_the_command_writes_the_record_and_says_so_in_its_exit_code(
     assert not Parity.load(out).passed
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_command_compares_in_the_dtype_asked_for(
+    dtype: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "parity.json"
+    arguments = ("--model", folder / "model", "--plan", folder / "plan.json", "--n-tokens", N, "--dtype", dtype, "--out", out)
+    assert command(monkeypatch, *arguments) == 0, capsys.readouterr().out
+    found = Parity.load(out)
+    assert found.settings["dtype"] == dtype
+    assert (found.settings["tolerance"] == 1e-3) == (dtype == "float32"), "half precision is held against its own noise"
+
+
+@pytest.mark.parametrize(("dtype", "warned"), [(torch.float16, False), (torch.bfloat16, True)])
+def test_weights_of_another_fingerprint_are_warned_of_but_in_float16_where_it_would_be_another_anyway(
+    dtype: torch.dtype, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False, dtype=dtype)
+    parity(model, tiny_tokenizer(), replace(mixed_plan(model), provenance=Provenance(weights="of another model")), n_tokens=40)
+    assert ("was made on weights" in caplog.text) == warned
+
+
 @pytest.mark.parametrize(
     ("plan", "more", "message"),
     [
         ("foreign.json", (), "plan has 3 layers"),
         ("missing.json", (), "missing.json"),
         ("plan.json", ("--n-tokens", "600"), "n_tokens must lie in 32..512"),
+        ("plan.json", ("--dtype", "int8"), "dtype must be one of float32, float16, bfloat16, got 'int8'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
