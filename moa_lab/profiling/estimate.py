@@ -22,6 +22,8 @@ PROBE_TOKENS = (128, 384)
 ROW_BLOCK_ARRAYS = 8
 SAFETY = 1.15
 GPU_BATCH_TOKENS = 32_768
+GPU_BYTES = 12 * 10**9
+"""What a profile takes of a GPU's free memory at most where recomputing can spare the rest: at 7B and 4k a quarter of it will do."""
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,20 @@ class Estimate:
     device: str
 
     @property
+    def budget_bytes(self) -> int:
+        """Bytes that activations may take before they are recomputed: what is free, on a GPU at most `GPU_BYTES`."""
+        return self.free_bytes if self.device == "cpu" else min(self.free_bytes, GPU_BYTES)
+
+    @property
     def checkpoint(self) -> bool:
-        """Whether activations must be recomputed in backward to fit."""
-        return self.needed_bytes > self.free_bytes
+        """Whether activations are recomputed in backward, because they do not fit in the budget."""
+        return self.needed_bytes > self.budget_bytes
 
     def samples_in_flight(self, length: int) -> int:
-        """Samples of `length` tokens that fit at once: one on a CPU, which a batch does not speed up."""
+        """Samples of `length` tokens that fit in half the budget at once: one on a CPU, which a batch does not speed up."""
         if self.device == "cpu" or self.checkpoint:
             return 1
-        fitting = int(self.free_bytes / 2 // max(self.bytes_per_token * length * SAFETY, 1))
+        fitting = int(self.budget_bytes / 2 // max(self.bytes_per_token * length * SAFETY, 1))
         return max(1, min(fitting, GPU_BATCH_TOKENS // length))
 
     def require_fit(self) -> None:

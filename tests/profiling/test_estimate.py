@@ -76,6 +76,30 @@ def test_samples_in_flight_fit_in_half_the_free_memory_of_a_gpu() -> None:
     assert Estimate(free_bytes=2**34, device="cpu", **fields).samples_in_flight(1024) == 1
 
 
+def test_a_gpu_is_spared_what_recomputing_saves_and_a_cpu_is_not() -> None:
+    fields = {"longest_tokens": 4096, "checkpointed_bytes": 4 * 10**9, "free_bytes": 64 * 10**9, "seconds": 1.0, "bytes_per_token": 10**6}
+    gpu = Estimate(needed_bytes=estimate.GPU_BYTES + 1, device="cuda:0", **fields)
+    assert gpu.checkpoint
+    assert gpu.samples_in_flight(512) == 1
+    gpu.require_fit()
+    assert not Estimate(needed_bytes=estimate.GPU_BYTES, device="cuda:0", **fields).checkpoint
+    assert not Estimate(needed_bytes=estimate.GPU_BYTES + 1, device="cpu", **fields).checkpoint
+
+
+def test_what_recomputing_cannot_spare_may_take_all_of_a_gpu() -> None:
+    fields = {"longest_tokens": 10**5, "free_bytes": 64 * 10**9, "seconds": 1.0, "bytes_per_token": 10.0**6, "device": "cuda:0"}
+    Estimate(needed_bytes=10**12, checkpointed_bytes=60 * 10**9, **fields).require_fit()
+    with pytest.raises(ValueError, match="are free on cuda:0"):
+        Estimate(needed_bytes=10**12, checkpointed_bytes=65 * 10**9, **fields).require_fit()
+
+
+def test_samples_in_flight_take_no_more_of_a_gpu_than_one_may() -> None:
+    fields = {"longest_tokens": 1024, "needed_bytes": 0, "checkpointed_bytes": 0, "seconds": 1.0, "bytes_per_token": 2.0**20}
+    large, larger = (Estimate(free_bytes=free, device="cuda:0", **fields) for free in (2**36, 2**37))
+    assert large.samples_in_flight(1024) == larger.samples_in_flight(1024)
+    assert 1 < large.samples_in_flight(1024) * 1024 * 2**20 <= estimate.GPU_BYTES / 2
+
+
 def test_an_estimate_leaves_no_gradients() -> None:
     model = tiny_model("llama").requires_grad_(True)
     estimate_cost(model, [random_sample(100)])
