@@ -1,0 +1,329 @@
+"""The search timed on a table as large as a 7B model's (S1): a density slider, the exact program, a front of plans."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from math import ceil, floor
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from moa_lab.bench.record import GOALS, BenchRecord, BenchRow, Goal, judged
+from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import SINK_TOKENS, SpanRule
+from moa_lab.provenance import provenance
+from moa_lab.records import BLOCK_TOKENS, InfluenceProfile, LossTable
+from moa_lab.search import (
+    BudgetAnswer,
+    BudgetSolver,
+    MilpAnswer,
+    default_goals,
+    front_values,
+    goal_sets,
+    limit_lengths,
+    loss_table,
+    mean_goal,
+    non_dominated,
+    rule_grid,
+    search,
+    solve_milp,
+)
+from moa_lab.search.goals import QUESTIONS
+from moa_lab.search.goals import Goal as SearchGoal
+
+ROW = "S1"
+SLIDER_MS = 50.0
+EXACT_S = 10.0
+FRONT_S = 300.0
+"""What the answers may take at most."""
+
+MOST_GAP = 0.01
+"""Largest proven gap of a slider's answer."""
+
+LEAST_PLANS = 10
+"""Plans of a front, none of which another beats."""
+
+EXACT_GAP = 1e-4
+ROUNDING = 1e-9
+SEED = 0
+
+LENGTHS = (2048, 4096)
+TASKS = (QUESTIONS, "summaries")
+MORE_RULES = (SpanRule(576.0, 0.0), SpanRule(896.0, 0.0), SpanRule(1792.0, 0.0))
+QUICK_SPANS = (192.0, 256.0, 512.0, 1024.0, 1536.0, 2048.0)
+
+EXACT_DENSITIES = (0.25, 0.5, 0.75)
+DENSITIES = tuple(step / 48 for step in range(5, 45))
+"""Where the slider stands, 10% to 92%; the exact densities are among them."""
+
+QUICK_DENSITIES = DENSITIES[1::6] + EXACT_DENSITIES
+FRONT_DENSITY = 0.5
+
+
+@dataclass(frozen=True)
+class Move:
+    """A slider moved to `density`: milliseconds until its answer."""
+
+    density: float
+    ms: float
+    answer: BudgetAnswer
+
+
+@dataclass
+class SearchBench:
+    """A table, what is asked of it, and the exact answers so far. counts: times are held against the goals."""
+
+    table: LossTable
+    densities: Sequence[float] = DENSITIES
+    counts: bool = True
+    exact: dict[tuple[str, float], MilpAnswer] = field(default_factory=dict)
+
+    @property
+    def goals(self) -> tuple[SearchGoal, ...]:
+        """The goal that a search has unless told otherwise, and the one that is hardest to bound: questions by worst distance."""
+        worst = next(each for each in goal_sets(self.table) if each.name == "worst-questions")
+        return mean_goal(default_goals(self.table)), mean_goal(worst.goals, name=worst.name)
+
+    def shape(self, asked: str, goal: str, density: float | None = None) -> dict[str, Any]:
+        """What a row is about."""
+        geometry = self.table.geometry
+        return {
+            "asked": asked, "goal": goal, "density": density, "layers": geometry.layers, "kv_heads": geometry.kv_heads,
+            "rules": len(self.table.rules), "profiled_lengths": list(self.table.lengths), "limit_lengths": list(limit_lengths(self.table)),
+            "objectives": len(self.table.objectives),
+        }  # fmt: skip
+
+
+def bench_search(progress: Callable[[int, int], None] | None = None, quick: bool = False) -> BenchRecord:
+    """Measure row S1 on the CPU; some minutes.
+
+    The table is drawn with a seed: 32 layers x 32 KV heads x 48 rules, two tasks at two lengths, in all forms. quick: 4 x 4 x 8, which
+    shows that everything runs, and meets no goal. progress: called with steps done and steps in all.
+
+    A row is trusted where every plan keeps its density at every length, counted in tokens, and has the loss that was stated; and the
+    slider's where the exact answers agree with its gaps as well.
+    """
+    bench = open_search(quick)
+    steps = _steps(bench)
+    rows: list[BenchRow] = []
+    for done, step in enumerate(steps):
+        if progress is not None:
+            progress(done, len(steps))
+        rows += step()
+    if progress is not None:
+        progress(len(steps), len(steps))
+    ordered = sorted(rows, key=lambda row: ("slider", "exact", "front").index(row.shape["asked"].split(",")[0]))
+    settings = {
+        "device": f"{platform.machine()}, CPU", "cpus": os.cpu_count(), "quick": quick, "densities": list(bench.densities),
+        "table": "drawn with a seed: heavy-tailed heads, losses that fall with the span", "seed": SEED, "most_gap": MOST_GAP,
+        "least_plans": LEAST_PLANS, "exact_gap": EXACT_GAP, "scipy": metadata.version("scipy"), "numpy": metadata.version("numpy"),
+    }  # fmt: skip
+    return BenchRecord(tuple(ordered), settings, provenance(seed=SEED))
+
+
+def open_search(quick: bool) -> SearchBench:
+    """The table of a bench and the densities asked of it."""
+    return SearchBench(lifelike_table(quick), QUICK_DENSITIES if quick else DENSITIES, counts=not quick)
+
+
+def _steps(bench: SearchBench) -> list[Callable[[], list[BenchRow]]]:
+    """The exact answers first: the slider's are held against them."""
+    exact = [partial(_exact_step, bench, goal, density) for goal in bench.goals for density in EXACT_DENSITIES]
+    slider = [partial(slider_rows, bench, goal) for goal in bench.goals]
+    return [*exact, *slider, partial(_front_step, bench)]
+
+
+def _exact_step(bench: SearchBench, goal: SearchGoal, density: float) -> list[BenchRow]:
+    return [exact_row(bench, goal, density)]
+
+
+def _front_step(bench: SearchBench) -> list[BenchRow]:
+    return [front_row(bench)]
+
+
+# --- the table
+
+
+def lifelike_table(quick: bool = False, seed: int = SEED) -> LossTable:
+    """The losses of a drawn profile, (rows, 32, 32, 48) or, quick, (rows, 4, 4, 8): sum, all-or-nothing, worst distance."""
+    side = 4 if quick else 32
+    geometry = ModelGeometry(side, side, side, 128, 2 * max(LENGTHS))
+    rules = rule_grid(LENGTHS, alphas=QUICK_SPANS) if quick else (*rule_grid(LENGTHS), *MORE_RULES)
+    return loss_table(lifelike_profile(geometry, seed), rules)
+
+
+def lifelike_profile(geometry: ModelGeometry, seed: int = SEED) -> InfluenceProfile:
+    """Influence as it was measured on a small model: a few heads hold most of it (log-normal, deviation 1.3 for questions and 0.95 for
+    summaries), the same ones at both lengths and largely in both tasks; near keys lead, and some heads look far behind."""
+    random = np.random.default_rng(seed)
+    heads = (geometry.layers, geometry.query_heads)
+    common, far = random.normal(size=heads), random.lognormal(0.0, 1.2, heads)
+    place, width = random.random(heads), 0.05 + 0.3 * random.random(heads)
+    blocks, distances = {}, {}
+    for task, deviation in zip(TASKS, (1.3, 0.95), strict=True):
+        strength = deviation * (0.9 * common + 0.44 * random.normal(size=heads))
+        for length in LENGTHS:
+            bins = length // BLOCK_TOKENS
+            back = np.arange(bins)
+            bump = np.exp(-(((back / bins - place[..., None]) / width[..., None]) ** 2)) / bins
+            near = np.exp(-back / 4) + 0.3 / (1 + back)
+            curve = np.exp(strength + 0.25 * random.normal(size=heads))[..., None] * (near + 4 * far[..., None] * bump)
+            distances[task, length] = (curve * random.lognormal(0.0, 0.3, (*heads, bins)))[None].astype(np.float32)
+            # A loss table needs distances alone.
+            blocks[task, length] = np.zeros((*heads, 0, 0), dtype=np.float32)
+    return InfluenceProfile(geometry, SINK_TOKENS, blocks, distances)
+
+
+# --- what is right
+
+
+def keeps(table: LossTable, choice: np.ndarray, density: float) -> bool:
+    """True where `choice` (layers, kv_heads) keeps at most `density` of the dense tokens at every limit length, counted head by head."""
+    for length in limit_lengths(table):
+        tokens = [rule.span_tokens(length, table.min_span) for rule in table.rules]
+        dense = sum(table.geometry.dense_span_tokens(layer, length) for layer in range(table.geometry.layers)) * table.geometry.kv_heads
+        kept = sum(
+            min(tokens[rule], table.geometry.dense_span_tokens(layer, length))
+            for layer, heads in enumerate(choice.tolist())
+            for rule in heads
+        )
+        if kept > floor(density * dense + 1e-6):
+            return False
+    return True
+
+
+def is_right(table: LossTable, goal: SearchGoal, density: float, answer: BudgetAnswer | MilpAnswer) -> bool:
+    """True where an answer keeps its density, loses what it says, and its bound and gap follow from one another."""
+    value = goal.value(table.predict(answer.choice))
+    stated = abs(value - answer.value) <= ROUNDING * max(1.0, value)
+    proven = answer.value * (1 - answer.gap) <= answer.bound + ROUNDING and answer.bound <= answer.value + ROUNDING
+    return keeps(table, answer.choice, density) and stated and proven
+
+
+def agrees(slider: BudgetAnswer, exact: MilpAnswer) -> bool:
+    """True where the exact loss lies within the slider's gap, and neither lies below what the other has proven."""
+    return slider.value * (1 - slider.gap) <= exact.value + ROUNDING and exact.bound <= slider.value + ROUNDING
+
+
+# --- rows
+
+
+def slider_rows(bench: SearchBench, goal: SearchGoal) -> list[BenchRow]:
+    """Milliseconds of an answer of a prepared solver at a new density: the median and the worst over all densities."""
+    began = time.perf_counter()
+    solver = BudgetSolver(bench.table, goal)
+    detail: dict[str, Any] = {"prepared_ms": 1e3 * (time.perf_counter() - began)}
+    # Not timed: the first call alone imports and allocates.
+    solver.solve(FRONT_DENSITY)
+    moves = [_moved(solver, density) for density in bench.densities]
+    trusted = _are_right(bench, goal, moves) and bench.counts and all(move.answer.gap <= MOST_GAP for move in moves)
+    times = [move.ms for move in moves]
+    detail |= {"right": _are_right(bench, goal, moves), "median_ms": median(times), "worst_ms": max(times), **_gaps(bench, goal, moves)}
+    return [
+        _judged(bench.shape(f"slider, {name}", goal.name), found, SLIDER_MS, "ms", trusted, detail)
+        for name, found in (("median", median(times)), ("worst", max(times)))
+    ]
+
+
+def _moved(solver: BudgetSolver, density: float) -> Move:
+    began = time.perf_counter()
+    answer = solver.solve(density)
+    return Move(density, 1e3 * (time.perf_counter() - began), answer)
+
+
+def _are_right(bench: SearchBench, goal: SearchGoal, moves: Sequence[Move]) -> bool:
+    """True where all answers are right and, where an exact one is known, agree with it; one has to be known."""
+    held = [(move.answer, bench.exact[goal.name, move.density]) for move in moves if (goal.name, move.density) in bench.exact]
+    right = all(is_right(bench.table, goal, move.density, move.answer) for move in moves)
+    return bool(held) and right and all(agrees(slider, exact) for slider, exact in held)
+
+
+def _gaps(bench: SearchBench, goal: SearchGoal, moves: Sequence[Move]) -> dict[str, Any]:
+    """The proven gaps, and how far above the exact loss the slider's really is."""
+    gaps = [move.answer.gap for move in moves]
+    above = {
+        f"{move.density:.4g}": move.answer.value / bench.exact[goal.name, move.density].value - 1
+        for move in moves
+        if (goal.name, move.density) in bench.exact
+    }
+    return {
+        "median_gap": median(gaps), "worst_gap": max(gaps), "densities": len(moves), "above_most_gap": sum(gap > MOST_GAP for gap in gaps),
+        "above_exact": above, "moves": [{"density": move.density, "ms": move.ms, "gap": move.answer.gap} for move in moves],
+    }  # fmt: skip
+
+
+def exact_row(bench: SearchBench, goal: SearchGoal, density: float) -> BenchRow:
+    """Seconds of the exact program at one density; it has to end by itself."""
+    began = time.perf_counter()
+    answer = solve_milp(bench.table, density, goal=goal, mip_gap=EXACT_GAP)
+    seconds = time.perf_counter() - began
+    bench.exact[goal.name, density] = answer
+    right = is_right(bench.table, goal, density, answer)
+    trusted = bench.counts and right and answer.status == "optimal"
+    detail = {"right": right, "gap": answer.gap, "status": answer.status, "value": answer.value}
+    return _judged(bench.shape("exact", goal.name, density), seconds, EXACT_S, "s", trusted, detail)
+
+
+def front_row(bench: SearchBench) -> BenchRow:
+    """Seconds of a search with its defaults; plans count that keep the density and that no other beats."""
+    began = time.perf_counter()
+    front = search(bench.table, FRONT_DENSITY)
+    seconds = time.perf_counter() - began
+    choices = [bench.table.choice(point.plan) for point in front]
+    right = all(keeps(bench.table, choice, FRONT_DENSITY) for choice in choices)
+    stated = [point.predicted[name] - value for point, choice in zip(front, choices, strict=True)
+              for name, value in bench.table.predict(choice).items()]  # fmt: skip
+    right = right and bool(np.abs(stated).max() <= ROUNDING)
+    plans = int(non_dominated(front_values(front)).sum())
+    gaps = [point.gap for point in front if point.gap is not None]
+    detail = {
+        "right": right, "plans": plans, "worst_gap": max(gaps, default=None), "median_gap": median(gaps) if gaps else None,
+        "origins": dict(Counter(point.origin for point in front)), "found": front.settings.get("found"),
+    }  # fmt: skip
+    trusted = bench.counts and right and plans >= LEAST_PLANS
+    return _judged(bench.shape("front", "all", FRONT_DENSITY), seconds, FRONT_S, "s", trusted, detail)
+
+
+def _judged(shape: dict[str, Any], ours: float, limit: float, unit: str, trusted: bool, detail: dict[str, Any]) -> BenchRow:
+    """The limit stands where a peer would: the one that could be compared needs a licence."""
+    peers = {"Gurobi": {"failed": "not run: a licence is needed"}}
+    return judged(ROW, GOALS[ROW], shape, ours, limit, "limit", unit, trusted, {**detail, "cpus": os.cpu_count(), "peers": peers})
+
+
+# --- as text
+
+
+def search_table(record: BenchRecord) -> str:
+    """The record as lines of text: one row per measurement, then what it was measured on."""
+    rows = [["row", "asked", "goal", "density", "ours", "limit", "ratio", "goal ratio", "meets", "gap", "plans"], *map(_cells, record)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    shape = record.rows[0].shape
+    size = f"{shape['layers']} layers x {shape['kv_heads']} KV heads x {shape['rules']} rules"
+    return "\n".join([*lines, f"{size}; {record.settings['device']}, {record.settings['cpus']} cores; gap: the largest that was proven"])
+
+
+def _cells(row: BenchRow) -> list[str]:
+    gap = row.detail.get("gap", row.detail.get("worst_gap"))
+    density = row.shape["density"]
+    return [
+        row.id,
+        row.shape["asked"],
+        row.shape["goal"],
+        f"{row.detail['densities']} of them" if density is None else f"{density:.0%}",
+        f"{row.ours:.4g} {row.unit}",
+        "-" if row.peer is None else f"{row.peer:g} {row.unit}",
+        "-" if row.ratio is None else f"{row.ratio:.3f}",
+        str(Goal(row.goal, row.at_most)),
+        "yes" if row.meets else "no",
+        "-" if gap is None else f"{ceil(gap * 1e4) / 1e2:.2f}%",
+        str(row.detail.get("plans", "-")),
+    ]
