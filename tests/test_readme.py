@@ -37,6 +37,15 @@ def test_the_readme_quotes_the_record_of_the_decode_kernel() -> None:
     assert {round(row["shape"]["skew"]) for row in decode} == {2, 4}
 
 
+def test_the_readme_quotes_the_record_of_decoding_end_to_end() -> None:
+    record = json.loads((ROOT / "data/benchmarks/generate.json").read_text(encoding="utf-8"))
+    found = {(side["prompt"], side["side"]): side["found"] for side in record["settings"]["sides"] if side["model"] == "Llama-2-7B"}
+    peers = ["transformers DynamicCache", "transformers StaticCache compiled"]
+    for prompt in (4096, 8192, 16384):
+        cells = [found[prompt, side] for side in (*peers, "ours standard-50 compiled", "ours standard-25 compiled")]
+        assert " | ".join([f"| {prompt}", *(f"{cell['rate']:.0f} ({cell['batch']})" for cell in cells)]) + " |" in README
+
+
 def test_the_readme_names_every_module_and_the_picture_is_there() -> None:
     assert (ROOT / "data/pictures/report.png").is_file()
     listed = README[README.index("## The tree") :]
