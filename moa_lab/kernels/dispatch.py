@@ -16,8 +16,18 @@ from moa_lab.masks import KeyMask
 
 MAX_HEAD_DIM = 256
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def _finds(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    # What hides modules may raise instead of finding nothing.
+    except ModuleNotFoundError:
+        return False
+
+
 # Asked once: within a pass that is compiled, nothing may look for modules.
-HAS_TRITON = find_spec("triton") is not None
+HAS_TRITON = _finds("triton")
 
 
 def kernel_applies(query: torch.Tensor, *others: torch.Tensor) -> bool:
