@@ -11,6 +11,7 @@ import torch
 
 from moa_lab.provenance import Provenance
 from moa_lab.storage import parse, read_json, to_json, write_json
+from moa_lab.text import aligned
 
 BENCH_SCHEMA = "moa-lab/bench/1"
 TOLERANCE = 3e-2
@@ -134,9 +135,7 @@ def is_right(found: dict[str, float | None]) -> bool:
 def table(record: BenchRecord) -> str:
     """The record as lines of text: one row per measurement, then what the ceilings were."""
     rows = [["row", "shape", "ours", "peer", "ratio", "goal", "meets", "error", "other peers"], *(_cells(row) for row in record)]
-    widths = [max(len(row[index]) for row in rows) for index in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*lines, _note(record)])
+    return "\n".join([*aligned(rows), _note(record)])
 
 
 def _cells(row: BenchRow) -> list[str]:

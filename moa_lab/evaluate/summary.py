@@ -8,6 +8,7 @@ from typing import Any
 from moa_lab.plan import Plan
 from moa_lab.records import ALLOCATED, Measurement, Measurements
 from moa_lab.storage import to_json
+from moa_lab.text import aligned
 
 # Which test samples stand for a score in the summary.
 SCORES = {
@@ -48,12 +49,10 @@ def table(summary: dict[str, Any]) -> str:
         cells = [_cell(entry.get(score, {}).get(length)) for score, length in columns]
         sizes = [f"{entry[key] / 2**20:.1f}" for key in ("kv_bytes", ALLOCATED) if key in entry]
         rows.append([name, f"{entry['density']:.1%}", *sizes, *cells])
-    widths = [max(len(row[index]) for row in rows) for index in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     scores = [(name, score) for entry in plans.values() for name in SCORES for score in entry.get(name, {}).values()]
     counts = sorted({f"n = {score['n']} ({name.replace('_', ' ')})" for name, score in scores})
     note = f"density and KV at {summary['n_tokens']} tokens, bytes {summary['kv_bytes_are']}; [95% interval]; {', '.join(counts)}"
-    return "\n".join([*lines, note])
+    return "\n".join([*aligned(rows), note])
 
 
 def _entry(plan: Plan, measurements: Measurements, n_tokens: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from moa_lab.provenance import Provenance
 from moa_lab.storage import parse, read_json, to_json, write_json
+from moa_lab.text import aligned
 
 PARITY_SCHEMA = "moa-lab/parity/1"
 
@@ -66,8 +67,7 @@ def table(found: Parity) -> str:
     """The cases as lines of text, what was left out, and the verdict."""
     head = ["case", "compared", "positions", "difference", "tolerance", "same token", ""]
     rows = [[*_cells(row), "passed" if row.passed else "FAILED"] for row in found.rows]
-    widths = [max(len(row[index]) for row in [head, *rows]) for index in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    lines = aligned([head, *rows])
     lines += [f"left out: {reason}" for reason in found.settings.get("left_out", ())]
     failed = sum(not row.passed for row in found.rows)
     verdict = f"{failed} of {len(found.rows)} cases failed" if failed else f"all {len(found.rows)} cases passed"
