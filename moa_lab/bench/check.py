@@ -13,6 +13,7 @@ from moa_lab.models import geometry_of
 from moa_lab.plan import Plan
 from moa_lab.runtime import Sampling, apply_plan, ring_cache
 from moa_lab.runtime.decoding import Decoder
+from moa_lab.runtime.generate import prefill
 
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 """Logits (normal, with a deviation of 1.5) so close that two right orders of summation may choose differently."""
@@ -50,10 +51,8 @@ def check_tokens(
 def _decoded(model: PreTrainedModel, prompt: torch.Tensor, n_tokens: int, new_tokens: int, chunk: int = 256) -> Decoder:
     """Our loop after a prefill in chunks, in a cache with room for `n_tokens`; a plan is applied to the model."""
     cache = ring_cache(model, n_tokens)
-    for part in prompt.split(chunk, dim=1):
-        logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    lengths = torch.full((len(prompt),), prompt.shape[1], device=prompt.device)
+    logits, lengths = prefill(model, cache, prompt.tolist(), chunk * len(prompt))
     decoder = Decoder(model, cache, lengths, Sampling(), [], new_tokens)
-    decoder.first(logits[:, -1])
+    decoder.first(logits)
     decoder.run()
     return decoder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan
 from moa_lab.runtime import RingCache, Sampling, apply_plan, ring_cache
-from moa_lab.runtime.decoding import WARM_UP, Decoder
+from moa_lab.runtime.decoding import WARM_UP, Decoder, clock
 
 SETTLED = WARM_UP + 3
 """Steps before the clock starts: those that compile, those that are captured, and the first replays."""
@@ -23,13 +22,6 @@ FIRST_TOKENS = 8
 
 FILL_TOKENS = 1024
 """Tokens that are written to a StaticCache at once."""
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def transformers_step(model: PreTrainedModel, static: bool, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:

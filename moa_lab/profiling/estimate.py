@@ -109,7 +109,7 @@ def estimate_cost(model: PreTrainedModel, samples: Iterable[Sample], *, sink_tok
         longest_tokens=longest,
         needed_bytes=int(SAFETY * (per_token * longest + fixed)),
         checkpointed_bytes=int(SAFETY * (checkpointed + fixed)),
-        free_bytes=_free_bytes(model.device),
+        free_bytes=free_bytes(model.device),
         seconds=sum(linear * n + quadratic * n * n for n in lengths),
         bytes_per_token=per_token,
         device=str(model.device),
@@ -134,7 +134,8 @@ class _SavedBytes:
         return tensor
 
 
-def _free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated; on a GPU torch's own cache of freed blocks is counted."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))

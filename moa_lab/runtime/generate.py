@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa_lab.models import chat_ids, geometry_of
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.runtime.apply import apply_plan, ring_cache
-from moa_lab.runtime.decoding import Decoder
+from moa_lab.runtime.decoding import Decoder, clock
 from moa_lab.runtime.hf_cache import RingCache
 from moa_lab.runtime.sampling import Sampling
 
@@ -82,15 +81,15 @@ def generate(
     stops = _end_of_sequence(model) if stop_tokens is None else list(stop_tokens)
     with apply_plan(model, plan, n_tokens):
         cache = ring_cache(model, n_tokens)
-        started = _clock(model)
-        logits, lengths = _prefill(model, cache, rows, prefill_tokens)
+        started = clock(model.device)
+        logits, lengths = prefill(model, cache, rows, prefill_tokens)
         decoder = Decoder(
             torch.compile(model, fullgraph=True) if compiled else model, cache, lengths, sampling or Sampling(), stops, max_new_tokens
         )
         decoder.first(logits)
-        first = _clock(model)
+        first = clock(model.device)
         decoder.run(graph)
-        ended = _clock(model)
+        ended = clock(model.device)
     tokens = decoder.tokens()
     return Generation(
         texts=tuple(str(tokenizer.decode(_without_stop(row, stops), skip_special_tokens=chat)) for row in tokens),
@@ -105,10 +104,13 @@ def generate(
     )
 
 
-def _prefill(
+def prefill(
     model: PreTrainedModel, cache: RingCache, rows: Sequence[Sequence[int]], prefill_tokens: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (batch, vocabulary) of every row's last token, and int64 lengths (batch,); the rows are padded on the left."""
+    """Logits (batch, vocabulary) of every row's last token, and int64 lengths (batch,); the rows are padded on the left.
+
+    A plan is applied to the model, and `cache` is a new one of it. prefill_tokens: of all rows, at once.
+    """
     lengths = torch.tensor([len(row) for row in rows])
     longest = int(lengths.max())
     tokens = torch.zeros(len(rows), longest, dtype=torch.long)
@@ -135,9 +137,3 @@ def _end_of_sequence(model: PreTrainedModel) -> list[int]:
 
 def _without_stop(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:
     return list(tokens[:-1]) if tokens and tokens[-1] in stops else list(tokens)
-
-
-def _clock(model: PreTrainedModel) -> float:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter()

@@ -19,7 +19,7 @@ def random_sample(n_tokens: int, seed: int = 0) -> Sample:
 
 
 def free(monkeypatch: pytest.MonkeyPatch, n_bytes: int) -> None:
-    monkeypatch.setattr(estimate, "_free_bytes", lambda device: n_bytes)
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: n_bytes)
 
 
 def test_longer_samples_need_more_memory_and_more_samples_more_time() -> None:

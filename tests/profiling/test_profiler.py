@@ -197,7 +197,7 @@ def test_no_samples_are_refused(model: PreTrainedModel) -> None:
 def test_what_does_not_fit_is_refused_before_any_sample(
     model: PreTrainedModel, passes: list[int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(estimate, "_free_bytes", lambda device: 2**20)
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: 2**20)
     with pytest.raises(ValueError, match=r"200 tokens needs about \d+\.\d GiB"):
         profile(model, SAMPLES, parts_dir=tmp_path)
     assert passes == []
