@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -283,8 +285,13 @@ def _tiles(padded_dim: int, query: torch.Tensor, over_ring: bool) -> tuple[int, 
         return (64, 32, 4, 1) if padded_dim <= 128 else (32, 32, 4, 1)
     block_m, block_n, warps, stages = (64, 64, 4, 2 if over_ring else 3) if padded_dim <= 128 else (128, 64, 8, 2)
     if query.is_cuda:
-        room = triton.runtime.driver.active.utils.get_device_properties(query.device.index)["max_shared_mem"]
-        tiles = (room // (padded_dim * query.itemsize) - block_m) // block_n
+        tiles = (_shared_memory(query.device.index) // (padded_dim * query.itemsize) - block_m) // block_n
         # Over a ring, keys and values come from two places each, and the compiler keeps 4 tiles for every stage but the last.
         stages = min(stages, max((tiles + 3) // 4 if over_ring else tiles // 2, 1))
     return block_m, block_n, warps, stages
+
+
+@cache
+def _shared_memory(device: int) -> int:
+    """Bytes that a program may have; asked once, not in every layer of every prefill."""
+    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
