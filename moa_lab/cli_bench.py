@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from moa_lab.terminal import Bars, ForceOption, free, lengths_of
+
+if TYPE_CHECKING:
+    from moa_lab.bench import BenchRecord
 
 app = typer.Typer(help="Measure speed and memory against peers in the same process, and hold them against goals.", no_args_is_help=True)
 
@@ -30,7 +34,7 @@ def kernels(
 
     free(out, force)
     with Bars() as bars:
-        record = bench_kernels(tuple(rows.split(",")) if rows else ROWS, quick, plan, out, bars.steps("kernels"))
+        record = bench_kernels(_names(rows, ROWS), quick, plan, out, bars.steps("kernels"))
     typer.echo(table(record))
 
 
@@ -55,7 +59,7 @@ def generate(
     free(out, force or resume)
     with Bars() as bars:
         record = bench_generate(
-            rows.split(",") if rows else ROWS, quick, plan, out, sides.split(",") if sides else KINDS, lengths_of(lengths), resume,
+            _names(rows, ROWS), quick, plan, out, _names(sides, KINDS), lengths_of(lengths), resume,
             bars.steps("generate"),
         )  # fmt: skip
     typer.echo(table(record))
@@ -70,11 +74,7 @@ def search(
     """The search on a table as large as a 7B model's: a density slider, the exact program, a front. No GPU is used."""
     from moa_lab.bench.search import bench_search, search_table
 
-    free(out, force)
-    with Bars() as bars:
-        record = bench_search(bars.steps("search"), quick)
-    record.save(out)
-    typer.echo(search_table(record))
+    _measure("search", out, force, lambda progress: bench_search(progress, quick), search_table)
 
 
 @app.command()
@@ -87,8 +87,20 @@ def profile(
     from moa_lab.bench import table
     from moa_lab.bench.profile import bench_profile
 
+    _measure("profile", out, force, lambda progress: bench_profile(quick, progress), table)
+
+
+def _measure(
+    stage: str, out: Path, force: bool, bench: Callable[[Callable[[int, int], None]], BenchRecord], table: Callable[[BenchRecord], str]
+) -> None:
+    """Run a bench that is done in one piece, write its record, show it."""
     free(out, force)
     with Bars() as bars:
-        record = bench_profile(quick, bars.steps("profile"))
+        record = bench(bars.steps(stage))
     record.save(out)
     typer.echo(table(record))
+
+
+def _names(text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:
+    """What is named, separated by commas; all that is known where nothing is."""
+    return tuple(text.split(",")) if text else known

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, __version__
 from moa_lab.bench.check import check_tokens
 from moa_lab.bench.endtoend import COMPILED, DYNAMIC, KINDS, ROWS, STATIC, Findings, jobs_of, ours_name, tasks_of
 from moa_lab.bench.generate_rows import rows_of
+from moa_lab.bench.lab import bench_device, bench_dtype, device_name
 from moa_lab.bench.models import (
     TINY,
     ModelShape,
-    free_bytes,
     kept_bytes,
     largest_batch,
     plan_for,
@@ -34,6 +34,7 @@ from moa_lab.bench.steps import SETTLED, our_step, transformers_step
 from moa_lab.bench.timing import copy_rate
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan
+from moa_lab.profiling.estimate import free_bytes
 from moa_lab.provenance import provenance
 
 NEW_TOKENS, QUICK_NEW_TOKENS = 64, 16
@@ -98,9 +99,7 @@ def open_findings(
     for name, asked, known in (("rows", rows, ROWS), ("sides", sides, KINDS)):
         if not asked or not set(asked) <= set(known):
             raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(sorted(set(asked) - set(known))) or 'none'}")
-    if not (quick or torch.cuda.is_available()):
-        raise ValueError("bench_generate needs a GPU; without one, quick=True runs all of it on a tiny model")
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = bench_device("bench_generate", quick)
     plans: dict[str, Plan | str | Path] = {}
     if plan is None:
         plans.update(default_plans())
@@ -110,8 +109,7 @@ def open_findings(
     if not jobs:
         raise ValueError(f"lengths must be among those of the rows, 4096 to 65536, got {sorted(lengths or ())}")
     rate = copy_rate(device) if device.type == "cuda" else copy_rate(device, QUICK_BYTES)
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return Findings(device, dtype, plans, jobs, rows, sides, QUICK_NEW_TOKENS if quick else NEW_TOKENS, rate)
+    return Findings(device, bench_dtype(device), plans, jobs, rows, sides, QUICK_NEW_TOKENS if quick else NEW_TOKENS, rate)
 
 
 def _take_up(state: Findings, record: BenchRecord) -> None:
@@ -128,7 +126,7 @@ def _take_up(state: Findings, record: BenchRecord) -> None:
 
 def _record(state: Findings) -> BenchRecord:
     """The rows of all that is measured."""
-    name = torch.cuda.get_device_name(state.device) if state.is_gpu else state.device.type
+    name = device_name(state.device)
     settings = {
         "device": name, "dtype": str(state.dtype).removeprefix("torch."), "torch": torch.__version__, "transformers": __version__,
         "ceilings": {"copy_GB/s": state.copy_bytes / 1e9}, "new_tokens": state.new_tokens, "timed_steps": state.new_tokens - 1 - SETTLED,

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from moa_lab.bench.endtoend import COMPILED, DENSE, DYNAMIC, ROWS, STATIC, Findings, Job, ours_name
+from moa_lab.bench.endtoend import COMPILED, DENSE, DYNAMIC, LENGTHS, ROWS, STATIC, Findings, Job, ours_name
 from moa_lab.bench.models import TINY, described_plan
 from moa_lab.bench.record import GOALS, BenchRow, Goal, judged
 from moa_lab.plan import Plan
 
 PLAN_DENSITY = {"E1": 0.5, "E2": 0.25, "E4": 0.5}
 DENSITY_TOLERANCE = 0.02
+PEERS = (DYNAMIC, STATIC, DENSE)
 
 
 def rows_of(state: Findings) -> list[BenchRow]:
@@ -21,18 +22,17 @@ def rows_of(state: Findings) -> list[BenchRow]:
         if _ours(state, job) is None:
             continue
         if job.row in state.rows:
-            rows += [_rate_row(state, job, peer) for peer in (DYNAMIC, STATIC, DENSE) if goal_of(job, peer)]
+            rows += [_rate_row(state, job, peer) for peer in PEERS]
         if "E3" in state.rows and (job.shape, job.prompt, job.plan) not in seen:
             seen.add((job.shape, job.prompt, job.plan))
             rows.append(_roofline_row(state, job))
     return sorted(rows, key=lambda row: ROWS.index(row.id))
 
 
-def goal_of(job: Job, peer: str) -> Goal | None:
-    """What the ratio to a peer should reach; lengths without a goal of their own have that of 4k."""
-    if peer != DYNAMIC:
-        return GOALS[job.row]
-    return GOALS.get(f"{job.row} DynamicCache {job.prompt}") or GOALS.get(f"{job.row} DynamicCache 4096") or GOALS[job.row]
+def goal_of(job: Job, peer: str) -> Goal:
+    """What the ratio to a peer should reach; to DynamicCache, lengths without a goal of their own have that of 4k, if there is one."""
+    names = [f"{job.row} DynamicCache {prompt}" for prompt in (job.prompt, LENGTHS[0])] if peer == DYNAMIC else []
+    return next((GOALS[name] for name in names if name in GOALS), GOALS[job.row])
 
 
 def _ours(state: Findings, job: Job, plain: bool = False) -> dict[str, Any] | None:
@@ -45,7 +45,6 @@ def _ours(state: Findings, job: Job, plain: bool = False) -> dict[str, Any] | No
 def _rate_row(state: Findings, job: Job, peer: str) -> BenchRow:
     """E1, E2, E4: tokens/s against a peer's; against our own dense loop both as they are, not compiled."""
     goal, ours = goal_of(job, peer), (_ours(state, job, plain=True) if peer == DENSE else None) or _ours(state, job)
-    assert goal is not None
     assert ours is not None
     plan, shape, detail = _told(state, job, ours)
     fair = abs(plan.density(shape["n_tokens"]) - PLAN_DENSITY[job.row]) <= DENSITY_TOLERANCE
@@ -67,7 +66,7 @@ def _told(state: Findings, job: Job, ours: dict[str, Any]) -> tuple[Plan, dict[s
     """The plan, the shape and the details of a row."""
     plan = state.used[job.shape.name, job.prompt, ours_name(job.plan)]
     shape = described_plan(job.shape, plan, ours["batch"], state.n_tokens(job.prompt))
-    peers = {side: state.found.get((job.shape.name, job.prompt, side), {"failed": "not measured yet"}) for side in (DYNAMIC, STATIC, DENSE)}
+    peers = {side: state.found.get((job.shape.name, job.prompt, side), {"failed": "not measured yet"}) for side in PEERS}
     return plan, shape, {**ours, "check": state.checks[job.shape.name, job.plan], "peers": peers}
 
 

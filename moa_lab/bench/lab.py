@@ -75,6 +75,25 @@ def open_lab(quick: bool, plan: Plan | str | Path | None) -> Lab:
     return Lab(device, torch.float16, plans, copy_rate(device, TINY_COPY_BYTES), 0.0)
 
 
+def bench_device(name: str, quick: bool) -> torch.device:
+    """The GPU, or, quick, the CPU where there is none. Raises ValueError of the bench of that name where there is nothing to measure on."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    if not quick:
+        raise ValueError(f"{name} needs a GPU; without one, quick=True runs all of it on a tiny model")
+    return torch.device("cpu")
+
+
+def bench_dtype(device: torch.device) -> torch.dtype:
+    """What a model is measured in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def timing_detail(timing: Timing) -> dict[str, Any]:
     """A timing as JSON data."""
     return {"ms": timing.ms, "spread": timing.spread, "timer": timing.timer}

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from moa_lab.bench.shapes import Spans
+from moa_lab.bench.shapes import Spans, stretched
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan, SpanRule
 from moa_lab.storage import RecordError
@@ -66,12 +66,8 @@ def stretched_plan(plan: Plan, geometry: ModelGeometry, n_tokens: int, seed: int
 
     As `stretched_spans`, over the heads of all layers at once: layers differ as they do in `plan`, and have orders of their own.
     """
-    home = max(plan.lengths, default=plan.geometry.max_length)
-    fractions = np.sort(plan.spans(home).ravel() / home)
-    heads = geometry.layers * geometry.kv_heads
-    parts = np.repeat(fractions, heads).reshape(heads, -1).mean(axis=1)
+    parts, sink = stretched(plan, geometry.layers * geometry.kv_heads, n_tokens)
     shuffled = np.random.default_rng(seed).permutation(parts).reshape(geometry.layers, geometry.kv_heads)
-    sink = min(plan.sink_tokens, plan.sink_tokens * n_tokens // home)
     rules = tuple(tuple(SpanRule(0.0, min(float(part), 1.0)) for part in row) for row in shuffled)
     return Plan(geometry, rules, sink_tokens=sink, min_span=sink + 1, name=plan.name, lengths=(n_tokens,), search={"origin": "stretched"})
 
@@ -112,12 +108,6 @@ def largest_batch(free_bytes: int, reserve_bytes: int, row_bytes: int, at_most: 
 def smaller_batch(batch: int) -> int:
     """What to try after a batch that did not fit."""
     return batch - max(1, batch // STEP_BACK)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a GPU, torch's own cache of freed blocks counted."""
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def read_weight_bytes(model: PreTrainedModel) -> int:

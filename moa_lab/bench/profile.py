@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, __version__
 
+from moa_lab.bench.lab import bench_device, bench_dtype, device_name
 from moa_lab.bench.models import LLAMA2_7B, TINY, ModelShape, random_model
 from moa_lab.bench.record import GOALS, BenchRecord, errors, is_right, judged
 from moa_lab.calibration.samples import Sample, SampleSet
@@ -39,12 +40,9 @@ def bench_profile(quick: bool = False, progress: Callable[[int, int], None] | No
     which warms up, is not timed. quick: a tiny model, also without a GPU, where no row meets its goal and memory is the estimate.
     progress: called with samples done and samples in all. Raises ValueError without a GPU where not quick.
     """
-    if not (quick or torch.cuda.is_available()):
-        raise ValueError("bench_profile needs a GPU; without one, quick=True runs all of it on a tiny model")
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    device = bench_device("bench_profile", quick)
     shape, tokens = (TINY, QUICK_TOKENS) if quick else (LLAMA2_7B, TOKENS)
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = bench_dtype(device)
     right = influence_errors(shape, min(CHECK_TOKENS, tokens), device, dtype)
     model = random_model(shape, tokens, device, dtype)
     seconds, detail = _profiled(model, tokens, progress)
@@ -53,13 +51,13 @@ def bench_profile(quick: bool = False, progress: Callable[[int, int], None] | No
         "model": shape.name, "query_heads": shape.query_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim, "batch": 1,
         "n_tokens": tokens, "plan": "none", "density": 1.0, "skew": 1.0,
     }  # fmt: skip
-    trusted = on_gpu and not quick and detail["finite"] and is_right(right)
+    trusted = device.type == "cuda" and not quick and detail["finite"] and is_right(right)
     gigabytes = (detail["peak_bytes"] - detail["weight_bytes"]) / 1e9
     rows = tuple(
         judged(ROW, GOALS[ROW], described, found, limit, "limit", unit, trusted, detail)
         for found, limit, unit in ((seconds, MOST_SECONDS, "s"), (gigabytes, MOST_GB, "GB"))
     )
-    name = torch.cuda.get_device_name(device) if on_gpu else device.type
+    name = device_name(device)
     settings = {
         "device": name, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__, "transformers": __version__,
         "quick": quick, "weights": "random",

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from moa_lab.bench.lifelike import SEED, lifelike_table
 from moa_lab.bench.record import GOALS, BenchRecord, BenchRow, Goal, judged
-from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import SINK_TOKENS, SpanRule
 from moa_lab.provenance import provenance
-from moa_lab.records import BLOCK_TOKENS, InfluenceProfile, LossTable
+from moa_lab.records import LossTable
 from moa_lab.search import (
     BudgetAnswer,
     BudgetSolver,
@@ -29,15 +28,13 @@ from moa_lab.search import (
     front_values,
     goal_sets,
     limit_lengths,
-    loss_table,
     mean_goal,
     non_dominated,
-    rule_grid,
     search,
     solve_milp,
 )
-from moa_lab.search.goals import QUESTIONS
 from moa_lab.search.goals import Goal as SearchGoal
+from moa_lab.text import aligned
 
 ROW = "S1"
 SLIDER_MS = 50.0
@@ -53,12 +50,6 @@ LEAST_PLANS = 10
 
 EXACT_GAP = 1e-4
 ROUNDING = 1e-9
-SEED = 0
-
-LENGTHS = (2048, 4096)
-TASKS = (QUESTIONS, "summaries")
-MORE_RULES = (SpanRule(576.0, 0.0), SpanRule(896.0, 0.0), SpanRule(1792.0, 0.0))
-QUICK_SPANS = (192.0, 256.0, 512.0, 1024.0, 1536.0, 2048.0)
 
 EXACT_DENSITIES = (0.25, 0.5, 0.75)
 DENSITIES = tuple(step / 48 for step in range(5, 45))
@@ -147,39 +138,6 @@ def _exact_step(bench: SearchBench, goal: SearchGoal, density: float) -> list[Be
 
 def _front_step(bench: SearchBench) -> list[BenchRow]:
     return [front_row(bench)]
-
-
-# --- the table
-
-
-def lifelike_table(quick: bool = False, seed: int = SEED) -> LossTable:
-    """The losses of a drawn profile, (rows, 32, 32, 48) or, quick, (rows, 4, 4, 8): sum, all-or-nothing, worst distance."""
-    side = 4 if quick else 32
-    geometry = ModelGeometry(side, side, side, 128, 2 * max(LENGTHS))
-    rules = rule_grid(LENGTHS, alphas=QUICK_SPANS) if quick else (*rule_grid(LENGTHS), *MORE_RULES)
-    return loss_table(lifelike_profile(geometry, seed), rules)
-
-
-def lifelike_profile(geometry: ModelGeometry, seed: int = SEED) -> InfluenceProfile:
-    """Influence as it was measured on a small model: a few heads hold most of it (log-normal, deviation 1.3 for questions and 0.95 for
-    summaries), the same ones at both lengths and largely in both tasks; near keys lead, and some heads look far behind."""
-    random = np.random.default_rng(seed)
-    heads = (geometry.layers, geometry.query_heads)
-    common, far = random.normal(size=heads), random.lognormal(0.0, 1.2, heads)
-    place, width = random.random(heads), 0.05 + 0.3 * random.random(heads)
-    blocks, distances = {}, {}
-    for task, deviation in zip(TASKS, (1.3, 0.95), strict=True):
-        strength = deviation * (0.9 * common + 0.44 * random.normal(size=heads))
-        for length in LENGTHS:
-            bins = length // BLOCK_TOKENS
-            back = np.arange(bins)
-            bump = np.exp(-(((back / bins - place[..., None]) / width[..., None]) ** 2)) / bins
-            near = np.exp(-back / 4) + 0.3 / (1 + back)
-            curve = np.exp(strength + 0.25 * random.normal(size=heads))[..., None] * (near + 4 * far[..., None] * bump)
-            distances[task, length] = (curve * random.lognormal(0.0, 0.3, (*heads, bins)))[None].astype(np.float32)
-            # A loss table needs distances alone.
-            blocks[task, length] = np.zeros((*heads, 0, 0), dtype=np.float32)
-    return InfluenceProfile(geometry, SINK_TOKENS, blocks, distances)
 
 
 # --- what is right
@@ -304,11 +262,11 @@ def _judged(shape: dict[str, Any], ours: float, limit: float, unit: str, trusted
 def search_table(record: BenchRecord) -> str:
     """The record as lines of text: one row per measurement, then what it was measured on."""
     rows = [["row", "asked", "goal", "density", "ours", "limit", "ratio", "goal ratio", "meets", "gap", "plans"], *map(_cells, record)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     shape = record.rows[0].shape
     size = f"{shape['layers']} layers x {shape['kv_heads']} KV heads x {shape['rules']} rules"
-    return "\n".join([*lines, f"{size}; {record.settings['device']}, {record.settings['cpus']} cores; gap: the largest that was proven"])
+    return "\n".join(
+        [*aligned(rows), f"{size}; {record.settings['device']}, {record.settings['cpus']} cores; gap: the largest that was proven"]
+    )
 
 
 def _cells(row: BenchRow) -> list[str]:

@@ -83,14 +83,19 @@ def stretched_spans(plan: Plan, kv_heads: int, n_tokens: int) -> Spans:
     equal parts; a head keeps its part's mean. So the density stays, whatever the number of heads, and few keep all while many keep
     next to nothing. The order is shuffled, as heads of a model come. Below that length the sink shrinks with everything else.
     """
-    home = max(plan.lengths, default=plan.geometry.max_length)
-    fractions = np.sort(plan.spans(home).ravel() / home)
-    # Parts of whole heads only after every head is there kv_heads times.
-    parts = np.repeat(fractions, kv_heads).reshape(kv_heads, -1).mean(axis=1)
-    sink = min(plan.sink_tokens, plan.sink_tokens * n_tokens // home)
+    parts, sink = stretched(plan, kv_heads, n_tokens)
     tokens = np.clip(np.rint(parts * n_tokens), sink + 1, n_tokens).astype(int)
     order = np.random.default_rng(0).permutation(kv_heads)
     return Spans(n_tokens, sink, tuple(tokens[order].tolist()))
+
+
+def stretched(plan: Plan, heads: int, n_tokens: int) -> tuple[np.ndarray, int]:
+    """The fractions that `heads` heads keep, ascending, and the sink at `n_tokens`: see `stretched_spans`."""
+    home = max(plan.lengths, default=plan.geometry.max_length)
+    fractions = np.sort(plan.spans(home).ravel() / home)
+    # Parts of whole heads only after every head is there `heads` times.
+    parts = np.repeat(fractions, heads).reshape(heads, -1).mean(axis=1)
+    return parts, min(plan.sink_tokens, plan.sink_tokens * n_tokens // home)
 
 
 def described(shape: Shape, spans: Spans) -> dict[str, Any]:
