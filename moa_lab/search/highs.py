@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,18 @@ def solve(model: Model, *, time_limit_s: float, mip_gap: float, cancel: threadin
 
 
 def _solve_here(model: Model, time_limit_s: float, mip_gap: float) -> Outcome:
+    """With presolve; without it where that finds nothing: HiGHS's presolve has called feasible models infeasible, or given up on them."""
+    began = time.monotonic()
+    outcome = _call(model, time_limit_s, mip_gap, presolve=True)
+    left = time_limit_s - (time.monotonic() - began)
+    if outcome.status in ("optimal", "time_limit") or left <= 0:
+        return replace(outcome, status="time_limit") if outcome.status == "trouble" else outcome
+    again = _call(model, left, mip_gap, presolve=False)
+    return replace(again, status="time_limit") if again.status == "trouble" else again
+
+
+def _call(model: Model, time_limit_s: float, mip_gap: float, presolve: bool) -> Outcome:
+    """As `solve`; status "trouble" where HiGHS ended for a reason of its own."""
     variables = len(model.objective)
     upper = np.where(np.arange(variables) < model.binaries, 1.0, np.inf)
     result = milp(
@@ -65,10 +77,10 @@ def _solve_here(model: Model, time_limit_s: float, mip_gap: float) -> Outcome:
         integrality=(np.arange(variables) < model.binaries).astype(int),
         bounds=Bounds(0.0, upper),
         constraints=LinearConstraint(model.matrix, model.low, model.high),
-        options={"time_limit": time_limit_s, "mip_rel_gap": mip_gap},
+        options={"time_limit": time_limit_s, "mip_rel_gap": mip_gap, "presolve": presolve},
     )
-    # scipy: 0 optimal, 1 iteration or time limit, 2 infeasible; 3 and 4 are solver troubles, treated as unfinished.
-    status = {0: "optimal", 2: "infeasible"}.get(result.status, "time_limit")
+    # scipy: 0 optimal, 1 iteration or time limit, 2 infeasible; 3 and 4 are troubles of the solver.
+    status = {0: "optimal", 1: "time_limit", 2: "infeasible"}.get(result.status, "trouble")
     bound = getattr(result, "mip_dual_bound", None)
     return Outcome(status, result.x, float(bound) if bound is not None and np.isfinite(bound) else -np.inf)
 

@@ -57,6 +57,20 @@ def test_milp_equals_trying_every_choice_under_any_mix_of_limits(
     assert (choices == answer.choice).all(axis=(1, 2)).any()
 
 
+def test_a_feasible_model_that_presolve_calls_infeasible_is_solved_all_the_same() -> None:
+    table = random_table(181, objectives=MIXED)
+    first, _, last = task_goals(table)
+    choices = all_choices(table)
+    choices = choices[keeps(table, choices, {1024: 0.5625}) & (rules_per_layer(choices) <= 1)]
+    levels = np.unique(goal_values(table, first, choices).round(6))
+    at = (len(levels) - 1) // 2
+    level = float(levels[at : at + 2].mean())
+    best = goal_values(table, last, choices[goal_values(table, first, choices) <= level]).min()
+    answer = solve_milp(table, {1024: 0.5625}, goal=last, limits=[(first, level)], max_rules_per_layer=1, mip_gap=0.0)
+    assert answer.status == "optimal"
+    assert answer.value == pytest.approx(best)
+
+
 @settings(max_examples=4, deadline=None)
 @given(st.integers(0, 10_000), st.integers(0, 2), st.sampled_from([1e-12, 0.5, 0.99]))
 def test_a_limit_below_every_choice_is_infeasible_and_not_a_lack_of_time(seed: int, which: int, share: float) -> None:
