@@ -62,10 +62,8 @@ def _ours(shape: Shape, spans: Spans, inputs: list[Inputs], lab: Lab) -> tuple[d
     # Imported here: Triton is not everywhere.
     from moa_lab.kernels import prefill
 
-    windows = torch.tensor(spans.windows, dtype=torch.int32, device=lab.device)
-
     def attend(each: Inputs) -> torch.Tensor:
-        return prefill.prefill_attention(*each, windows, spans.sink_tokens, shape.scale)
+        return prefill.prefill_attention(*each, spans.windows, spans.sink_tokens, shape.scale)
 
     found = errors(attend(inputs[0]), expected_prefill(*inputs[0], spans, shape.scale))
     lab.release()

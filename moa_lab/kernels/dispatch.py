@@ -63,8 +63,7 @@ def span_attention(
         # Imported here: Triton is not everywhere.
         from moa_lab.kernels.prefill import prefill_attention
 
-        on_device = torch.from_numpy(windows.astype(np.int32)).to(query.device, non_blocking=True)
-        return prefill_attention(query, key, value, on_device, sink_tokens, scale, first=mask.first, reach=mask.reach, softcap=softcap)
+        return prefill_attention(query, key, value, windows, sink_tokens, scale, first=mask.first, reach=mask.reach, softcap=softcap)
     positions = mask.positions
     query_positions = positions.amax(dim=-1, keepdim=True)
     gaps = mask.explicit is None and not mask.padded_on_the_left

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Iterable
+from functools import cache, lru_cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -79,22 +81,12 @@ def _fold(
 
 
 @triton.jit
-def _head_of_rank(table, kv_heads, rank, PADDED_HEADS: tl.constexpr):
-    """The KV head before which `rank` heads come, the longest window first."""
-    heads = tl.arange(0, PADDED_HEADS)
-    windows = tl.load(table + heads * 4 + 3, mask=heads < kv_heads, other=-1)
-    longer = windows[None, :] > windows[:, None]
-    before = longer | ((windows[None, :] == windows[:, None]) & (heads[None, :] < heads[:, None]))
-    return tl.sum(tl.where(tl.sum(before.to(tl.int32), axis=1) == rank, heads, 0))
-
-
-@triton.jit
 def _prefill_kernel(
-    query, key_tiles, value_tiles, key, value, output, key_ring, value_ring, table, lengths, padding,
+    query, key_tiles, value_tiles, key, value, output, key_ring, value_ring, table, order, lengths, padding,
     query_batch, query_head, query_token, key_batch, key_head, key_token,
     value_batch, value_head, value_token, output_batch, output_head, output_token, ring_batch,
     n_queries, n_keys, kv_heads, sink_tokens, reach, scale, softcap,
-    GROUP: tl.constexpr, PADDED_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, OVER_RING: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +94,7 @@ def _prefill_kernel(
     # the last queries, which see most keys.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     rows_of_head = tl.num_programs(1) // kv_heads
-    kv_head = _head_of_rank(table, kv_heads, tl.program_id(1) // rows_of_head, PADDED_HEADS)
+    kv_head = tl.load(order + tl.program_id(1) // rows_of_head)
     row = tl.program_id(1) % rows_of_head // GROUP
     batch = row.to(tl.int64)
     head = (kv_head * GROUP + tl.program_id(1) % GROUP).to(tl.int64)
@@ -172,7 +164,7 @@ def prefill_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    windows: torch.Tensor,
+    windows: Iterable[int],
     sink_tokens: int,
     scale: float,
     *,
@@ -183,8 +175,8 @@ def prefill_attention(
     """Causal attention in which KV head g sees its sink and its own window: (batch, query_heads, query_tokens, head_dim).
 
     query: (batch, query_heads, query_tokens, head_dim), the last of the key_tokens; key, value: (batch, kv_heads, key_tokens,
-    head_dim), float16, bfloat16 or float32, the last dimension contiguous; query head h reads KV head h // group. windows: int32
-    (kv_heads,) on the same device, in tokens. first: int32 (batch,), each row's first key that is not padding (None: 0 for
+    head_dim), float16, bfloat16 or float32, the last dimension contiguous; query head h reads KV head h // group. windows: tokens per
+    KV head, known to the host. first: int32 (batch,), each row's first key that is not padding (None: 0 for
     all); the sink starts there, and a padding query's output is 0. reach: the layer's own window, beyond which nothing is seen, the
     sink neither. softcap: as in `masked_attention`.
 
@@ -192,13 +184,13 @@ def prefill_attention(
     shapes that do not fit and for a scale that is not positive. Source: FlashAttention-2 (Dao, 2023) with the spans of MoA
     (arXiv 2406.14909).
     """
-    if windows.shape != (key.shape[1],) or (first is not None and first.shape != (len(query),)):
+    spans = tuple(map(int, windows))
+    if len(spans) != key.shape[1] or (first is not None and first.shape != (len(query),)):
         raise ValueError(f"windows must be (kv_heads,) = ({key.shape[1]},) and first (batch,) = ({len(query)},)")
     _check(query, key, value, scale)
-    table = torch.zeros(key.shape[1], 4, dtype=torch.int32, device=query.device)
-    table[:, 3] = windows
+    table, order = _heads(spans, query.device)
     padding = torch.zeros(len(query), dtype=torch.int32, device=query.device) if first is None else first
-    return _prefill(query, key, value, None, None, table, padding, padding, sink_tokens, reach or NO_REACH, scale, softcap or 0.0)
+    return _prefill(query, key, value, None, None, table, order, padding, padding, sink_tokens, reach or NO_REACH, scale, softcap or 0.0)
 
 
 def chunk_attention(
@@ -217,10 +209,23 @@ def chunk_attention(
     """
     _check(query, key, value, scale)
     layout = ring.layout
+    _, order = _heads(layout.windows, query.device)
     return _prefill(
-        query, key, value, ring.keys, ring.values, ring.table, lengths, padding, layout.sink_tokens, layout.reach or NO_REACH, scale,
-        softcap or 0.0,
+        query, key, value, ring.keys, ring.values, ring.table, order, lengths, padding, layout.sink_tokens, layout.reach or NO_REACH,
+        scale, softcap or 0.0,
     )  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _heads(windows: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernel needs to know of heads without a ring, as `LayerLayout.table`, and the heads in order, longest window first.
+
+    Kept: a copy to the device in every layer of every prefill would make the host wait.
+    """
+    found = np.zeros((len(windows), 4), dtype=np.int32)
+    found[:, 3] = np.minimum(windows, NO_REACH)
+    order = np.argsort(-found[:, 3], kind="stable").astype(np.int32)
+    return torch.from_numpy(found).to(device), torch.from_numpy(order).to(device)
 
 
 def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
@@ -235,7 +240,8 @@ def _check(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: f
 @torch.library.custom_op("moa_lab::prefill", mutates_args=())
 def _prefill(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring_keys: torch.Tensor | None, ring_values: torch.Tensor | None,
-    table: torch.Tensor, lengths: torch.Tensor, padding: torch.Tensor, sink_tokens: int, reach: int, scale: float, softcap: float,
+    table: torch.Tensor, order: torch.Tensor, lengths: torch.Tensor, padding: torch.Tensor, sink_tokens: int, reach: int, scale: float,
+    softcap: float,
 ) -> torch.Tensor:  # fmt: skip
     """softcap: 0 for none."""
     batch, query_heads, n_queries, head_dim = query.shape
@@ -250,10 +256,10 @@ def _prefill(
     keys, values = (key, value) if ring_keys is None else (ring_keys, ring_values)
     grid = (triton.cdiv(n_queries, block_m), batch * query_heads)
     _prefill_kernel[grid](
-        query, *tiles, key, value, output, keys, values, table, lengths, padding,
+        query, *tiles, key, value, output, keys, values, table, order, lengths, padding,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], keys.stride(0),
         n_queries, n_keys, kv_heads, sink_tokens, reach, scale, softcap or 1.0,
-        GROUP=query_heads // kv_heads, PADDED_HEADS=triton.next_power_of_2(kv_heads), HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
+        GROUP=query_heads // kv_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
         BLOCK_M=block_m, BLOCK_N=block_n, CAPPED=softcap != 0, OVER_RING=over_ring, DESCRIBED=described,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         num_warps=warps, num_stages=stages,
