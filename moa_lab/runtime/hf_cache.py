@@ -146,12 +146,14 @@ class RingCache(Cache):
         """From here on tokens overwrite nothing before `crop` says which of them stay (assisted generation)."""
         self._recorded = self._recorded if self._recorded is not None else []
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Take the newest -`tokens_to_remove` tokens back; a positive number is the number of tokens to keep.
 
         Raises RuntimeError where they have overwritten older ones: where a ring is full and nothing was recorded.
         """
-        remove = -tokens_to_remove if tokens_to_remove <= 0 else max(self._seen - tokens_to_remove, 0)
+        # Prompt lookup counts in tensors.
+        kept = int(tokens_to_remove)
+        remove = -kept if kept <= 0 else max(self._seen - kept, 0)
         if self._recorded:
             self._commit(remove)
         elif remove and any(self._seen > int(ring.layout.slots.min()) for ring in self.rings):
