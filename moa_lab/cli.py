@@ -252,6 +252,7 @@ def parity(
         str | None,
         typer.Option("--dtype", help="float32 (the sharp test), float16 or bfloat16; default bfloat16 on a GPU that has it, else float32"),
     ] = None,
+    needles: Annotated[int, typer.Option("--needles", min=0, help="needles to ask for as well, in texts of --n-tokens")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="record of the comparison (.json)")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     force: ForceOption = False,
@@ -268,7 +269,7 @@ def parity(
     card = Plan.load(plan)
     loaded, tokenizer = load_model(model, dtype=wanted)
     with Bars() as bars:
-        found = compare(loaded, tokenizer, card, n_tokens=n_tokens, seed=seed, progress=bars.steps("parity"))
+        found = compare(loaded, tokenizer, card, n_tokens=n_tokens, needles=needles, seed=seed, progress=bars.steps("parity"))
     if out is not None:
         found.save(out)
     typer.echo(table(found))

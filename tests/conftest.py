@@ -22,7 +22,7 @@ from moa_lab.models import load_model
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The embedded model, from its cache or the package index; for tests marked slow."""
-    return load_model("smollm2", device="cpu")
+    return load_model("smollm2", dtype=torch.float32)
 
 
 @pytest.fixture

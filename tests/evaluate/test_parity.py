@@ -91,6 +91,10 @@ def wider_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "visible", lambda query, key, sink, window: visible(query, key, sink, window + 1))
 
 
+def nothing_seen_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "visible", lambda query, key, sink, window: query == key)
+
+
 def smaller_sink_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ring_reference, "visible", lambda query, key, sink, window: visible(query, key, sink - 1, window))
 
@@ -127,6 +131,11 @@ def rows_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def never_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     own = ring_reference.newest_attention
     monkeypatch.setattr("moa_lab.kernels.dispatch.newest_attention", lambda *others: own(*others) * float("nan"))
+
+
+def answers_turned_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ring_reference.newest_attention
+    monkeypatch.setattr("moa_lab.kernels.dispatch.newest_attention", lambda *others: own(*others) * -1)
 
 
 def room_to_spare(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +231,34 @@ def test_the_texts_are_drawn_by_the_seed_and_progress_counts_the_cases() -> None
     assert found.provenance.seed == 3
     assert found.provenance.weights == weights_fingerprint(model)
     assert found.settings["plan_identity"] == small_plan(model).identity()
+
+
+NEEDLE_TOKENS = 480
+"""Room for a question, and for spans that cut into the text."""
+
+
+def asked(needles: int = 4) -> Parity:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    return parity(model, tiny_tokenizer(), mixed_plan(model), n_tokens=NEEDLE_TOKENS, needles=needles)
+
+
+def test_needles_are_answered_as_the_reference_answers_them() -> None:
+    row = asked().row("needles")
+    assert row.passed
+    assert (row.agreement, row.positions, row.decided) == (1, 4, 4)
+    assert row.difference is not None
+    assert row.difference < 1e-4
+    assert f"in {NEEDLE_TOKENS} tokens: " in row.compared
+
+
+@pytest.mark.parametrize(("sabotage", "told"), [(nothing_seen_in_one_pass, "loss"), (answers_turned_round, "answers")])
+def test_needles_answered_otherwise_are_seen(
+    sabotage: Callable[[pytest.MonkeyPatch], None], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sabotage(monkeypatch)
+    row = asked().row("needles")
+    assert not row.passed
+    assert (row.agreement is not None and row.agreement < 0.98) if told == "answers" else (row.difference or 1) > row.tolerance
 
 
 def test_the_model_is_as_before() -> None:

@@ -143,6 +143,6 @@ def test_the_real_model_says_the_same_600_tokens_past_its_windows(smollm2: tuple
     # Greedy: each token is the likeliest after those before it. One pass over all of them, without a cache, says which that is.
     with apply_plan(model, plan, max(found.prompt_tokens) + 600), torch.no_grad():
         for prompt, said in zip(prompts, found.tokens, strict=True):
-            tokens = torch.tensor([[*tokenizer.encode(prompt), *said]])
+            tokens = torch.tensor([[*tokenizer.encode(prompt), *said]], device=model.device)
             likeliest = model(tokens[:, :-1], use_cache=False, logits_to_keep=600).logits.argmax(dim=-1)
             assert likeliest[0].tolist() == list(said)

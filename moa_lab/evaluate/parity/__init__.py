@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.documents import TextStream, embedded_documents
+from moa_lab.calibration.samples import Sample
+from moa_lab.evaluate.parity.answers import answered
 from moa_lab.evaluate.parity.bench import Bench
 from moa_lab.evaluate.parity.cases import ROWS, all_cases, ring_sizes
 from moa_lab.evaluate.parity.record import PARITY_SCHEMA, Parity, ParityRow, table
 from moa_lab.evaluate.scoring import Progress
+from moa_lab.evaluate.testsets import needle_samples
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan
 from moa_lab.provenance import Provenance, provenance
@@ -30,6 +33,7 @@ def parity(
     plan: Plan,
     *,
     n_tokens: int | None = None,
+    needles: int = 0,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Parity:
@@ -38,7 +42,8 @@ def parity(
     n_tokens: the length N of the spans and of the longest texts, 32 up to the model's maximum; None: `default_tokens`. Texts are
     excerpts of the embedded test documents, drawn by `seed`. Every reference is a pass over one row alone, without padding, over all
     of its tokens, so it knows neither caches nor padding nor chunks. Cases that a plan has no head for, or that N is too short for,
-    are left out and named in `settings["left_out"]`. progress: called with (cases done, cases in all).
+    are left out and named in `settings["left_out"]`. needles: so many are asked for as well, each in a text of n tokens: by the decode
+    loop, and by the reference. progress: called with (cases done, cases in all).
 
     Tolerances: 1e-3 in float32 and above. In half precision twice what two right orders of summation differ by on this model (the
     reference in one pass, and token by token over the reversed keys of a cache that keeps everything), at least 8 times the dtype's
@@ -52,11 +57,12 @@ def parity(
     n = default_tokens(model, plan) if n_tokens is None else n_tokens
     if not MIN_TOKENS <= n <= geometry.max_length:
         raise ValueError(f"n_tokens must lie in {MIN_TOKENS}..{geometry.max_length} (the model's maximum length), got {n}")
+    samples = needle_samples(tokenizer, n, needles, seed=seed) if needles else []
     stream = TextStream(embedded_documents("test"), tokenizer, seed)
     texts = torch.tensor([stream.take(n) for _ in range(ROWS)], device=model.device)
     # Without its provenance: the weights were looked at, once is enough.
     bench = Bench(model, replace(plan, provenance=Provenance()), n, texts)
-    found = _rows(bench, progress)
+    found = _rows(bench, samples, progress)
     origin = provenance(
         model=model_name(model), weights=weights_fingerprint(model), tokenizer=tokenizer_fingerprint(tokenizer),
         seed=seed, device=str(model.device),
@@ -79,11 +85,13 @@ def default_tokens(model: PreTrainedModel, plan: Plan) -> int:
     return most
 
 
-def _rows(bench: Bench, progress: Progress | None) -> list[ParityRow]:
+def _rows(bench: Bench, samples: Sequence[Sample], progress: Progress | None) -> list[ParityRow]:
     cases, bench.left_out = all_cases(bench.n, ring_sizes(bench.plan, bench.n))
     jobs: list[Callable[[], ParityRow]] = [lambda case=case: bench.scripted(case) for case in cases]  # type: ignore[misc]
     # The bytes are those of all caches before.
     jobs += [bench.generated, bench.decoded, bench.allocated]
+    if samples:
+        jobs.append(lambda: answered(bench, samples))
     rows = []
     for done, job in enumerate(jobs, start=1):
         rows.append(job())

@@ -108,13 +108,17 @@ class Bench:
 
         at: int64 (positions,).
         """
-        with self._masked():
+        with self.masked():
             logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, logits_to_keep=at).logits
         return logits[0].float()
 
-    def _masked(self, reverse: bool = False) -> AbstractContextManager[None]:
-        """Every head's mask of all (query, key) pairs. reverse: attention sums over the keys from the newest to the oldest."""
-        windows = torch.from_numpy(self.plan.windows(self.n)).to(self.texts.device).repeat_interleave(self.plan.geometry.group_size, dim=1)
+    def masked(self, n_tokens: int | None = None, reverse: bool = False) -> AbstractContextManager[None]:
+        """Every head's mask of all (query, key) pairs, with the spans of length `n_tokens` (None: the length of the bench).
+
+        reverse: attention sums over the keys from the newest to the oldest.
+        """
+        windows = torch.from_numpy(self.plan.windows(n_tokens or self.n)).to(self.texts.device)
+        windows = windows.repeat_interleave(self.plan.geometry.group_size, dim=1)
 
         def handler(layer: int) -> Handler:
             return lambda call: masked_in_blocks(call, self.plan.sink_tokens, windows[layer], reverse)
@@ -130,7 +134,7 @@ class Bench:
         tokens, cache, found = self.texts[:1], DynamicCache(), []
         alone = min(POSITIONS, self.n // 2)
         ends = range(self.n - alone, self.n + 1)
-        with self._masked(reverse=True):
+        with self.masked(reverse=True):
             for start, end in zip([0, *ends], ends, strict=False):
                 step = self.model(input_ids=tokens[:, start:end], past_key_values=cache, use_cache=True, logits_to_keep=1)
                 found.append(step.logits[:, -1].float())

@@ -19,10 +19,11 @@ class ParityRow:
 
     compared: in words, with tokens per row. positions: where logits (or tokens) were compared. difference: the largest of
     |logit - reference|, in standard deviations of the reference's logits at that position (over the vocabulary); where only tokens are
-    known, how far a token's reference logit lies below the best, in the same unit; of bytes, |allocated / predicted - 1|. None where it
-    is not a finite number. agreement: share of the `decided` positions whose likeliest token is the reference's (of caches, for bytes);
-    a position is decided where the reference's best two logits are further apart than two right answers can move them: twice the
-    tolerance. None where there is none. tolerance: for `difference`; of chosen tokens twice the one of logits.
+    known, how far a token's reference logit lies below the best, in the same unit; of bytes, |allocated / predicted - 1|; of needles,
+    |loss / reference - 1|. None where it is not a finite number. agreement: share of the `decided` positions whose likeliest token is
+    the reference's (for bytes, of caches; for needles, of answers, of which two in a hundred may differ); a position is decided where
+    the reference's best two logits are further apart than two right answers can move them: twice the tolerance. None where there is
+    none. tolerance: for `difference`; of chosen tokens twice the one of logits.
     """
 
     name: str
