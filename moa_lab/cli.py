@@ -278,10 +278,17 @@ def parity(
 
 
 @app.command()
-def show(file: Annotated[Path, typer.Argument(help="any record or config card")]) -> None:
+def show(
+    file: Annotated[Path, typer.Argument(help="any record or config card")],
+    figure: Annotated[Path | None, typer.Option("--figure", help="draw a benchmark's record to this file (.html)")] = None,
+    force: ForceOption = False,
+) -> None:
     """Describe a record."""
-    from moa_lab.show import describe
+    from moa_lab.show import describe, draw
 
+    if figure is not None:
+        free(figure, force)
+        draw(file, schema_of(file), figure)
     typer.echo(describe(file, schema_of(file)))
 
 

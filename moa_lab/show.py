@@ -12,6 +12,7 @@ from moa_lab.bench.search import search_table
 from moa_lab.calibration.samples import SAMPLES_SCHEMA, SampleSet
 from moa_lab.evaluate.parity import PARITY_SCHEMA, Parity
 from moa_lab.evaluate.parity import table as parity_table
+from moa_lab.figures import CONFIG, goal_ratios
 from moa_lab.plan import PLAN_SCHEMA, Plan
 from moa_lab.provenance import Provenance
 from moa_lab.records import (
@@ -25,6 +26,13 @@ from moa_lab.records import (
     Measurements,
 )
 from moa_lab.storage import RecordError
+
+
+def draw(path: Path, schema: str, out: Path) -> None:
+    """Draw the record of a benchmark to an HTML file that needs no network. Raises ValueError for other records."""
+    if schema != BENCH_SCHEMA:
+        raise ValueError(f"{path}: only benchmarks are drawn to a file, this is {schema}; `moa-lab run` draws the others into its report")
+    goal_ratios(BenchRecord.load(path)).write_html(out, include_plotlyjs=True, config=CONFIG)
 
 
 def describe(path: Path, schema: str) -> str:

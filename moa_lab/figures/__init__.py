@@ -1,5 +1,6 @@
 """Records in, plotly figures out: pure functions, nothing printed, nothing written."""
 
+from moa_lab.figures.benchmarks import goal_ratios
 from moa_lab.figures.front import front_scatter, predicted_against_measured
 from moa_lab.figures.influence import head_blocks, influence_by_distance, influence_map, long_range_influence
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
@@ -9,6 +10,7 @@ from moa_lab.figures.theme import CONFIG, template, with_theme
 __all__ = [
     "CONFIG",
     "front_scatter",
+    "goal_ratios",
     "head_blocks",
     "influence_by_distance",
     "influence_map",
