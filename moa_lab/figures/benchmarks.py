@@ -36,7 +36,7 @@ def goal_ratios(record: BenchRecord) -> go.Figure:
                     customdata=[_told(row) for _, row in found],
                     marker={"color": style.color, "symbol": style.symbol, "size": 11},
                     hovertemplate="%{y}<br>%{customdata}<extra></extra>",
-                )  # fmt: skip
+                )
             )
     device = theme.plain(record.settings.get("device", "unknown device"))
     fig = theme.figure(
@@ -66,4 +66,5 @@ def _what(row: BenchRow) -> str:
 def _told(row: BenchRow) -> str:
     sign = "≤" if row.at_most else "≥"
     peer = "-" if row.peer is None else f"{row.peer:.4g}"
-    return f"<b>{row.ours:.4g}</b> {theme.plain(row.unit)}, {theme.plain(row.peer_name)} {peer}<br>ratio {row.ratio:.3f}, goal {sign} {row.goal}"
+    both = f"<b>{row.ours:.4g}</b> {theme.plain(row.unit)}, {theme.plain(row.peer_name)} {peer}"
+    return f"{both}<br>ratio {row.ratio:.3f}, goal {sign} {row.goal}"
