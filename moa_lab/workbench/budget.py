@@ -1,0 +1,130 @@
+"""The budget: what a density buys, head by head, answered while a slider moves; heads pinned, the rest solved again."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moa_lab.cache import allocated_kv_bytes
+from moa_lab.plan import Plan, check_density, dense_plan
+from moa_lab.records import LossTable
+from moa_lab.search import BudgetSolver, Goal, default_goals, mean_goal, solve_milp
+
+STEP = 0.005
+"""Of the slider."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a density buys at `n_tokens`.
+
+    losses: predicted loss per goal (0 dense, 1 with every head at the shortest rule), and their mean, "mean". kv_bytes: of one sequence,
+    predicted from the spans and allocated by the ring cache, at two bytes a number; dense_bytes: of the dense cache. gap: (value -
+    bound) / value of the mean, proven. solver: "slider" or "exact". rules_ignored: the cap on rules per layer does not hold yet.
+    """
+
+    plan: Plan
+    choice: np.ndarray
+    density: float
+    losses: dict[str, float]
+    kv_bytes: int
+    allocated_bytes: int
+    dense_bytes: int
+    gap: float
+    seconds: float
+    solver: str
+    rules_ignored: bool = False
+
+
+class Budget:
+    """Density, pinned heads and a cap on rules per layer, over one loss table.
+
+    density: of the KV cache, kept at every limit length (the profiled ones and twice the longest). pinned: {(layer, kv_head): rule
+    index}. goals: default, one per task; their mean is minimised. Raises ValueError (InfeasibleError) for what cannot be.
+    """
+
+    def __init__(self, table: LossTable, density: float = 0.5, n_tokens: int | None = None, goals: tuple[Goal, ...] | None = None) -> None:
+        self.table = table
+        self.goals = goals or default_goals(table)
+        self.goal = mean_goal(self.goals)
+        self.n_tokens = n_tokens or max(table.lengths)
+        self.density = check_density(density)
+        self.pinned: dict[tuple[int, int], int] = {}
+        self.max_rules: int | None = None
+        self._solver = BudgetSolver(table, self.goal)
+        self._dense = dense_plan(table.geometry).kv_bytes(self.n_tokens)
+        cheapest = np.zeros((table.geometry.layers, table.geometry.kv_heads), dtype=np.int64)
+        cheapest += np.argmin(table.span_tokens(max(self._solver.lengths)).sum(axis=0))
+        self.least = max(table.density(cheapest, n) for n in self._solver.lengths)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Lengths at which the density is kept."""
+        return self._solver.lengths
+
+    def answer(self, density: float | None = None) -> Answer:
+        """What `density` (None: the one it is at) buys, in tens of milliseconds; it is kept when it can be had."""
+        asked = self.density if density is None else check_density(density)
+        found = self._solver.solve(asked, self.pinned)
+        self.density = asked
+        few = self.max_rules is None or max(len(set(row)) for row in found.choice.tolist()) <= self.max_rules
+        return self._told(found.choice, found.gap, found.seconds, "slider", not few)
+
+    def exact(self, time_limit_s: float = 30.0, cancel: threading.Event | None = None) -> Answer:
+        """The best there is, or the best known when the time is over, with its proven gap; the cap on rules holds."""
+        found = solve_milp(
+            self.table, self.density, goal=self.goal, max_rules_per_layer=self.max_rules, pinned=self.pinned,
+            time_limit_s=time_limit_s, cancel=cancel,
+        )  # fmt: skip
+        return self._told(found.choice, found.gap, found.seconds, f"exact ({found.status.replace('_', ' ')})", False)
+
+    def pin(self, layer: int, kv_head: int, tokens: int | None = None) -> int:
+        """Give a head the shortest rule that keeps at least `tokens` at `n_tokens`, or everything (None); returns the span it gets.
+
+        Raises ValueError for a head that there is not, for a span outside 1..n_tokens, and where the rest no longer fits: then the head
+        is as it was.
+        """
+        geometry = self.table.geometry
+        if not (0 <= layer < geometry.layers and 0 <= kv_head < geometry.kv_heads):
+            raise ValueError(f"there is no layer {layer}, KV head {kv_head}: {geometry.layers} layers of {geometry.kv_heads} KV heads")
+        spans = self.table.span_tokens(self.n_tokens)[layer]
+        wanted = int(spans.max()) if tokens is None else tokens
+        if not 1 <= wanted <= self.n_tokens:
+            raise ValueError(f"a span must lie in 1..{self.n_tokens} tokens, got {wanted}")
+        # Among rules of the same span here, the one that grows least beyond it, or most for a head that keeps everything.
+        later = self.table.span_tokens(max(self.lengths))[layer]
+        fitting = np.flatnonzero(spans >= min(wanted, int(spans.max())))
+        rule = max(fitting, key=lambda r: (spans[r], later[r])) if tokens is None else min(fitting, key=lambda r: (spans[r], later[r]))
+        before = dict(self.pinned)
+        self.pinned[layer, kv_head] = int(rule)
+        try:
+            self._solver.solve(self.density, self.pinned)
+        except ValueError:
+            self.pinned = before
+            raise
+        return int(spans[rule])
+
+    def release(self, layer: int, kv_head: int) -> None:
+        """Let the search choose a head again."""
+        self.pinned.pop((layer, kv_head), None)
+
+    def release_all(self) -> None:
+        """Let the search choose every head."""
+        self.pinned.clear()
+
+    def density_of_bytes(self, kv_bytes: float) -> float:
+        """The density at which one sequence of `n_tokens` takes so many bytes, at least the least there is, at most 1."""
+        return float(min(max(kv_bytes / self._dense, self.least), 1.0))
+
+    def _told(self, choice: np.ndarray, gap: float, seconds: float, solver: str, rules_ignored: bool) -> Answer:
+        predicted = self.table.predict(choice)
+        losses = {goal.name: goal.value(predicted) for goal in (*self.goals, replace(self.goal, name="mean"))}
+        search = {"density": self.density, "solver": solver, "gap": gap, "pinned": [[*head, rule] for head, rule in self.pinned.items()]}
+        plan = self.table.plan(choice, "budget", lengths=self.lengths, search=search)
+        return Answer(
+            plan=plan, choice=choice, density=plan.density(self.n_tokens), losses=losses, kv_bytes=plan.kv_bytes(self.n_tokens),
+            allocated_bytes=allocated_kv_bytes(plan, self.n_tokens), dense_bytes=self._dense, gap=gap, seconds=seconds, solver=solver,
+            rules_ignored=rules_ignored,
+        )  # fmt: skip

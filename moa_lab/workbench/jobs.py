@@ -1,0 +1,107 @@
+"""Long work beside the notebook: one job at a time, with progress, the time left, and a way to stop it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, Literal, TypeVar
+
+T = TypeVar("T")
+Status = Literal["waiting", "running", "done", "cancelled", "failed"]
+
+
+class Cancelled(Exception):
+    """The job was asked to stop."""
+
+
+@dataclass
+class Handle:
+    """What work is given: a way to tell how far it is, which is where it stops when asked to."""
+
+    cancel: threading.Event
+    _tell: Callable[[int, int], None]
+
+    def progress(self, done: int, total: int) -> None:
+        """Tell that `done` of `total` steps are done. Raises Cancelled where the job is to stop."""
+        self.check()
+        self._tell(done, total)
+
+    def check(self) -> None:
+        """Raises Cancelled where the job is to stop."""
+        if self.cancel.is_set():
+            raise Cancelled
+
+
+class Job(Generic[T]):
+    """Work in a thread. status: waiting, running, done, cancelled, failed. on_change is called, in that thread, when anything changes.
+
+    done, total: steps. result: what the work returned. error: why it failed, in words. elapsed_s, left_s: seconds since the start and,
+    as far as can be told, to the end.
+    """
+
+    def __init__(self, work: Callable[[Handle], T], on_change: Callable[[Job[T]], None] | None = None) -> None:
+        self._work, self._on_change = work, on_change
+        self._cancel, self._ended = threading.Event(), threading.Event()
+        self._began = self._stopped = 0.0
+        self.status: Status = "waiting"
+        self.done, self.total = 0, 0
+        self.result: T | None = None
+        self.error = ""
+
+    def start(self) -> Job[T]:
+        """Begin; a job runs once. Raises RuntimeError the second time."""
+        if self.status != "waiting":
+            raise RuntimeError("a job runs once: make another")
+        self.status, self._began = "running", time.monotonic()
+        self._changed()
+        threading.Thread(target=self._run, name="moa-lab job", daemon=True).start()
+        return self
+
+    def cancel(self) -> None:
+        """Ask the work to stop at its next step."""
+        self._cancel.set()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait for the end; False where it did not come in time."""
+        return self._ended.wait(timeout_s)
+
+    @property
+    def is_running(self) -> bool:
+        """From the start to the end."""
+        return self.status == "running"
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the start, up to the end."""
+        return (self._stopped or time.monotonic()) - self._began if self._began else 0.0
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds to the end, if it goes on as so far; None where nothing is known."""
+        return self.elapsed_s * (self.total - self.done) / self.done if self.is_running and self.done else None
+
+    def _run(self) -> None:
+        status: Status = "failed"
+        try:
+            self.result = self._work(Handle(self._cancel, self._progress))
+            # Work that looks at the event itself may end early without an exception.
+            status = "done"
+        except Cancelled:
+            status = "cancelled"
+        # Whatever goes wrong must be seen: an exception in a thread is seen by nobody.
+        except Exception as error:
+            self.error = f"{' '.join(str(error).split()) or type(error).__name__}"
+        self._stopped = time.monotonic()
+        self.status = status
+        self._ended.set()
+        self._changed()
+
+    def _progress(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self)

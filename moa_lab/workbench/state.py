@@ -1,0 +1,69 @@
+"""What all panels look at, in one place: whoever changes it, everyone who watches hears of it once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from moa_lab.plan import Plan
+from moa_lab.records import Front, InfluenceProfile, LossTable
+
+Watcher = Callable[[], None]
+
+
+@dataclass
+class State:
+    """Records, and what is looked at: a plan, another to compare it with, a KV head, a task, lengths in tokens.
+
+    n_tokens: the length that spans and bytes are shown at; length: a profiled one. plan: what the budget or the front chose last.
+    Raises ValueError where a field is set that there is not, or a head that the model has not.
+    """
+
+    profile: InfluenceProfile | None = None
+    table: LossTable | None = None
+    front: Front | None = None
+    plan: Plan | None = None
+    other: Plan | None = None
+    layer: int = 0
+    kv_head: int = 0
+    task: str = ""
+    length: int = 0
+    n_tokens: int = 0
+    _watchers: list[tuple[frozenset[str], Watcher]] = field(default_factory=list, repr=False)
+
+    def __post_init__(self) -> None:
+        keys = self.profile.keys if self.profile else ()
+        if keys:
+            self.task = self.task or keys[0][0]
+            self.length = self.length or max(length for task, length in keys if task == self.task)
+        lengths = self.table.lengths if self.table else ()
+        self.n_tokens = self.n_tokens or self.length or max(lengths, default=0)
+
+    def set(self, **changes: Any) -> None:
+        """Change fields together; watchers of any that changed are called once, in the order in which they came."""
+        known = {each.name for each in fields(self) if not each.name.startswith("_")}
+        unknown = sorted(set(changes) - known)
+        if unknown:
+            raise ValueError(f"there is no {unknown[0]!r} to set; there are {', '.join(sorted(known))}")
+        self._check_head(changes)
+        changed = {name for name, value in changes.items() if getattr(self, name) is not value and getattr(self, name) != value}
+        for name in changed:
+            setattr(self, name, changes[name])
+        for names, watcher in list(self._watchers):
+            if names & changed:
+                watcher()
+
+    def watch(self, names: Iterable[str], watcher: Watcher) -> Callable[[], None]:
+        """Call `watcher` whenever one of `names` changes; returns what ends that."""
+        entry = (frozenset(names), watcher)
+        self._watchers.append(entry)
+        return lambda: self._watchers.remove(entry)
+
+    def _check_head(self, changes: dict[str, Any]) -> None:
+        geometry = next((record.geometry for record in (self.profile, self.table, self.plan) if record is not None), None)
+        if geometry is None:
+            return
+        for name, count in (("layer", geometry.layers), ("kv_head", geometry.kv_heads)):
+            if name in changes and not 0 <= changes[name] < count:
+                raise ValueError(f"{name} must lie in 0..{count - 1}, got {changes[name]}")

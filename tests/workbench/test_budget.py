@@ -1,0 +1,112 @@
+"""The budget controller on the recorded table of the embedded model: what the slider, the pins and the exact solve give."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moa_lab.records import LossTable
+from moa_lab.search import InfeasibleError
+from moa_lab.workbench.budget import Answer, Budget
+
+DEMO = Path(__file__).resolve().parents[2] / "data" / "runs" / "demo"
+
+
+@pytest.fixture(scope="module")
+def table() -> LossTable:
+    return LossTable.load(DEMO / "table.safetensors")
+
+
+@pytest.fixture
+def budget(table: LossTable) -> Budget:
+    return Budget(table)
+
+
+def within(answer: Answer, budget: Budget, density: float) -> bool:
+    return all(answer.plan.density(n) <= density + 1e-9 for n in budget.lengths)
+
+
+@pytest.mark.parametrize("density", [0.15, 0.25, 0.5, 0.8])
+def test_an_answer_keeps_the_density_and_says_what_it_costs(density: float, budget: Budget) -> None:
+    answer = budget.answer(density)
+    assert budget.density == density
+    assert within(answer, budget, density)
+    assert answer.density == answer.plan.density(budget.n_tokens)
+    assert answer.kv_bytes == answer.allocated_bytes == answer.plan.kv_bytes(budget.n_tokens)
+    assert answer.kv_bytes == pytest.approx(answer.density * answer.dense_bytes, rel=1e-6)
+    assert answer.losses["mean"] == pytest.approx(np.mean([value for name, value in answer.losses.items() if name != "mean"]))
+    assert 0 <= answer.gap < 0.05
+
+
+def test_more_density_costs_less(budget: Budget) -> None:
+    losses = [budget.answer(density).losses["mean"] for density in (0.15, 0.3, 0.5, 0.75, 1.0)]
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] == pytest.approx(0, abs=1e-9)
+
+
+def test_the_least_density_can_be_had_and_less_is_refused_in_words_that_name_it(budget: Budget) -> None:
+    assert within(budget.answer(budget.least), budget, budget.least)
+    with pytest.raises(InfeasibleError, match="least"):
+        budget.answer(budget.least * 0.5)
+    assert budget.density == budget.least, "what cannot be had is not kept"
+
+
+@pytest.mark.parametrize("tokens", [None, 300, 1])
+def test_a_pinned_head_gets_its_span_and_the_rest_is_solved_again(tokens: int | None, budget: Budget) -> None:
+    before = budget.answer(0.4)
+    got = budget.pin(4, 1, tokens)
+    after = budget.answer()
+    assert after.plan.spans(budget.n_tokens)[4, 1] == got
+    assert got == budget.n_tokens if tokens is None else got >= tokens
+    assert within(after, budget, 0.4)
+    assert after.losses["mean"] >= before.losses["mean"] * (1 - 0.05)
+    budget.release(4, 1)
+    assert np.array_equal(budget.answer().choice, before.choice)
+
+
+def test_a_pin_that_leaves_too_little_for_the_rest_is_refused_and_leaves_all_as_it_was(budget: Budget) -> None:
+    budget.answer(budget.least)
+    with pytest.raises(InfeasibleError):
+        budget.pin(0, 0)
+    assert budget.pinned == {}
+
+
+@pytest.mark.parametrize(
+    ("pin", "words"), [((30, 0, None), "no layer 30"), ((0, 3, None), "KV head 3"), ((0, 0, 0), r"1\.\.2048"), ((0, 0, 9999), "9999")]
+)
+def test_a_pin_of_what_there_is_not_is_refused(pin: tuple[int, int, int | None], words: str, budget: Budget) -> None:
+    with pytest.raises(ValueError, match=words):
+        budget.pin(*pin)
+
+
+def test_the_exact_solve_is_no_worse_keeps_pins_and_the_cap_on_rules(budget: Budget) -> None:
+    quick = budget.answer(0.4)
+    exact = budget.exact()
+    assert exact.solver == "exact (optimal)"
+    assert exact.losses["mean"] <= quick.losses["mean"] + 1e-9
+    budget.pin(2, 2)
+    budget.max_rules = 2
+    assert budget.answer().rules_ignored
+    capped = budget.exact(time_limit_s=20)
+    assert not capped.rules_ignored
+    assert max(len(set(row)) for row in capped.choice.tolist()) <= 2
+    assert capped.plan.spans(budget.n_tokens)[2, 2] == budget.n_tokens
+    assert within(capped, budget, 0.4)
+
+
+def test_an_exact_solve_can_be_stopped(budget: Budget) -> None:
+    budget.max_rules = 1
+    budget.answer(0.3)
+    stop = threading.Event()
+    stop.set()
+    assert budget.exact(cancel=stop).solver in ("exact (cancelled)", "exact (optimal)")
+
+
+def test_bytes_and_density_are_two_names_of_one_slider(budget: Budget) -> None:
+    answer = budget.answer(0.5)
+    assert budget.density_of_bytes(0.5 * answer.dense_bytes) == 0.5
+    assert budget.density_of_bytes(0) == budget.least
+    assert budget.density_of_bytes(1e15) == 1.0
