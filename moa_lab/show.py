@@ -32,7 +32,7 @@ def draw(path: Path, schema: str, out: Path) -> None:
     """Draw the record of a benchmark to an HTML file that needs no network. Raises ValueError for other records."""
     if schema != BENCH_SCHEMA:
         raise ValueError(f"{path}: only benchmarks are drawn to a file, this is {schema}; `moa-lab run` draws the others into its report")
-    goal_ratios(BenchRecord.load(path)).write_html(out, include_plotlyjs=True, config=CONFIG)
+    goal_ratios(BenchRecord.load(path)).write_html(out, include_plotlyjs=True, config={**CONFIG})  # a copy: plotly takes entries out
 
 
 def describe(path: Path, schema: str) -> str:

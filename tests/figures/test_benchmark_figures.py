@@ -54,6 +54,7 @@ def test_the_command_draws_a_benchmark_and_nothing_else(
     out = tmp_path / "figure.html"
     assert shown(monkeypatch, RECORDS / "profile.json", "--figure", out) == 0
     assert "meets its goal" in out.read_text()
+    assert figures.CONFIG["plotlyServerURL"] == "", "plotly takes entries out of what it is given"
     assert shown(monkeypatch, RECORDS / "profile.json", "--figure", out) != 0
     assert "--force" in capsys.readouterr().err
     assert shown(monkeypatch, RECORDS.parent / "runs" / "standard-50" / "plan.json", "--figure", tmp_path / "plan.html") != 0
