@@ -54,7 +54,7 @@ class Budget:
         self.pinned: dict[tuple[int, int], int] = {}
         self.max_rules: int | None = None
         self._solver = BudgetSolver(table, self.goal)
-        self._dense = dense_plan(table.geometry).kv_bytes(self.n_tokens)
+        self.dense_bytes = dense_plan(table.geometry).kv_bytes(self.n_tokens)
         cheapest = np.zeros((table.geometry.layers, table.geometry.kv_heads), dtype=np.int64)
         cheapest += np.argmin(table.span_tokens(max(self._solver.lengths)).sum(axis=0))
         self.least = max(table.density(cheapest, n) for n in self._solver.lengths)
@@ -116,7 +116,7 @@ class Budget:
 
     def density_of_bytes(self, kv_bytes: float) -> float:
         """The density at which one sequence of `n_tokens` takes so many bytes, at least the least there is, at most 1."""
-        return float(min(max(kv_bytes / self._dense, self.least), 1.0))
+        return float(min(max(kv_bytes / self.dense_bytes, self.least), 1.0))
 
     def _told(self, choice: np.ndarray, gap: float, seconds: float, solver: str, rules_ignored: bool) -> Answer:
         predicted = self.table.predict(choice)
@@ -125,6 +125,6 @@ class Budget:
         plan = self.table.plan(choice, "budget", lengths=self.lengths, search=search)
         return Answer(
             plan=plan, choice=choice, density=plan.density(self.n_tokens), losses=losses, kv_bytes=plan.kv_bytes(self.n_tokens),
-            allocated_bytes=allocated_kv_bytes(plan, self.n_tokens), dense_bytes=self._dense, gap=gap, seconds=seconds, solver=solver,
+            allocated_bytes=allocated_kv_bytes(plan, self.n_tokens), dense_bytes=self.dense_bytes, gap=gap, seconds=seconds, solver=solver,
             rules_ignored=rules_ignored,
         )  # fmt: skip

@@ -48,9 +48,8 @@ class Measuring:
         Raises ValueError for no plan, an unknown kind, and a length beyond the model; Cancelled when stopped, what was measured stays.
         """
         if not plans or not kinds or not set(kinds) <= set(KINDS):
-            raise ValueError(
-                f"choose at least one plan and one of {', '.join(KINDS)}; got {len(plans)} plans and {', '.join(kinds) or 'nothing'}"
-            )
+            asked = f"{len(plans)} plans and {', '.join(kinds) or 'nothing'}"
+            raise ValueError(f"choose at least one plan, and what to measure: {', '.join(KINDS)}; got {asked}")
         before, jobs = len(self.history), [(plan, kind) for plan in plans for kind in kinds]
         handle.progress(0, len(jobs) * n)
         for index, (plan, kind) in enumerate(jobs):
@@ -81,12 +80,9 @@ class Measuring:
 
     def table(self) -> pd.DataFrame:
         """The history, newest first: plan, density, what was measured, value, interval, n, when, where."""
-        columns = ["plan", "density", "metric", "task", "length", "value", "low", "high", "n", "when", "device", "model"]
-        rows = [
-            [e.row.plan, e.row.density, e.row.metric, e.row.task, e.row.length, e.row.value, e.row.low, e.row.high, e.row.n, e.when, e.device,
-             e.model] for e in reversed(self.history)
-        ]  # fmt: skip
-        return pd.DataFrame(rows, columns=columns)
+        fields = ("plan", "density", "metric", "task", "length", "value", "low", "high", "n")
+        rows = [[*(getattr(entry.row, name) for name in fields), entry.when, entry.device, entry.model] for entry in self.history[::-1]]
+        return pd.DataFrame(rows, columns=[*fields, "when", "device", "model"])
 
     def save(self, path: str | Path) -> Path:
         """Write the history as one record of measurements; `settings["when"]` has the time of every row."""

@@ -14,7 +14,7 @@ Watcher = Callable[[], None]
 
 @dataclass
 class State:
-    """Records, and what is looked at: a plan, another to compare it with, a KV head, a task, lengths in tokens.
+    """Records, and what is looked at: a plan, another to compare it with, a KV head, a task, lengths in tokens, the colours.
 
     n_tokens: the length that spans and bytes are shown at; length: a profiled one. plan: what the budget or the front chose last.
     Raises ValueError where a field is set that there is not, or a head that the model has not.
@@ -30,6 +30,7 @@ class State:
     task: str = ""
     length: int = 0
     n_tokens: int = 0
+    dark: bool = False
     _watchers: list[tuple[frozenset[str], Watcher]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:

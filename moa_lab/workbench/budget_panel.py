@@ -1,0 +1,167 @@
+"""Budget: a density slider that answers while it moves, pinned heads, an exact solve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ipywidgets as w
+
+from moa_lab.figures import span_map
+from moa_lab.figures.theme import OUTLINE, byte_size, percent
+from moa_lab.workbench.budget import STEP, Answer, Budget
+from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.state import State
+from moa_lab.workbench.widgets import Canvas, Errors, Work, button, choice, facts, number, row, whole
+
+MIB = 2**20
+
+
+class BudgetPanel:
+    """Needs a loss table in the state; what it answers becomes the state's plan."""
+
+    def __init__(self, state: State, density: float = 0.5) -> None:
+        if state.table is None:
+            raise ValueError("the budget needs a loss table: load a run, or make one with moa_lab.loss_table(profile)")
+        self.state, self.errors = state, Errors()
+        lengths = sorted({*state.table.lengths, 2 * max(state.table.lengths)})
+        self.budget = Budget(state.table, density, state.n_tokens if state.n_tokens in lengths else lengths[-2])
+        geometry = state.table.geometry
+        self.slider = w.FloatSlider(
+            value=density, min=round(self.budget.least + STEP, 3), max=1.0, step=STEP, description="density", readout=False,
+            layout=w.Layout(width="360px"),
+        )  # fmt: skip
+        self.slider.add_class("moa-density")
+        self.number = number("density", density, 0.0, 1.0, STEP, "density-number", "150px")
+        self.mib = number("KV MiB", 0.0, 0.0, self._dense_mib, 0.5, "kv-mib", "160px")
+        self.length = choice("at", [(f"{n:,} tokens", n) for n in lengths], "budget-length", "160px")
+        self.length.value = self.budget.n_tokens
+        self.layer = whole("layer", state.layer, 0, geometry.layers - 1, "layer", "120px")
+        self.head = whole("KV head", state.kv_head, 0, geometry.kv_heads - 1, "kv-head", "130px")
+        self.span = whole("span (tokens)", self.budget.n_tokens // 2, 1, max(lengths), "pin-span", "180px")
+        self.rules = whole("rules per layer (0: any)", 0, 0, len(state.table.rules), "max-rules", "230px")
+        full, to_span = button("Pin to full", "pin-full"), button("Pin to span", "pin-to-span")
+        release, release_all = button("Release", "release"), button("Release all", "release-all")
+        self.pins, self.facts = w.HTML(), w.HTML()
+        self.pins.add_class("moa-pins")
+        self.facts.add_class("moa-budget-facts")
+        self.canvas = Canvas("spans", self.errors.guard(self._clicked))
+        self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
+        self._answer: Answer | None = None
+        self._moving = False
+
+        self.slider.observe(self.errors.guard(lambda change: self.solve(change["new"])), "value")
+        self.number.observe(self.errors.guard(lambda change: self.solve(change["new"])), "value")
+        self.mib.observe(self.errors.guard(lambda change: self.solve(self.budget.density_of_bytes(change["new"] * MIB))), "value")
+        self.length.observe(self.errors.guard(self._new_length), "value")
+        self.layer.observe(self.errors.guard(lambda change: state.set(layer=change["new"])), "value")
+        self.head.observe(self.errors.guard(lambda change: state.set(kv_head=change["new"])), "value")
+        self.rules.observe(self.errors.guard(self._new_rules), "value")
+        full.on_click(self.errors.guard(lambda _: self._pin(None)))
+        to_span.on_click(self.errors.guard(lambda _: self._pin(self.span.value)))
+        release.on_click(self.errors.guard(lambda _: self._release(all_heads=False)))
+        release_all.on_click(self.errors.guard(lambda _: self._release(all_heads=True)))
+        state.watch(["layer", "kv_head"], self._select)
+        state.watch(["dark"], self._draw)
+        self.box = w.VBox(
+            [
+                row(self.slider, self.number, self.mib, self.length),
+                self.errors.box,
+                w.HBox([self.canvas.box, self.facts], layout=w.Layout(flex_flow="row wrap")),
+                row(self.layer, self.head, full, self.span, to_span, release, release_all),
+                self.pins,
+                row(self.rules, self.exact.box),
+            ]
+        )
+        self.solve(density)
+
+    def solve(self, density: float) -> None:
+        """Answer a density; the slider and the boxes follow."""
+        if not self._moving:
+            self.show(self.budget.answer(density))
+
+    def show(self, answer: Answer) -> None:
+        """Show an answer, and make its plan the state's."""
+        self._answer, self._moving = answer, True
+        try:
+            self.slider.value, self.number.value = self.budget.density, round(self.budget.density, 4)
+            self.mib.max = self._dense_mib
+            self.mib.value = round(answer.kv_bytes / MIB, 2)
+        finally:
+            self._moving = False
+        self.facts.value = _told(answer, self.budget)
+        pins = [f"layer {layer}, KV head {head}: {self._span(rule, layer):,} tokens" for (layer, head), rule in self.budget.pinned.items()]
+        self.pins.value = f"pinned: {'; '.join(pins)}" if pins else "no head is pinned"
+        self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._answer is None:
+            return
+        fig = span_map(self._answer.plan, self.budget.n_tokens)
+        pinned = list(self.budget.pinned)
+        white = {"symbol": "x-thin-open", "size": 11, "line": {"width": 2, "color": OUTLINE}}
+        ring = {"symbol": "square-open", "size": 15, "line": {"width": 2.5, "color": OUTLINE}}
+        fig.add_scatter(
+            x=[layer for layer, _ in pinned], y=[head for _, head in pinned], mode="markers", name="pinned", marker=white, hoverinfo="skip"
+        )
+        fig.add_scatter(x=[self.state.layer], y=[self.state.kv_head], mode="markers", name="selected", marker=ring, hoverinfo="skip")
+        self.canvas.draw(fig.update_layout(showlegend=False), self.state.dark)
+
+    def _clicked(self, place: Any) -> None:
+        kv_head, layer = place
+        self.state.set(layer=int(layer), kv_head=int(kv_head))
+
+    def _select(self) -> None:
+        self.layer.value, self.head.value = self.state.layer, self.state.kv_head
+        self._draw()
+
+    def _pin(self, tokens: int | None) -> None:
+        self.budget.pin(self.state.layer, self.state.kv_head, tokens)
+        self.show(self.budget.answer())
+
+    def _release(self, all_heads: bool) -> None:
+        if all_heads:
+            self.budget.release_all()
+        else:
+            self.budget.release(self.state.layer, self.state.kv_head)
+        self.show(self.budget.answer())
+
+    def _new_rules(self, change: dict[str, int]) -> None:
+        self.budget.max_rules = change["new"] or None
+        self.show(self.budget.answer())
+
+    def _new_length(self, change: dict[str, int]) -> None:
+        pinned, rules = self.budget.pinned, self.budget.max_rules
+        self.budget = Budget(self.budget.table, self.budget.density, change["new"], self.budget.goals)
+        self.budget.pinned, self.budget.max_rules = pinned, rules
+        self.show(self.budget.answer())
+
+    def _exactly(self, handle: Handle) -> Answer:
+        handle.progress(0, 1)
+        found = self.budget.exact(cancel=handle.cancel)
+        handle.check()
+        return found
+
+    def _span(self, rule: int, layer: int) -> int:
+        return int(self.budget.table.span_tokens(self.budget.n_tokens)[layer, rule])
+
+    @property
+    def _dense_mib(self) -> float:
+        return self.budget.dense_bytes / MIB
+
+
+def _told(answer: Answer, budget: Budget) -> str:
+    spans = answer.plan.spans(budget.n_tokens)
+    rows = [
+        ("density", f"{percent(answer.density, 1)} at {budget.n_tokens:,} tokens"),
+        ("mean span", f"{spans.mean():,.0f} tokens ({int((spans == budget.n_tokens).sum())} of {spans.size} heads keep all)"),
+        ("KV, predicted", byte_size(answer.kv_bytes)),
+        ("KV, allocated", byte_size(answer.allocated_bytes)),
+        ("KV, dense", byte_size(answer.dense_bytes)),
+        *((f"predicted loss, {name}", f"{value:.4f}") for name, value in answer.losses.items()),
+        ("gap to optimal", f"at most {percent(answer.gap, 2)}"),
+        ("solved by", f"{answer.solver}, {1e3 * answer.seconds:.0f} ms"),
+    ]
+    if answer.rules_ignored:
+        rows.append(("rules per layer", "not kept yet: press Solve exactly"))
+    return facts(rows)

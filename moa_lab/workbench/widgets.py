@@ -1,0 +1,170 @@
+"""What all panels are made of: errors that are seen, figures that are redrawn in place, a bar for long work."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
+
+import ipywidgets as w
+import plotly.graph_objects as go
+
+from moa_lab.figures import CONFIG, with_theme
+from moa_lab.workbench.jobs import Handle, Job
+
+P = ParamSpec("P")
+
+STYLE = """<style>
+.moa-bench { max-width: 1180px; }
+.moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }
+.moa-note { opacity: .8; }
+.moa-facts table, .moa-history table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 12px 2px 0; text-align: left; font-size: 13px; }
+.moa-history { max-height: 320px; overflow: auto; }
+.moa-said { white-space: pre-wrap; max-height: 240px; overflow: auto; }
+</style>"""
+
+
+class Errors:
+    """A place where errors are shown in words. `guard` makes a callback that puts its error there, and clears what was there."""
+
+    def __init__(self) -> None:
+        self.box = w.HTML()
+        self.box.add_class("moa-error-box")
+
+    def show(self, message: str) -> None:
+        """Show `message`; "" for none."""
+        self.box.value = f'<div class="moa-error" role="alert">{html.escape(message)}</div>' if message else ""
+
+    def guard(self, callback: Callable[P, object]) -> Callable[P, None]:
+        """`callback`, whose errors are shown: one that is raised in a widget's callback would be seen by nobody."""
+
+        @wraps(callback)
+        def guarded(*args: P.args, **settings: P.kwargs) -> None:
+            try:
+                callback(*args, **settings)
+            # Whatever goes wrong.
+            except Exception as error:
+                self.show(" ".join(str(error).split()) or type(error).__name__)
+            else:
+                self.show("")
+
+        return guarded
+
+
+class Canvas:
+    """A figure that is redrawn in place. on_click: called with the clicked point's (row, column) of a heat-map, or its customdata."""
+
+    def __init__(self, name: str, on_click: Callable[[Any], None] | None = None) -> None:
+        self.widget = go.FigureWidget()
+        self.widget._config = {**self.widget._config, **CONFIG}
+        self.box = w.Box([self.widget], layout=w.Layout(width="100%", min_width="320px", flex="1 1 420px"))
+        self.box.add_class(f"moa-{name}")
+        self._on_click = on_click
+
+    def draw(self, fig: go.Figure, dark: bool = False) -> None:
+        """Show `fig`: traces of the same kinds are updated where they are, which keeps zoom and clicks."""
+        shown = with_theme(fig, dark)
+        kinds = [(trace.type, trace.name) for trace in shown.data]
+        with self.widget.batch_update():
+            if [(trace.type, trace.name) for trace in self.widget.data] == kinds:
+                for old, new in zip(self.widget.data, shown.data, strict=True):
+                    old.update(new.to_plotly_json(), overwrite=True)
+            else:
+                self.widget.data = []
+                self.widget.add_traces(shown.data)
+                self._listen()
+            self.widget.layout = shown.layout
+
+    def _listen(self) -> None:
+        if self._on_click is None:
+            return
+        for trace in self.widget.data:
+            trace.on_click(self._clicked)
+
+    def _clicked(self, trace: Any, points: Any, _: Any) -> None:
+        if self._on_click is None or not points.point_inds:
+            return
+        index = points.point_inds[0]
+        self._on_click(tuple(index) if isinstance(index, list | tuple) else trace.customdata[index])
+
+
+class Work:
+    """A button that starts a job, its progress, and a button that ends it. One job at a time."""
+
+    def __init__(
+        self, label: str, name: str, errors: Errors, begin: Callable[[], Callable[[Handle], Any]], finish: Callable[[Any], None]
+    ) -> None:
+        self._errors, self._begin, self._finish = errors, begin, finish
+        self.job: Job[Any] | None = None
+        self.start = w.Button(description=label, button_style="primary", layout=w.Layout(width="auto"))
+        self.cancel = w.Button(description="Cancel", disabled=True, layout=w.Layout(width="auto"))
+        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="160px", visibility="hidden"))
+        self.label = w.HTML()
+        self.label.add_class(f"moa-{name}-status")
+        self.start.on_click(errors.guard(self._started))
+        self.cancel.on_click(lambda _: self.job and self.job.cancel())
+        self.box = w.HBox([self.start, self.cancel, self.bar, self.label], layout=w.Layout(align_items="center", flex_flow="row wrap"))
+        self.box.add_class(f"moa-{name}")
+
+    def _started(self, _: object) -> None:
+        if self.job is not None and self.job.is_running:
+            raise ValueError("it is running already: cancel it first, or wait for its end")
+        self.job = Job(self._begin(), self._told)
+        self.job.start()
+
+    def _told(self, job: Job[Any]) -> None:
+        self.start.disabled, self.cancel.disabled = job.is_running, not job.is_running
+        self.bar.layout.visibility = "visible" if job.is_running else "hidden"
+        self.bar.max, self.bar.value = max(job.total, 1), job.done
+        left = f", about {job.left_s:.0f} s left" if job.left_s is not None else ""
+        steps = f" {job.done} of {job.total}{left}" if job.is_running and job.total else ""
+        self.label.value = f"{job.status}{steps}" if job.is_running else f"{job.status} after {job.elapsed_s:.1f} s"
+        if job.status == "failed":
+            self._errors.show(job.error)
+        elif job.status == "done":
+            self._errors.guard(self._finish)(job.result)
+
+
+def row(*children: w.Widget) -> w.HBox:
+    """Side by side, wrapping where there is no room."""
+    return w.HBox(list(children), layout=w.Layout(flex_flow="row wrap", align_items="center", grid_gap="6px 10px"))
+
+
+def number(label: str, value: float, low: float, high: float, step: float, name: str, width: str = "190px") -> w.BoundedFloatText:
+    """A number box, which screen readers name and a slider does not."""
+    box = w.BoundedFloatText(
+        value=value, min=low, max=high, step=step, description=label, layout=w.Layout(width=width), style={"description_width": "initial"}
+    )
+    box.add_class(f"moa-{name}")
+    return box
+
+
+def whole(label: str, value: int, low: int, high: int, name: str, width: str = "150px") -> w.BoundedIntText:
+    """A box for a whole number."""
+    box = w.BoundedIntText(
+        value=value, min=low, max=high, description=label, layout=w.Layout(width=width), style={"description_width": "initial"}
+    )
+    box.add_class(f"moa-{name}")
+    return box
+
+
+def choice(label: str, options: Any, name: str, width: str = "230px") -> w.Dropdown:
+    """A list to choose from."""
+    box = w.Dropdown(options=options, description=label, layout=w.Layout(width=width), style={"description_width": "initial"})
+    box.add_class(f"moa-{name}")
+    return box
+
+
+def button(label: str, name: str, tooltip: str = "") -> w.Button:
+    """A button as wide as its words."""
+    made = w.Button(description=label, tooltip=tooltip, layout=w.Layout(width="auto"))
+    made.add_class(f"moa-{name}")
+    return made
+
+
+def facts(rows: list[tuple[str, str]]) -> str:
+    """A small table of names and values."""
+    cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    return f'<div class="moa-facts"><table>{cells}</table></div>'
