@@ -15,13 +15,19 @@ TORCH_INDEX ?= $(shell test "$$(uname -s)" = Linux && ! command -v nvidia-smi >/
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check clean .venv
+.PHONY: help demo lab notebooks test check clean .venv
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
 
 demo: $(VENV)/base.stamp  ## plans for a real model on this machine, measured, with a report: runs/demo/report.html
 	$(BIN)/moa-lab run --preset quick --model smollm2 --density 0.5 --out runs/demo
+
+lab: $(VENV)/lab.stamp  ## JupyterLab on the notebooks, for this machine alone; ARGS="--run runs/demo" opens a run
+	$(BIN)/moa-lab lab $(ARGS)
+
+notebooks: $(VENV)/lab.stamp  ## run every notebook from first to last cell and keep the outputs
+	$(BIN)/python -m moa_lab.workbench.notebooks notebooks/*.ipynb
 
 test: $(VENV)/dev.stamp  ## run the tests; ARGS="-k plan" selects
 	$(BIN)/python -m pytest $(ARGS)
@@ -56,7 +62,12 @@ $(VENV)/base.stamp: pyproject.toml $(CONSTRAINTS) $(VENV)/torch.stamp
 	@$(INSTALL) -e .
 	@touch $@
 
-$(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS) $(VENV)/torch.stamp
-	@echo "installing moa-lab, what it needs, and the test tools (some minutes, once)"
-	@$(INSTALL) -e ".[dev]"
+$(VENV)/lab.stamp: pyproject.toml $(CONSTRAINTS) $(VENV)/torch.stamp
+	@echo "installing moa-lab, what it needs, and JupyterLab (some minutes, once)"
+	@$(INSTALL) -e ".[lab]"
 	@touch $(VENV)/base.stamp $@
+
+$(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS) $(VENV)/torch.stamp
+	@echo "installing moa-lab, what it needs, JupyterLab, and the test tools (some minutes, once)"
+	@$(INSTALL) -e ".[dev,lab]"
+	@touch $(VENV)/base.stamp $(VENV)/lab.stamp $@

@@ -293,6 +293,18 @@ def show(
 
 
 @app.command()
+def lab(
+    run: Annotated[Path | None, typer.Option("--run", help="folder of a run to open; default the recorded demo")] = None,
+    port: Annotated[int | None, typer.Option("--port", help="default the first that is free from 8888 on")] = None,
+    browser: Annotated[bool, typer.Option(help="open a browser")] = True,
+) -> None:
+    """Open JupyterLab on the notebooks, for this machine alone."""
+    from moa_lab.workbench.launch import launch
+
+    launch(run, port, browser)
+
+
+@app.command()
 def doctor() -> None:
     """What works here; exits with code 1 when something that is needed does not."""
     findings = diagnose()

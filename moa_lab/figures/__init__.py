@@ -1,7 +1,7 @@
 """Records in, plotly figures out: pure functions, nothing printed, nothing written."""
 
 from moa_lab.figures.benchmarks import goal_ratios
-from moa_lab.figures.front import front_scatter, predicted_against_measured
+from moa_lab.figures.front import front_scatter, parallel_goals, predicted_against_measured
 from moa_lab.figures.influence import head_blocks, influence_by_distance, influence_map, long_range_influence
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
 from moa_lab.figures.plan import mask_preview, span_map
@@ -17,6 +17,7 @@ __all__ = [
     "kv_bytes_bars",
     "long_range_influence",
     "mask_preview",
+    "parallel_goals",
     "pooled",
     "predicted_against_measured",
     "retrieval_heatmap",

@@ -178,3 +178,20 @@ def _hover(point: FrontPoint) -> str:
     if point.gap is not None:
         lines.append(f"within {theme.percent(point.gap, 2)} of the optimum")
     return "<br>".join(lines)
+
+
+def parallel_goals(front: Front) -> go.Figure:
+    """Every plan as a line through its goals and its density: drag along an axis to keep those that pass there.
+
+    Raises ValueError for a front without points.
+    """
+    if not len(front):
+        raise ValueError("the front has no points")
+    names = [*goals(front), *([] if "density" in goals(front) else ["density"])]
+    dimensions = []
+    for name in names:
+        values = [goal(point, name) for point in front]
+        dimensions.append({"label": name, "values": [np.nan if value is None else value for value in values], "tickformat": ".3~f"})
+    line = {"color": dimensions[-1]["values"], "colorscale": theme.SPAN_SCALE}
+    lines = go.Parcoords(dimensions=dimensions, line=line)
+    return theme.figure(lines, f"{len(front)} plans, by goal", height=320, margin={"l": 90, "r": 60})

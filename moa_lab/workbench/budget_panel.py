@@ -11,7 +11,7 @@ from moa_lab.figures.theme import OUTLINE, byte_size, percent
 from moa_lab.workbench.budget import STEP, Answer, Budget
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Canvas, Errors, Work, button, choice, facts, number, row, whole
+from moa_lab.workbench.widgets import Canvas, Errors, Work, button, choice, facts, number, ring, row, whole
 
 MIB = 2**20
 
@@ -22,7 +22,7 @@ class BudgetPanel:
     def __init__(self, state: State, density: float = 0.5) -> None:
         if state.table is None:
             raise ValueError("the budget needs a loss table: load a run, or make one with moa_lab.loss_table(profile)")
-        self.state, self.errors = state, Errors()
+        self.state, self.errors = state, Errors("budget")
         lengths = sorted({*state.table.lengths, 2 * max(state.table.lengths)})
         self.budget = Budget(state.table, density, state.n_tokens if state.n_tokens in lengths else lengths[-2])
         geometry = state.table.geometry
@@ -44,7 +44,7 @@ class BudgetPanel:
         self.pins, self.facts = w.HTML(), w.HTML()
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
-        self.canvas = Canvas("spans", self.errors.guard(self._clicked))
+        self.canvas = Canvas("spans", 680, self.errors.guard(self._clicked))
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
         self._answer: Answer | None = None
         self._moving = False
@@ -99,12 +99,11 @@ class BudgetPanel:
             return
         fig = span_map(self._answer.plan, self.budget.n_tokens)
         pinned = list(self.budget.pinned)
-        white = {"symbol": "x-thin-open", "size": 11, "line": {"width": 2, "color": OUTLINE}}
-        ring = {"symbol": "square-open", "size": 15, "line": {"width": 2.5, "color": OUTLINE}}
+        cross = {"symbol": "x-thin-open", "size": 11, "color": OUTLINE, "line": {"width": 2, "color": OUTLINE}}
         fig.add_scatter(
-            x=[layer for layer, _ in pinned], y=[head for _, head in pinned], mode="markers", name="pinned", marker=white, hoverinfo="skip"
+            x=[layer for layer, _ in pinned], y=[head for _, head in pinned], mode="markers", name="pinned", marker=cross, hoverinfo="skip"
         )
-        fig.add_scatter(x=[self.state.layer], y=[self.state.kv_head], mode="markers", name="selected", marker=ring, hoverinfo="skip")
+        fig.add_scatter(**ring(self.state.layer, self.state.kv_head))
         self.canvas.draw(fig.update_layout(showlegend=False), self.state.dark)
 
     def _clicked(self, place: Any) -> None:

@@ -8,9 +8,11 @@ from functools import wraps
 from typing import Any, ParamSpec
 
 import ipywidgets as w
+import numpy as np
 import plotly.graph_objects as go
 
 from moa_lab.figures import CONFIG, with_theme
+from moa_lab.figures.theme import OUTLINE
 from moa_lab.workbench.jobs import Handle, Job
 
 P = ParamSpec("P")
@@ -29,9 +31,9 @@ STYLE = """<style>
 class Errors:
     """A place where errors are shown in words. `guard` makes a callback that puts its error there, and clears what was there."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
         self.box = w.HTML()
-        self.box.add_class("moa-error-box")
+        self.box.add_class(f"moa-{name}-error")
 
     def show(self, message: str) -> None:
         """Show `message`; "" for none."""
@@ -54,18 +56,22 @@ class Errors:
 
 
 class Canvas:
-    """A figure that is redrawn in place. on_click: called with the clicked point's (row, column) of a heat-map, or its customdata."""
+    """A figure `width` pixels wide that is redrawn in place: in a tab that is hidden, plotly cannot measure its room. on_click: called with the clicked point's (row, column) of a heat-map, or its customdata."""
 
-    def __init__(self, name: str, on_click: Callable[[Any], None] | None = None) -> None:
-        self.widget = go.FigureWidget()
+    def __init__(self, name: str, width: int, on_click: Callable[[Any], None] | None = None) -> None:
+        self.widget, self._width = go.FigureWidget(), width
         self.widget._config = {**self.widget._config, **CONFIG}
-        self.box = w.Box([self.widget], layout=w.Layout(width="100%", min_width="320px", flex="1 1 420px"))
+        self.box = w.Box([self.widget], layout=w.Layout(width=f"{width}px", overflow="hidden"))
         self.box.add_class(f"moa-{name}")
         self._on_click = on_click
 
     def draw(self, fig: go.Figure, dark: bool = False) -> None:
         """Show `fig`: traces of the same kinds are updated where they are, which keeps zoom and clicks."""
-        shown = with_theme(fig, dark)
+        shown = with_theme(fig, dark).update_layout(width=self._width)
+        for trace in shown.select_traces(selector={"type": "heatmap"}):
+            # A grid is sent as JSON, which knows no NaN.
+            trace.z = _with_none(trace.z)
+            trace.customdata = _with_none(trace.customdata)
         kinds = [(trace.type, trace.name) for trace in shown.data]
         with self.widget.batch_update():
             if [(trace.type, trace.name) for trace in self.widget.data] == kinds:
@@ -87,7 +93,21 @@ class Canvas:
         if self._on_click is None or not points.point_inds:
             return
         index = points.point_inds[0]
-        self._on_click(tuple(index) if isinstance(index, list | tuple) else trace.customdata[index])
+        if isinstance(index, list | tuple):
+            self._on_click(tuple(index))
+        elif trace.customdata is not None:
+            self._on_click(trace.customdata[index])
+
+
+def _with_none(grid: np.ndarray | None) -> np.ndarray | None:
+    numbers = grid is not None and np.issubdtype(np.asarray(grid).dtype, np.floating)
+    return np.where(np.isfinite(grid), grid, None) if numbers and grid is not None else grid
+
+
+def ring(x: float, y: float) -> dict[str, Any]:
+    """A marker around the cell of a heat-map that is selected."""
+    marker = {"symbol": "square-open", "size": 15, "color": OUTLINE, "line": {"width": 2.5, "color": OUTLINE}}
+    return {"x": [x], "y": [y], "mode": "markers", "name": "selected", "marker": marker, "hoverinfo": "skip"}
 
 
 class Work:

@@ -1,0 +1,59 @@
+"""JupyterLab on the notebooks, for this machine alone, with settings that let them work as they are meant to."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+from moa_lab.models import cache_folder
+
+PROJECT = Path(__file__).resolve().parents[2]
+FIRST = "00_tour.ipynb"
+RUN_VARIABLE = "MOA_LAB_RUN"
+
+# Windowed notebooks take figures out of the page and lose them; news would be the first thing a reader sees.
+SETTINGS = {
+    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "defer"},
+    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
+}
+
+
+def command(port: int | None = None, browser: bool = True, notebooks: Path | None = None) -> list[str]:
+    """The command line of JupyterLab, listening on the loopback alone, its token kept.
+
+    Raises ValueError where JupyterLab or the notebooks are not there.
+    """
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise ValueError('JupyterLab is not installed: pip install "moa-lab[lab]"')
+    folder = notebooks or PROJECT / "notebooks"
+    if not (folder / FIRST).is_file():
+        raise ValueError(f"the notebooks are not in {folder}: they come with a checkout of the project, not with the package")
+    line = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={folder.parent}"]
+    line.append(f"--LabApp.default_url=/lab/tree/{folder.name}/{FIRST}")
+    return [*line, *([] if port is None else [f"--ServerApp.port={port}"]), *([] if browser else ["--no-browser"])]
+
+
+def environment(run: Path | None = None, settings: Path | None = None) -> dict[str, str]:
+    """Environment variables for JupyterLab: its settings, which a user may change and keep, and the run to open.
+
+    Raises ValueError for a run that is no folder.
+    """
+    if run is not None and not run.is_dir():
+        raise ValueError(f"{run} is no folder of a run: make one with moa-lab run --out {run}")
+    folder = settings or cache_folder() / "jupyterlab-settings"
+    for name, values in SETTINGS.items():
+        path = folder / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(values))
+    more = {"JUPYTERLAB_SETTINGS_DIR": str(folder)} | ({} if run is None else {RUN_VARIABLE: str(run.resolve())})
+    return {**os.environ, **more}
+
+
+def launch(run: Path | None = None, port: int | None = None, browser: bool = True) -> None:
+    """Become JupyterLab; does not return. Raises ValueError as `command` and `environment`."""
+    line = command(port, browser)
+    os.execve(line[0], line, environment(run))

@@ -1,0 +1,142 @@
+"""Apply and measure: plans on the model itself, side by side, with a table that keeps everything."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ipywidgets as w
+
+from moa_lab.evaluate.parity import Parity
+from moa_lab.evaluate.parity import table as parity_table
+from moa_lab.plan import Plan, dense_plan, uniform_plan
+from moa_lab.runtime.generate import Generation
+from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.measuring import KINDS, Measuring
+from moa_lab.workbench.state import State
+from moa_lab.workbench.widgets import Errors, Work, number, row, whole
+
+PROMPT = "Write two sentences about rivers."
+
+
+class MeasurePanel:
+    """measuring: makes the controller, and with it loads the model, when it is first needed."""
+
+    def __init__(self, state: State, measuring: Callable[[], Measuring], length: int = 1024, n: int = 4) -> None:
+        self.state, self.errors = state, Errors("measure")
+        self._make = measuring
+        self._measuring: Measuring | None = None
+        longest = state.table.geometry.max_length if state.table else state.plan.geometry.max_length if state.plan else 131072
+        self.plans = w.SelectMultiple(description="plans", rows=4, layout=w.Layout(width="320px"))
+        self.plans.add_class("moa-plans")
+        self.kinds = [w.Checkbox(kind != "perplexity", description=kind, indent=False, layout=w.Layout(width="auto")) for kind in KINDS]
+        self.length = whole("tokens", min(length, longest), 1, longest, "measure-length")
+        self.n = whole("texts", n, 1, 1024, "measure-n", "130px")
+        self.seed = whole("seed", 0, 0, 2**31 - 1, "measure-seed", "130px")
+        self.work = Work("Measure", "measure", self.errors, self._measurer, lambda _: self.show())
+        self.prompt = w.Textarea(value=PROMPT, description="prompt", layout=w.Layout(width="520px", height="60px"))
+        self.new = whole("new tokens", 48, 1, 4096, "new-tokens", "170px")
+        self.generate = Work("Generate", "generate", self.errors, self._generator, self._said)
+        self.parity = Work("Parity", "parity", self.errors, self._comparer, self._compared)
+        self.where, self.said, self.checked, self.history = w.HTML(), w.HTML(), w.HTML(), w.HTML()
+        self.history.add_class("moa-history-box")
+        self.file = w.Text("history.json", description="file", layout=w.Layout(width="240px"))
+        save = w.Button(description="Save history", layout=w.Layout(width="auto"))
+        save.on_click(self.errors.guard(lambda _: self._save()))
+        self.uniform = number("uniform at", 0.5, 0.01, 1.0, 0.01, "uniform", "170px")
+        self.uniform.observe(self.errors.guard(lambda _: self.offer()), "value")
+        state.watch(["plan", "other"], self.offer)
+        self.box = w.VBox(
+            [
+                self.where,
+                row(self.plans, self.uniform, *self.kinds),
+                row(self.length, self.n, self.seed, self.work.box),
+                self.errors.box,
+                row(self.prompt, self.new, self.generate.box),
+                self.said,
+                row(self.parity.box),
+                self.checked,
+                self.history,
+                row(self.file, save),
+            ]
+        )
+        self.offer()
+
+    def offer(self) -> None:
+        """What can be measured: dense, uniform, the state's plans."""
+        known = [plan for plan in (self.state.plan, self.state.other) if plan is not None]
+        geometry = self.state.table.geometry if self.state.table else known[0].geometry if known else None
+        if geometry is None:
+            return
+        before = {plan.name for plan in self.plans.value}
+        offered = [*known, dense_plan(geometry), uniform_plan(geometry, self.uniform.value)]
+        self.plans.options = [(f"{plan.name} ({plan.density(self.length.value):.0%} at {self.length.value:,})", plan) for plan in offered]
+        chosen = [plan for plan in offered if plan.name in before]
+        self.plans.value = tuple(chosen or offered[:1])
+
+    def show(self) -> None:
+        """Show the history."""
+        if self._measuring is None:
+            return
+        table = self._measuring.table()
+        shown = table.assign(density=table["density"].map("{:.1%}".format)).drop(columns=["model"])
+        self.history.value = f'<div class="moa-history">{shown.to_html(index=False, float_format="{:.4g}".format, border=0)}</div>'
+
+    def _model(self) -> Measuring:
+        if self._measuring is None:
+            self.where.value = "loading the model"
+            self._measuring = self._make()
+            device = self._measuring.model.device
+            kernels = "Triton kernels" if device.type == "cuda" else "plain PyTorch over the same ring cache (no GPU here)"
+            self.where.value = f"on {device}, {kernels}"
+        return self._measuring
+
+    def _measurer(self) -> Callable[[Handle], Any]:
+        plans, kinds = self._plans(), [kind for kind, box in zip(KINDS, self.kinds, strict=True) if box.value]
+        if not kinds:
+            raise ValueError(f"choose what to measure: {', '.join(KINDS)}")
+        length, n, seed = self.length.value, self.n.value, self.seed.value
+
+        def work(handle: Handle) -> Any:
+            try:
+                return self._model().measure(plans, kinds, length, n, seed, handle)
+            finally:
+                # Also what was measured before a stop.
+                self.show()
+
+        return work
+
+    def _generator(self) -> Callable[[Handle], Any]:
+        plans, prompt, new = self._plans(), self.prompt.value, self.new.value
+        return lambda handle: self._model().generate(prompt, plans, new, handle)
+
+    def _said(self, said: dict[str, Generation]) -> None:
+        cells = "".join(
+            f'<td style="vertical-align: top; width: {100 // len(said)}%"><b>{html.escape(name)}</b><br>{found.decode_tokens_per_s:.1f} '
+            f"tokens/s, KV {found.kv_bytes_allocated / 2**20:.1f} MiB allocated, {found.kv_bytes_predicted / 2**20:.1f} predicted"
+            f'<div class="moa-said">{html.escape(found.texts[0])}</div></td>'
+            for name, found in said.items()
+        )
+        self.said.value = f'<table style="width: 100%"><tr>{cells}</tr></table>'
+        self.show()
+
+    def _comparer(self) -> Callable[[Handle], Any]:
+        plan = self._plans()[0]
+        return lambda handle: self._model().parity(plan, handle)
+
+    def _compared(self, found: Parity) -> None:
+        self.checked.value = f"<pre>{html.escape(parity_table(found))}</pre>"
+
+    def _plans(self) -> list[Plan]:
+        if not self.plans.value:
+            raise ValueError("choose at least one plan")
+        return list(self.plans.value)
+
+    def _save(self) -> None:
+        if self._measuring is None or not self._measuring.history:
+            raise ValueError("nothing was measured yet")
+        if Path(self.file.value).exists():
+            raise FileExistsError(f"{self.file.value} exists: choose another name")
+        self._measuring.save(self.file.value)

@@ -1,0 +1,48 @@
+"""Notebooks: figures that are seen with and without JavaScript, and running them from first to last cell."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+import plotly.graph_objects as go
+from nbclient import NotebookClient
+
+from moa_lab.figures import CONFIG
+
+TIMEOUT_S = 600
+RENDERER = "plotly_mimetype+png"
+
+
+def show(fig: go.Figure) -> None:
+    """Show a figure in a notebook: interactive in JupyterLab, a still picture where there is no JavaScript."""
+    fig.show(renderer=RENDERER, config={**CONFIG}, width=940)
+
+
+def execute(path: Path) -> nbformat.NotebookNode:
+    """Run a notebook in order, in its folder, in a new kernel, and return it with its outputs and without widget state.
+
+    Raises nbclient's CellExecutionError at the first cell that fails.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    client = NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    # Progress bars are for who waits, not for who reads.
+    client.execute(env={**os.environ, "TQDM_DISABLE": "1"})
+    notebook.metadata.pop("widgets", None)
+    for cell in notebook.cells:
+        # When a cell ran is no result: it would change with every run.
+        cell.metadata.pop("execution", None)
+    return notebook
+
+
+def main(paths: list[str]) -> None:
+    """Run notebooks and write them back."""
+    for name in paths:
+        print(name, flush=True)
+        nbformat.write(execute(Path(name)), name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

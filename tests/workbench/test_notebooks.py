@@ -1,0 +1,68 @@
+"""Notebooks: what is committed is one full run in order, readable without JavaScript; and they still run."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from moa_lab.workbench.notebooks import execute
+
+PROJECT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
+WIDGET, PLOTLY = "application/vnd.jupyter.widget-view+json", "application/vnd.plotly.v1+json"
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def path(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.param
+    return found
+
+
+def outputs(notebook: nbformat.NotebookNode) -> list[nbformat.NotebookNode]:
+    return [output for cell in notebook.cells for output in cell.get("outputs", ())]
+
+
+def check_outputs(notebook: nbformat.NotebookNode) -> None:
+    for output in outputs(notebook):
+        assert output.output_type != "error"
+        assert output.get("name") != "stderr", f"a reader would see: {output.get('text')}"
+        if PLOTLY in output.get("data", {}):
+            assert "image/png" in output.data, "an interactive figure without a picture beside it"
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1)), "outputs are not those of one run in order"
+
+
+def test_a_notebook_keeps_the_conventions(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size <= 2**20
+    first = notebook.cells[0].source
+    assert re.match(r"# .+\?\n\n> .+", first), "first the question, then the answer"
+    assert "needs: " in first
+    assert "What we learned" in notebook.cells[-1].source
+    assert "widgets" not in notebook.metadata
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            assert len(cell.source.splitlines()) <= 15
+    assert any("assert " in cell.source for cell in notebook.cells if cell.cell_type == "code")
+    check_outputs(notebook)
+
+
+def test_the_map_names_every_notebook_and_links_lead_somewhere() -> None:
+    known = (PROJECT / "notebooks" / "README.md").read_text()
+    assert {path.name for path in NOTEBOOKS} == set(re.findall(r"\((\S+\.ipynb)\)", known))
+    for path in NOTEBOOKS:
+        text = "\n".join(cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown")
+        for target in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+@pytest.mark.slow
+def test_a_notebook_runs_from_first_to_last_cell(path: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to(PROJECT / "data")
+    (tmp_path / "notebooks").mkdir()
+    check_outputs(execute(Path(shutil.copy(path, tmp_path / "notebooks"))))
