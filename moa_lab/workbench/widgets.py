@@ -56,7 +56,10 @@ class Errors:
 
 
 class Canvas:
-    """A figure `width` pixels wide that is redrawn in place: in a tab that is hidden, plotly cannot measure its room. on_click: called with the clicked point's (row, column) of a heat-map, or its customdata."""
+    """A figure `width` pixels wide that is redrawn in place: in a tab that is hidden, plotly cannot measure its room.
+
+    on_click: called with the clicked point's (row, column) of a heat-map, or its customdata.
+    """
 
     def __init__(self, name: str, width: int, on_click: Callable[[Any], None] | None = None) -> None:
         self.widget, self._width = go.FigureWidget(), width
@@ -99,9 +102,11 @@ class Canvas:
             self._on_click(trace.customdata[index])
 
 
-def _with_none(grid: np.ndarray | None) -> np.ndarray | None:
-    numbers = grid is not None and np.issubdtype(np.asarray(grid).dtype, np.floating)
-    return np.where(np.isfinite(grid), grid, None) if numbers and grid is not None else grid
+def _with_none(grid: Any) -> Any:
+    """Numbers with None for NaN; anything else as it is."""
+    if grid is None or not np.issubdtype(np.asarray(grid).dtype, np.floating):
+        return grid
+    return np.where(np.isfinite(grid), np.asarray(grid, dtype=object), None)
 
 
 def ring(x: float, y: float) -> dict[str, Any]:

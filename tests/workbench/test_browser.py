@@ -85,7 +85,9 @@ class Page:
         self.page.wait_for_function("() => document.querySelector('.jp-Notebook-ExecutionIndicator, .jp-NotebookPanel-toolbar') !== null")
         self.page.wait_for_timeout(3000)
         self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
-        self.page.wait_for_selector(".moa-bench", timeout=RUN_MS)
+        self.page.wait_for_selector(".moa-bench, [data-mime-type='application/vnd.jupyter.stderr']", timeout=RUN_MS)
+        failed = self.page.locator("[data-mime-type='application/vnd.jupyter.stderr']")
+        assert failed.count() == 0, failed.first.inner_text()
         self.page.wait_for_timeout(2000)
         self.page.locator(".moa-bench").scroll_into_view_if_needed()
 
