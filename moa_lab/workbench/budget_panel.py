@@ -44,7 +44,7 @@ class BudgetPanel:
         self.pins, self.facts = w.HTML(), w.HTML()
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
-        self.canvas = Canvas("spans", 680, self.errors.guard(self._clicked))
+        self.canvas = Canvas("spans", 580, self.errors.guard(self._clicked))
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
         self._answer: Answer | None = None
         self._moving = False
@@ -60,8 +60,8 @@ class BudgetPanel:
         to_span.on_click(self.errors.guard(lambda _: self._pin(self.span.value)))
         release.on_click(self.errors.guard(lambda _: self._release(all_heads=False)))
         release_all.on_click(self.errors.guard(lambda _: self._release(all_heads=True)))
-        state.watch(["layer", "kv_head"], self._select)
-        state.watch(["dark"], self._draw)
+        state.watch_in("Budget", ["layer", "kv_head"], self._select)
+        state.watch_in("Budget", ["dark"], self._draw)
         self.box = w.VBox(
             [
                 row(self.slider, self.number, self.mib, self.length),

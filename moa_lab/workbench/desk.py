@@ -46,7 +46,9 @@ class Workbench:
         self.tabs = w.Tab([self.panels[title].box for title in titles], titles=titles)
         self.dark = w.ToggleButton(description="dark figures", value=state.dark, layout=w.Layout(width="auto"))
         self.dark.observe(lambda change: state.set(dark=change["new"]), "value")
-        self.box = w.VBox([w.HTML(STYLE), self.dark, self.tabs])
+        self.tabs.observe(lambda change: state.set(tab=titles[change["new"]]), "selected_index")
+        state.set(tab=titles[self.tabs.selected_index or 0])
+        self.box = w.VBox([w.HTML(STYLE), w.HBox([self.dark]), self.tabs])
         self.box.add_class("moa-bench")
 
     @classmethod

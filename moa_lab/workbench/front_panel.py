@@ -29,17 +29,17 @@ class FrontPanel:
         self.density = number("density", 0.5, 0.0, 1.0, 0.01, "front-density", "150px")
         self.effort = whole("intervals or generations", 4, 1, 500, "effort", "230px")
         self.work = Work("Search", "search", self.errors, lambda: self._searcher(), self._found)
-        self.scatter = Canvas("front", 640, self.errors.guard(self._clicked))
-        self.parallel = Canvas("parallel", 1080)
-        self.difference = Canvas("difference", 1080)
+        self.scatter = Canvas("front", 580, self.errors.guard(self._clicked))
+        self.parallel = Canvas("parallel", 1000)
+        self.difference = Canvas("difference", 1000)
         self.compared, self.volume = w.HTML(), w.HTML()
         self.compared.add_class("moa-compared")
         self.volume.add_class("moa-hypervolume")
         self._loading = False
         for box in (self.x, self.y):
             box.observe(self.errors.guard(lambda _: None if self._loading else self.draw()), "value")
-        state.watch(["front"], self.errors.guard(self.load))
-        state.watch(["dark", "n_tokens"], self.errors.guard(self.draw))
+        state.watch_in("Front", ["front"], self.errors.guard(self.load))
+        state.watch_in("Front", ["dark", "n_tokens"], self.errors.guard(self.draw))
         self.box = w.VBox(
             [
                 row(self.solver, self.density, self.effort, self.work.box, self.volume),

@@ -41,14 +41,14 @@ class HeadsPanel:
         self.against = choice("ranks against", self._comparable(), "against", "400px")
         self.stability, self.rule = w.HTML(), w.HTML()
         self.rule.add_class("moa-head-facts")
-        self.map = Canvas("influence", 1080, self.errors.guard(self._clicked))
-        self.blocks, self.curve = Canvas("blocks", 500), Canvas("curve", 580)
+        self.map = Canvas("influence", 1000, self.errors.guard(self._clicked))
+        self.blocks, self.curve = Canvas("blocks", 480), Canvas("curve", 520)
         self.what.observe(self.errors.guard(self._new_key), "value")
         self.beyond.observe(self.errors.guard(lambda _: self._draw_map()), "value")
         self.against.observe(self.errors.guard(lambda _: self._draw_map()), "value")
-        state.watch(["layer", "kv_head"], self._new_head)
-        state.watch(["plan", "n_tokens"], self._draw_head)
-        state.watch(["dark"], self.draw)
+        state.watch_in("Heads", ["layer", "kv_head"], self._new_head)
+        state.watch_in("Heads", ["plan", "n_tokens"], self._draw_head)
+        state.watch_in("Heads", ["dark"], self.draw)
         self.box = w.VBox(
             [
                 row(self.what, self.beyond, self.against, self.stability),

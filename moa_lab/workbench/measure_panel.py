@@ -11,7 +11,9 @@ import ipywidgets as w
 
 from moa_lab.evaluate.parity import Parity
 from moa_lab.evaluate.parity import table as parity_table
+from moa_lab.figures.theme import byte_size
 from moa_lab.plan import Plan, dense_plan, uniform_plan
+from moa_lab.records import ALLOCATED
 from moa_lab.runtime.generate import Generation
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measuring import KINDS, Measuring
@@ -47,7 +49,7 @@ class MeasurePanel:
         save.on_click(self.errors.guard(lambda _: self._save()))
         self.uniform = number("uniform at", 0.5, 0.01, 1.0, 0.01, "uniform", "170px")
         self.uniform.observe(self.errors.guard(lambda _: self.offer()), "value")
-        state.watch(["plan", "other"], self.offer)
+        state.watch_in("Apply & measure", ["plan", "other"], self.offer)
         self.box = w.VBox(
             [
                 self.where,
@@ -81,8 +83,9 @@ class MeasurePanel:
         if self._measuring is None:
             return
         table = self._measuring.table()
-        shown = table.assign(density=table["density"].map("{:.1%}".format)).drop(columns=["model"])
-        self.history.value = f'<div class="moa-history">{shown.to_html(index=False, float_format="{:.4g}".format, border=0)}</div>'
+        values = {name: [_shown(*pair) for pair in zip(table["metric"], table[name], strict=True)] for name in ("value", "low", "high")}
+        told = table.assign(density=table["density"].map("{:.1%}".format), **values).drop(columns=["model"])
+        self.history.value = f'<div class="moa-history">{told.to_html(index=False, border=0)}</div>'
 
     def _model(self) -> Measuring:
         if self._measuring is None:
@@ -140,3 +143,7 @@ class MeasurePanel:
         if Path(self.file.value).exists():
             raise FileExistsError(f"{self.file.value} exists: choose another name")
         self._measuring.save(self.file.value)
+
+
+def _shown(metric: str, value: float) -> str:
+    return byte_size(value) if metric == ALLOCATED else f"{value:.4g}"

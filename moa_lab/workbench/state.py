@@ -14,10 +14,11 @@ Watcher = Callable[[], None]
 
 @dataclass
 class State:
-    """Records, and what is looked at: a plan, another to compare it with, a KV head, a task, lengths in tokens, the colours.
+    """Records, and what is looked at: a plan, another to compare it with, a KV head, a task, lengths in tokens.
 
-    n_tokens: the length that spans and bytes are shown at; length: a profiled one. plan: what the budget or the front chose last.
-    Raises ValueError where a field is set that there is not, or a head that the model has not.
+    n_tokens: the length that spans and bytes are shown at; length: a profiled one. plan: what the budget or the front chose last. dark:
+    the colours of figures. tab: the panel in front, "" for all. Raises ValueError where a field is set that there is not, or a head
+    that the model has not.
     """
 
     profile: InfluenceProfile | None = None
@@ -31,6 +32,7 @@ class State:
     length: int = 0
     n_tokens: int = 0
     dark: bool = False
+    tab: str = ""
     _watchers: list[tuple[frozenset[str], Watcher]] = field(default_factory=list, repr=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +62,24 @@ class State:
         entry = (frozenset(names), watcher)
         self._watchers.append(entry)
         return lambda: self._watchers.remove(entry)
+
+    def watch_in(self, tab: str, names: Iterable[str], watcher: Watcher) -> None:
+        """As `watch`, for a panel: while another is in front, nothing is called; when it comes to the front again, once."""
+        missed: list[bool] = []
+
+        def changed() -> None:
+            if self.tab in ("", tab):
+                watcher()
+            else:
+                missed[:] = [True]
+
+        def turned() -> None:
+            if self.tab in ("", tab) and missed:
+                missed.clear()
+                watcher()
+
+        self.watch(names, changed)
+        self.watch(["tab"], turned)
 
     def _check_head(self, changes: dict[str, Any]) -> None:
         geometry = next((record.geometry for record in (self.profile, self.table, self.plan) if record is not None), None)

@@ -104,9 +104,12 @@ class Canvas:
 
 def _with_none(grid: Any) -> Any:
     """Numbers with None for NaN; anything else as it is."""
-    if grid is None or not np.issubdtype(np.asarray(grid).dtype, np.floating):
+    numbers = np.asarray(grid)
+    if grid is None or not np.issubdtype(numbers.dtype, np.floating):
         return grid
-    return np.where(np.isfinite(grid), np.asarray(grid, dtype=object), None)
+    told = numbers.astype(object)
+    told[~np.isfinite(numbers)] = None
+    return told
 
 
 def ring(x: float, y: float) -> dict[str, Any]:

@@ -23,6 +23,21 @@ def test_a_watcher_is_called_once_for_changes_made_together_and_not_for_others()
     assert heard == [(3, 2)]
 
 
+def test_a_panel_behind_another_hears_of_changes_once_when_it_comes_to_the_front() -> None:
+    state, heard = State(profile=make_profile()), []
+    state.watch_in("Heads", ["layer"], lambda: heard.append(state.layer))
+    state.set(layer=1)
+    state.set(tab="Budget")
+    state.set(layer=2)
+    state.set(layer=3)
+    assert heard == [1]
+    state.set(tab="Heads")
+    assert heard == [1, 3]
+    state.set(tab="Front")
+    state.set(tab="Heads")
+    assert heard == [1, 3]
+
+
 def test_a_watcher_that_was_let_go_hears_nothing() -> None:
     state, heard = State(), []
     ends = state.watch(["plan"], lambda: heard.append(state.plan))
