@@ -4,7 +4,7 @@ from moa_lab.figures.benchmarks import goal_ratios
 from moa_lab.figures.front import front_scatter, parallel_goals, predicted_against_measured
 from moa_lab.figures.influence import head_blocks, influence_by_distance, influence_map, long_range_influence
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
-from moa_lab.figures.plan import mask_preview, span_map
+from moa_lab.figures.plan import mask_preview, rule_curves, span_map
 from moa_lab.figures.theme import CONFIG, template, with_theme
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "pooled",
     "predicted_against_measured",
     "retrieval_heatmap",
+    "rule_curves",
     "score_bars",
     "span_map",
     "template",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import plotly.graph_objects as go
 
@@ -86,6 +88,37 @@ def mask_preview(plan: Plan, layer: int, kv_head: int, n_tokens: int) -> go.Figu
         xaxis={"title": "key position (tokens)", "range": [0, n_tokens], "showgrid": False, "constrain": "domain"},
         yaxis={"title": "query position (tokens)", "range": [n_tokens, 0], "showgrid": False, "scaleanchor": "x", "constrain": "domain"},
         height=440,
+    )
+
+
+def rule_curves(plan: Plan, longest: int) -> go.Figure:
+    """Span against length for every rule of the plan, up to `longest` tokens; the wider a line, the more heads have the rule.
+
+    Raises ValueError for a length below 1.
+    """
+    if longest < 1:
+        raise ValueError(f"longest must be at least 1 token, got {longest}")
+    lengths = np.unique(np.linspace(1, longest, 65).astype(int))
+    counts = Counter(rule for row in plan.rules for rule in row)
+    traces = []
+    for rule, heads in sorted(counts.items(), key=lambda item: item[0].span_tokens(longest, plan.min_span)):
+        traces.append(
+            go.Scatter(
+                x=lengths,
+                y=[rule.span_tokens(int(n), plan.min_span, plan.span_multiple) for n in lengths],
+                mode="lines",
+                line={"width": 1 + 5 * heads / max(counts.values())},
+                name=f"{rule.alpha:,.0f} + {rule.beta:.3g} N",
+                hovertemplate=f"{heads} of {plan.geometry.layers * plan.geometry.kv_heads} heads<br>%{{y:,}} of %{{x:,}} tokens",
+            )
+        )
+    return theme.figure(
+        traces,
+        f"The rules of {theme.plain(plan.name)}",
+        xaxis={"title": "length N (tokens)"},
+        yaxis={"title": "span (tokens)"},
+        height=420,
+        legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
     )
 
 

@@ -62,3 +62,17 @@ def test_mask_preview_never_holds_more_than_128_blocks_a_side(n_tokens: int) -> 
 def test_mask_preview_refuses_a_head_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match="kv_head must be below 30 and 3"):
         figures.mask_preview(make_plan(), 0, 3, 512)
+
+
+def test_rules_are_drawn_as_spans_over_lengths_wider_for_more_heads() -> None:
+    plan = make_plan()
+    fig = figures.rule_curves(plan, 4096)
+    rules = {rule for row in plan.rules for rule in row}
+    assert len(fig.data) == len(rules)
+    for trace in fig.data:
+        assert trace.x[-1] == 4096
+        assert trace.y[-1] in {rule.span_tokens(4096, plan.min_span) for rule in rules}
+        assert all(span <= n for span, n in zip(trace.y, trace.x, strict=True))
+    assert max(trace.line.width for trace in fig.data) == 6
+    with pytest.raises(ValueError, match="longest"):
+        figures.rule_curves(plan, 0)
