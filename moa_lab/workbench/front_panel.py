@@ -32,7 +32,7 @@ class FrontPanel:
         self.scatter = Canvas("front", 580, self.errors.guard(self._clicked))
         self.parallel = Canvas("parallel", 1000)
         self.difference = Canvas("difference", 1000)
-        self.compared, self.volume = w.HTML(), w.HTML()
+        self.compared, self.volume = w.HTML(layout=w.Layout(width="420px")), w.HTML()
         self.compared.add_class("moa-compared")
         self.volume.add_class("moa-hypervolume")
         self._loading = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nbclient import NotebookClient
 from moa_lab.figures import CONFIG
 
 TIMEOUT_S = 600
+WIDGET = "application/vnd.jupyter.widget-view+json"
 RENDERER = "plotly_mimetype+png"
 
 
@@ -34,7 +36,15 @@ def execute(path: Path) -> nbformat.NotebookNode:
     for cell in notebook.cells:
         # When a cell ran is no result: it would change with every run.
         cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
     return notebook
+
+
+def _is_progress(output: nbformat.NotebookNode) -> bool:
+    """A progress bar that some library showed as a widget."""
+    data = output.get("data", {})
+    return WIDGET in data and re.search(r"\d+%\|", data.get("text/plain", "")) is not None
 
 
 def main(paths: list[str]) -> None:

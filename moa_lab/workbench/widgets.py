@@ -22,6 +22,7 @@ STYLE = """<style>
 .moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }
 .moa-note { opacity: .8; }
 .moa-facts table, .moa-history table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+.moa-facts, .moa-history { line-height: 1.5; }
 .moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 12px 2px 0; text-align: left; font-size: 13px; }
 .moa-history { max-height: 320px; overflow: auto; }
 .moa-said { white-space: pre-wrap; max-height: 240px; overflow: auto; }

@@ -116,7 +116,7 @@ class Page:
 
     def picture(self, name: str) -> None:
         PICTURES.mkdir(parents=True, exist_ok=True)
-        self.page.screenshot(path=PICTURES / f"{name}.png")
+        self.page.locator(".moa-bench").screenshot(path=PICTURES / f"{name}.png")
 
 
 @pytest.fixture(scope="module")
@@ -258,6 +258,7 @@ def test_the_slider_redraws_its_figure_while_it_is_dragged(measured: Page) -> No
 
 
 def test_dark_figures_are_light_on_dark(measured: Page) -> None:
+    measured.tab("Budget")
     measured.press("dark figures")
     measured.page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     measured.page.wait_for_timeout(1500)

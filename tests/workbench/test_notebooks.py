@@ -13,7 +13,7 @@ from moa_lab.workbench.notebooks import execute
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-WIDGET, PLOTLY = "application/vnd.jupyter.widget-view+json", "application/vnd.plotly.v1+json"
+PLOTLY = "application/vnd.plotly.v1+json"
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
@@ -30,6 +30,7 @@ def check_outputs(notebook: nbformat.NotebookNode) -> None:
     for output in outputs(notebook):
         assert output.output_type != "error"
         assert output.get("name") != "stderr", f"a reader would see: {output.get('text')}"
+        assert not re.search(r"\d+%\|", output.get("data", {}).get("text/plain", "")), "a progress bar is for who waits"
         if PLOTLY in output.get("data", {}):
             assert "image/png" in output.data, "an interactive figure without a picture beside it"
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
