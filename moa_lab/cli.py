@@ -15,6 +15,7 @@ from moa_lab.doctor import diagnose
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.storage import schema_of
 from moa_lab.terminal import Bars, ForceOption, free, lengths_of
+from moa_lab.text import one_line
 
 app = typer.Typer(
     help="How much of each head's attention can be dropped, what it costs, and how much is saved.",
@@ -37,8 +38,7 @@ def main() -> None:
     except (ValueError, OSError, MemoryError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        message = " ".join(str(error).split()) or type(error).__name__
-        typer.echo(f"error: {message}", err=True)
+        typer.echo(f"error: {one_line(error)}", err=True)
         sys.exit(2)
 
 
@@ -286,10 +286,11 @@ def show(
     """Describe a record."""
     from moa_lab.show import describe, draw
 
+    schema = schema_of(file)
     if figure is not None:
         free(figure, force)
-        draw(file, schema_of(file), figure)
-    typer.echo(describe(file, schema_of(file)))
+        draw(file, schema, figure)
+    typer.echo(describe(file, schema))
 
 
 @app.command()

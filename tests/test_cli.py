@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 import pytest
+from commands import exit_code
 from texts import bpe_tokenizer
 from tiny import tiny_model
 
-from moa_lab import cli, storage
+from moa_lab import storage
 from moa_lab.bench.record import GOALS, BenchRecord, judged
 from moa_lab.bench.record import table as bench_table
 from moa_lab.bench.search import search_table
@@ -28,15 +29,6 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def moa_lab(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command line in this process and return its exit code."""
-    monkeypatch.setattr("sys.argv", ["moa-lab", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ending:
-        cli.main()
-    code = ending.value.code
-    return code if isinstance(code, int) else 0
-
-
 def one_line_error(capsys: pytest.CaptureFixture[str]) -> str:
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -47,7 +39,7 @@ def one_line_error(capsys: pytest.CaptureFixture[str]) -> str:
 def test_a_density_outside_zero_to_one_is_one_line_and_exit_code_2(
     density: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert moa_lab(monkeypatch, "run", "--density", density, "--out", tmp_path / "run") == 2
+    assert exit_code(monkeypatch, "run", "--density", density, "--out", tmp_path / "run") == 2
     assert "density must be a number above 0 and at most 1" in one_line_error(capsys)
     assert not (tmp_path / "run").exists()
 
@@ -63,7 +55,7 @@ def test_a_density_outside_zero_to_one_is_one_line_and_exit_code_2(
 def test_a_bad_run_names_the_argument_and_leaves_nothing(
     arguments: tuple[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert moa_lab(monkeypatch, "run", *arguments, "--out", tmp_path / "run") == 2
+    assert exit_code(monkeypatch, "run", *arguments, "--out", tmp_path / "run") == 2
     assert message in one_line_error(capsys)
     assert not (tmp_path / "run").exists()
 
@@ -71,7 +63,7 @@ def test_a_bad_run_names_the_argument_and_leaves_nothing(
 def test_a_length_beyond_the_model_is_refused_before_anything_is_written(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert moa_lab(monkeypatch, "run", "--model", model_folder, "--lengths", "256,1024", "--out", tmp_path / "run") == 2
+    assert exit_code(monkeypatch, "run", "--model", model_folder, "--lengths", "256,1024", "--out", tmp_path / "run") == 2
     assert "length 1024 is beyond the model's maximum of 512 tokens" in one_line_error(capsys)
     assert not (tmp_path / "run").exists()
 
@@ -80,7 +72,7 @@ def test_a_plan_of_another_geometry_is_refused_with_both_geometries(
     model_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     card = uniform_plan(ModelGeometry(3, 4, 2, 8, 256), 0.5).save(tmp_path / "plan.json")
-    assert moa_lab(monkeypatch, "evaluate", card, "--model", model_folder, "--lengths", "256", "--out", tmp_path / "out.json") == 2
+    assert exit_code(monkeypatch, "evaluate", card, "--model", model_folder, "--lengths", "256", "--out", tmp_path / "out.json") == 2
     message = one_line_error(capsys)
     assert "plan has 3 layers" in message
     assert "model has 2 layers" in message
@@ -106,7 +98,7 @@ def test_a_truncated_foreign_or_missing_file_is_named(
     if content is not None:
         file.write_bytes(content)
     replaced = [str(file) if word == "FILE" else str(out) if word == "OUT" else word for word in command]
-    assert moa_lab(monkeypatch, *replaced) == 2
+    assert exit_code(monkeypatch, *replaced) == 2
     assert str(file) in one_line_error(capsys)
     assert not out.exists()
 
@@ -116,7 +108,7 @@ def test_an_empty_dataset_is_refused(
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     arguments = ("--model", model_folder, "--source", tmp_path / "empty.jsonl", "--lengths", "384", "--out", tmp_path / "s.safetensors")
-    assert moa_lab(monkeypatch, "calibrate", *arguments) == 2
+    assert exit_code(monkeypatch, "calibrate", *arguments) == 2
     assert "empty.jsonl" in one_line_error(capsys)
 
 
@@ -124,7 +116,7 @@ def test_an_existing_file_is_not_replaced_unless_asked(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     (tmp_path / "front.json").write_text("mine")
-    assert moa_lab(monkeypatch, "search", tmp_path / "profile.safetensors", "--out", tmp_path / "front.json") == 2
+    assert exit_code(monkeypatch, "search", tmp_path / "profile.safetensors", "--out", tmp_path / "front.json") == 2
     assert "pass --force to replace it" in one_line_error(capsys)
     assert (tmp_path / "front.json").read_text() == "mine"
 
@@ -140,14 +132,14 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(
 
     monkeypatch.setattr(storage.os, "fsync", full)
     arguments = ("--model", model_folder, "--lengths", "512", "--n", "1", "--force", "--out", tmp_path / "out.json")
-    assert moa_lab(monkeypatch, "evaluate", card, *arguments) == 2
+    assert exit_code(monkeypatch, "evaluate", card, *arguments) == 2
     assert "No space left on device" in one_line_error(capsys)
     assert (tmp_path / "out.json").read_text() == "old"
 
 
 def test_show_describes_a_config_card(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     card = uniform_plan(ModelGeometry(3, 4, 2, 8, 256), 0.5, [256]).save(tmp_path / "plan.json")
-    assert moa_lab(monkeypatch, "show", card) == 0
+    assert exit_code(monkeypatch, "show", card) == 0
     shown = capsys.readouterr().out
     assert "at 256 tokens: density 50.0%" in shown
     assert json.loads(card.read_text())["kv_bytes"]["256"] == 3 * 2 * 128 * 2 * 8 * 2
@@ -163,7 +155,7 @@ def test_show_prints_the_table_of_a_benchmark_and_how_much_of_it_meets_its_goals
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     record = bench_record("C1")
-    assert moa_lab(monkeypatch, "show", record.save(tmp_path / "bench.json")) == 0
+    assert exit_code(monkeypatch, "show", record.save(tmp_path / "bench.json")) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("benchmark of 2 rows, 1 of which meet their goals\n")
     assert bench_table(record) in shown
@@ -174,7 +166,7 @@ def test_show_prints_what_was_asked_of_the_search(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     record = bench_record("S1", asked="exact", goal="mean", layers=4, kv_heads=4, rules=8)
-    assert moa_lab(monkeypatch, "show", record.save(tmp_path / "search.json")) == 0
+    assert exit_code(monkeypatch, "show", record.save(tmp_path / "search.json")) == 0
     assert search_table(record) in capsys.readouterr().out
 
 
@@ -184,7 +176,7 @@ def test_show_prints_the_cases_and_the_verdict_of_a_parity_check(
 ) -> None:
     row = ParityRow("one prompt", "96 tokens", 96, 1e-5 if passed else None, 1.0, 90, 1e-3, passed)
     found = Parity((row,), {"plan": "half", "dtype": "float16"}, Provenance(model="tiny"))
-    assert moa_lab(monkeypatch, "show", found.save(tmp_path / "parity.json")) == 0
+    assert exit_code(monkeypatch, "show", found.save(tmp_path / "parity.json")) == 0
     shown = capsys.readouterr().out
     assert shown.startswith("parity of plan 'half' in float16\n")
     assert parity_table(found) in shown
@@ -192,6 +184,6 @@ def test_show_prints_the_cases_and_the_verdict_of_a_parity_check(
 
 
 def test_doctor_names_what_it_looked_at(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert moa_lab(monkeypatch, "doctor") in (0, 1)
+    assert exit_code(monkeypatch, "doctor") in (0, 1)
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("torch", "Triton", "Chromium", "model smollm2"))

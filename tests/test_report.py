@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 from figure_records import SMOL, make_baselines, make_front, make_measurements, make_plan, make_profile
 
+from moa_lab.doctor import find_chromium
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement, Measurements
 from moa_lab.report import build_report, save_report
 
-CHROMIUM = next(
-    (path for path in map(Path, ("/usr/bin/chromium", "/usr/bin/chromium-browser", "/usr/bin/google-chrome")) if path.exists()), None
-)
+CHROMIUM = find_chromium()
 HOSTILE = "<script>alert(1)</script> & \"½\" '計画' </style>"
 MHA = ModelGeometry(layers=32, query_heads=32, kv_heads=32, head_dim=128, max_length=4096)
 MQA = ModelGeometry(8, 8, 1, 256, 8192, tuple(512 if layer % 2 else None for layer in range(8)))

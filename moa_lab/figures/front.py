@@ -107,6 +107,11 @@ def goals(front: Front) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*front.objectives, *predicted)))
 
 
+def axes(front: Front) -> tuple[str, ...]:
+    """`goals`, and the density where it is none of them: all that a plan of the front can be placed by."""
+    return tuple(dict.fromkeys((*goals(front), "density")))
+
+
 def goal(point: FrontPoint, name: str) -> float | None:
     """The value of a goal; None where the point does not have it."""
     if not _is_density(name):
@@ -187,9 +192,8 @@ def parallel_goals(front: Front) -> go.Figure:
     """
     if not len(front):
         raise ValueError("the front has no points")
-    names = [*goals(front), *([] if "density" in goals(front) else ["density"])]
     dimensions = []
-    for name in names:
+    for name in axes(front):
         values = [goal(point, name) for point in front]
         dimensions.append({"label": name, "values": [np.nan if value is None else value for value in values], "tickformat": ".3~f"})
     line = {"color": dimensions[-1]["values"], "colorscale": theme.SPAN_SCALE}

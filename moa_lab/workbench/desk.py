@@ -26,7 +26,7 @@ DEMO = Path(__file__).resolve().parents[2] / "data" / "runs" / "demo"
 
 
 class Workbench:
-    """Panels over `state`. In a notebook the last line of a cell shows it; `.heads`, `.budget`, `.front`, `.measure`, `.export` are panels.
+    """Panels over `state`. In a notebook the last line of a cell shows it. panels: by the title of their tab.
 
     model: what `load_model` takes; it is loaded when something is measured first.
     """

@@ -9,7 +9,7 @@ import ipywidgets as w
 import numpy as np
 
 from moa_lab.figures import front_scatter, parallel_goals, span_map
-from moa_lab.figures.front import goal, goals
+from moa_lab.figures.front import axes, goal
 from moa_lab.figures.theme import percent
 from moa_lab.records import Front, FrontPoint
 from moa_lab.search import default_goals, epsilon_front, evolve, front_values, hypervolume
@@ -58,7 +58,7 @@ class FrontPanel:
         if front is None or not len(front):
             self.compared.value = "no front yet: press Search" if self.state.table is not None else "no front: load a run"
             return
-        names = [*goals(front), *([] if "density" in goals(front) else ["density"])]
+        names = axes(front)
         self._loading = True
         try:
             self.picked = []

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
+from moa_lab.text import one_line
+
 T = TypeVar("T")
 Status = Literal["waiting", "running", "done", "cancelled", "failed"]
 
@@ -92,7 +94,7 @@ class Job(Generic[T]):
             status = "cancelled"
         # Whatever goes wrong must be seen: an exception in a thread is seen by nobody.
         except Exception as error:
-            self.error = f"{' '.join(str(error).split()) or type(error).__name__}"
+            self.error = one_line(error)
         self._stopped = time.monotonic()
         self.status = status
         self._ended.set()

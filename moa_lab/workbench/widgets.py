@@ -13,6 +13,7 @@ import plotly.graph_objects as go
 
 from moa_lab.figures import CONFIG, with_theme
 from moa_lab.figures.theme import OUTLINE
+from moa_lab.text import one_line
 from moa_lab.workbench.jobs import Handle, Job
 
 P = ParamSpec("P")
@@ -20,7 +21,6 @@ P = ParamSpec("P")
 STYLE = """<style>
 .moa-bench { max-width: 1180px; }
 .moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }
-.moa-note { opacity: .8; }
 .moa-facts table, .moa-history table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .moa-facts, .moa-history { line-height: 1.5; }
 .moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 12px 2px 0; text-align: left; font-size: 13px; }
@@ -49,7 +49,7 @@ class Errors:
                 callback(*args, **settings)
             # Whatever goes wrong.
             except Exception as error:
-                self.show(" ".join(str(error).split()) or type(error).__name__)
+                self.show(one_line(error))
             else:
                 self.show("")
 

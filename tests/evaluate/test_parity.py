@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from commands import exit_code
 from tiny import tiny_model, tiny_tokenizer
 from tiny_plans import small_plan
 from transformers import PreTrainedModel
 
-from moa_lab import cli
 from moa_lab.cache import LayerLayout, RingLayer
 from moa_lab.evaluate import parity as module
 from moa_lab.evaluate.parity import Parity, default_tokens, parity, table
@@ -312,11 +312,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run `moa-lab parity` in this process and return its exit code."""
-    monkeypatch.setattr("sys.argv", ["moa-lab", "parity", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ending:
-        cli.main()
-    return ending.value.code if isinstance(ending.value.code, int) else 0
+    return exit_code(monkeypatch, "parity", *arguments)
 
 
 def test_the_command_writes_the_record_and_says_so_in_its_exit_code(

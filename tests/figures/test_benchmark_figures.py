@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from commands import exit_code
 
-from moa_lab import cli, figures
+from moa_lab import figures
 from moa_lab.bench import BenchRecord
 
 RECORDS = Path(__file__).resolve().parents[2] / "data" / "benchmarks"
@@ -42,10 +43,7 @@ def test_a_record_without_peers_is_refused() -> None:
 
 
 def shown(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr("sys.argv", ["moa-lab", "show", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ending:
-        cli.main()
-    return ending.value.code if isinstance(ending.value.code, int) else 0
+    return exit_code(monkeypatch, "show", *arguments)
 
 
 def test_the_command_draws_a_benchmark_and_nothing_else(

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from moa_lab.doctor import find_chromium
 from moa_lab.plan import Plan
 from moa_lab.workbench import launch
 
 PROJECT = Path(__file__).resolve().parents[2]
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
+CHROMIUM = find_chromium()
 PICTURES = PROJECT / "build" / "screenshots"
 RUN_MS = 240_000
 
