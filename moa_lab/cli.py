@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from moa_lab.cli_bench import app as bench_app
+from moa_lab.cli_study import study
 from moa_lab.doctor import diagnose
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.storage import schema_of
@@ -23,6 +24,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(bench_app, name="bench")
+app.command()(study)
 
 ModelOption = Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")]
 LengthsOption = Annotated[str | None, typer.Option("--lengths", help="profiled lengths in tokens, for instance 1024,2048")]

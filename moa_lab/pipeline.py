@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import platform
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -46,12 +47,14 @@ Progress = Callable[[str, int, int], None]
 class Run:
     """A run in `folder`. Stages are methods; each reads its record where it is intact and makes it where it is not.
 
-    Raises ValueError when the folder belongs to a run with other settings.
+    parts: where finished pieces of stages are kept; None for a folder inside. Raises ValueError when the folder belongs to a run with
+    other settings.
     """
 
     folder: Path
     settings: RunSettings
     progress: Progress = field(default=lambda stage, done, total: None)
+    parts: Path | None = None
 
     def __post_init__(self) -> None:
         path = self.folder / "settings.json"
@@ -68,8 +71,7 @@ class Run:
 
     def everything(self) -> dict[str, Any]:
         """Run all stages and return the summary."""
-        self._check_lengths()
-        write_json(self.folder / "settings.json", {"schema": SETTINGS_SCHEMA, **to_json(self.settings)})
+        self.begin()
         self.samples()
         self.profile()
         self.table()
@@ -77,6 +79,22 @@ class Run:
         self.plan()
         self.measurements()
         return self.report()
+
+    def begin(self) -> None:
+        """Check the lengths and note the settings: from now on the folder is this run's."""
+        self._check_lengths()
+        write_json(self.folder / "settings.json", {"schema": SETTINGS_SCHEMA, **to_json(self.settings)})
+
+    def at(self, density: float) -> Run:
+        """The same run at another density, in a folder inside: what does not depend on the density is made once, here."""
+        other = Run(self.folder / f"density-{density:g}", replace(self.settings, density=density), self.progress, parts=self._parts(""))
+        other.folder.mkdir(parents=True, exist_ok=True)
+        for record, name in ((self.samples, "samples"), (self.profile, "profile"), (self.table, "table")):
+            record()
+            shutil.copyfile(self.folder / f"{name}.safetensors", other.folder / f"{name}.safetensors")
+        other.__dict__.update(_loaded=self._loaded, documents=self.documents, _validation_samples=self._validation_samples)
+        other.begin()
+        return other
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -178,6 +196,22 @@ class Run:
         """Stage evaluate: the chosen plan and the baselines on test samples that nothing was chosen by."""
         return _stored(self.folder / "measurements.json", Measurements.load, self._measured)
 
+    def measure(self, plans: Sequence[Plan]) -> list[Measurement]:
+        """Scores of `plans` on the test samples of every tested length; nothing is scored twice in this run."""
+        rows: list[Measurement] = []
+        sets = [self._test_samples(length) for length in self.test_lengths]
+        total = sum(len(samples) for kinds in sets for samples in kinds) * len(plans)
+        done = 0
+        for plan in plans:
+            for samples in (samples for kinds in sets for samples in kinds):
+                scores = score_samples(
+                    self.model, plan, samples, store=self._store, progress=partial(self._evaluated, before=done, total=total)
+                )
+                done += len(samples)
+                make = retrieval_rows if samples and "facts" in samples[0].detail else loss_rows
+                rows += make(plan, samples, scores)
+        return rows
+
     def report(self) -> dict[str, Any]:
         """Write summary.json and report.html; return the summary."""
         plans = (*self.baselines(), self.plan())
@@ -226,27 +260,15 @@ class Run:
 
     def _validated(self) -> Plan:
         found = self._validation(self.front(), "moa")
-        origin = self._provenance()
+        origin = self.origin()
         replace(found.measurements, provenance=origin).save(self.folder / "validation.json")
         return replace(found.best, provenance=origin, lengths=tuple(sorted({*self.lengths, *self.test_lengths})))
 
     def _measured(self) -> Measurements:
         plans = (*self.baselines(), self.plan())
-        rows: list[Measurement] = []
-        sets = [self._test_samples(length) for length in self.test_lengths]
-        total = sum(len(samples) for kinds in sets for samples in kinds) * len(plans)
-        done = 0
-        for plan in plans:
-            for kinds in sets:
-                for samples in kinds:
-                    scores = score_samples(
-                        self.model, plan, samples, store=self._store, progress=partial(self._evaluated, before=done, total=total)
-                    )
-                    done += len(samples)
-                    make = retrieval_rows if samples and "facts" in samples[0].detail else loss_rows
-                    rows += make(plan, samples, scores)
+        rows = self.measure(plans)
         rows += [memory_row(plan, length, self.model.device) for plan in plans for length in self.test_lengths]
-        return Measurements(tuple(rows), {"run": to_json(self.settings)}, self._provenance())
+        return Measurements(tuple(rows), {"run": to_json(self.settings)}, self.origin())
 
     def _evaluated(self, finished: int, _: int, *, before: int, total: int) -> None:
         self.progress("evaluate", before + finished, total)
@@ -281,7 +303,8 @@ class Run:
             if not 1 <= n <= self.geometry.max_length:
                 raise ValueError(f"length {n} is beyond the model's maximum of {self.geometry.max_length} tokens")
 
-    def _provenance(self) -> Provenance:
+    def origin(self) -> Provenance:
+        """Where this run's numbers come from."""
         model = self.model
         return provenance(
             model=model_name(model), weights=weights_fingerprint(model), tokenizer=tokenizer_fingerprint(self.tokenizer),
@@ -297,7 +320,7 @@ class Run:
         return ScoreStore(self._parts("scores"), weights_fingerprint(self.model))
 
     def _parts(self, name: str) -> Path:
-        return self.folder / "parts" / name
+        return (self.parts or self.folder / "parts") / name
 
     def _steps(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(stage, done, total)

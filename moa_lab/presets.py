@@ -57,6 +57,13 @@ PRESETS: Mapping[str, Preset] = {
         test_lengths=(2048, 4096), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=16,
         baselines=("ranked", "paper"), search_seconds=30.0,
     ),
+    # Many densities from one profile: less is spent on each, and it is tested at twice the lengths.
+    "study": Preset(
+        lengths=(2048, 4096), questions=48, questions_per_sample=1, summaries=12, answer_tokens=128,
+        candidates=8, refine_rounds=0, refine_heads=0, validation_questions=48, validation_summaries=8, validate_profiled=True,
+        test_lengths=(1024, 2048, 4096, 8192), needles=64, needles_per_text=1, own_answers=16, lines=16, documents=16,
+        baselines=(), search_seconds=15.0,
+    ),
     "full": Preset(
         lengths=(1024, 2048, 4096), questions=96, questions_per_sample=1, summaries=32, answer_tokens=192,
         candidates=32, refine_rounds=4, refine_heads=256, validation_questions=192, validation_summaries=48, validate_profiled=True,

@@ -26,6 +26,9 @@ from moa_lab.records import (
     Measurements,
 )
 from moa_lab.storage import RecordError
+from moa_lab.studies import StudyRecord
+from moa_lab.studies import table as study_table
+from moa_lab.studies.record import STUDY_SCHEMA
 
 
 def draw(path: Path, schema: str, out: Path) -> None:
@@ -109,6 +112,11 @@ def _parity(path: Path) -> str:
     return "\n".join([head, parity_table(found), _origin(found.provenance)])
 
 
+def _study(path: Path) -> str:
+    found = StudyRecord.load(path)
+    return "\n".join([f"study {found.name!r}", study_table(found), _origin(found.provenance)])
+
+
 def _origin(origin: Provenance) -> str:
     return (
         f"made {origin.created or 'at an unknown time'} on {origin.device}, model {origin.model} ({origin.weights}), by: {origin.command}"
@@ -124,4 +132,5 @@ _DESCRIPTIONS: Mapping[str, Callable[[Path], str]] = {
     MEASUREMENTS_SCHEMA: _measurements,
     BENCH_SCHEMA: _bench,
     PARITY_SCHEMA: _parity,
+    STUDY_SCHEMA: _study,
 }

@@ -1,6 +1,7 @@
 """Records in, plotly figures out: pure functions, nothing printed, nothing written."""
 
 from moa_lab.figures.benchmarks import goal_ratios
+from moa_lab.figures.densities import score_by_density
 from moa_lab.figures.front import front_scatter, parallel_goals, predicted_against_measured
 from moa_lab.figures.influence import head_blocks, influence_by_distance, influence_map, long_range_influence
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
@@ -23,6 +24,7 @@ __all__ = [
     "retrieval_heatmap",
     "rule_curves",
     "score_bars",
+    "score_by_density",
     "span_map",
     "template",
     "with_theme",

@@ -1,0 +1,72 @@
+"""The record of a study: what was asked, what was measured, what was aimed at, and the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moa_lab.provenance import Provenance
+from moa_lab.records import Measurement
+from moa_lab.storage import parse, read_json, to_json, write_json
+from moa_lab.text import aligned
+
+STUDY_SCHEMA = "moa-lab/study/1"
+
+
+@dataclass(frozen=True)
+class StudyGoal:
+    """A number that a study aims at: `value` reaches `goal`, or with `at_most` stays below it."""
+
+    name: str
+    value: float
+    goal: float
+    at_most: bool = False
+    meets: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "meets", self.value <= self.goal if self.at_most else self.value >= self.goal)
+
+
+@dataclass(frozen=True)
+class StudyRecord:
+    """One study. question, answer: a sentence each, the answer made from the numbers, also where it is no."""
+
+    name: str
+    question: str
+    answer: str
+    rows: tuple[Measurement, ...]
+    goals: tuple[StudyGoal, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
+
+    def select(self, **wanted: Any) -> tuple[Measurement, ...]:
+        """Rows whose fields equal `wanted`, for instance `select(plan="moa-25", length=2048)`."""
+        return tuple(row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items()))
+
+    def save(self, path: str | Path) -> Path:
+        """Write one JSON file."""
+        return write_json(path, {"schema": STUDY_SCHEMA, **to_json(self)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> StudyRecord:
+        """Read a record; raises RecordError for a broken or foreign file."""
+        data = {name: value for name, value in read_json(path, STUDY_SCHEMA).items() if name != "schema"}
+        # Whether a goal is met follows from its numbers: what a file says of it is not believed.
+        goals = [{name: value for name, value in goal.items() if name != "meets"} for goal in data.get("goals", ())]
+        return parse(cls, {**data, "goals": goals}, path)
+
+
+def table(record: StudyRecord) -> str:
+    """The record as lines of text: the question, a row per plan with a column per task and length, the goals, the answer."""
+    columns = sorted({(row.task, row.length) for row in record.rows})
+    plans = list(dict.fromkeys(row.plan for row in record.rows))
+    found = {(row.plan, row.task, row.length): row for row in record.rows}
+    lines = [["plan", *(f"{task} @{length}" for task, length in columns)]]
+    for plan in plans:
+        cells = [found.get((plan, *column)) for column in columns]
+        lines.append([plan, *("-" if row is None else f"{row.value:.3f} [{row.low:.2f}, {row.high:.2f}]" for row in cells)])
+    goals = [["goal", "value", "aimed at", "meets"]]
+    for goal in record.goals:
+        goals.append([goal.name, f"{goal.value:.3f}", f"{'<=' if goal.at_most else '>='} {goal.goal:g}", "yes" if goal.meets else "no"])
+    return "\n".join([record.question, "", *aligned(lines), "", *(aligned(goals) if record.goals else []), "", record.answer])

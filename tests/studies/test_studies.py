@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import exit_code
+from texts import bpe_tokenizer, small_documents
+from tiny import tiny_model
+
+from moa_lab.pipeline import Run
+from moa_lab.presets import RunSettings
+from moa_lab.storage import RecordError
+from moa_lab.studies import StudyGoal, StudyRecord, table
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model("llama", max_length=1024).save_pretrained(folder / "model")
+    bpe_tokenizer().save_pretrained(folder / "model")
+    documents = folder / "documents.jsonl"
+    documents.write_text("\n".join(json.dumps({"text": d.text, "summary": d.summary}) for d in small_documents(16, sentences=150)))
+    return folder / "model", documents
+
+
+def line(inputs: tuple[Path, Path], name: str, work: Path, out: Path) -> list[str]:
+    return [
+        "study", name, "--out", str(out), "--work", str(work), "--model", str(inputs[0]), "--preset", "quick",
+        "--source", str(inputs[1]), "--columns", "text=text,summary=summary",
+        "--lengths", "512,640", "--test-lengths", "640", "--densities", "0.1,0.5,0.75",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def records(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, StudyRecord]:
+    folder = tmp_path_factory.mktemp("studies")
+    for name in ("retrieval", "quality"):
+        with pytest.MonkeyPatch.context() as patch:
+            assert exit_code(patch, *line(inputs, name, folder / "work", folder / f"{name}.json")) == 0
+    return {name: StudyRecord.load(folder / f"{name}.json") for name in ("retrieval", "quality")}
+
+
+def test_a_study_measures_dense_uniform_and_chosen_plans_at_equal_bytes(records: dict[str, StudyRecord]) -> None:
+    for record in records.values():
+        plans = {row.plan for row in record.rows}
+        assert plans == {"dense", "uniform-50", "moa-50", "uniform-75", "moa-75"}
+        for density in (50, 75):
+            (uniform, *_), (moa, *_) = (record.select(plan=f"{kind}-{density}") for kind in ("uniform", "moa"))
+            assert moa.density <= density / 100 + 1e-9
+            assert uniform.density <= density / 100 + 0.01
+
+
+def test_a_density_below_the_floor_is_left_out_and_says_why(records: dict[str, StudyRecord]) -> None:
+    assert "moa-10" in records["retrieval"].settings["left_out"]
+    assert "densit" in records["retrieval"].settings["left_out"]["moa-10"]
+
+
+def test_studies_share_what_was_made_on_the_way(inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert exit_code(monkeypatch, *line(inputs, "retrieval", tmp_path / "work", tmp_path / "a.json")) == 0
+
+    def fails(*_: object, **__: object) -> None:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr("moa_lab.evaluate.scoring.score_answers", fails)
+    monkeypatch.setattr("moa_lab.pipeline.calibrate", fails)
+    monkeypatch.setattr("moa_lab.pipeline.profile", fails)
+    assert exit_code(monkeypatch, *line(inputs, "retrieval", tmp_path / "work", tmp_path / "b.json")) == 0
+    first, second = (StudyRecord.load(tmp_path / f"{name}.json") for name in "ab")
+    assert first.rows == second.rows
+    assert first.answer == second.answer
+
+
+def test_a_goal_is_met_by_its_numbers_and_not_by_what_a_file_says(records: dict[str, StudyRecord], tmp_path: Path) -> None:
+    assert StudyGoal("more", 0.95, 0.95).meets
+    assert not StudyGoal("more", 0.94, 0.95).meets
+    assert StudyGoal("less", 0.02, 0.02, at_most=True).meets
+    assert not StudyGoal("less", 0.03, 0.02, at_most=True).meets
+    path = records["quality"].save(tmp_path / "quality.json")
+    data = json.loads(path.read_text())
+    data["goals"] = [{"name": "less", "value": 1.0, "goal": 0.5, "at_most": True, "meets": True}]
+    path.write_text(json.dumps(data))
+    assert not StudyRecord.load(path).goals[0].meets
+
+
+def test_the_table_shows_every_plan_goal_and_the_answer(records: dict[str, StudyRecord]) -> None:
+    for record in records.values():
+        text = table(record)
+        assert record.question in text
+        assert record.answer in text
+        assert all(row.plan in text for row in record.rows)
+        assert all(goal.name in text for goal in record.goals)
+        assert record.goals
+
+
+def test_an_unknown_study_and_a_foreign_file_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(monkeypatch, "study", "nothing", "--out", tmp_path / "a.json") == 2
+    assert "retrieval, quality" in capsys.readouterr().err
+    (tmp_path / "b.json").write_text("{}")
+    with pytest.raises(RecordError):
+        StudyRecord.load(tmp_path / "b.json")
+
+
+def test_a_run_at_another_density_keeps_its_own_settings(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+    settings = RunSettings(model=str(inputs[0]), lengths=(704,), source=str(inputs[1]), columns="text=text,summary=summary")
+    run = Run(tmp_path, settings)
+    other = run.at(0.75)
+    assert other.settings.density == 0.75
+    assert run.settings.density == 0.5
+    assert (other.folder / "profile.safetensors").read_bytes() == (run.folder / "profile.safetensors").read_bytes()
+    assert other.plan().density(704) <= 0.75
