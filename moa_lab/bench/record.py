@@ -53,6 +53,8 @@ GOALS = {
     "E4": Goal(1.7),
     "C1": Goal(1.0, at_most=True),
     "S1": Goal(1.0, at_most=True),
+    "W1": Goal(1.0, at_most=True),
+    "W2": Goal(1.0, at_most=True),
 }
 
 

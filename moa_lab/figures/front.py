@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -188,14 +189,25 @@ def _hover(point: FrontPoint) -> str:
 def parallel_goals(front: Front) -> go.Figure:
     """Every plan as a line through its goals and its density: drag along an axis to keep those that pass there.
 
-    Raises ValueError for a front without points.
+    An axis is named (`dimensions[i].name`) by its goal. A goal that some plan has not is left out: plotly would draw that plan at the
+    axis's end. Raises ValueError for a front without points, and where no goal is common to all.
     """
     if not len(front):
         raise ValueError("the front has no points")
-    dimensions = []
-    for name in axes(front):
-        values = [goal(point, name) for point in front]
-        dimensions.append({"label": name, "values": [np.nan if value is None else value for value in values], "tickformat": ".3~f"})
-    line = {"color": dimensions[-1]["values"], "colorscale": theme.SPAN_SCALE}
-    lines = go.Parcoords(dimensions=dimensions, line=line)
-    return theme.figure(lines, f"{len(front)} plans, by goal", height=320, margin={"l": 90, "r": 60})
+    columns = {name: [goal(point, name) for point in front] for name in axes(front)}
+    common = {name: values for name, values in columns.items() if None not in values}
+    if not common:
+        raise ValueError(f"no goal is common to all {len(front)} plans; there are {', '.join(columns)}")
+    dimensions = [{"name": name, "label": _axis_label(name), "values": values, "tickformat": ".3~f"} for name, values in common.items()]
+    # Thin lines: the ends of cividis are lost on a dark page or on a white one.
+    scale = [[0, theme.MAIN_STYLE.color], [1, theme.UNIFORM_STYLE.color]]
+    line = {"color": dimensions[-1]["values"], "colorscale": scale}
+    left_out = ", ".join(theme.plain(name) for name in columns if name not in common)
+    title = f"{len(front)} plans, by goal" + (f"; not every plan has {left_out}" if left_out else "")
+    # Names are longer than the axes are apart.
+    lines = go.Parcoords(dimensions=dimensions, line=line, labelangle=-30, labelfont={"size": 11}, rangefont={"size": 10})
+    return theme.figure(lines, title, height=400, margin={"l": 60, "r": 140, "t": 160})
+
+
+def _axis_label(name: str) -> str:
+    return theme.plain(re.sub(r"[@/_\s]+", " ", name))

@@ -21,8 +21,9 @@ class Answer:
     """What a density buys at `n_tokens`.
 
     losses: predicted loss per goal (0 dense, 1 with every head at the shortest rule), and their mean, "mean". kv_bytes: of one sequence,
-    predicted from the spans and allocated by the ring cache, at two bytes a number; dense_bytes: of the dense cache. gap: (value -
-    bound) / value of the mean, proven. solver: "slider" or "exact". rules_ignored: the cap on rules per layer does not hold yet.
+    predicted from the spans; allocated_bytes: of the tensors that the ring cache makes for it; dense_bytes: of the dense cache; all at two
+    bytes a number. gap: (value - bound) / value of the mean, proven. solver: "slider" or "exact". rules_ignored: the cap on rules per
+    layer does not hold yet.
     """
 
     plan: Plan
@@ -123,8 +124,9 @@ class Budget:
         losses = {goal.name: goal.value(predicted) for goal in (*self.goals, replace(self.goal, name="mean"))}
         search = {"density": self.density, "solver": solver, "gap": gap, "pinned": [[*head, rule] for head, rule in self.pinned.items()]}
         plan = self.table.plan(choice, "budget", lengths=self.lengths, search=search)
+        # The cache's own tensors without storage: a slider must not fill the memory at every step.
+        allocated = allocated_kv_bytes(plan, self.n_tokens, device="meta")
         return Answer(
             plan=plan, choice=choice, density=plan.density(self.n_tokens), losses=losses, kv_bytes=plan.kv_bytes(self.n_tokens),
-            allocated_bytes=allocated_kv_bytes(plan, self.n_tokens), dense_bytes=self.dense_bytes, gap=gap, seconds=seconds, solver=solver,
-            rules_ignored=rules_ignored,
+            allocated_bytes=allocated, dense_bytes=self.dense_bytes, gap=gap, seconds=seconds, solver=solver, rules_ignored=rules_ignored,
         )  # fmt: skip

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
 
 from moa_lab.models import load_model
-from moa_lab.records import Front, InfluenceProfile, LossTable
+from moa_lab.plan import Plan
+from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements
 from moa_lab.search import loss_table
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.export_panel import ExportPanel
+from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.front_panel import FrontPanel
 from moa_lab.workbench.heads_panel import HeadsPanel
 from moa_lab.workbench.launch import RUN_VARIABLE
@@ -53,7 +56,7 @@ class Workbench:
 
     @classmethod
     def open(cls, run: str | Path | None = None, model: str = "smollm2", **sizes: Any) -> Workbench:
-        """The workbench over the records of a run's folder (`moa-lab run`): profile, loss table, front, whichever are there.
+        """The workbench over the records of a run's folder (`moa-lab run`): profile, loss table, front, measurements, whichever are there.
 
         run: None for the folder that `moa-lab lab --run` was given, or else the recorded demo.
 
@@ -66,7 +69,7 @@ class Workbench:
         front = Front.load(folder / "front.json") if (folder / "front.json").exists() else None
         if profile is None and table is None and front is None:
             raise ValueError(f"{folder} holds no profile, loss table or front: run `moa-lab run --out {folder}` first")
-        return cls(State(profile=profile, table=table, front=front), model, **sizes)
+        return cls(State(profile=profile, table=table, front=front, measurements=_measured(folder)), model, **sizes)
 
     def show(self, title: str) -> w.Widget:
         """Turn to a panel, and return the whole."""
@@ -78,3 +81,13 @@ class Workbench:
         from IPython.display import display
 
         display(self.box)
+
+
+def _measured(folder: Path) -> Measurements | None:
+    """What a run measured, the rows of its chosen plan with that plan's identity; None where nothing was."""
+    stored, chosen = folder / "measurements.json", folder / "plan.json"
+    if not (stored.exists() and chosen.exists()):
+        return None
+    found, plan = Measurements.load(stored), Plan.load(chosen)
+    rows = [replace(row, detail={**row.detail, PLAN: plan.identity()}) if row.plan == plan.name else row for row in found]
+    return replace(found, rows=tuple(rows))

@@ -1,4 +1,4 @@
-"""Export: the chosen plan as files, read back at once."""
+"""Export: the chosen plan as files, read back at once, and a report about it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import ipywidgets as w
 
 from moa_lab.plan import Plan
-from moa_lab.workbench.exporting import FORMATS, export
+from moa_lab.workbench.exporting import FORMATS, Sources, export, known_of
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import Errors, button, row
 
@@ -28,7 +28,7 @@ class ExportPanel:
         export_button.on_click(self.errors.guard(lambda _: self.export()))
         self.done, self.plan = w.HTML(), w.HTML()
         self.done.add_class("moa-exported")
-        state.watch(["plan", "n_tokens"], self._tell)
+        state.watch_in("Export", ["plan", "n_tokens", "measurements"], self._tell)
         self.box = w.VBox(
             [self.plan, row(self.folder, self.name), row(*self.formats), row(self.replace, export_button), self.errors.box, self.done]
         )
@@ -37,10 +37,12 @@ class ExportPanel:
     def export(self) -> None:
         """Write the files, and say what was read back."""
         self.done.value = ""
-        if self.state.plan is None:
+        state = self.state
+        if state.plan is None:
             raise ValueError("no plan is chosen: move the density, or click a plan of the front")
         formats = tuple(kind for kind, box in zip(FORMATS, self.formats, strict=True) if box.value)
-        paths = export(self.state.plan, self.folder.value, self.name.value, formats, self.state.n_tokens, replace=self.replace.value)
+        sources = Sources(state.n_tokens, state.profile, state.front, state.measurements)
+        paths = export(state.plan, self.folder.value, self.name.value, formats, sources, replace=self.replace.value)
         read = [f"{path} (plan {Plan.load(path).identity()})" if path.name == f"{self.name.value}.json" else str(path) for path in paths]
         self.done.value = f"written and read back: {'; '.join(read)}"
 
@@ -48,5 +50,7 @@ class ExportPanel:
         plan, n = self.state.plan, self.state.n_tokens
         told = "no plan is chosen"
         if plan is not None:
-            told = f"plan <b>{html.escape(plan.name)}</b>, {plan.density(n):.1%} at {n:,} tokens, {plan.identity()}"
+            rows = known_of(plan, self.state.measurements).select(plan=plan.name)
+            measured = f"a report holds {len(rows)} measured rows of it" if rows else "not measured yet: a report holds predictions alone"
+            told = f"plan <b>{html.escape(plan.name)}</b>, {plan.density(n):.1%} at {n:,} tokens, {plan.identity()}; {measured}"
         self.plan.value = told

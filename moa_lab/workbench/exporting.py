@@ -1,25 +1,49 @@
-"""Export: the chosen plan as files that others read, each read back at once."""
+"""Export: the chosen plan as files that others read, each read back at once, and a report about it."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, uniform_plan
+from moa_lab.records import Front, InfluenceProfile, Measurement, Measurements
+from moa_lab.report import build_report
 from moa_lab.storage import write_json, write_text
 
 FORMATS = {
     "config card": ".json", "published {alphas, betas}": ".published.json", "spans as CSV": ".csv", "Python snippet": ".py",
+    "HTML report": ".html",
 }  # fmt: skip
+PLAN = "plan"
+"""In a measured row's detail: the identity of the plan, for names are given more than once."""
+SAME_DENSITY = 0.02
+"""Farther apart, a uniform plan is no baseline."""
 
 
-def export(plan: Plan, folder: str | Path, name: str, formats: tuple[str, ...], n_tokens: int, *, replace: bool = False) -> list[Path]:
+@dataclass(frozen=True)
+class Sources:
+    """Records that a report is made of, beside its plan. n_tokens: the length at which spans are told."""
+
+    n_tokens: int
+    profile: InfluenceProfile | None = None
+    front: Front | None = None
+    measurements: Measurements | None = None
+
+
+def export(
+    plan: Plan, folder: str | Path, name: str, formats: tuple[str, ...], sources: Sources | int, *, replace: bool = False
+) -> list[Path]:
     """Write `plan` to `folder` in each of `formats` (of `FORMATS`), named `name`; returns the paths, in that order.
 
-    Every file that holds the whole plan is read back and compared. Raises FileExistsError, before anything is written, where a file is
-    there and not to be replaced; ValueError for an unknown format, a name that is no file name, and a plan that a format cannot say.
+    sources: what a report is made of, or the length in tokens alone. Every file that holds the whole plan is read back and compared; a
+    report, that it arrived whole, holds the plan's identity and asks nothing of the network. Raises FileExistsError, before anything is
+    written, where a file is there and not to be replaced; ValueError for an unknown format, a name that is no file name, and a plan that
+    a format or a record does not fit.
     """
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
@@ -31,11 +55,16 @@ def export(plan: Plan, folder: str | Path, name: str, formats: tuple[str, ...], 
     if present and not replace:
         raise FileExistsError(f"{', '.join(present)} exists: allow replacing it, or choose another name")
     named = plan.renamed(name)
+    found = Sources(sources) if isinstance(sources, int) else sources
     if "published {alphas, betas}" in formats:
         named.to_published()
+    if "HTML report" in formats:
+        for record in (found.profile, *(point.plan for point in found.front or ())):
+            if record is not None:
+                named.check_model(record.geometry)
     Path(folder).mkdir(parents=True, exist_ok=True)
     for kind, path in paths.items():
-        _WRITERS[kind](named, path, n_tokens)
+        _WRITERS[kind](named, path, found)
     return list(paths.values())
 
 
@@ -64,26 +93,59 @@ def spans_csv(plan: Plan, n_tokens: int) -> str:
     return text.getvalue()
 
 
-def _card(plan: Plan, path: Path, _: int) -> None:
+def known_of(plan: Plan, measurements: Measurements | None) -> Measurements:
+    """What was measured of `plan` (by its identity), under its name, and of the dense plan and a uniform one of its density.
+
+    Of a score that was measured twice, the last stays.
+    """
+    if measurements is None:
+        return Measurements(())
+    identity = plan.identity()
+    kept: dict[tuple[str, str, str, int], Measurement] = {}
+    for row in measurements:
+        own = row.detail.get(PLAN) == identity
+        uniform = row.plan == "uniform" and abs(row.density - plan.density(row.length)) <= SAME_DENSITY
+        if own or uniform or row.plan == "dense":
+            name = plan.name if own else row.plan
+            kept[name, row.metric, row.task, row.length] = dataclasses.replace(row, plan=name)
+    return dataclasses.replace(measurements, rows=tuple(kept.values()))
+
+
+def _card(plan: Plan, path: Path, _: Sources) -> None:
     plan.save(path)
     if Plan.load(path).identity() != plan.identity():
         raise ValueError(f"{path}: what was written is not what was read back")
 
 
-def _published(plan: Plan, path: Path, _: int) -> None:
+def _published(plan: Plan, path: Path, _: Sources) -> None:
     write_json(path, plan.to_published())
     if Plan.from_published(path, plan.geometry).rules != plan.rules:
         raise ValueError(f"{path}: the published format does not give back this plan's rules")
 
 
-def _csv(plan: Plan, path: Path, n_tokens: int) -> None:
-    write_text(path, spans_csv(plan, n_tokens))
+def _csv(plan: Plan, path: Path, sources: Sources) -> None:
+    write_text(path, spans_csv(plan, sources.n_tokens))
 
 
-def _snippet(plan: Plan, path: Path, _: int) -> None:
+def _snippet(plan: Plan, path: Path, _: Sources) -> None:
     write_text(path, snippet(plan, path.with_suffix(".json")))
 
 
-_WRITERS: dict[str, Callable[[Plan, Path, int], None]] = {
+def _report(plan: Plan, path: Path, sources: Sources) -> None:
+    known = known_of(plan, sources.measurements)
+    rivals = [uniform_plan(plan.geometry, row.density) for row in known.select(plan="uniform")[:1]]
+    title = f"Mixture of attention spans: {plan.name}"
+    text = build_report(plan, sources.profile, sources.front, known, title=title, baselines=rivals)
+    write_text(path, text)
+    read = path.read_text(encoding="utf-8")
+    if read != text or plan.identity() not in read:
+        raise ValueError(f"{path}: what was written is not what was read back")
+    fetched = re.search(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"(?!data:)[^\"]*\"", read)
+    if fetched:
+        raise ValueError(f"{path}: the report is not self-contained: {fetched[0]}")
+
+
+_WRITERS: dict[str, Callable[[Plan, Path, Sources], None]] = {
     "config card": _card, "published {alphas, betas}": _published, "spans as CSV": _csv, "Python snippet": _snippet,
+    "HTML report": _report,
 }  # fmt: skip

@@ -1,45 +1,47 @@
-"""Front: plans to choose among, searched here or loaded; two of them side by side."""
+"""Front: plans to choose among, searched here or loaded; two of them side by side, some of them kept by brushes."""
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as w
 import numpy as np
+import plotly.graph_objects as go
 
 from moa_lab.figures import front_scatter, parallel_goals, span_map
-from moa_lab.figures.front import axes, goal
-from moa_lab.figures.theme import percent
-from moa_lab.records import Front, FrontPoint
-from moa_lab.search import default_goals, epsilon_front, evolve, front_values, hypervolume
+from moa_lab.records import Front
+from moa_lab.workbench.choosing import PYMOO, SOLVERS, Choosing, Ranges
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Canvas, Errors, Work, choice, facts, number, row, whole
+from moa_lab.workbench.widgets import Canvas, Errors, Work, button, choice, facts, grid, number, row, whole
 
 
 class FrontPanel:
-    """A click chooses a plan; the one chosen before becomes the one it is compared with."""
+    """Draws `choosing`: a click chooses a plan, a drag along an axis of the parallel coordinates keeps those that pass there."""
 
     def __init__(self, state: State) -> None:
-        self.state, self.errors = state, Errors("front")
-        self.picked: list[FrontPoint] = []
+        self.state, self.errors, self.choosing = state, Errors("front"), Choosing(state)
         self.x, self.y = choice("across", [("", "")], "front-x", "330px"), choice("up", [("", "")], "front-y", "330px")
-        self.solver = choice("search with", ["epsilon (exact)", "pymoo"], "solver", "230px")
+        self.solver = choice("search with", SOLVERS, "solver", "230px")
         self.density = number("density", 0.5, 0.0, 1.0, 0.01, "front-density", "150px")
         self.effort = whole("intervals or generations", 4, 1, 500, "effort", "230px")
-        self.work = Work("Search", "search", self.errors, lambda: self._searcher(), self._found)
+        self.work = Work("Search", "search", self.errors, self._searcher, self._found)
         self.scatter = Canvas("front", 580, self.errors.guard(self._clicked))
-        self.parallel = Canvas("parallel", 1000)
+        self.parallel = Canvas("parallel", 1000, on_brush=self.errors.guard(self._brushed))
         self.difference = Canvas("difference", 1000)
-        self.compared, self.volume = w.HTML(layout=w.Layout(width="420px")), w.HTML()
+        self.compared, self.volume, self.kept = w.HTML(layout=w.Layout(width="420px")), w.HTML(), w.HTML()
         self.compared.add_class("moa-compared")
         self.volume.add_class("moa-hypervolume")
+        self.kept.add_class("moa-kept")
+        self.clear = button("Clear brushes", "clear-brushes")
+        self.clear.on_click(self.errors.guard(lambda _: self._cleared()))
         self._loading = False
         for box in (self.x, self.y):
             box.observe(self.errors.guard(lambda _: None if self._loading else self.draw()), "value")
         state.watch_in("Front", ["front"], self.errors.guard(self.load))
-        state.watch_in("Front", ["dark", "n_tokens"], self.errors.guard(self.draw))
+        state.watch_in("Front", ["dark"], self.errors.guard(self._recolour))
+        state.watch_in("Front", ["n_tokens"], self.errors.guard(self.draw))
         self.box = w.VBox(
             [
                 row(self.solver, self.density, self.effort, self.work.box, self.volume),
@@ -47,98 +49,113 @@ class FrontPanel:
                 row(self.x, self.y),
                 w.HBox([self.scatter.box, self.compared], layout=w.Layout(flex_flow="row wrap")),
                 self.parallel.box,
+                row(self.clear, self.kept),
                 self.difference.box,
             ]
         )
         self.load()
 
     def load(self) -> None:
-        """Show the state's front; nothing is chosen yet."""
-        front = self.state.front
-        if front is None or not len(front):
+        """Show the state's front; nothing is chosen yet, and nothing brushed."""
+        names = self.choosing.goals
+        has_plans = bool(self.choosing.points)
+        for part in (self.scatter.box, self.parallel.box, self.clear):
+            part.layout.display = "" if has_plans else "none"
+        if not has_plans:
             self.compared.value = "no front yet: press Search" if self.state.table is not None else "no front: load a run"
+            self.kept.value, self.difference.box.layout.display = "", "none"
             return
-        names = axes(front)
         self._loading = True
         try:
-            self.picked = []
             self.x.options = self.y.options = names
-            self.x.value, self.y.value = names[0], names[1]
+            self.x.value, self.y.value = names[0], names[min(1, len(names) - 1)]
         finally:
             self._loading = False
-        self.draw()
+        self._recolour()
 
     def draw(self) -> None:
-        """Draw the front, and what is chosen of it."""
+        """Draw the front, what is chosen of it, and what the brushes leave; the parallel coordinates keep what was dragged there."""
         front = self.state.front
-        if front is None or not len(front):
+        if front is None or not self.choosing.points:
             return
-        chosen = self.picked[-1].plan if self.picked else None
-        fig = front_scatter(front, self.x.value, self.y.value, chosen)
-        self.scatter.draw(fig, self.state.dark)
-        self.parallel.draw(parallel_goals(front), self.state.dark)
+        picked = self.choosing.picked
+        fig = front_scatter(front, self.x.value, self.y.value, picked[-1].plan if picked else None)
+        self.scatter.draw(_dimmed(fig, {point.plan.name for point in self.choosing.kept()}), self.state.dark)
         self._compare()
+        self._list()
 
-    def pick(self, point: FrontPoint) -> None:
+    def pick(self, name: str) -> None:
         """Choose a plan."""
-        self.picked = [*self.picked[-1:], point]
-        self.state.set(plan=point.plan, other=self.picked[0].plan if len(self.picked) == 2 else None)
+        self.choosing.pick(name)
+        self.draw()
+
+    def brush(self, ranges: dict[str, Ranges]) -> None:
+        """Keep the plans within the ranges; the others are dimmed."""
+        if self.choosing.brush(ranges):
+            self.draw()
+
+    def _recolour(self) -> None:
+        if self.state.front is not None and self.choosing.points:
+            fig = parallel_goals(self.state.front)
+            for axis in fig.data[0].dimensions:
+                axis.constraintrange = _given(self.choosing.brushes.get(axis.name, ()))
+            self.parallel.draw(fig, self.state.dark)
         self.draw()
 
     def _clicked(self, data: Any) -> None:
-        front = self.state.front
-        name = data[0] if isinstance(data, list | tuple | np.ndarray) else data
-        found = [point for point in front or () if point.plan.name == name]
-        if not found:
-            raise ValueError(f"{name!r} is not a plan of this front")
-        self.pick(found[0])
+        self.pick(str(data[0] if isinstance(data, list | tuple | np.ndarray) else data))
+
+    def _brushed(self, ranges: dict[str, Ranges]) -> None:
+        self.brush({name: found for name, found in ranges.items() if name in self.choosing.goals})
+
+    def _cleared(self) -> None:
+        self.choosing.brush({})
+        self._recolour()
 
     def _compare(self) -> None:
-        if not self.picked:
+        picked, n = self.choosing.picked, self.state.n_tokens
+        if not picked:
             self.compared.value = "click a plan; click another to compare the two"
             self.difference.box.layout.display = "none"
             return
-        n, names = self.state.n_tokens, [point.plan.name for point in self.picked]
-        rows = [("", " | ".join(names)), ("found by", " | ".join(point.origin for point in self.picked))]
-        rows.append((f"density at {n:,}", " | ".join(percent(point.plan.density(n), 1) for point in self.picked)))
-        for name in (self.x.value, self.y.value):
-            values = [goal(point, name) for point in self.picked]
-            rows.append((name, " | ".join("-" if value is None else f"{value:.4f}" for value in values)))
-        first, last = self.picked[0].plan, self.picked[-1].plan
-        fig = span_map(last, n)
-        if first is not last:
-            changed = int((first.spans(n) != last.spans(n)).sum())
-            rows.append(("heads that differ", f"{changed} of {last.spans(n).size}"))
-            fig = span_map(last, n, compared_with=first)
-        self.compared.value = facts(rows)
-        self.difference.box.layout.display = "flex"
-        self.difference.draw(fig, self.state.dark)
+        self.compared.value = facts([(name, " | ".join(values)) for name, values in self.choosing.compared([self.x.value, self.y.value])])
+        last, first = picked[-1].plan, picked[0].plan
+        self.difference.box.layout.display = ""
+        self.difference.draw(span_map(last, n, compared_with=first if len(picked) == 2 else None), self.state.dark)
 
-    def _searcher(self) -> Any:
+    def _list(self) -> None:
+        brushed, head, rows = self.choosing.brushes, *self.choosing.listed()
+        self.clear.disabled = not brushed
+        if not brushed:
+            self.kept.value = "drag along an axis to keep the plans that pass there; click beside the stroke to let all back in"
+            return
+        told = f"{len(rows)} of {len(self.choosing.points)} plans kept by {', '.join(brushed)}"
+        self.kept.value = f"{told}{grid(head, rows) if rows else ''}"
+
+    def _searcher(self) -> Callable[[Handle], Front]:
+        solver, density, effort = self.solver.value, self.density.value, self.effort.value
         if self.state.table is None:
             raise ValueError("a search needs a loss table: load a run")
-        return self._evolved if self.solver.value == "pymoo" else self._by_epsilon
 
-    def _by_epsilon(self, handle: Handle) -> Front:
-        assert self.state.table is not None
-        return epsilon_front(
-            self.state.table, self.density.value, intervals=self.effort.value,
-            progress=lambda done, total, _: handle.progress(done, total), cancel=handle.cancel,
-        )  # fmt: skip
+        def told(generation: int, plans: int, volume: float) -> None:
+            self.volume.value = f"generation {generation}: {plans} plans, hypervolume {volume:.4f}"
 
-    def _evolved(self, handle: Handle) -> Front:
-        assert self.state.table is not None
-        reference, lock = np.full(len(default_goals(self.state.table)), 1.1), threading.Lock()
-
-        def told(generation: int, values: np.ndarray) -> None:
-            handle.progress(generation, self.effort.value)
-            with lock:
-                self.volume.value = f"generation {generation}: {len(values)} plans, hypervolume {hypervolume(values, reference):.4f}"
-
-        return evolve(self.state.table, self.density.value, generations=self.effort.value, callback=told, cancel=handle.cancel)
+        return lambda handle: self.choosing.search(solver, density, effort, handle, told if solver == PYMOO else None)
 
     def _found(self, front: Front) -> None:
-        if len(front.objectives) > 1:
-            volume = hypervolume(front_values(front), np.full(len(front.objectives), 1.1))
-            self.volume.value = f"{len(front)} plans, hypervolume {volume:.4f}"
-        self.state.set(front=front)
+        volume = self.choosing.keep(front)
+        self.volume.value = "" if volume is None else f"{len(front)} plans, hypervolume {volume:.4f}"
+
+
+def _dimmed(fig: go.Figure, kept: set[str]) -> go.Figure:
+    """All plans but those named `kept` nearly transparent."""
+    for trace in fig.data:
+        if trace.customdata is not None:
+            trace.selectedpoints = [index for index, name in enumerate(trace.customdata) if name in kept]
+            trace.unselected = {"marker": {"opacity": 0.15}}
+    return fig
+
+
+def _given(ranges: Ranges) -> Any:
+    """Ranges as plotly takes them: none, one, or a list of them."""
+    return None if not ranges else ranges[0] if len(ranges) == 1 else ranges

@@ -1,128 +1,116 @@
-"""Heads: which matter far back, and one of them up close."""
+"""Heads: which matter far back, one of them up close, and what another profile, task or length says of them."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ipywidgets as w
-import numpy as np
-from scipy.stats import spearmanr
 
-from moa_lab.figures import head_blocks, influence_by_distance, influence_map, long_range_influence
-from moa_lab.records import InfluenceProfile, ProfileKey
+from moa_lab.figures import head_blocks, influence_by_distance, influence_map
+from moa_lab.records import InfluenceProfile
+from moa_lab.workbench.heads import Heads, described, difference_map, rank_stability
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Canvas, Errors, choice, facts, ring, row, whole
+from moa_lab.workbench.widgets import Canvas, Errors, button, choice, facts, ring, row, whole
 
+__all__ = ["HeadsPanel", "rank_stability"]
 
-def rank_stability(first: InfluenceProfile, key: ProfileKey, second: InfluenceProfile, other: ProfileKey, beyond_tokens: int) -> float:
-    """Spearman's correlation of the heads' long-range influence in two profiles (or two lengths or tasks of one).
-
-    Raises ValueError for profiles of other models.
-    """
-    if first.geometry != second.geometry:
-        raise ValueError("the two profiles are of models of different geometry: their heads cannot be compared")
-    values = [long_range_influence(profile, task, length, beyond_tokens) for profile, (task, length) in ((first, key), (second, other))]
-    return float(spearmanr(values[0].ravel(), values[1].ravel()).statistic)
+INFLUENCE, DIFFERENCE = "influence", "difference"
 
 
 class HeadsPanel:
-    """Needs a profile in the state; a click on the map chooses the state's head."""
+    """Draws `heads`: a click on the map chooses the state's head. Needs a profile in the state."""
 
     def __init__(self, state: State, others: dict[str, InfluenceProfile] | None = None) -> None:
-        if state.profile is None:
-            raise ValueError("heads are shown from a profile: load a run, or make one with moa_lab.profile(model, samples)")
-        self.state, self.profile, self.errors = state, state.profile, Errors("heads")
-        self.profiles = {"this profile": state.profile, **(others or {})}
-        self.query_head = state.kv_head * state.profile.geometry.group_size
-        keys = [(f"{task}, {length:,} tokens", (task, length)) for task, length in self.profile.keys]
-        self.what = choice("influence on", keys, "heads-key", "320px")
-        self.what.value = (state.task, state.length)
-        self.beyond = whole("beyond (tokens)", 128, 0, max(self.profile.lengths) - 1, "beyond", "190px")
-        self.against = choice("ranks against", self._comparable(), "against", "400px")
-        self.stability, self.rule = w.HTML(), w.HTML()
-        self.rule.add_class("moa-head-facts")
+        self.state, self.errors, self.heads = state, Errors("heads"), Heads(state, others)
+        keys = [(f"{task}, {length:,} tokens", (task, length)) for task, length in self.heads.profile.keys]
+        self.what = choice("influence on", keys, "heads-key", "300px")
+        self.what.value = self.heads.key
+        self.beyond = whole("beyond (tokens)", self.heads.beyond, 0, max(self.heads.profile.lengths) - 1, "beyond", "190px")
+        self.view = choice("show", [INFLUENCE, DIFFERENCE], "heads-view", "170px")
+        self.against = choice("compared with", self._sources(), "against", "380px")
+        self.against.value = self.heads.against
+        self.path = w.Text(
+            placeholder="a run's folder, or its profile.safetensors", description="another profile", layout=w.Layout(width="400px"),
+            style={"description_width": "initial"},
+        )  # fmt: skip
+        self.path.add_class("moa-profile-path")
+        load = button("Load profile", "load-profile", "of other calibration texts, lengths or weights of the same model")
+        self.stability, self.facts = w.HTML(), w.HTML()
+        self.stability.add_class("moa-stability")
+        self.facts.add_class("moa-head-facts")
         self.map = Canvas("influence", 1000, self.errors.guard(self._clicked))
         self.blocks, self.curve = Canvas("blocks", 480), Canvas("curve", 520)
-        self.what.observe(self.errors.guard(self._new_key), "value")
-        self.beyond.observe(self.errors.guard(lambda _: self._draw_map()), "value")
-        self.against.observe(self.errors.guard(lambda _: self._draw_map()), "value")
-        state.watch_in("Heads", ["layer", "kv_head"], self._new_head)
-        state.watch_in("Heads", ["plan", "n_tokens"], self._draw_head)
-        state.watch_in("Heads", ["dark"], self.draw)
+        self._mapped: tuple[Any, ...] = ()
+        self.what.observe(self.errors.guard(lambda change: self.heads.choose_key(*change["new"])), "value")
+        self.beyond.observe(self.errors.guard(self._new_beyond), "value")
+        self.view.observe(self.errors.guard(lambda _: self.draw()), "value")
+        self.against.observe(self.errors.guard(self._new_against), "value")
+        load.on_click(self.errors.guard(lambda _: self.load(self.path.value)))
+        # One watcher for all: a plan and a head that change together are drawn once.
+        watched = ["layer", "kv_head", "task", "length", "plan", "n_tokens", "dark"]
+        state.watch_in("Heads", watched, self.errors.guard(self.draw))
         self.box = w.VBox(
             [
-                row(self.what, self.beyond, self.against, self.stability),
+                row(self.what, self.beyond, self.view),
+                row(self.against, self.stability),
+                row(self.path, load),
                 self.errors.box,
                 self.map.box,
-                self.rule,
+                self.facts,
                 w.HBox([self.blocks.box, self.curve.box], layout=w.Layout(flex_flow="row wrap")),
             ]
         )
         self.draw()
 
     def draw(self) -> None:
-        """Draw everything."""
-        self._draw_map()
-        self._draw_head()
+        """Draw what changed: the map only where it is another."""
+        heads, state = self.heads, self.state
+        self.what.value = heads.key
+        head = heads.follow()
+        mapped = (heads.key, heads.beyond, heads.against, self.view.value, state.layer, head, state.dark)
+        if mapped != self._mapped:
+            self._draw_map(head)
+            self._mapped = mapped
+        task, length = heads.key
+        where = f"Layer {state.layer}, query head {head}"
+        blocks = head_blocks(heads.profile, task, length, state.layer, head, state.plan)
+        # The whole title, which names task and length as the one beside it does, is wider than the figure.
+        self.blocks.draw(blocks.update_layout(title_text=f"{where}; outlined: seen" if state.plan else where), state.dark)
+        self.curve.draw(influence_by_distance(heads.profile, task, length, state.layer, head, state.plan), state.dark)
+        self.facts.value = facts(heads.facts())
 
-    def _draw_map(self) -> None:
-        task, length = self.what.value
-        fig = influence_map(self.profile, task, length, self.beyond.value)
-        fig.add_scatter(**ring(self.state.layer, self.query_head))
+    def load(self, path: str) -> None:
+        """Read another profile, and compare with it."""
+        self.heads.load(path)
+        against = self.heads.against
+        self.against.options = self._sources()
+        # Setting the options chose the first of them.
+        self.against.value = against
+        self.draw()
+
+    def _draw_map(self, head: int) -> None:
+        heads = self.heads
+        fig = difference_map(heads) if self.view.value == DIFFERENCE else influence_map(heads.profile, *heads.key, heads.beyond)
+        fig.add_scatter(**ring(self.state.layer, head))
         self.map.draw(fig.update_layout(showlegend=False), self.state.dark)
-        name, key = self.against.value
-        found = rank_stability(self.profile, (task, length), self.profiles[name], key, self.beyond.value)
-        self.stability.value = f"rank correlation of heads: <b>{found:+.2f}</b>"
+        found = heads.stability()
+        told = "not defined: no influence that far back" if math.isnan(found) else f"{found:+.2f}"
+        self.stability.value = f"rank correlation of heads: <b>{told}</b>"
 
-    def _draw_head(self) -> None:
-        task, length = self.what.value
-        layer, head, plan = self.state.layer, self.query_head, self.state.plan
-        self.blocks.draw(head_blocks(self.profile, task, length, layer, head, plan), self.state.dark)
-        self.curve.draw(influence_by_distance(self.profile, task, length, layer, head, plan), self.state.dark)
-        self.rule.value = facts(self._told(task, length))
+    def _sources(self) -> list[tuple[str, Any]]:
+        return [(described(source), source) for source in self.heads.sources]
 
-    def _told(self, task: str, length: int) -> list[tuple[str, str]]:
-        layer, kv_head = self.state.layer, self.state.kv_head
-        far = long_range_influence(self.profile, task, length, self.beyond.value)
-        rank = int((far > far[layer, self.query_head]).sum()) + 1
-        rows = [
-            ("head", f"layer {layer}, query head {self.query_head} (KV head {kv_head})"),
-            ("influence", f"{far[layer, self.query_head]:.3g} nats beyond {self.beyond.value:,} tokens, rank {rank} of {far.size}"),
-        ]
-        plan = self.state.plan
-        if plan is not None:
-            rule, n = plan.rules[layer][kv_head], self.state.n_tokens
-            grown = f"{rule.alpha:,.0f} + {rule.beta:.3g} N tokens" if not rule.keeps_everything else "everything"
-            rows.append(("rule", f"{grown}: {int(plan.spans(n)[layer, kv_head]):,} of {n:,} tokens"))
-        return rows
+    def _new_beyond(self, change: dict[str, int]) -> None:
+        self.heads.beyond = change["new"]
+        self.draw()
 
-    def _comparable(self) -> list[tuple[str, tuple[str, ProfileKey]]]:
-        return [
-            (f"{name}: {task}, {length:,} tokens", (name, (task, length)))
-            for name, profile in self.profiles.items()
-            for task, length in profile.keys
-        ]
-
-    def _new_key(self, change: dict[str, ProfileKey]) -> None:
-        task, length = change["new"]
-        self.state.set(task=task, length=length)
+    def _new_against(self, change: dict[str, Any]) -> None:
+        self.heads.compare(change["new"])
         self.draw()
 
     def _clicked(self, place: Any) -> None:
         head, layer = (int(index) for index in place)
-        group = self.profile.geometry.group_size
-        before = (self.state.layer, self.state.kv_head)
-        self.query_head = head
-        self.state.set(layer=layer, kv_head=head // group)
-        if before == (layer, head // group):
+        if not self.heads.choose(layer, head):
+            # Another query head of the same KV head: nothing changed for the others.
             self.draw()
-
-    def _new_head(self) -> None:
-        group = self.profile.geometry.group_size
-        if self.query_head // group != self.state.kv_head:
-            # Chosen elsewhere, as a KV head: the query head of its group that looks furthest.
-            heads = np.arange(self.state.kv_head * group, (self.state.kv_head + 1) * group)
-            task, length = self.what.value
-            far = long_range_influence(self.profile, task, length, self.beyond.value)[self.state.layer]
-            self.query_head = int(heads[far[heads].argmax()])
-        self.draw()

@@ -13,7 +13,7 @@ from moa_lab.evaluate.parity import Parity
 from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.figures.theme import byte_size
 from moa_lab.plan import Plan, dense_plan, uniform_plan
-from moa_lab.records import ALLOCATED
+from moa_lab.records import ALLOCATED, Measurements
 from moa_lab.runtime.generate import Generation
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measuring import KINDS, Measuring
@@ -30,6 +30,7 @@ class MeasurePanel:
         self.state, self.errors = state, Errors("measure")
         self._make = measuring
         self._measuring: Measuring | None = None
+        self._before = state.measurements or Measurements(())
         longest = state.table.geometry.max_length if state.table else state.plan.geometry.max_length if state.plan else 131072
         self.plans = w.SelectMultiple(description="plans", rows=4, layout=w.Layout(width="320px"))
         self.plans.add_class("moa-plans")
@@ -79,9 +80,10 @@ class MeasurePanel:
         self.plans.value = tuple(chosen or offered[:1])
 
     def show(self) -> None:
-        """Show the history."""
+        """Show the history, and add it to what the state knows was measured."""
         if self._measuring is None:
             return
+        self.state.set(measurements=self._before.plus(entry.row for entry in self._measuring.history))
         table = self._measuring.table()
         values = {name: [_shown(*pair) for pair in zip(table["metric"], table[name], strict=True)] for name in ("value", "low", "high")}
         told = table.assign(density=table["density"].map("{:.1%}".format), **values).drop(columns=["model"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from moa_lab.plan import Plan
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
 from moa_lab.runtime.generate import Generation, generate
+from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.jobs import Handle
 
 KINDS = ("retrieval", "perplexity", "memory")
@@ -36,7 +37,10 @@ class Entry:
 
 
 class Measuring:
-    """Measures plans on one model. history: every row measured here, oldest first; nothing is ever replaced."""
+    """Measures plans on one model. history: every row measured here, oldest first; nothing is ever replaced.
+
+    A row's `detail["plan"]` is the plan's identity: plans of a slider all have one name.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
@@ -57,7 +61,7 @@ class Measuring:
             def told(done: int, _: int, first: int = index * n) -> None:
                 handle.progress(first + done, len(jobs) * n)
 
-            self._keep(self._rows(plan, kind, length, n, seed, told))
+            self._keep(plan, self._rows(plan, kind, length, n, seed, told))
             handle.progress((index + 1) * n, len(jobs) * n)
         return self.history[before:]
 
@@ -70,7 +74,7 @@ class Measuring:
             said[plan.name] = found
             length, rate = found.prompt_tokens[0] + len(found.tokens[0]), found.decode_tokens_per_s
             detail = {"kv_bytes_predicted": found.kv_bytes_predicted, "kv_bytes_allocated": found.kv_bytes_allocated}
-            self._keep([Measurement(plan.name, THROUGHPUT, "prompt", length, rate, 1, rate, rate, plan.density(length), detail)])
+            self._keep(plan, [Measurement(plan.name, THROUGHPUT, "prompt", length, rate, 1, rate, rate, plan.density(length), detail)])
         handle.progress(len(plans), len(plans))
         return said
 
@@ -100,6 +104,7 @@ class Measuring:
         measured = retrieval if kind == "retrieval" else perplexity
         return list(measured(self.model, self.tokenizer, plan, lengths=[length], n=n, seed=seed, progress=told))
 
-    def _keep(self, rows: Sequence[Measurement]) -> None:
+    def _keep(self, plan: Plan, rows: Sequence[Measurement]) -> None:
         when = datetime.now(UTC).isoformat(timespec="seconds")
-        self.history += [Entry(row, when, str(self.model.device), model_name(self.model)) for row in rows]
+        known = [replace(row, detail={**row.detail, PLAN: plan.identity()}) for row in rows]
+        self.history += [Entry(row, when, str(self.model.device), model_name(self.model)) for row in known]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from moa_lab.plan import Plan
-from moa_lab.records import Front, InfluenceProfile, LossTable
+from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements
 
 Watcher = Callable[[], None]
 
@@ -16,7 +16,8 @@ Watcher = Callable[[], None]
 class State:
     """Records, and what is looked at: a plan, another to compare it with, a KV head, a task, lengths in tokens.
 
-    n_tokens: the length that spans and bytes are shown at; length: a profiled one. plan: what the budget or the front chose last. dark:
+    n_tokens: the length that spans and bytes are shown at; length: a profiled one. measurements: the run's and what was measured here;
+    a row's `detail["plan"]` is the plan's identity. plan: what the budget or the front chose last. dark:
     the colours of figures. tab: the panel in front, "" for all. Raises ValueError where a field is set that there is not, or a head
     that the model has not.
     """
@@ -24,6 +25,7 @@ class State:
     profile: InfluenceProfile | None = None
     table: LossTable | None = None
     front: Front | None = None
+    measurements: Measurements | None = None
     plan: Plan | None = None
     other: Plan | None = None
     layer: int = 0

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
-from functools import wraps
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
 from typing import Any, ParamSpec
 
 import ipywidgets as w
 import numpy as np
 import plotly.graph_objects as go
+from plotly.io.json import to_json_plotly
 
-from moa_lab.figures import CONFIG, with_theme
+from moa_lab.figures import CONFIG, template
 from moa_lab.figures.theme import OUTLINE
 from moa_lab.text import one_line
 from moa_lab.workbench.jobs import Handle, Job
@@ -25,6 +26,9 @@ STYLE = """<style>
 .moa-facts, .moa-history { line-height: 1.5; }
 .moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 12px 2px 0; text-align: left; font-size: 13px; }
 .moa-history { max-height: 320px; overflow: auto; }
+.moa-parallel .axis .domain, .moa-parallel .axis line { stroke: #7a808a !important; stroke-opacity: 0.8 !important; }
+.moa-kept { max-width: 1000px; }
+.moa-kept td, .moa-kept th { white-space: nowrap; }
 .moa-said { white-space: pre-wrap; max-height: 240px; overflow: auto; }
 </style>"""
 
@@ -45,13 +49,13 @@ class Errors:
 
         @wraps(callback)
         def guarded(*args: P.args, **settings: P.kwargs) -> None:
+            # Before the call, not after it: what a watcher or a job that it started says meanwhile must stay.
+            self.show("")
             try:
                 callback(*args, **settings)
             # Whatever goes wrong.
             except Exception as error:
                 self.show(one_line(error))
-            else:
-                self.show("")
 
         return guarded
 
@@ -59,39 +63,59 @@ class Errors:
 class Canvas:
     """A figure `width` pixels wide that is redrawn in place: in a tab that is hidden, plotly cannot measure its room.
 
-    on_click: called with the clicked point's (row, column) of a heat-map, or its customdata.
+    on_click: called with the clicked point's (row, column) of a heat-map, or its customdata. on_brush: called with the ranges kept on
+    every brushed axis of parallel coordinates, by the axis's name, whenever they or the order of the axes change.
     """
 
-    def __init__(self, name: str, width: int, on_click: Callable[[Any], None] | None = None) -> None:
+    def __init__(
+        self, name: str, width: int, on_click: Callable[[Any], None] | None = None, on_brush: Callable[[dict[str, Any]], None] | None = None
+    ) -> None:
         self.widget, self._width = go.FigureWidget(), width
         self.widget._config = {**self.widget._config, **CONFIG}
         self.box = w.Box([self.widget], layout=w.Layout(width=f"{width}px", overflow="hidden"))
         self.box.add_class(f"moa-{name}")
-        self._on_click = on_click
+        self._on_click, self._on_brush = on_click, on_brush
+        self._drawn: tuple[bool, str] | None = None
 
     def draw(self, fig: go.Figure, dark: bool = False) -> None:
-        """Show `fig`: traces of the same kinds are updated where they are, which keeps zoom and clicks."""
-        shown = with_theme(fig, dark).update_layout(width=self._width)
-        for trace in shown.select_traces(selector={"type": "heatmap"}):
-            # A grid is sent as JSON, which knows no NaN.
-            trace.z = _with_none(trace.z)
-            trace.customdata = _with_none(trace.customdata)
-        kinds = [(trace.type, trace.name) for trace in shown.data]
+        """Show `fig`: traces of the same kinds are updated where they are, which keeps zoom and clicks; only what changed is sent."""
+        traces = [trace.to_plotly_json() for trace in fig.data]
+        layout = {**fig.layout.to_plotly_json(), "width": self._width, "template": _template(dark)}
+        for trace in traces:
+            if trace["type"] == "heatmap":
+                # A grid is sent as JSON, which knows no NaN.
+                trace.update({name: _with_none(trace[name]) for name in ("z", "customdata") if name in trace})
         with self.widget.batch_update():
-            if [(trace.type, trace.name) for trace in self.widget.data] == kinds:
-                for old, new in zip(self.widget.data, shown.data, strict=True):
-                    old.update(new.to_plotly_json(), overwrite=True)
+            if [(trace["type"], trace.get("name")) for trace in traces] == [(trace.type, trace.name) for trace in self.widget.data]:
+                for old, new in zip(self.widget.data, traces, strict=True):
+                    old.update(new, overwrite=True)
             else:
                 self.widget.data = []
-                self.widget.add_traces(shown.data)
+                self.widget.add_traces(traces)
                 self._listen()
-            self.widget.layout = shown.layout
+        drawn = (dark, to_json_plotly({name: value for name, value in layout.items() if name != "template"}))
+        # A layout is as much work for the page as the traces.
+        if drawn != self._drawn:
+            self._lay_out(layout)
+            self._drawn = drawn
+
+    def _lay_out(self, layout: dict[str, Any]) -> None:
+        # A new layout is merged into the page's: what it has no more (shapes, notes) would stay.
+        gone = set(self.widget.layout.to_plotly_json()) - set(layout)
+        if gone:
+            self.widget.plotly_relayout(dict.fromkeys(gone))
+        self.widget.layout = layout
 
     def _listen(self) -> None:
-        if self._on_click is None:
-            return
         for trace in self.widget.data:
-            trace.on_click(self._clicked)
+            if trace.type == "parcoords":
+                trace.on_change(self._brushed, "dimensions")
+            elif self._on_click is not None:
+                trace.on_click(self._clicked)
+
+    def _brushed(self, _: Any, axes: Any) -> None:
+        if self._on_brush is not None:
+            self._on_brush({axis.name: _ranges(axis.constraintrange) for axis in axes if axis.constraintrange})
 
     def _clicked(self, trace: Any, points: Any, _: Any) -> None:
         if self._on_click is None or not points.point_inds:
@@ -101,6 +125,18 @@ class Canvas:
             self._on_click(tuple(index))
         elif trace.customdata is not None:
             self._on_click(trace.customdata[index])
+
+
+@cache
+def _template(dark: bool) -> dict[str, Any]:
+    found: dict[str, Any] = template(dark).to_plotly_json()
+    return found
+
+
+def _ranges(kept: Any) -> tuple[tuple[float, float], ...]:
+    """The ranges of an axis, which plotly gives as one pair or as many."""
+    pairs = kept if isinstance(kept[0], list | tuple) else [kept]
+    return tuple((float(low), float(high)) for low, high in pairs)
 
 
 def _with_none(grid: Any) -> Any:
@@ -197,3 +233,10 @@ def facts(rows: list[tuple[str, str]]) -> str:
     """A small table of names and values."""
     cells = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
     return f'<div class="moa-facts"><table>{cells}</table></div>'
+
+
+def grid(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table with a head, which scrolls where it is too large."""
+    cells = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
+    return f'<div class="moa-history"><table><thead><tr>{titles}</tr></thead><tbody>{cells}</tbody></table></div>'

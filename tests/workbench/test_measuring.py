@@ -50,6 +50,7 @@ def test_every_plan_is_measured_by_every_kind_and_the_history_forgets_nothing(me
     assert len(table) == len(rows) + len(again)
     assert list(table.iloc[0][["plan", "metric"]]) == ["dense", "retrieval"]
     assert table["when"].notna().all()
+    assert {(entry.row.plan, entry.row.detail["plan"]) for entry in measuring.history} == {(plan.name, plan.identity()) for plan in plans}
     found = Measurements.load(measuring.save(tmp_path / "history.json"))
     assert list(found) == [entry.row for entry in measuring.history]
     assert len(found.settings["when"]) == len(found.rows)

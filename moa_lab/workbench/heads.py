@@ -1,0 +1,175 @@
+"""Heads: which matter far back, one of them up close, and whether another profile, task or length says the same of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+from scipy.stats import spearmanr
+
+from moa_lab.figures import influence_map, long_range_influence
+from moa_lab.figures.theme import DIFFERENCE_SCALE, bar_above, plain
+from moa_lab.records import InfluenceProfile, ProfileKey
+from moa_lab.workbench.state import State
+
+OWN = "this profile"
+Source = tuple[str, ProfileKey]
+"""A profile by its name, and a (task, length) of it."""
+
+
+def rank_stability(first: InfluenceProfile, key: ProfileKey, second: InfluenceProfile, other: ProfileKey, beyond_tokens: int) -> float:
+    """Spearman's correlation of the heads' long-range influence in two profiles (or two lengths or tasks of one).
+
+    NaN where either says the same of all heads. Raises ValueError for profiles of other models.
+    """
+    if first.geometry != second.geometry:
+        raise ValueError("the two profiles are of models of different geometry: their heads cannot be compared")
+    values = [long_range_influence(profile, task, length, beyond_tokens) for profile, (task, length) in ((first, key), (second, other))]
+    if any(np.ptp(each) == 0 for each in values):
+        return float("nan")
+    return float(spearmanr(values[0].ravel(), values[1].ravel()).statistic)
+
+
+class Heads:
+    """The state's profile, and others of the same model to hold against it. query_head: of the group that shares the state's KV head.
+
+    beyond: tokens back from which influence counts as long-range. against: what is compared with. Raises ValueError without a profile.
+    """
+
+    def __init__(self, state: State, others: dict[str, InfluenceProfile] | None = None) -> None:
+        if state.profile is None:
+            raise ValueError("heads are shown from a profile: load a run, or make one with moa_lab.profile(model, samples)")
+        self.state, self.profile = state, state.profile
+        self.profiles = {OWN: state.profile}
+        for name, profile in (others or {}).items():
+            self.add(name, profile)
+        self.query_head = state.kv_head * self._group
+        self.beyond = min(128, max(self.profile.lengths) - 1)
+        self.against: Source = next((each for each in self.sources if each != (OWN, self.key)), (OWN, self.key))
+
+    @property
+    def key(self) -> ProfileKey:
+        """The task and the length that are looked at."""
+        return self.state.task, self.state.length
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All that can be compared with."""
+        return tuple((name, key) for name, profile in self.profiles.items() for key in profile.keys)
+
+    def choose_key(self, task: str, length: int) -> None:
+        """Look at another task or length. Raises ValueError where it was not profiled."""
+        if (task, length) not in self.profile.keys:
+            raise ValueError(f"{task!r} at {length} tokens was not profiled; there is {', '.join(map(str, self.profile.keys))}")
+        self.state.set(task=task, length=length)
+
+    def choose(self, layer: int, query_head: int) -> bool:
+        """Look at a query head; its KV head becomes the state's. Returns False where that is already so: then nobody else is told.
+
+        Raises ValueError for a head that there is not.
+        """
+        geometry = self.profile.geometry
+        if not (0 <= layer < geometry.layers and 0 <= query_head < geometry.query_heads):
+            raise ValueError(
+                f"there is no layer {layer}, query head {query_head}: {geometry.layers} layers of {geometry.query_heads} query heads"
+            )
+        before = (self.state.layer, self.state.kv_head)
+        self.query_head = query_head
+        self.state.set(layer=layer, kv_head=query_head // self._group)
+        return before != (self.state.layer, self.state.kv_head)
+
+    def follow(self) -> int:
+        """The query head that is looked at; when a KV head was chosen elsewhere, the one of its group that looks furthest."""
+        if self.query_head // self._group != self.state.kv_head:
+            heads = np.arange(self.state.kv_head * self._group, (self.state.kv_head + 1) * self._group)
+            self.query_head = int(heads[self.influence()[self.state.layer, heads].argmax()])
+        return self.query_head
+
+    def influence(self, source: Source | None = None) -> np.ndarray:
+        """Long-range influence in nats of every head (layers, query_heads), in `source` (None: in what is looked at)."""
+        name, (task, length) = source or (OWN, self.key)
+        return long_range_influence(self.profiles[name], task, length, self.beyond)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The head that is looked at: which it is, its influence and rank here and in what it is compared with, its rule."""
+        layer, kv_head, head = self.state.layer, self.state.kv_head, self.follow()
+        rows = [
+            ("head", f"layer {layer}, query head {head} (KV head {kv_head})"),
+            ("influence", self._standing(self.influence(), layer, head)),
+            (f"in {described(self.against)}", self._standing(self.influence(self.against), layer, head)),
+        ]
+        plan = self.state.plan
+        if plan is not None:
+            plan.check_model(self.profile.geometry)
+            rule, n = plan.rules[layer][kv_head], self.state.n_tokens
+            grown = f"{rule.alpha:,.0f} + {rule.beta:.3g} N tokens" if not rule.keeps_everything else "everything"
+            rows.append(("rule", f"{grown}: {int(plan.spans(n)[layer, kv_head]):,} of {n:,} tokens"))
+        return rows
+
+    def compare(self, source: Source) -> None:
+        """Compare with another profile, task or length from now on. Raises ValueError where there is none such."""
+        if source not in self.sources:
+            raise ValueError(f"there is no {described(source)} to compare with")
+        self.against = source
+
+    def stability(self) -> float:
+        """`rank_stability` of what is looked at and what it is compared with."""
+        name, key = self.against
+        return rank_stability(self.profile, self.key, self.profiles[name], key, self.beyond)
+
+    def add(self, name: str, profile: InfluenceProfile) -> None:
+        """One more profile to compare with. Raises ValueError for one of another model, and for a name that is taken."""
+        if profile.geometry != self.profile.geometry:
+            raise ValueError(f"{name} is of a model of different geometry: its heads cannot be compared")
+        if name in self.profiles:
+            raise ValueError(f"a profile named {name!r} is there already")
+        self.profiles[name] = profile
+
+    def load(self, path: str | Path) -> str:
+        """Read a profile to compare with, from its file or a run's folder, and compare with what it says of the same task and length
+        where it has them; returns its name.
+
+        Raises ValueError for what is no profile of this model, FileNotFoundError where there is no such file.
+        """
+        given = Path(path).expanduser()
+        file = given / "profile.safetensors" if given.is_dir() else given
+        if not str(path).strip() or not file.is_file():
+            raise FileNotFoundError(f"there is no profile at {str(path)!r}: name a profile.safetensors, or the folder of a run")
+        name = file.parent.name if file.name == "profile.safetensors" else file.stem
+        self.add(name, InfluenceProfile.load(file))
+        keys = self.profiles[name].keys
+        self.against = (name, self.key if self.key in keys else keys[0])
+        return name
+
+    @property
+    def _group(self) -> int:
+        return self.profile.geometry.group_size
+
+    def _standing(self, far: np.ndarray, layer: int, head: int) -> str:
+        rank = int((far > far[layer, head]).sum()) + 1
+        return f"{far[layer, head]:.3g} nats beyond {self.beyond:,} tokens, rank {rank} of {far.size}"
+
+
+def described(source: Source) -> str:
+    """A source in words."""
+    name, (task, length) = source
+    return f"{name}: {task}, {length:,} tokens"
+
+
+def difference_map(heads: Heads) -> go.Figure:
+    """`influence_map` of what is looked at less what it is compared with: `z[query_head, layer]` in nats, symmetric around 0."""
+    task, length = heads.key
+    here, there = heads.influence(), heads.influence(heads.against)
+    change = here - there
+    reach = max(float(np.abs(change).max()), 1e-12)
+    fig = influence_map(heads.profile, task, length, heads.beyond)
+    bar = bar_above(f"difference of the influence beyond {heads.beyond:,} tokens (nats)", tickformat="~g", nticks=6)
+    fig.data[0].update(
+        z=change.T, zmin=-reach, zmax=reach, colorscale=DIFFERENCE_SCALE, colorbar={**bar, "y": fig.data[0].colorbar.y},
+        customdata=np.stack([np.broadcast_to(np.arange(here.shape[1]) // heads.profile.geometry.group_size, here.shape).T, here.T, there.T],
+                            axis=-1),
+        hovertemplate="layer %{x} · query head %{y} (KV head %{customdata[0]})<br><b>%{z:+.3g} nats</b> = %{customdata[1]:.3g} less "
+                      "%{customdata[2]:.3g}<extra></extra>",
+    )  # fmt: skip
+    return fig.update_layout(title_text=f"{plain(task)}, {length:,} tokens, less {plain(described(heads.against))}")

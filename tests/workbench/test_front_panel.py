@@ -1,0 +1,123 @@
+"""The front panel without a browser: clicks, strokes along an axis, searches, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from figure_records import make_front
+
+from moa_lab.bench.lifelike import lifelike_table
+from moa_lab.records import LossTable
+from moa_lab.workbench.front_panel import FrontPanel
+from moa_lab.workbench.state import State
+from tests.workbench.hands import ended, press, said, within
+
+X, Y = "questions@2048/all_or_nothing", "summaries@2048/sum"
+
+
+@pytest.fixture(scope="module")
+def table() -> LossTable:
+    return lifelike_table(quick=True)
+
+
+@pytest.fixture
+def front() -> FrontPanel:
+    return FrontPanel(State(front=make_front(), n_tokens=2048))
+
+
+def test_clicks_choose_plans_and_the_second_is_compared_with_the_first(front: FrontPanel) -> None:
+    assert "click a plan" in front.compared.value
+    names = [point.plan.name for point in front.choosing.points]
+    front.scatter._on_click(names[0])
+    front.scatter._on_click([names[4]])
+    assert (front.state.plan.name, front.state.other.name) == (names[4], names[0])
+    assert f"{names[0]} | {names[4]}" in front.compared.value
+    assert "less" in front.difference.widget.layout.title.text
+    front.scatter._on_click("poem")
+    assert "not a plan of this front" in said(front)
+    assert front.state.plan.name == names[4]
+
+
+def test_another_axis_is_drawn_and_compared_by(front: FrontPanel) -> None:
+    front.pick(front.choosing.points[0].plan.name)
+    front.y.value = "density"
+    assert "density" in front.scatter.widget.layout.yaxis.title.text
+    assert "summaries@2048/sum" not in front.compared.value
+
+
+def selected(panel: FrontPanel) -> set[str]:
+    """The plans that the scatter does not dim."""
+    traces = [trace for trace in panel.scatter.widget.data if trace.customdata is not None and not trace.name.startswith("chosen")]
+    return {trace.customdata[index] for trace in traces for index in trace.selectedpoints}
+
+
+def drag(panel: FrontPanel, ranges: dict[str, Any]) -> None:
+    """What the page sends when a stroke on an axis ends: {goal: [low, high], or None where it was taken away}."""
+    names = [axis.name for axis in panel.parallel.widget.data[0].dimensions]
+    style = {f"dimensions[{names.index(name)}].constraintrange": None if kept is None else [kept] for name, kept in ranges.items()}
+    panel.parallel.widget._js2py_restyle = {"style_data": style, "style_traces": [0], "source_view_id": "page"}
+
+
+def test_a_stroke_along_an_axis_dims_the_other_plans_and_lists_those_it_keeps(front: FrontPanel) -> None:
+    points = front.choosing.points
+    assert selected(front) == {point.plan.name for point in points}
+    assert front.clear.disabled
+    values = sorted(point.predicted[X] for point in points)
+    drag(front, {X: [values[0], values[4]]})
+    kept = {point.plan.name for point in points if point.predicted[X] <= values[4]}
+    assert selected(front) == kept
+    assert len(kept) == 5
+    assert f"5 of {len(points)} plans kept by {X}" in front.kept.value
+    assert all(f"<td>{name}</td>" in front.kept.value for name in kept)
+    assert f"{values[0]:.4f}" in front.kept.value
+    drag(front, {X: [[values[0], values[1]], [values[-1], 9.0]], "density": [0.0, 1.0]})
+    assert len(selected(front)) == 3
+    drag(front, {X: None, "density": None})
+    assert selected(front) == {point.plan.name for point in points}
+    assert "drag along an axis" in front.kept.value
+
+
+def test_a_brush_outlives_a_pick_a_change_of_colours_and_moved_axes_and_ends_with_its_button(front: FrontPanel) -> None:
+    values = sorted(point.predicted[Y] for point in front.choosing.points)
+    drag(front, {Y: [values[0], values[2]]})
+    kept = selected(front)
+    front.pick(front.choosing.points[0].plan.name)
+    front.state.set(dark=True)
+    assert selected(front) == kept
+    brushed = {axis.name: axis.constraintrange for axis in front.parallel.widget.data[0].dimensions}
+    assert brushed == {X: None, Y: (values[0], values[2]), "density": None}
+    moved = [axis.to_plotly_json() for axis in front.parallel.widget.data[0].dimensions][::-1]
+    front.parallel.widget._js2py_restyle = {"style_data": {"dimensions": [moved]}, "style_traces": [0], "source_view_id": "page"}
+    assert selected(front) == kept
+    press(front, "Clear brushes")
+    assert len(selected(front)) == len(front.choosing.points)
+    assert all(axis.constraintrange is None for axis in front.parallel.widget.data[0].dimensions)
+
+
+@pytest.mark.parametrize("solver", ["epsilon (exact)", "pymoo"])
+def test_a_search_shows_its_front_and_forgets_what_was_chosen_of_the_other(solver: str, table: LossTable) -> None:
+    panel = FrontPanel(State(table=table))
+    assert "press Search" in panel.compared.value
+    panel.solver.value, panel.effort.value = solver, 3
+    press(panel, "Search")
+    ended(panel.work)
+    within(5, lambda: re.match(r"\d+ plans, hypervolume", panel.volume.value))
+    assert said(panel) == ""
+    assert "click a plan" in panel.compared.value
+    assert panel.x.value == panel.choosing.goals[0]
+    drag(panel, {panel.x.value: [0.0, 0.0]})
+    assert "0 of" in panel.kept.value
+
+
+def test_a_search_that_cannot_start_or_end_says_why(table: LossTable) -> None:
+    panel = FrontPanel(State(front=make_front(), n_tokens=2048))
+    press(panel, "Search")
+    assert "needs a loss table" in said(panel)
+    panel = FrontPanel(State(table=table))
+    panel.density.value = 0.01
+    press(panel, "Search")
+    ended(panel.work)
+    within(5, lambda: "infeasible" in said(panel))
+    assert panel.state.front is None

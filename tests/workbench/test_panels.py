@@ -1,0 +1,177 @@
+"""The budget, measuring and export panels without a browser: what a moved widget changes, and what is said when it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from figure_records import SMOL, make_front, make_plan, make_profile
+from tiny import tiny_model, tiny_tokenizer
+
+from moa_lab.bench.lifelike import lifelike_table
+from moa_lab.models import geometry_of
+from moa_lab.plan import Plan, dense_plan
+from moa_lab.records import LossTable, Measurements
+from moa_lab.workbench import Workbench
+from moa_lab.workbench.budget_panel import BudgetPanel
+from moa_lab.workbench.export_panel import ExportPanel
+from moa_lab.workbench.exporting import PLAN
+from moa_lab.workbench.measure_panel import MeasurePanel
+from moa_lab.workbench.measuring import Measuring
+from moa_lab.workbench.state import State
+from tests.workbench.hands import ended, press, said, within
+
+DEMO = Path(__file__).resolve().parents[2] / "data" / "runs" / "demo"
+PROFILE = make_profile(lengths=(512, 1024), samples=2)
+
+
+@pytest.fixture(scope="module")
+def table() -> LossTable:
+    return lifelike_table(quick=True)
+
+
+def test_the_density_box_moves_the_slider_the_plan_and_the_bytes(table: LossTable) -> None:
+    state = State(table=table)
+    panel = BudgetPanel(state)
+    assert isinstance(state.plan, Plan)
+    panel.number.value = 0.3
+    assert panel.slider.value == 0.3
+    assert all(state.plan.density(n) <= 0.3 + 1e-9 for n in panel.budget.lengths)
+    assert panel.mib.value == pytest.approx(state.plan.kv_bytes(state.n_tokens) / 2**20, abs=0.01)
+    assert f"{state.plan.density(state.n_tokens):.1%}" in panel.facts.value
+    panel.mib.value = panel.mib.max * 0.6
+    assert panel.slider.value == pytest.approx(0.6, abs=0.01)
+    assert np.array_equal(panel.canvas.widget.data[0].z, state.plan.spans(state.n_tokens).T)
+
+
+def test_a_density_that_cannot_be_had_is_told_and_the_next_that_can_takes_it_away(table: LossTable) -> None:
+    panel = BudgetPanel(State(table=table))
+    before = panel.state.plan
+    panel.number.value = 0.01
+    assert "infeasible" in said(panel)
+    assert panel.state.plan is before
+    panel.number.value = 0.6
+    assert said(panel) == ""
+    assert panel.state.plan is not before
+
+
+def test_a_pinned_head_is_told_drawn_and_released(table: LossTable) -> None:
+    panel = BudgetPanel(State(table=table))
+    panel.layer.value, panel.head.value = 2, 3
+    assert (panel.state.layer, panel.state.kv_head) == (2, 3)
+    press(panel, "Pin to full")
+    n = panel.budget.n_tokens
+    assert f"layer 2, KV head 3: {n:,} tokens" in panel.pins.value
+    assert panel.state.plan.spans(n)[2, 3] == n
+    crosses = next(trace for trace in panel.canvas.widget.data if trace.name == "pinned")
+    assert (list(crosses.x), list(crosses.y)) == ([2], [3])
+    panel.length.value = max(panel.budget.lengths)
+    assert panel.state.n_tokens == max(panel.budget.lengths)
+    assert "layer 2, KV head 3" in panel.pins.value, "a pin outlives the length that is shown"
+    panel.head.value = 1
+    panel.span.value = 200
+    press(panel, "Pin to span")
+    assert len(panel.budget.pinned) == 2
+    press(panel, "Release")
+    assert list(panel.budget.pinned) == [(2, 3)]
+    press(panel, "Release all")
+    assert panel.pins.value == "no head is pinned"
+
+
+def test_the_cap_on_rules_holds_after_the_exact_solve_and_not_before(table: LossTable) -> None:
+    panel = BudgetPanel(State(table=table), density=0.4)
+    panel.rules.value = 1
+    assert "press Solve exactly" in panel.facts.value
+    press(panel, "Solve exactly")
+    ended(panel.exact)
+    within(5, lambda: "exact" in panel.facts.value)
+    assert "press Solve exactly" not in panel.facts.value
+    assert all(len(set(row)) == 1 for row in panel.state.plan.rules)
+
+
+def test_a_head_chosen_elsewhere_is_the_one_that_a_pin_is_for(table: LossTable) -> None:
+    panel = BudgetPanel(State(table=table))
+    panel.state.set(layer=1, kv_head=2)
+    assert (panel.layer.value, panel.head.value) == (1, 2)
+    ring = next(trace for trace in panel.canvas.widget.data if trace.name == "selected")
+    assert (ring.x[0], ring.y[0]) == (1, 2)
+
+
+def test_what_is_measured_is_kept_in_the_history_and_in_the_state(tmp_path: Path) -> None:
+    model = tiny_model("llama", tie_word_embeddings=False)
+    geometry = geometry_of(model)
+    state = State(plan=make_plan(geometry, name="budget"), n_tokens=448, measurements=Measurements((), {"from": "a run"}))
+    panel = MeasurePanel(state, lambda: Measuring(model, tiny_tokenizer()), length=448, n=2)
+    assert [plan.name for _, plan in panel.plans.options] == ["budget", "dense", "uniform"]
+    for box in panel.kinds:
+        box.value = False
+    press(panel, "Measure")
+    assert "choose what to measure" in said(panel)
+    panel.kinds[-1].value = True
+    press(panel, "Measure")
+    ended(panel.work)
+    within(5, lambda: "budget" in panel.history.value)
+    assert state.measurements.settings == {"from": "a run"}
+    assert [(row.plan, row.detail[PLAN]) for row in state.measurements] == [("budget", state.plan.identity())]
+    panel.file.value = str(tmp_path / "history.json")
+    press(panel, "Save history")
+    assert Measurements.load(panel.file.value).rows == state.measurements.rows
+    press(panel, "Save history")
+    assert "exists: choose another name" in said(panel)
+
+
+def test_a_new_plan_of_the_state_can_be_measured_and_nothing_is_saved_before() -> None:
+    state = State(plan=make_plan(), n_tokens=1024)
+    panel = MeasurePanel(state, lambda: pytest.fail("no model is needed yet"))
+    state.set(plan=make_plan(name="another", seed=3))
+    assert panel.plans.options[0][0].startswith("another (")
+    panel.plans.value = ()
+    press(panel, "Measure")
+    assert "choose at least one plan" in said(panel)
+    press(panel, "Save history")
+    assert "nothing was measured yet" in said(panel)
+
+
+def test_the_chosen_formats_are_written_and_nothing_is_replaced_unasked(tmp_path: Path) -> None:
+    state = State(profile=PROFILE, front=make_front(), plan=make_plan(), n_tokens=1024)
+    panel = ExportPanel(state, tmp_path / "out")
+    for box in panel.formats:
+        box.value = box.description in ("config card", "HTML report")
+    press(panel, "Export")
+    assert said(panel) == ""
+    assert state.plan.identity() in panel.done.value
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"my_plan.json", "my_plan.html"}
+    press(panel, "Export")
+    assert "allow replacing it" in said(panel)
+    assert panel.done.value == ""
+    panel.replace.value = True
+    press(panel, "Export")
+    assert said(panel) == ""
+
+
+def test_without_a_plan_or_a_format_nothing_is_written(tmp_path: Path) -> None:
+    panel = ExportPanel(State(), tmp_path / "out")
+    press(panel, "Export")
+    assert "no plan is chosen" in said(panel)
+    panel.state.set(plan=dense_plan(SMOL), n_tokens=1024)
+    assert "dense" in panel.plan.value
+    for box in panel.formats:
+        box.value = False
+    press(panel, "Export")
+    assert "formats must be among" in said(panel)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_recorded_run_opens_with_all_panels_and_its_chosen_plan_is_known_to_be_measured() -> None:
+    bench = Workbench.open(DEMO)
+    assert list(bench.tabs.titles) == ["Heads", "Budget", "Front", "Apply & measure", "Export"]
+    bench.show("Export")
+    bench.state.set(plan=Plan.load(DEMO / "plan.json"))
+    assert "a report holds 3 measured rows" in bench.panels["Export"].plan.value
+    bench.show("Front")
+    bench.panels["Front"].pick(bench.state.front.points[0].plan.name)
+    bench.show("Budget")
+    bench.panels["Budget"].number.value = 0.3
+    bench.show("Export")
+    assert "not measured yet" in bench.panels["Export"].plan.value
