@@ -1,4 +1,4 @@
-"""The one look of every figure: templates for light and dark, colours that survive colour blindness, shapes beside colours."""
+"""The one look of every figure: templates for light, dark and either, colours that survive colour blindness, shapes beside colours."""
 
 from __future__ import annotations
 
@@ -38,6 +38,26 @@ TITLE_HEIGHT = 34
 """Pixels that a figure's title takes; a page that brings its own heading can take them back."""
 SCALE_HEIGHT = 58
 """Pixels of a colour bar above the plot."""
+LEGEND_HEIGHT = 26
+"""Pixels of one line of a legend above the plot."""
+
+
+@dataclass(frozen=True)
+class Ink:
+    """What a background asks for: text, quieter text, grid lines, edges of markers; and the box of a hover with its text."""
+
+    text: str
+    quiet: str
+    grid: str
+    edge: str
+    box: str
+    box_text: str
+
+
+_LIGHT = Ink("#1f2328", "#59616b", "#e3e6ea", "#ffffff", "#ffffff", "#1f2328")
+_DARK = Ink("#e8eaed", "#a9b0ba", "#343a43", "#22262d", "#22262d", "#e8eaed")
+# The grey that is as far from white as from JupyterLab's #111111: 4.3:1, and no colour has more to both.
+_EITHER = Ink("#797979", "#797979", "rgba(128,128,128,0.28)", "rgba(128,128,128,0)", "#22262d", "#e8eaed")
 
 
 @dataclass(frozen=True)
@@ -74,13 +94,16 @@ def series_styles(names: Iterable[str]) -> dict[str, Style]:
     return {**{name: fixed[name] for name in unique if name in fixed}, **{name: free[i % len(free)] for i, name in enumerate(others)}}
 
 
-def template(dark: bool = False) -> go.layout.Template:
-    """The plotly template: transparent, quiet grid, text in the ink of the theme."""
-    ink, muted, grid, box = ("#e8eaed", "#a9b0ba", "#343a43", "#22262d") if dark else ("#1f2328", "#59616b", "#e3e6ea", "#ffffff")
-    quiet = {"color": muted, "size": 11}
+def template(dark: bool | None = None) -> go.layout.Template:
+    """The plotly template: transparent, quiet grid, text in the ink of the theme.
+
+    Left out, `dark` is not known, as in a saved notebook, which JupyterLab shows on white or on black: greys that are read on both.
+    """
+    ink = _EITHER if dark is None else _DARK if dark else _LIGHT
+    quiet = {"color": ink.quiet, "size": 11}
     axis = {
-        "gridcolor": grid,
-        "linecolor": grid,
+        "gridcolor": ink.grid,
+        "linecolor": ink.grid,
         "zeroline": False,
         "ticks": "",
         "automargin": True,
@@ -89,24 +112,24 @@ def template(dark: bool = False) -> go.layout.Template:
     }
     return go.layout.Template(
         layout={
-            "font": {"family": FONT, "color": ink, "size": 12},
-            "title": {"font": {"size": 15, "color": ink}, "x": 0, "xref": "paper", "y": 0.97, "yref": "container", "yanchor": "top"},
+            "font": {"family": FONT, "color": ink.text, "size": 12},
+            "title": {"font": {"size": 15, "color": ink.text}, "x": 0, "xref": "paper", "y": 0.97, "yref": "container", "yanchor": "top"},
             "paper_bgcolor": "rgba(0,0,0,0)",
             "plot_bgcolor": "rgba(0,0,0,0)",
             "colorway": [style.color for style in _STYLES],
             "margin": {"l": 56, "r": 16, "t": TITLE_HEIGHT + SCALE_HEIGHT, "b": 48},
             "xaxis": axis,
             "yaxis": axis,
-            "hoverlabel": {"bgcolor": box, "bordercolor": muted, "font": {"color": ink, "family": FONT}, "align": "left"},
+            "hoverlabel": {"bgcolor": ink.box, "bordercolor": ink.quiet, "font": {"color": ink.box_text, "family": FONT}, "align": "left"},
             "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
-            "annotationdefaults": {"font": {"color": ink, "size": 12}, "showarrow": False},
-            "shapedefaults": {"line": {"color": muted, "width": 1}},
-            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": muted, "activecolor": ink},
+            "annotationdefaults": {"font": {"color": ink.text, "size": 12}, "showarrow": False},
+            "shapedefaults": {"line": {"color": ink.quiet, "width": 1}},
+            "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": ink.quiet, "activecolor": ink.text},
         },
         data={
             "heatmap": [{"colorbar": {"outlinewidth": 0, "tickfont": quiet, "title": {"font": {**quiet, "size": 12}}}}],
-            "scatter": [{"marker": {"line": {"color": box, "width": 1}}, "error_y": {"color": muted}}],
-            "bar": [{"marker": {"line": {"width": 0}}, "error_y": {"color": ink, "thickness": 1.4, "width": 4}}],
+            "scatter": [{"marker": {"line": {"color": ink.edge, "width": 1}}, "error_y": {"color": ink.quiet}}],
+            "bar": [{"marker": {"line": {"width": 0}}, "error_y": {"color": ink.text, "thickness": 1.4, "width": 4}}],
         },
     )
 
@@ -117,7 +140,7 @@ def with_theme(fig: go.Figure, dark: bool) -> go.Figure:
 
 
 def figure(traces: Any, title: str, height: int, **layout: Any) -> go.Figure:
-    """A figure in the light theme, `height` pixels tall; a colour bar goes between title and plot."""
+    """A figure that is read on white and on black, `height` pixels tall; a colour bar goes between title and plot."""
     fig = go.Figure(traces).update_layout(template=template(), title_text=title, height=height, **layout)
     return fig.update_traces(colorbar_y=1 - TITLE_HEIGHT / height, selector={"type": "heatmap"})
 

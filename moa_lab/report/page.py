@@ -64,7 +64,7 @@ def page(title: str, opening: str, sections: Sequence[Section]) -> str:
         f"{escape(section.heading)}</h2>{section.body}</section>"
         for section in sections
     )
-    themes = _script_safe({"light": template().to_plotly_json(), "dark": template(dark=True).to_plotly_json(), "config": CONFIG})
+    themes = _script_safe({"light": template(dark=False).to_plotly_json(), "dark": template(dark=True).to_plotly_json(), "config": CONFIG})
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>

@@ -1,0 +1,76 @@
+"""A search while it runs: how much better its front gets, generation by generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from moa_lab.figures import theme
+
+
+def hypervolume_curve(
+    volumes: Mapping[str, Sequence[float]],
+    seconds: Mapping[str, Sequence[float]] | None = None,
+    levels: Mapping[str, float] | None = None,
+) -> go.Figure:
+    """Hypervolume after each generation, one line per search: `volumes[name][0]` is that of generation 1.
+
+    All are against one reference point, in the product of the goals' units. `seconds`: when each generation of a search ended, since
+    its start; shown on hover, and in the legend how long it took. `levels`: hypervolumes of finished fronts, drawn as lines across.
+    Raises ValueError for a search without generations, with numbers that are not finite, or with seconds of another length.
+    """
+    times = {name: seconds.get(name) if seconds else None for name in volumes}
+    _check(volumes, times)
+    styles = theme.series_styles([*volumes, *(levels or {})])
+    traces = [_search(name, values, times[name], styles[name]) for name, values in volumes.items()]
+    last = max(len(values) for values in volumes.values())
+    traces += [_level(name, value, last, styles[name]) for name, value in (levels or {}).items()]
+    return theme.figure(
+        traces,
+        "Hypervolume of the front, by generation",
+        xaxis={"title": "generation", "range": [0.5 - 0.02 * last, last + 0.5 + 0.02 * last]},
+        yaxis={"title": "hypervolume (product of the goals,<br>more is better)", "tickformat": "~g"},
+        height=360,
+        margin={"t": theme.TITLE_HEIGHT + theme.LEGEND_HEIGHT},
+        showlegend=True,
+    )
+
+
+def _search(name: str, values: Sequence[float], seconds: Sequence[float] | None, style: theme.Style) -> go.Scatter:
+    after = "" if seconds is None else "<br>after %{customdata:.3~g} s"
+    return go.Scatter(
+        x=np.arange(1, len(values) + 1),
+        y=list(values),
+        # Between two generations nothing is found.
+        line={"color": style.color, "dash": style.dash, "width": 2, "shape": "hv"},
+        marker={"color": style.color, "symbol": style.symbol, "size": 6},
+        mode="lines+markers",
+        name=theme.plain(name) + ("" if seconds is None else f", {seconds[-1]:.2g} s"),
+        customdata=None if seconds is None else list(seconds),
+        hovertemplate=f"<b>{theme.plain(name)}</b>, generation %{{x}}{after}<br>hypervolume %{{y:.4~g}}<extra></extra>",
+    )
+
+
+def _level(name: str, value: float, last: int, style: theme.Style) -> go.Scatter:
+    return go.Scatter(
+        x=[1, last],
+        y=[value, value],
+        mode="lines+markers",
+        line={"color": style.color, "dash": style.dash, "width": 2},
+        marker={"color": style.color, "symbol": style.symbol, "size": 9},
+        name=theme.plain(name),
+        hovertemplate=f"<b>{theme.plain(name)}</b><br>hypervolume %{{y:.4~g}}<extra></extra>",
+    )
+
+
+def _check(volumes: Mapping[str, Sequence[float]], times: Mapping[str, Sequence[float] | None]) -> None:
+    if not volumes:
+        raise ValueError("volumes must hold at least one search")
+    for name, values in volumes.items():
+        if not len(values) or not np.isfinite(values).all():
+            raise ValueError(f"volumes[{name!r}] must hold a finite number per generation, got {list(values)[:5]}")
+        seconds = times[name]
+        if seconds is not None and len(seconds) != len(values):
+            raise ValueError(f"seconds[{name!r}] holds {len(seconds)} times for {len(values)} generations")
