@@ -36,11 +36,11 @@ def throughput_by_kv_bytes(record: BenchRecord, model: str | None = None) -> go.
     device = theme.plain(record.settings.get("device", "unknown device"))
     return theme.figure(
         [_line(side, found, styles[_STYLED_AS.get(side, side)]) for side, found in sides.items()],
-        f"Decoding {theme.plain(model)} with as many sequences as fit, {device}",
+        f"Decoding {theme.plain(model)}, {device}",
         xaxis={"title": f"KV bytes of one sequence (GiB); along a line, {_listed(prompts)} tokens", **_LOG_AXIS},
-        yaxis={"title": "throughput of all sequences (tokens/s)", **_LOG_AXIS},
+        yaxis={"title": "as many sequences as fit (tokens/s)", **_LOG_AXIS},
         height=440,
-        margin={"t": theme.TITLE_HEIGHT + 2 * theme.LEGEND_HEIGHT},
+        margin={"t": theme.TITLE_HEIGHT + 3 * theme.LEGEND_HEIGHT},
         showlegend=True,
     )
 

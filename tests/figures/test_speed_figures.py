@@ -48,6 +48,28 @@ def test_a_quarter_of_the_cache_is_a_quarter_of_the_bytes_and_faster(records: di
     assert (np.asarray(ours.y) > 3 * np.asarray(dense.y)).all()
 
 
+def test_a_side_that_was_measured_compiled_and_not_is_drawn_once_and_failures_never(records: dict[str, BenchRecord]) -> None:
+    generate = records["generate"]
+    failed = {"model": "Llama-2-7B", "prompt": 4096, "side": "lost", "found": {"failed": "out of memory"}}
+    sides = [*generate.settings["sides"], failed]
+    drawn = [trace.name for trace in throughput_by_kv_bytes(replace(generate, settings={**generate.settings, "sides": sides})).data]
+    assert sorted(drawn) == [
+        "ours dense", "ours standard-25 compiled", "ours standard-50 compiled", "transformers DynamicCache",
+        "transformers StaticCache compiled",
+    ]  # fmt: skip
+
+
+def test_a_group_of_query_heads_makes_as_many_flop_per_byte(records: dict[str, BenchRecord]) -> None:
+    # bfloat16: two bytes a number, two FLOP a number and query head.
+    assert {point.intensity for point in roofline_points(records["decode"])} == {1.0, 4.0}
+
+
+def test_rows_of_one_measurement_are_one_point(records: dict[str, BenchRecord]) -> None:
+    points = roofline_points(records["prefill"])
+    shapes = {tuple(row.shape.values()) for row in records["prefill"]}
+    assert len([point for point in points if point.who == "ours"]) == len(shapes) < len(records["prefill"].rows)
+
+
 def test_a_model_that_was_not_measured_is_refused_with_those_that_were(records: dict[str, BenchRecord]) -> None:
     with pytest.raises(ValueError, match="Llama-2-7B"):
         throughput_by_kv_bytes(records["generate"], "Llama-9")

@@ -1,12 +1,15 @@
 from functools import cache
+from pathlib import Path
 
 import plotly.graph_objects as go
 import pytest
 from figure_records import make_baselines, make_front, make_measurements, make_plan, make_profile
 
 from moa_lab import figures
+from moa_lab.bench import BenchRecord
 from moa_lab.figures import theme
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "data" / "benchmarks"
 FIGURES = (
     "span_map",
     "mask_preview",
@@ -18,6 +21,10 @@ FIGURES = (
     "retrieval_heatmap",
     "score_bars",
     "kv_bytes_bars",
+    "hypervolume_curve",
+    "rank_confidence",
+    "throughput_by_kv_bytes",
+    "kernel_roofline",
 )
 
 
@@ -36,6 +43,12 @@ def all_figures() -> dict[str, go.Figure]:
         "retrieval_heatmap": figures.retrieval_heatmap(measured, "uniform"),
         "score_bars": figures.score_bars(measured, "cross_entropy"),
         "kv_bytes_bars": figures.kv_bytes_bars(make_baselines(), 2048),
+        "hypervolume_curve": figures.hypervolume_curve({"pymoo": [0.1, 0.3]}, {"pymoo": [1.0, 2.5]}, {"exact": 0.4}),
+        "rank_confidence": figures.rank_confidence(
+            {task: figures.long_range_influence(profile, task, 512) for task in ("questions", "summaries")}, group_size=3
+        ),
+        "throughput_by_kv_bytes": figures.throughput_by_kv_bytes(BenchRecord.load(BENCHMARKS / "generate.json")),
+        "kernel_roofline": figures.kernel_roofline(*(BenchRecord.load(BENCHMARKS / f"{name}.json") for name in ("decode", "prefill"))),
     }
 
 
@@ -75,6 +88,14 @@ def test_series_colours_and_text_stand_out_on_both_backgrounds(page: str) -> Non
     assert min(contrast(style.color, page) for style in styles.values()) >= 3
     ink = theme.template(dark=page != "#ffffff").layout
     assert min(contrast(color, page) for color in (ink.font.color, ink.xaxis.tickfont.color)) >= 4.5
+
+
+@pytest.mark.parametrize("page", ["#ffffff", "#111111"])
+def test_a_figure_of_unknown_background_is_read_on_white_and_on_jupyterlabs_black(page: str) -> None:
+    layout = figures.hypervolume_curve({"pymoo": [0.1]}).layout.template.layout
+    # 4.35 is the most that one colour can have to both.
+    assert min(contrast(color, page) for color in (layout.font.color, layout.title.font.color, layout.xaxis.tickfont.color)) >= 4.3
+    assert layout.xaxis.gridcolor.startswith("rgba("), "a grid that lets the page through is quiet on either"
 
 
 def test_series_differ_in_shape_and_not_only_in_colour() -> None:
