@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from moa_lab.presets import PRESETS, RunSettings
-from moa_lab.terminal import Bars, ForceOption, free, lengths_of
+from moa_lab.terminal import Bars, ForceOption, densities_of, free, lengths_of
 
 
 def study(
@@ -39,15 +39,6 @@ def study(
     with Bars() as bars:
         run = Run(work, settings, bars)
         run.begin()
-        record = STUDIES[name](run, _densities(densities) or DENSITIES)
+        record = STUDIES[name](run, densities_of(densities) or DENSITIES)
     record.save(out)
     typer.echo(table(record))
-
-
-def _densities(text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"densities must be numbers separated by commas, got {text!r}") from None

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from tqdm import tqdm
+
+Number = TypeVar("Number", int, float)
 
 ForceOption = Annotated[bool, typer.Option("--force", help="replace the output file if it exists")]
 
@@ -46,9 +48,18 @@ def free(out: Path, force: bool) -> None:
 
 def lengths_of(text: str | None) -> tuple[int, ...] | None:
     """Numbers of tokens, from "1024,2048"; None for None."""
+    return _separated(text, int, "lengths must be whole numbers of tokens")
+
+
+def densities_of(text: str | None) -> tuple[float, ...] | None:
+    """Shares of the KV cache, from "0.25,0.5"; None for None."""
+    return _separated(text, float, "densities must be numbers")
+
+
+def _separated(text: str | None, convert: Callable[[str], Number], wanted: str) -> tuple[Number, ...] | None:
     if text is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(convert(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"lengths must be whole numbers of tokens separated by commas, got {text!r}") from None
+        raise ValueError(f"{wanted} separated by commas, got {text!r}") from None

@@ -1,6 +1,8 @@
 """What all tests share: no network, and the real model for the few that need it."""
 
+import json
 import os
+from pathlib import Path
 
 # Before transformers is imported, which reads it once: a test that asks the hub for anything is wrong.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,6 +15,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from texts import bpe_tokenizer, small_documents
+from tiny import tiny_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.geometry import ModelGeometry
@@ -29,3 +33,15 @@ def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def geometry() -> ModelGeometry:
     """Two layers of 4 query heads over 2 KV heads; the second layer has its own window."""
     return ModelGeometry(layers=2, query_heads=4, kv_heads=2, head_dim=16, max_length=8192, layer_windows=(None, 512))
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """What a run starts from: a tiny random model in a folder, and a file of documents."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_model("llama", max_length=1024).save_pretrained(folder / "model")
+    bpe_tokenizer().save_pretrained(folder / "model")
+    documents = folder / "documents.jsonl"
+    lines = [json.dumps({"text": d.text, "summary": d.summary}) for d in small_documents(16, sentences=150)]
+    documents.write_text("\n".join(lines))
+    return folder / "model", documents

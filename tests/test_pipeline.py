@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from texts import bpe_tokenizer, small_documents
-from tiny import tiny_model
 
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan
@@ -18,18 +16,6 @@ from moa_lab.records import Front, InfluenceProfile, Measurements
 from moa_lab.storage import to_json
 
 STAGES = ("calibrate", "profile", "search", "validate draft", "refine", "validate moa", "evaluate")
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A tiny random model in a folder, and a file of documents."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model("llama", max_length=1024).save_pretrained(folder / "model")
-    bpe_tokenizer().save_pretrained(folder / "model")
-    documents = folder / "documents.jsonl"
-    lines = [json.dumps({"text": d.text, "summary": d.summary}) for d in small_documents(16, sentences=150)]
-    documents.write_text("\n".join(lines))
-    return folder / "model", documents
 
 
 def run(inputs: tuple[Path, Path], out: Path, stage: str | None = None) -> int:

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moa_lab.bench.record import Goal
 from moa_lab.provenance import Provenance
-from moa_lab.records import Measurement
+from moa_lab.records import Measurement, Measurements
 from moa_lab.storage import parse, read_json, to_json, write_json
 from moa_lab.text import aligned
 
@@ -25,7 +26,7 @@ class StudyGoal:
     meets: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "meets", self.value <= self.goal if self.at_most else self.value >= self.goal)
+        object.__setattr__(self, "meets", Goal(self.goal, self.at_most).meets(self.value))
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class StudyRecord:
 
     def select(self, **wanted: Any) -> tuple[Measurement, ...]:
         """Rows whose fields equal `wanted`, for instance `select(plan="moa-25", length=2048)`."""
-        return tuple(row for row in self.rows if all(getattr(row, name) == value for name, value in wanted.items()))
+        return Measurements(self.rows).select(**wanted)
 
     def save(self, path: str | Path) -> Path:
         """Write one JSON file."""

@@ -9,11 +9,9 @@ import ipywidgets as w
 
 from moa_lab.figures import head_blocks, influence_by_distance, influence_map
 from moa_lab.records import InfluenceProfile
-from moa_lab.workbench.heads import Heads, described, difference_map, rank_stability
+from moa_lab.workbench.heads import Heads, described, difference_map
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import Canvas, Errors, button, choice, facts, ring, row, whole
-
-__all__ = ["HeadsPanel", "rank_stability"]
 
 INFLUENCE, DIFFERENCE = "influence", "difference"
 

@@ -5,23 +5,11 @@ from pathlib import Path
 
 import pytest
 from commands import exit_code
-from texts import bpe_tokenizer, small_documents
-from tiny import tiny_model
 
 from moa_lab.pipeline import Run
 from moa_lab.presets import RunSettings
 from moa_lab.storage import RecordError
 from moa_lab.studies import StudyGoal, StudyRecord, table
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("inputs")
-    tiny_model("llama", max_length=1024).save_pretrained(folder / "model")
-    bpe_tokenizer().save_pretrained(folder / "model")
-    documents = folder / "documents.jsonl"
-    documents.write_text("\n".join(json.dumps({"text": d.text, "summary": d.summary}) for d in small_documents(16, sentences=150)))
-    return folder / "model", documents
 
 
 def line(inputs: tuple[Path, Path], name: str, work: Path, out: Path) -> list[str]:
