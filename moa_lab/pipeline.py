@@ -18,26 +18,32 @@ from moa_lab.calibration import Sample, SampleSet, calibrate, requests
 from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
 from moa_lab.calibration.sources import ColumnMap, load_documents
 from moa_lab.evaluate.memory import memory_row
-from moa_lab.evaluate.scoring import loss_rows, retrieval_rows, score_samples
+from moa_lab.evaluate.scoring import score_rows, score_samples
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.summary import summarise
 from moa_lab.evaluate.testsets import document_samples, line_samples, needle_samples, own_answer_samples
 from moa_lab.evaluate.validate import Validation, choose, validation_length
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, load_model, model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import Plan, dense_plan, uniform_plan
+from moa_lab.plan import MIN_SPAN, Plan, dense_plan, uniform_plan
 from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, Preset, RunSettings
 from moa_lab.profiling import profile
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements
 from moa_lab.refinement import refine
 from moa_lab.report import save_report
-from moa_lab.search import baseline_plan, loss_table, search
+from moa_lab.search import baseline_plan, limit_lengths, loss_table, search
+from moa_lab.selection import select_heads
 from moa_lab.storage import RecordError, parse, read_json, to_json, write_json
 
 Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, Measurements)
 
 logger = logging.getLogger(__name__)
+
+ANSWER_BATCH = 32
+"""Samples that a GPU answers at once: a step costs nearly the same for one."""
+SCREEN_TOKENS = 131_072
+"""Calibration tokens that a choice of whole heads is measured on."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -92,7 +98,9 @@ class Run:
         for record, name in ((self.samples, "samples"), (self.profile, "profile"), (self.table, "table")):
             record()
             shutil.copyfile(self.folder / f"{name}.safetensors", other.folder / f"{name}.safetensors")
-        other.__dict__.update(_loaded=self._loaded, documents=self.documents, _validation_samples=self._validation_samples)
+        other.__dict__.update(
+            _loaded=self._loaded, documents=self.documents, validation_samples=self.validation_samples, _tested=self._tested
+        )
         other.begin()
         return other
 
@@ -134,6 +142,14 @@ class Run:
         asked = self.settings.test_lengths or self.settings.lengths
         return self._chosen_lengths(asked, self.preset.test_lengths)
 
+    @property
+    def limits(self) -> dict[int, float]:
+        """The lengths at which plans keep to the density: the profiled ones, twice the longest, and shorter tested ones where the
+        floor takes at most a quarter of it."""
+        density = self.settings.density
+        short = {n for n in self.test_lengths if n < min(self.lengths) and MIN_SPAN / n <= density / 4}
+        return dict.fromkeys(sorted({*limit_lengths(self.table()), *short}), density)
+
     @cached_property
     def documents(self) -> dict[Split, Sequence[Document] | None]:
         """Documents per split: None means the embedded ones."""
@@ -151,6 +167,7 @@ class Run:
             questions=preset.questions,
             per_sample=preset.questions_per_sample,
             others=preset.summaries,
+            texts=preset.texts,
             answer_tokens=preset.answer_tokens,
         )
         return _stored(
@@ -196,20 +213,21 @@ class Run:
         """Stage evaluate: the chosen plan and the baselines on test samples that nothing was chosen by."""
         return _stored(self.folder / "measurements.json", Measurements.load, self._measured)
 
-    def measure(self, plans: Sequence[Plan]) -> list[Measurement]:
-        """Scores of `plans` on the test samples of every tested length; nothing is scored twice in this run."""
+    def measure(
+        self, plans: Sequence[Plan], *, lengths: Sequence[int] | None = None, tasks: Sequence[str] | None = None
+    ) -> list[Measurement]:
+        """Scores of `plans` on the test samples, nothing scored twice in this run. None: every tested length, every task."""
         rows: list[Measurement] = []
-        sets = [self._test_samples(length) for length in self.test_lengths]
-        total = sum(len(samples) for kinds in sets for samples in kinds) * len(plans)
+        sets = [s for n in lengths or self.test_lengths for s in self.test_samples(n) if s and (tasks is None or s[0].task in tasks)]
+        total = sum(map(len, sets)) * len(plans)
         done = 0
         for plan in plans:
-            for samples in (samples for kinds in sets for samples in kinds):
+            for samples in sets:
                 scores = score_samples(
                     self.model, plan, samples, store=self._store, progress=partial(self._evaluated, before=done, total=total)
                 )
                 done += len(samples)
-                make = retrieval_rows if samples and "facts" in samples[0].detail else loss_rows
-                rows += make(plan, samples, scores)
+                rows += score_rows(plan, samples, scores)
         return rows
 
     def report(self) -> dict[str, Any]:
@@ -225,11 +243,14 @@ class Run:
 
     def _searched(self) -> Front:
         front = _stored(self.folder / "front-search.json", Front.load, self._search)
+        if self.preset.selection_plans:
+            selected = _stored(self.folder / "front-selected.json", Front.load, self._select)
+            front = replace(front, points=(*front.points, *selected), settings={**front.settings, "selection": selected.settings})
         if not self.preset.refine_rounds:
             return front
-        draft = _stored(self.folder / "draft.json", Plan.load, lambda: self._validation(front, "draft").best)
+        draft = _stored(self.folder / "draft.json", Plan.load, lambda: self.validation(front, "draft").best)
         refined = refine(
-            self.model, draft, self.samples(), self.table(), self.settings.density, rounds=self.preset.refine_rounds,
+            self.model, draft, self.samples(), self.table(), self.limits, rounds=self.preset.refine_rounds,
             heads=self.preset.refine_heads, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self._parts("refine"),
             progress=self._steps("refine"),
         )  # fmt: skip
@@ -237,13 +258,20 @@ class Run:
 
     def _search(self) -> Front:
         return search(
-            self.profile(), self.settings.density, max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed,
+            self.profile(), self.limits, max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed,
             time_limit_s=self.preset.search_seconds, max_points=self.preset.candidates,
             progress=lambda done, total, message: self.progress("search", done, total),
         )  # fmt: skip
 
+    def _select(self) -> Front:
+        return select_heads(
+            self.model, self.samples().limited(SCREEN_TOKENS), self.table(), self.limits, plans=self.preset.selection_plans,
+            seed=self.settings.seed, parts_dir=self._parts("selection"), progress=self._steps("select heads"),
+        )  # fmt: skip
+
     @cached_property
-    def _validation_samples(self) -> list[Sample]:
+    def validation_samples(self) -> list[Sample]:
+        """What plans are chosen by: needles, the dense model's own answers and plain texts of the validation split."""
         preset = self.preset
         between = validation_length(self.lengths, self.geometry.max_length)
         samples = []
@@ -253,13 +281,19 @@ class Run:
                 split="validation", seed=self.settings.seed, documents=self.documents["validation"],
             )  # fmt: skip
             samples += self._own_answers(length, preset.validation_summaries, "validation", "validate")
+            if preset.validation_texts:
+                samples += document_samples(
+                    self.tokenizer, length, preset.validation_texts, split="validation", seed=self.settings.seed,
+                    documents=self.documents["validation"],
+                )  # fmt: skip
         return samples
 
-    def _validation(self, front: Front, name: str) -> Validation:
-        return choose(self.model, front, self._validation_samples, name=name, store=self._store, progress=self._steps(f"validate {name}"))
+    def validation(self, front: Front, name: str) -> Validation:
+        """Measure every plan of `front` on validation samples; the best is called `name`."""
+        return choose(self.model, front, self.validation_samples, name=name, store=self._store, progress=self._steps(f"validate {name}"))
 
     def _validated(self) -> Plan:
-        found = self._validation(self.front(), "moa")
+        found = self.validation(self.front(), "moa")
         origin = self.origin()
         replace(found.measurements, provenance=origin).save(self.folder / "validation.json")
         return replace(found.best, provenance=origin, lengths=tuple(sorted({*self.lengths, *self.test_lengths})))
@@ -273,7 +307,17 @@ class Run:
     def _evaluated(self, finished: int, _: int, *, before: int, total: int) -> None:
         self.progress("evaluate", before + finished, total)
 
-    def _test_samples(self, length: int) -> tuple[list[Sample], ...]:
+    def test_samples(self, length: int) -> tuple[list[Sample], ...]:
+        """Test samples of one length, a list for each task of the preset: needles, lines, documents, the dense model's own answers."""
+        if length not in self._tested:
+            self._tested[length] = self._draw_tests(length)
+        return self._tested[length]
+
+    @cached_property
+    def _tested(self) -> dict[int, tuple[list[Sample], ...]]:
+        return {}
+
+    def _draw_tests(self, length: int) -> tuple[list[Sample], ...]:
         preset, seed = self.preset, self.settings.seed
         shared: dict[str, Any] = {"seed": seed, "documents": self.documents["test"]}
         return (
@@ -313,7 +357,7 @@ class Run:
 
     @property
     def _answer_batch(self) -> int:
-        return 1 if self.model.device.type == "cpu" else 16
+        return 1 if self.model.device.type == "cpu" else ANSWER_BATCH
 
     @property
     def _store(self) -> ScoreStore:

@@ -14,9 +14,10 @@ SETTINGS_SCHEMA = "moa-lab/run/1"
 class Preset:
     """How much of everything a run takes. Counts are per length.
 
-    questions (questions_per_sample in one text), summaries: calibration samples; answer_tokens: tokens of a summary.
+    questions (questions_per_sample in one text), summaries, texts: calibration samples; answer_tokens: tokens of a summary.
     validation_*: samples at a length that is not profiled, and at the longest profiled one if validate_profiled. candidates: plans of
-    the search that are measured there. refine_rounds: how often the best of them is improved (0: it is taken as it is). needles
+    the search that are measured there. selection_plans: choices of whole heads that are measured to find more candidates (0: none).
+    refine_rounds: how often the best candidate is improved (0: it is taken as it is). needles
     (needles_per_text in one text), own_answers, lines, documents: test samples at every tested length. baselines: plans measured
     beside dense, uniform and the chosen one.
     """
@@ -25,12 +26,15 @@ class Preset:
     questions: int
     questions_per_sample: int
     summaries: int
+    texts: int
     answer_tokens: int
     candidates: int
+    selection_plans: int
     refine_rounds: int
     refine_heads: int
     validation_questions: int
     validation_summaries: int
+    validation_texts: int
     validate_profiled: bool
     test_lengths: tuple[int, ...]
     needles: int
@@ -45,28 +49,40 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     # A laptop's two cores: thirteen minutes with the embedded model, all installs included.
     "quick": Preset(
-        lengths=(1024, 2048), questions=8, questions_per_sample=2, summaries=2, answer_tokens=48,
-        candidates=5, refine_rounds=0, refine_heads=0, validation_questions=4, validation_summaries=2, validate_profiled=False,
+        lengths=(1024, 2048), questions=8, questions_per_sample=2, summaries=2, texts=0, answer_tokens=48,
+        candidates=5, selection_plans=0, refine_rounds=0, refine_heads=0,
+        validation_questions=4, validation_summaries=2, validation_texts=0, validate_profiled=False,
         test_lengths=(2048,), needles=16, needles_per_text=1, own_answers=4, lines=0, documents=0,
         baselines=(), search_seconds=20.0,
     ),
     # One GPU: nine minutes on an H100 with the embedded model.
     "standard": Preset(
-        lengths=(2048, 4096), questions=48, questions_per_sample=1, summaries=12, answer_tokens=128,
-        candidates=12, refine_rounds=2, refine_heads=96, validation_questions=64, validation_summaries=16, validate_profiled=True,
+        lengths=(2048, 4096), questions=48, questions_per_sample=1, summaries=12, texts=0, answer_tokens=128,
+        candidates=12, selection_plans=0, refine_rounds=2, refine_heads=96,
+        validation_questions=64, validation_summaries=16, validation_texts=0, validate_profiled=True,
         test_lengths=(2048, 4096), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=16,
         baselines=("ranked", "paper"), search_seconds=30.0,
     ),
-    # Many densities from one profile: less is spent on each, and it is tested at twice the lengths.
+    # Many densities and many plans from one profile: less is spent on each, plain text counts too, and more is tested.
     "study": Preset(
-        lengths=(2048, 4096), questions=48, questions_per_sample=1, summaries=12, answer_tokens=128,
-        candidates=8, refine_rounds=0, refine_heads=0, validation_questions=48, validation_summaries=8, validate_profiled=True,
-        test_lengths=(1024, 2048, 4096, 8192), needles=64, needles_per_text=1, own_answers=16, lines=16, documents=16,
+        lengths=(2048, 4096), questions=32, questions_per_sample=2, summaries=12, texts=12, answer_tokens=128,
+        candidates=8, selection_plans=224, refine_rounds=0, refine_heads=0,
+        validation_questions=48, validation_summaries=8, validation_texts=8, validate_profiled=True,
+        test_lengths=(1024, 2048, 4096, 8192), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=32,
         baselines=(), search_seconds=15.0,
     ),
+    # The same on a laptop's two cores, in minutes and for the look of it alone: no interval is narrow enough to decide anything.
+    "sketch": Preset(
+        lengths=(512, 640), questions=3, questions_per_sample=2, summaries=1, texts=1, answer_tokens=16,
+        candidates=3, selection_plans=6, refine_rounds=0, refine_heads=0,
+        validation_questions=2, validation_summaries=1, validation_texts=1, validate_profiled=False,
+        test_lengths=(640,), needles=4, needles_per_text=1, own_answers=2, lines=2, documents=2,
+        baselines=(), search_seconds=3.0,
+    ),
     "full": Preset(
-        lengths=(1024, 2048, 4096), questions=96, questions_per_sample=1, summaries=32, answer_tokens=192,
-        candidates=32, refine_rounds=4, refine_heads=256, validation_questions=192, validation_summaries=48, validate_profiled=True,
+        lengths=(1024, 2048, 4096), questions=96, questions_per_sample=1, summaries=32, texts=0, answer_tokens=192,
+        candidates=32, selection_plans=0, refine_rounds=4, refine_heads=256,
+        validation_questions=192, validation_summaries=48, validation_texts=0, validate_profiled=True,
         test_lengths=(1024, 2048, 4096, 8192), needles=256, needles_per_text=1, own_answers=64, lines=64, documents=32,
         baselines=("ranked", "paper"), search_seconds=300.0,
     ),

@@ -39,15 +39,16 @@ class Request:
 
 
 def requests(
-    supervision: str = "model", *, questions: int = 16, per_sample: int = 1, others: int = 6, answer_tokens: int = 128
+    supervision: str = "model", *, questions: int = 16, per_sample: int = 1, others: int = 6, texts: int = 0, answer_tokens: int = 128
 ) -> tuple[Request, ...]:
     """What each kind of supervision asks for (the paper's calibration ablation, arXiv 2406.14909, table 4).
 
-    model: questions about planted facts, and summaries, both answered by the dense model. human: the documents' own
-    human answers. text: plain text, no instruction. Raises ValueError for another name.
+    model: questions about planted facts, and summaries, both answered by the dense model; and `texts` samples of plain text. human:
+    the documents' own human answers. text: plain text, no instruction. Raises ValueError for another name.
     """
     if supervision == "model":
-        return (Request(Questions(per_sample), questions), Request(Summaries(answer_tokens=answer_tokens), others))
+        answered = (Request(Questions(per_sample), questions), Request(Summaries(answer_tokens=answer_tokens), others))
+        return (*answered, Request(PlainText(), texts)) if texts else answered
     if supervision == "human":
         return (Request(HumanAnswers(), others),)
     if supervision == "text":

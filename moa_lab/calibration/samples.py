@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,13 @@ class SampleSet:
     def select(self, task: str | None = None, length: int | None = None) -> tuple[Sample, ...]:
         """The samples of a task and a length (None: any)."""
         return tuple(s for s in self.samples if task in (None, s.task) and length in (None, s.length))
+
+    def limited(self, tokens: int) -> SampleSet:
+        """The first samples of every (task, length): as many as share `tokens` evenly among the pairs, at least one of each."""
+        groups = group_by_shape(self.samples)
+        kept = {key: group[: max(1, tokens // len(groups) // key[1])] for key, group in groups.items()}
+        chosen = {id(sample) for group in kept.values() for sample in group}
+        return replace(self, samples=tuple(sample for sample in self.samples if id(sample) in chosen))
 
     @property
     def keys(self) -> tuple[tuple[str, int], ...]:

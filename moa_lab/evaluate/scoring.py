@@ -60,7 +60,7 @@ def score_samples(
 
 
 def retrieval_rows(plan: Plan, samples: Sequence[Sample], scores: Sequence[Sequence[AnswerScore]]) -> list[Measurement]:
-    """Exact match per (task, length): a row each, with the accuracy by depth and by wording in its detail."""
+    """Exact match per (task, length): a row each, with every hit, and the accuracy by depth and by wording, in its detail."""
     rows = []
     for (task, length), group in _groups(samples, scores).items():
         facts = [(fact, score.exact) for sample, result in group for fact, score in zip(_asked(sample), result, strict=True)]
@@ -73,7 +73,8 @@ def retrieval_rows(plan: Plan, samples: Sequence[Sample], scores: Sequence[Seque
             wording: _share_detail(exact for fact, exact in facts if fact["wording"] == wording)
             for wording in sorted({fact["wording"] for fact, _ in facts})
         }
-        detail = {"by_depth": by_depth, "by_wording": by_wording, "contexts": len(group)}
+        hits = [int(exact) for _, exact in facts]
+        detail = {"by_depth": by_depth, "by_wording": by_wording, "contexts": len(group), "per_sample": hits}
         rows.append(Measurement(plan.name, "retrieval", task, length, *_fields(total), plan.density(length), detail))
     return rows
 
@@ -86,6 +87,12 @@ def loss_rows(plan: Plan, samples: Sequence[Sample], scores: Sequence[Sequence[A
         detail = {"perplexity": float(np.exp(np.mean(per_sample))), "per_sample": per_sample}
         rows.append(Measurement(plan.name, "cross_entropy", task, length, *_fields(mean(per_sample)), plan.density(length), detail))
     return rows
+
+
+def score_rows(plan: Plan, samples: Sequence[Sample], scores: Sequence[Sequence[AnswerScore]]) -> list[Measurement]:
+    """`retrieval_rows` of samples with planted facts, `loss_rows` of others; `samples` are all of one kind."""
+    make = retrieval_rows if samples and "facts" in samples[0].detail else loss_rows
+    return make(plan, samples, scores)
 
 
 def sample_loss(scores: Sequence[AnswerScore]) -> float:

@@ -16,7 +16,7 @@ from moa_lab.search.goals import Goal, default_goals, mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import MilpAnswer, solve_milp
 from moa_lab.search.problem import InfeasibleError, NoPlanError, limit_lengths
-from moa_lab.search.ranked import ranked_plan
+from moa_lab.search.ranked import WholeHeads, head_scores, ranked_plan
 from moa_lab.search.space import paper_grid, rule_grid
 
 __all__ = [
@@ -29,12 +29,14 @@ __all__ = [
     "MilpAnswer",
     "NoPlanError",
     "PlanProblem",
+    "WholeHeads",
     "baseline_plan",
     "default_goals",
     "epsilon_front",
     "evolve",
     "front_values",
     "goal_sets",
+    "head_scores",
     "hypervolume",
     "limit_lengths",
     "loss_table",

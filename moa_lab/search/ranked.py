@@ -29,19 +29,42 @@ def ranked_plan(
     `task`). `density` and `lengths` as in `solve_milp`. `name` defaults to `ranked-<floor_tokens>`. Raises ValueError when the table
     lacks the floor or the dense rule, or when even the floor alone exceeds a limit.
     """
-    choice, floor, dense = _floor_choice(table, floor_tokens)
-    targets = densities(table, density, lengths)
-    limits = Usage(table, targets).limits(targets)
-    _check_floor(choice, limits, floor_tokens)
-    used = limits.usage[:, np.arange(len(choice)), choice].sum(axis=1)
-    for head in np.argsort(-_lost_at(table, task, floor), kind="stable"):
-        more = limits.usage[:, head, dense] - limits.usage[:, head, choice[head]]
-        if (used + more <= limits.limit + limits.slack).all():
-            choice[head] = dense
-            used = used + more
-    rows = choice.reshape(table.geometry.layers, -1)
-    search = {"origin": "ranked", "task": task, "floor_tokens": floor_tokens, "whole_heads": int((choice == dense).sum())}
-    return table.plan(rows, name or f"ranked-{floor_tokens}", lengths=tuple(targets), search=search)
+    heads = WholeHeads(table, density, floor_tokens, lengths)
+    choice = heads.choice(-head_scores(table, task, floor_tokens))
+    search = {"origin": "ranked", "task": task, "floor_tokens": floor_tokens, "whole_heads": int(heads.whole(choice).sum())}
+    return table.plan(choice, name or f"ranked-{floor_tokens}", lengths=heads.lengths, search=search)
+
+
+def head_scores(table: LossTable, task: str = QUESTIONS, floor_tokens: int = 192) -> np.ndarray:
+    """Influence (layers * kv_heads,) that every head loses with a span of `floor_tokens`; `task` as in `ranked_plan`."""
+    return _lost_at(table, task, _floor_choice(table, floor_tokens)[1])
+
+
+class WholeHeads:
+    """Plans whose heads are whole or at a floor, within density limits. Raises as `ranked_plan`."""
+
+    def __init__(self, table: LossTable, density: Density, floor_tokens: int, lengths: Iterable[int] | None = None) -> None:
+        self._layers = table.geometry.layers
+        self._start, self._floor, self._dense = _floor_choice(table, floor_tokens)
+        targets = densities(table, density, lengths)
+        self.lengths = tuple(targets)
+        self._limits = Usage(table, targets).limits(targets)
+        _check_floor(self._start, self._limits, floor_tokens)
+
+    def choice(self, price: np.ndarray) -> np.ndarray:
+        """The choice (layers, kv_heads) with the cheapest heads by `price` (layers * kv_heads,) whole, as many as the limits allow."""
+        choice, limits = self._start.copy(), self._limits
+        used = limits.usage[:, np.arange(len(choice)), choice].sum(axis=1)
+        for head in np.argsort(price, kind="stable"):
+            more = limits.usage[:, head, self._dense] - limits.usage[:, head, self._floor]
+            if (used + more <= limits.limit + limits.slack).all():
+                choice[head] = self._dense
+                used = used + more
+        return choice.reshape(self._layers, -1)
+
+    def whole(self, choice: np.ndarray) -> np.ndarray:
+        """Boolean, of the shape of `choice`: which heads are whole."""
+        return np.asarray(choice == self._dense)
 
 
 def _floor_choice(table: LossTable, floor_tokens: int) -> tuple[np.ndarray, int, int]:
