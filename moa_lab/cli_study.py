@@ -1,7 +1,8 @@
-"""moa-lab study: a question of the paper, answered on a model."""
+"""moa-lab study: the questions of the paper, answered on a model."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,12 @@ import typer
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.terminal import Bars, ForceOption, densities_of, free, lengths_of
 
+EVERY = "all"
+
 
 def study(
-    name: Annotated[str, typer.Argument(help="retrieval or quality")],
-    out: Annotated[Path, typer.Option("--out", help="the record, JSON")],
+    name: Annotated[str, typer.Argument(help="a study, several separated by commas, or all")],
+    out: Annotated[Path, typer.Option("--out", help="the record, JSON; of several studies their folder")],
     work: Annotated[Path, typer.Option("--work", help="folder of what is made on the way; studies share it")] = Path("runs/studies"),
     model: Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")] = "smollm2",
     preset: Annotated[str, typer.Option("--preset", help=f"how much of everything: {', '.join(PRESETS)}")] = "study",
@@ -25,20 +28,28 @@ def study(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     force: ForceOption = False,
 ) -> None:
-    """Answer a question with error bars: plans at many densities against dense and uniform ones of equal KV bytes."""
+    """Answer questions with error bars, a record each; of several studies, those whose record exists are not run again."""
     from moa_lab.pipeline import Run
-    from moa_lab.studies import DENSITIES, STUDIES, table
+    from moa_lab.studies import MODULES, scale_of, table
+    from moa_lab.studies import study as study_of
 
-    if name not in STUDIES:
-        raise ValueError(f"study must be one of {', '.join(STUDIES)}, got {name!r}")
-    free(out, force)
+    names = tuple(MODULES) if name == EVERY else tuple(name.split(","))
+    studies = {one: study_of(one) for one in names}
+    paths = {one: out / f"{one}.json" for one in names} if name == EVERY or len(names) > 1 else {names[0]: out}
+    if len(paths) == 1:
+        free(out, force)
     settings = RunSettings(
         model=model, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed, source=source,
         columns=columns,
     )  # fmt: skip
+    scale = scale_of(preset)
+    if asked := densities_of(densities):
+        scale = replace(scale, densities=asked)
     with Bars() as bars:
         run = Run(work, settings, bars)
         run.begin()
-        record = STUDIES[name](run, densities_of(densities) or DENSITIES)
-    record.save(out)
-    typer.echo(table(record))
+        for one, path in paths.items():
+            if force or not path.exists():
+                record = studies[one](run, scale)
+                record.save(path)
+                typer.echo(f"{table(record)}\n")

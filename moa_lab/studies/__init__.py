@@ -1,9 +1,29 @@
 """The questions of the paper, answered on a model: each study leaves a record with its rows, its goals and a sentence."""
 
-from moa_lab.studies.densities import DENSITIES, quality, retrieval
+from collections.abc import Callable, Mapping
+from importlib import import_module
+
+from moa_lab.pipeline import Run
 from moa_lab.studies.record import StudyGoal, StudyRecord, table
+from moa_lab.studies.scale import Scale, scale_of
 
-STUDIES = {"retrieval": retrieval, "quality": quality}
-"""Studies by name; each takes a `Run` and densities and returns its record."""
+Study = Callable[[Run, Scale], StudyRecord]
 
-__all__ = ["DENSITIES", "STUDIES", "StudyGoal", "StudyRecord", "quality", "retrieval", "table"]
+MODULES: Mapping[str, str] = {
+    "retrieval": "densities",
+    "quality": "densities",
+    "search": "objectives",
+    "refine": "refine",
+}
+"""Studies by name, and the module here that holds the function of that name."""
+
+
+def study(name: str) -> Study:
+    """The study of that name. Raises ValueError for another name."""
+    if name not in MODULES:
+        raise ValueError(f"study must be one of {', '.join(MODULES)}, got {name!r}")
+    found: Study = getattr(import_module(f"moa_lab.studies.{MODULES[name]}"), name)
+    return found
+
+
+__all__ = ["MODULES", "Scale", "Study", "StudyGoal", "StudyRecord", "scale_of", "study", "table"]

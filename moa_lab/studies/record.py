@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_lab.bench.record import Goal
+from moa_lab.evaluate.intervals import Interval
 from moa_lab.provenance import Provenance
 from moa_lab.records import Measurement, Measurements
 from moa_lab.storage import parse, read_json, to_json, write_json
@@ -17,16 +18,34 @@ STUDY_SCHEMA = "moa-lab/study/1"
 
 @dataclass(frozen=True)
 class StudyGoal:
-    """A number that a study aims at: `value` reaches `goal`, or with `at_most` stays below it."""
+    """A number that a study aims at: `value` reaches `goal`, or with `at_most` stays below it.
+
+    low, high: the 95% interval of the value, where there is one. A goal inside it is met or missed by chance.
+    """
 
     name: str
     value: float
     goal: float
     at_most: bool = False
+    low: float | None = None
+    high: float | None = None
     meets: bool = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "meets", Goal(self.goal, self.at_most).meets(self.value))
+
+    @classmethod
+    def of(cls, name: str, found: Interval, goal: float, at_most: bool = False) -> StudyGoal:
+        """A goal for a value with its interval."""
+        return cls(name, found.value, goal, at_most, found.low, found.high)
+
+    @property
+    def decided(self) -> bool:
+        """Whether the whole interval says the same as the value; without an interval the value is all there is."""
+        if self.low is None or self.high is None:
+            return True
+        goal = Goal(self.goal, self.at_most)
+        return goal.meets(self.low) == goal.meets(self.high)
 
 
 @dataclass(frozen=True)
@@ -59,15 +78,25 @@ class StudyRecord:
 
 
 def table(record: StudyRecord) -> str:
-    """The record as lines of text: the question, a row per plan with a column per task and length, the goals, the answer."""
-    columns = sorted({(row.task, row.length) for row in record.rows})
-    plans = list(dict.fromkeys(row.plan for row in record.rows))
-    found = {(row.plan, row.task, row.length): row for row in record.rows}
-    lines = [["plan", *(f"{task} @{length}" for task, length in columns)]]
-    for plan in plans:
+    """The record as lines of text: the question, a table per metric (a row per plan, a column per task and length), goals, answer."""
+    parts = [[record.question]]
+    parts += [_scores(record, metric) for metric in dict.fromkeys(row.metric for row in record.rows)]
+    if record.goals:
+        lines = [["goal", "value", "95% interval", "aimed at", "meets"]]
+        for goal in record.goals:
+            interval = "-" if goal.low is None or goal.high is None else f"[{goal.low:.3f}, {goal.high:.3f}]"
+            verdict = ("yes" if goal.meets else "no") + ("" if goal.decided else " (not decided)")
+            lines.append([goal.name, f"{goal.value:.3f}", interval, f"{'<=' if goal.at_most else '>='} {goal.goal:g}", verdict])
+        parts.append(aligned(lines))
+    return "\n\n".join("\n".join(part) for part in [*parts, [record.answer]])
+
+
+def _scores(record: StudyRecord, metric: str) -> list[str]:
+    rows = record.select(metric=metric)
+    columns = sorted({(row.task, row.length) for row in rows})
+    found = {(row.plan, row.task, row.length): row for row in rows}
+    lines = [[metric.replace("_", " "), *(f"{task} @{length}" if length else task for task, length in columns)]]
+    for plan in dict.fromkeys(row.plan for row in rows):
         cells = [found.get((plan, *column)) for column in columns]
         lines.append([plan, *("-" if row is None else f"{row.value:.3f} [{row.low:.2f}, {row.high:.2f}]" for row in cells)])
-    goals = [["goal", "value", "aimed at", "meets"]]
-    for goal in record.goals:
-        goals.append([goal.name, f"{goal.value:.3f}", f"{'<=' if goal.at_most else '>='} {goal.goal:g}", "yes" if goal.meets else "no"])
-    return "\n".join([record.question, "", *aligned(lines), "", *(aligned(goals) if record.goals else []), "", record.answer])
+    return aligned(lines)

@@ -1,0 +1,69 @@
+"""The plans that studies compare: dense, uniform ones of equal bytes, what the search chooses, and what one solve says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from moa_lab.pipeline import Run
+from moa_lab.plan import Plan, SpanRule, dense_plan
+from moa_lab.records import LossTable, Measurement
+from moa_lab.search import Goal, InfeasibleError, default_goals, mean_goal, solve_budget
+from moa_lab.search.problem import Density
+from moa_lab.studies.record import StudyGoal, StudyRecord
+
+NEEDLES, LINES, DOCUMENTS, SUMMARIES = "needles", "lines", "documents", "summaries"
+"""Tasks of the test samples: `Run.test_samples`."""
+
+
+def name_of(kind: str, density: float) -> str:
+    """For instance `moa-25` for 0.25."""
+    return f"{kind}-{100 * density:g}"
+
+
+def chosen_plans(run: Run, densities: Iterable[float]) -> tuple[dict[float, Plan], dict[str, str]]:
+    """The measured choice of the pipeline at every density that is feasible; and, by name, why the others are left out."""
+    plans, left_out = {}, {}
+    for density in densities:
+        name = name_of("moa", density)
+        try:
+            plans[density] = replace(run.at(density).plan(), name=name)
+        except InfeasibleError as error:
+            left_out[name] = str(error)
+    return plans, left_out
+
+
+def solved_plan(table: LossTable, density: Density, name: str, goals: Sequence[Goal] | None = None) -> Plan:
+    """What the slider answers: the mean of `goals` (None: the default ones) by Lagrangian relaxation, nothing measured."""
+    answer = solve_budget(table, density, goal=mean_goal(default_goals(table) if goals is None else goals))
+    return table.plan(answer.choice, name, search={"origin": name, "gap": answer.gap})
+
+
+def equal_uniform(plan: Plan, length: int, name: str) -> Plan:
+    """The uniform plan (StreamingLLM, arXiv 2309.17453) that keeps as many tokens at `length` as `plan` does, to a token a head."""
+    span = float(np.floor(plan.spans(length).mean()))
+    rules = ((SpanRule(span, 0.0),) * plan.geometry.kv_heads,) * plan.geometry.layers
+    return replace(plan, rules=rules, name=name, search={"origin": "uniform"}, scores={})
+
+
+def dense_and_uniform(
+    run: Run, plans: Iterable[Plan], *, lengths: Sequence[int] | None = None, tasks: Sequence[str] | None = None
+) -> list[Measurement]:
+    """Rows of the dense model and, for every plan `KIND-25`, of `uniform-25` with the bytes of that plan at each length."""
+    lengths = run.test_lengths if lengths is None else lengths
+    rows = run.measure([dense_plan(run.geometry)], lengths=lengths, tasks=tasks)
+    for plan in plans:
+        name = f"uniform-{plan.name.rpartition('-')[2]}"
+        for length in lengths:
+            rows += run.measure([equal_uniform(plan, length, name)], lengths=[length], tasks=tasks)
+    return rows
+
+
+def record_of(
+    run: Run, name: str, question: str, answer: str, rows: Sequence[Measurement], goals: Sequence[StudyGoal] = (), **settings: object
+) -> StudyRecord:
+    """A study's record with the settings and the origin of its run."""
+    told = {**settings, "run": asdict(run.settings), "profiled_lengths": list(run.lengths), "test_lengths": list(run.test_lengths)}
+    return StudyRecord(name, question, answer, tuple(rows), tuple(goals), told, run.origin())
