@@ -1,0 +1,214 @@
+"""What to minimise, and with which solver: predicted losses held against measured ones."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moa_lab.calibration.samples import SampleSet
+from moa_lab.evaluate.effects import MeasuredLosses
+from moa_lab.evaluate.intervals import Interval
+from moa_lab.pipeline import SCREEN_TOKENS, Run
+from moa_lab.plan import Plan, dense_plan
+from moa_lab.profiling import profile
+from moa_lab.profiling.gates import train_gates
+from moa_lab.records import Front, FrontPoint, InfluenceProfile, LossTable, Measurement
+from moa_lab.search import (
+    BudgetSolver,
+    Goal,
+    InfeasibleError,
+    WholeHeads,
+    default_goals,
+    epsilon_front,
+    evolve,
+    front_values,
+    hypervolume,
+    loss_table,
+    mean_goal,
+    paper_goals,
+    ranked_plan,
+)
+from moa_lab.search import search as searched
+from moa_lab.search.front import point, undominated
+from moa_lab.search.goals import QUESTIONS
+from moa_lab.studies.compare import difference, row_of, spearman
+from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, equal_uniform, record_of, solved_plan
+from moa_lab.studies.predictors import merged, predictors, random_choices, regressed
+from moa_lab.studies.record import StudyGoal, StudyRecord
+from moa_lab.studies.scale import Scale
+
+FLOOR_TOKENS = 192
+GATE_STEPS, GATE_TOKENS = 80, 131_072
+PLANS_PROFILED = 4
+PROFILED_TOKENS = 65_536
+"""Calibration tokens that are profiled again under each of `PLANS_PROFILED` random plans."""
+MEASURED_POINTS = 5
+"""Plans of every front that validation measures."""
+
+
+def search(run: Run, scale: Scale) -> StudyRecord:
+    """Objectives, solvers at equal time, and predictors, at `scale.density`."""
+    density, table = run.at(scale.density).limits, run.table()
+    try:
+        plans = _objectives(run, table, density, scale)
+    except InfeasibleError as error:
+        return record_of(run, "search", QUESTION, f"Not answered: {error}.", (), density=scale.density)
+    lengths, tasks = run.lengths, (NEEDLES, SUMMARIES, DOCUMENTS)
+    rows = run.measure([dense_plan(run.geometry), *plans], lengths=lengths, tasks=tasks)
+    for length in lengths:
+        rows += run.measure([equal_uniform(plans[0], length, "uniform")], lengths=[length], tasks=tasks)
+    volumes, chosen = _solvers(run, table, density, scale)
+    rows += [*volumes, *run.measure(chosen, lengths=lengths, tasks=tasks)]
+    correlations = _predictions(run, density, scale)
+    rows += correlations
+    best = max(correlations, key=lambda row: row.value)
+    goals = [StudyGoal(GOAL.format(best.plan), best.value, 0.8, low=best.low, high=best.high)]
+    answer = search_answer([plan.name for plan in plans], rows, correlations)
+    return record_of(run, "search", QUESTION, answer, rows, goals, density=scale.density, random_plans=scale.random_plans,
+                     search_seconds=scale.search_seconds, floor_tokens=FLOOR_TOKENS, gate_steps=_gate_steps(scale))  # fmt: skip
+
+
+QUESTION = "Which objective, which solver, and does a better prediction mean a better plan?"
+GOAL = "rank correlation of predicted and measured loss, random plans of equal density, best predictor ({})"
+
+
+def search_answer(objectives: Sequence[str], rows: Sequence[Measurement], correlations: Sequence[Measurement]) -> str:
+    """A sentence each on objectives, solvers and predictors. rows: of plans by name; correlations: a row a predictor."""
+    found = {name: _mean_score(rows, name, "retrieval") for name in objectives}
+    best = max(found, key=lambda name: found[name])
+    paper = next(name for name in objectives if name.startswith("element"))
+    length = max(row.length for row in rows if row.plan == best and row.task == NEEDLES)
+    gain = difference(row_of(rows, best, NEEDLES, length), row_of(rows, paper, NEEDLES, length))
+    against = "is the paper's own" if best == paper else (
+        f"against {found[paper]:.2f} of the paper's ({paper}), a difference of {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] "
+        f"at {length:,} tokens{'' if gain.low > 0 else ', not decided'}"
+    )  # fmt: skip
+    volumes = sorted((row for row in rows if row.metric == "hypervolume"), key=lambda row: -row.value)
+    solvers = f"at equal time {volumes[0].plan} covers most ({', '.join(f'{row.plan} {row.value:.3f}' for row in volumes)})"
+    ranked = sorted(correlations, key=lambda row: -row.value)
+    told = f"{ranked[0].plan} predicts best (rank correlation {ranked[0].value:.2f}), {ranked[-1].plan} worst ({ranked[-1].value:.2f})"
+    return f"Most needles are found by the plan of {best} ({found[best]:.2f}), {against}; {solvers}; {told}."
+
+
+def _mean_score(rows: Sequence[Measurement], name: str, metric: str) -> float:
+    return float(np.mean([row.value for row in rows if row.plan == name and row.metric == metric and row.task == NEEDLES]))
+
+
+def _objectives(run: Run, table: LossTable, density: Mapping[int, float], scale: Scale) -> list[Plan]:
+    """A plan for every idea of what to minimise; nothing measured chooses."""
+    element = loss_table(run.profile(), table.rules, estimator="element")
+    ways: dict[str, tuple[LossTable, Sequence[Goal]]] = {
+        "element, sum": (element, paper_goals(element)),
+        "span, sum": (table, paper_goals(table)),
+        "all or nothing": (table, default_goals(table, forms={o.task: "all_or_nothing" for o in table.objectives})),
+        "worst distance": (table, default_goals(table, forms={o.task: "worst_distance" for o in table.objectives})),
+        "all or nothing + sum": (table, default_goals(table)),
+        "worst distance + sum": (table, default_goals(table, forms={QUESTIONS: "worst_distance"})),
+    }
+    plans = [solved_plan(of, density, name, goals) for name, (of, goals) in ways.items()]
+    plans.append(ranked_plan(table, density, floor_tokens=FLOOR_TOKENS, name="ranked"))
+    gates = train_gates(
+        run.model, run.samples().limited(GATE_TOKENS), steps=_gate_steps(scale), span_tokens=FLOOR_TOKENS, seed=run.settings.seed,
+        progress=lambda done, total: run.progress("search: gates", done, total),
+    )  # fmt: skip
+    heads = WholeHeads(table, density, FLOOR_TOKENS)
+    plans.append(table.plan(heads.choice(-gates.ravel()), "gates", search={"origin": "gates"}))
+    return plans
+
+
+def _gate_steps(scale: Scale) -> int:
+    return min(GATE_STEPS, scale.random_plans)
+
+
+def _solvers(run: Run, table: LossTable, density: Mapping[int, float], scale: Scale) -> tuple[list[Measurement], list[Plan]]:
+    """Hypervolume of every solver's front after the same time, and the plan of each that validation chooses."""
+    goals, seconds = default_goals(table), scale.search_seconds
+    names = [goal.name for goal in goals]
+    ways: dict[str, Callable[[], Front]] = {
+        "epsilon": lambda: epsilon_front(table, density, goals=goals, time_limit_s=seconds),
+        "pymoo": lambda: _evolved(table, density, goals, seconds, run.settings.seed),
+        "budget": lambda: _swept(table, density, goals, seconds, run.settings.seed),
+        "search": lambda: searched(table, density, time_limit_s=seconds, seed=run.settings.seed),
+    }
+    rows, chosen = [], []
+    for done, (name, solve) in enumerate(ways.items()):
+        run.progress("search: solvers", done, len(ways))
+        began = time.perf_counter()
+        front = solve()
+        took = time.perf_counter() - began
+        # 1 in a goal: what the cheapest rule everywhere loses.
+        volume = hypervolume(front_values(front.points, names), np.ones(len(names)))
+        rows.append(_point_row(name, "hypervolume", Interval(volume, len(front), volume, volume), {"seconds": took, "plans": len(front)}))
+        chosen.append(replace(run.validation(_thinned(front, names), name).best, name=name))
+    run.progress("search: solvers", len(ways), len(ways))
+    return rows, chosen
+
+
+def _evolved(table: LossTable, density: Mapping[int, float], goals: Sequence[Goal], seconds: float, seed: int) -> Front:
+    stop = threading.Event()
+    timer = threading.Timer(seconds, stop.set)
+    timer.start()
+    try:
+        return evolve(table, density, goals=goals, generations=10_000, seed=seed, cancel=stop)
+    finally:
+        timer.cancel()
+
+
+def _swept(table: LossTable, density: Mapping[int, float], goals: Sequence[Goal], seconds: float, seed: int) -> Front:
+    """Slider answers at random weights of the goals, until the time is over."""
+    rng, end = np.random.default_rng(seed), time.perf_counter() + seconds
+    points: list[FrontPoint] = []
+    while not points or time.perf_counter() < end:
+        weights = dict(zip((goal.name for goal in goals), rng.dirichlet(np.ones(len(goals))) + 1e-3, strict=True))
+        answer = BudgetSolver(table, mean_goal(goals, weights), density).solve(density)
+        points.append(point(table, answer.choice, name=f"budget-{len(points) + 1}", origin="budget", lengths=density, goals=goals))
+    names = tuple(goal.name for goal in goals)
+    return Front(tuple(undominated(points, names)), names, {}, table.provenance)
+
+
+def _thinned(front: Front, names: Sequence[str]) -> Front:
+    """Plans that spread over the front from the best mean of the goals on: at most `MEASURED_POINTS`."""
+    order = np.argsort(front_values(front.points, names).mean(axis=1), kind="stable")
+    picks = order[np.unique(np.linspace(0, len(order) - 1, min(MEASURED_POINTS, len(order))).round().astype(int))]
+    return replace(front, points=tuple(front.points[int(index)] for index in picks))
+
+
+def _predictions(run: Run, density: Mapping[int, float], scale: Scale) -> list[Measurement]:
+    """Rank correlation of every predictor with the measured loss of random plans of equal density."""
+    table = run.table()
+    choices = random_choices(table, density, scale.random_plans, run.settings.seed)
+    samples = SampleSet(tuple(run.validation_samples)).limited(SCREEN_TOKENS)
+    measured = MeasuredLosses(run.model, samples, run.folder / "parts" / "random-plans")
+    losses = []
+    for done, choice in enumerate(choices):
+        run.progress("search: random plans", done, len(choices))
+        losses.append(float(np.mean(list(measured(table.plan(choice, "random")).values()))))
+    run.progress("search: random plans", len(choices), len(choices))
+    found = {
+        name: [predict(choice) for choice in choices] for name, predict in predictors(run.profile(), _under_plans(run, density)).items()
+    }
+    found["regression on measured plans"] = list(regressed(table, choices, losses, run.settings.seed))
+    detail = {"measured": losses}
+    return [
+        _point_row(name, "rank_correlation", spearman(told, losses), {**detail, "predicted": list(told)}) for name, told in found.items()
+    ]
+
+
+def _under_plans(run: Run, density: Mapping[int, float]) -> InfluenceProfile:
+    """The profile again, with the model under random plans of the density."""
+    samples, table = run.samples().limited(PROFILED_TOKENS), run.table()
+    plans = [table.plan(choice, "random") for choice in random_choices(table, density, PLANS_PROFILED, run.settings.seed + 1)]
+    parts = run.folder / "parts" / "profile"
+    return merged([profile(run.model, samples, plan=plan, parts_dir=parts) for plan in plans])
+
+
+def _point_row(name: str, metric: str, found: Interval, detail: Mapping[str, object]) -> Measurement:
+    return Measurement(name, metric, "random plans" if metric == "rank_correlation" else "front", 0, *_fields(found), 0.0, dict(detail))
+
+
+def _fields(found: Interval) -> tuple[float, int, float, float]:
+    return found.value, found.n, found.low, found.high

@@ -1,0 +1,131 @@
+"""A second stage that measures: whole heads chosen by a bandit, then a few heads moved at a time, against the search alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from moa_lab.evaluate.intervals import Interval
+from moa_lab.pipeline import SCREEN_TOKENS, Run
+from moa_lab.plan import Plan
+from moa_lab.records import Front, FrontPoint, Measurement
+from moa_lab.refinement import refine as improve
+from moa_lab.search import InfeasibleError
+from moa_lab.studies.compare import difference, excess_perplexity, ratio, row_of
+from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, dense_and_uniform, name_of, record_of
+from moa_lab.studies.record import StudyGoal, StudyRecord
+from moa_lab.studies.scale import Scale
+
+DENSITIES = (0.15, 0.2, 0.25, 0.5)
+LONGEST = 4096
+STAGES = ("ranked", "search", "selected", "refined")
+QUESTION = "How much better does a plan get when what it loses is measured, and not predicted?"
+
+
+def refine(run: Run, scale: Scale) -> StudyRecord:
+    """Plans of every stage at some densities, each chosen on validation samples, measured on test samples at lengths up to 4k."""
+    plans: list[Plan] = []
+    left_out: dict[str, str] = {}
+    densities = [density for density in DENSITIES if density in scale.densities] or list(scale.densities)
+    for density in densities:
+        try:
+            plans += _stages(run.at(density), density, scale)
+        except InfeasibleError as error:
+            left_out[name_of("refined", density)] = str(error)
+    lengths = [n for n in run.test_lengths if n <= LONGEST] or list(run.test_lengths)
+    tasks = (NEEDLES, SUMMARIES, DOCUMENTS)
+    last = [plan for plan in plans if plan.name.startswith(STAGES[-1])]
+    rows = [*dense_and_uniform(run, last, lengths=lengths, tasks=tasks), *run.measure(plans, lengths=lengths, tasks=tasks)]
+    done = [density for density in densities if name_of("refined", density) not in left_out]
+    return record_of(
+        run, "refine", QUESTION, refine_answer(rows, done, lengths), rows, refine_goals(rows, done, lengths), left_out=left_out,
+        densities=densities, refine_rounds=scale.refine_rounds, refine_heads=scale.refine_heads, stages=list(STAGES),
+    )  # fmt: skip
+
+
+def _stages(run: Run, density: float, scale: Scale) -> list[Plan]:
+    """The best plan of every stage by validation: what the ranking, the search, and the measured selection found, and what is near."""
+    front = run.front()
+    parts: dict[str, list[FrontPoint]] = {name: [] for name in STAGES}
+    for candidate in front:
+        parts[candidate.origin if candidate.origin in STAGES else "search"].append(candidate)
+    chosen = {name: _chosen(run, front, points, name, density) for name, points in parts.items() if points}
+    start = _chosen(run, front, list(front), "draft", density)
+    found = improve(
+        run.model, start, run.samples().limited(SCREEN_TOKENS), run.table(), run.limits, rounds=scale.refine_rounds,
+        heads=scale.refine_heads, parts_dir=(run.parts or run.folder) / "refine",
+        progress=lambda done, total: run.progress(f"refine {density:.0%}", done, total),
+    )  # fmt: skip
+    chosen["refined"] = _chosen(run, front, [*front, *found], "refined", density)
+    return list(chosen.values())
+
+
+def _chosen(run: Run, front: Front, points: Sequence[FrontPoint], name: str, density: float) -> Plan:
+    return replace(run.validation(replace(front, points=tuple(points)), name).best, name=name_of(name, density))
+
+
+def refine_goals(rows: Sequence[Measurement], densities: Sequence[float], lengths: Sequence[int]) -> list[StudyGoal]:
+    """What the densities aim at: nothing lost at 50%, needles at 25%, 0.9 of them at 20%."""
+    goals: list[StudyGoal] = []
+    for density in densities:
+        plan = name_of("refined", density)
+        lost = max((_lost_needles(rows, plan, n) for n in lengths), key=lambda found: found.value)
+        found = min((ratio(row_of(rows, plan, NEEDLES, n), row_of(rows, "dense", NEEDLES, n)) for n in lengths), key=lambda f: f.value)
+        percent = f"{density:.0%}"
+        if density in (0.25, 0.5):
+            # Indistinguishable: the interval of what is lost reaches 0.
+            goals.append(StudyGoal(f"{percent}: needles lost against dense, lower end of the interval, worst length", lost.low, 0.0, True))
+        if density == 0.25:
+            worst = max(_half_way(rows, plan, density, n) for n in lengths)
+            goals.append(
+                StudyGoal(f"{percent}: cross-entropy of own answers, from dense (0) to uniform (1), worst length", worst, 0.5, True)
+            )
+        if density == 0.2:
+            goals.append(StudyGoal.of(f"{percent}: needles found, of those the dense model finds, worst length", found, 0.9))
+        if density == 0.5:
+            worst_excess = max((_excess(rows, plan, task, n) for task in (DOCUMENTS, SUMMARIES) for n in lengths), key=lambda e: e.low)
+            name = f"{percent}: perplexity above the dense model's, lower end of the interval, worst task and length"
+            goals.append(StudyGoal(name, worst_excess.low, 0.0, True))
+    return goals
+
+
+def _half_way(rows: Sequence[Measurement], plan: str, density: float, length: int) -> float:
+    dense, uniform, ours = (row_of(rows, name, SUMMARIES, length).value for name in ("dense", name_of("uniform", density), plan))
+    return (ours - dense) / (uniform - dense) if uniform > dense else 0.0
+
+
+def _excess(rows: Sequence[Measurement], plan: str, task: str, length: int) -> Interval:
+    return excess_perplexity(row_of(rows, plan, task, length), row_of(rows, "dense", task, length))
+
+
+def _lost_needles(rows: Sequence[Measurement], plan: str, length: int) -> Interval:
+    return difference(row_of(rows, "dense", NEEDLES, length), row_of(rows, plan, NEEDLES, length))
+
+
+def refine_answer(rows: Sequence[Measurement], densities: Sequence[float], lengths: Sequence[int]) -> str:
+    """A clause for every density: needles of each stage at the longest length, and whether the last gains on the search alone."""
+    if not densities:
+        return "No density was feasible."
+    length = max(lengths)
+    parts = []
+    for density in densities:
+        scores = {name: _score(rows, name_of(name, density), length) for name in STAGES}
+        told = ", ".join(f"{name} {score:.2f}" for name, score in scores.items() if score is not None)
+        parts.append(f"{density:.0%} kept: {told}{_gain(rows, density, length)}")
+    dense = row_of(rows, "dense", NEEDLES, length).value
+    return f"Needles found at {length:,} tokens (dense {dense:.2f}): {'; '.join(parts)}."
+
+
+def _gain(rows: Sequence[Measurement], density: float, length: int) -> str:
+    try:
+        before = row_of(rows, name_of("search", density), NEEDLES, length)
+    except KeyError:
+        return ""
+    gain = difference(row_of(rows, name_of("refined", density), NEEDLES, length), before)
+    verdict = "more than the search alone" if gain.low > 0 else "fewer than the search alone" if gain.high < 0 else "no difference decided"
+    return f" ({verdict})"
+
+
+def _score(rows: Sequence[Measurement], plan: str, length: int) -> float | None:
+    scores: Mapping[str, float] = {row.plan: row.value for row in rows if row.task == NEEDLES and row.length == length}
+    return scores.get(plan)

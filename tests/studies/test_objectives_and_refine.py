@@ -1,0 +1,96 @@
+"""The studies `search` and `refine`: end to end on a tiny model, and sentences that follow their numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moa_lab.pipeline import Run
+from moa_lab.presets import RunSettings
+from moa_lab.records import Measurement
+from moa_lab.studies import StudyRecord, scale_of
+from moa_lab.studies.objectives import search, search_answer
+from moa_lab.studies.refine import STAGES, refine, refine_answer, refine_goals
+
+LENGTH = 2048
+
+
+@pytest.fixture(scope="module")
+def run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    settings = RunSettings(model=str(inputs[0]), preset="sketch", source=str(inputs[1]), columns="text=text,summary=summary")
+    found = Run(tmp_path_factory.mktemp("run"), settings)
+    found.begin()
+    return found
+
+
+def needles(plan: str, hits: list[int], length: int = LENGTH, task: str = "needles") -> Measurement:
+    mean = sum(hits) / len(hits)
+    return Measurement(plan, "retrieval", task, length, mean, len(hits), 0.0, 1.0, 0.25, {"per_sample": hits})
+
+
+def nats(plan: str, loss: float, task: str, length: int = LENGTH) -> Measurement:
+    return Measurement(plan, "cross_entropy", task, length, loss, 2, loss, loss, 0.25, {"per_sample": [loss - 0.01, loss + 0.01]})
+
+
+def test_search_measures_every_objective_every_solver_and_every_predictor(run: Run) -> None:
+    record = search(run, scale_of("sketch"))
+    plans = {row.plan for row in record.rows if row.metric == "retrieval"}
+    assert {"dense", "uniform", "element, sum", "ranked", "gates", "epsilon", "pymoo", "budget", "search"} <= plans
+    assert {row.plan for row in record.select(metric="hypervolume")} == {"epsilon", "pymoo", "budget", "search"}
+    assert all(0 <= row.value <= 1 for row in record.select(metric="hypervolume"))
+    correlations = record.select(metric="rank_correlation")
+    assert all(-1 <= row.low <= row.value <= row.high <= 1 for row in correlations)
+    assert {"span under plans, sum", "regression on measured plans"} <= {row.plan for row in correlations}
+    assert record.goals[0].value == max(row.value for row in correlations)
+    limit = 0.5
+    assert all(row.density <= limit + 1e-9 for row in record.rows if row.plan not in ("dense",) and row.length)
+
+
+def test_refine_measures_a_plan_of_every_stage(run: Run) -> None:
+    record = refine(run, scale_of("sketch"))
+    plans = {row.plan for row in record.rows}
+    assert {"dense", "uniform-50", *(f"{stage}-50" for stage in STAGES if stage != "ranked")} <= plans
+    assert record.goals
+    assert "50% kept" in record.answer
+
+
+def rows_of(refined: list[int], search_hits: list[int]) -> list[Measurement]:
+    dense = [1] * len(refined)
+    return [
+        needles("dense", dense), needles("refined-25", refined), needles("search-25", search_hits), needles("uniform-25", [0] * len(dense)),
+        *(nats(plan, loss, "summaries") for plan, loss in (("dense", 1.0), ("refined-25", 1.2), ("uniform-25", 1.8))),
+    ]  # fmt: skip
+
+
+def test_the_sentence_says_whether_measuring_helped() -> None:
+    better = refine_answer(rows_of([1] * 40, [1, 0] * 20), [0.25], [LENGTH])
+    assert "refined 1.00 (more than the search alone)" in better
+    worse = refine_answer(rows_of([1, 0] * 20, [1] * 40), [0.25], [LENGTH])
+    assert "fewer than the search alone" in worse
+    same = refine_answer(rows_of([1] * 40, [1] * 40), [0.25], [LENGTH])
+    assert "no difference decided" in same
+    assert refine_answer([], [], [LENGTH]) == "No density was feasible."
+
+
+def test_goals_are_missed_when_needles_are_lost_and_met_when_they_are_not() -> None:
+    lost, half_way = refine_goals(rows_of([1, 0] * 20, [1] * 40), [0.25], [LENGTH])
+    assert not lost.meets
+    assert half_way.value == pytest.approx(0.25)
+    assert half_way.meets
+    assert refine_goals(rows_of([1] * 40, [1] * 40), [0.25], [LENGTH])[0].meets
+
+
+def test_the_sentence_names_the_best_objective_and_says_when_it_is_not_decided() -> None:
+    volumes = [Measurement(name, "hypervolume", "front", 0, value, 3, value, value, 0.0) for name, value in (("epsilon", 0.9), ("pymoo", 0.8))]
+    correlations = [
+        Measurement(name, "rank_correlation", "random plans", 0, value, 9, 0.0, 1.0, 0.0) for name, value in (("good", 0.9), ("bad", 0.1))
+    ]
+    rows = [needles("element, sum", [1, 0] * 20), needles("ranked", [1] * 40), *volumes]
+    told = search_answer(["element, sum", "ranked"], rows, correlations)
+    assert "plan of ranked (1.00)" in told
+    assert "not decided" not in told
+    assert "epsilon covers most" in told
+    assert "good predicts best (rank correlation 0.90), bad worst (0.10)" in told
+    close = [needles("element, sum", [1] * 39 + [0]), needles("ranked", [1] * 40), *volumes]
+    assert "not decided" in search_answer(["element, sum", "ranked"], close, correlations)
