@@ -174,7 +174,7 @@ class Run:
             self.folder / "samples.safetensors", SampleSet.load,
             lambda: calibrate(
                 self.model, self.tokenizer, self.lengths, wanted=wanted, documents=self.documents["calibration"],
-                seed=self.settings.seed, batch_size=self._answer_batch, parts_dir=self._parts("answers"), progress=self._steps("calibrate"),
+                seed=self.settings.seed, batch_size=self.answer_batch, parts_dir=self._parts("answers"), progress=self._steps("calibrate"),
             ),
         )  # fmt: skip
 
@@ -218,7 +218,7 @@ class Run:
     ) -> list[Measurement]:
         """Scores of `plans` on the test samples, nothing scored twice in this run. None: every tested length, every task."""
         rows: list[Measurement] = []
-        sets = [s for n in lengths or self.test_lengths for s in self.test_samples(n) if s and (tasks is None or s[0].task in tasks)]
+        sets = [samples for n in lengths or self.test_lengths for samples in self.test_samples(n, tasks)]
         total = sum(map(len, sets)) * len(plans)
         done = 0
         for plan in plans:
@@ -307,30 +307,36 @@ class Run:
     def _evaluated(self, finished: int, _: int, *, before: int, total: int) -> None:
         self.progress("evaluate", before + finished, total)
 
-    def test_samples(self, length: int) -> tuple[list[Sample], ...]:
-        """Test samples of one length, a list for each task of the preset: needles, lines, documents, the dense model's own answers."""
-        if length not in self._tested:
-            self._tested[length] = self._draw_tests(length)
-        return self._tested[length]
+    def test_samples(self, length: int, tasks: Sequence[str] | None = None) -> list[list[Sample]]:
+        """Test samples of one length, a list for each task that the preset asks for: needles, lines, documents, and summaries, which
+        are the dense model's own answers. tasks: some of these."""
+        makers = self._test_makers(length)
+        for task in makers:
+            if (task, length) not in self._tested and (tasks is None or task in tasks):
+                self._tested[task, length] = makers[task]()
+        return [self._tested[task, length] for task in makers if tasks is None or task in tasks]
 
     @cached_property
-    def _tested(self) -> dict[int, tuple[list[Sample], ...]]:
+    def _tested(self) -> dict[tuple[str, int], list[Sample]]:
         return {}
 
-    def _draw_tests(self, length: int) -> tuple[list[Sample], ...]:
+    def _test_makers(self, length: int) -> dict[str, Callable[[], list[Sample]]]:
         preset, seed = self.preset, self.settings.seed
         shared: dict[str, Any] = {"seed": seed, "documents": self.documents["test"]}
-        return (
-            needle_samples(self.tokenizer, length, preset.needles, per_sample=preset.needles_per_text, **shared),
-            line_samples(self.tokenizer, length, preset.lines, seed=seed) if preset.lines else [],
-            document_samples(self.tokenizer, length, preset.documents, **shared) if preset.documents else [],
-            self._own_answers(length, preset.own_answers, "test", "evaluate"),
-        )
+        makers: dict[str, tuple[int, Callable[[], list[Sample]]]] = {
+            "needles": (preset.needles, lambda: needle_samples(
+                self.tokenizer, length, preset.needles, per_sample=preset.needles_per_text, **shared
+            )),
+            "lines": (preset.lines, lambda: line_samples(self.tokenizer, length, preset.lines, seed=seed)),
+            "documents": (preset.documents, lambda: document_samples(self.tokenizer, length, preset.documents, **shared)),
+            "summaries": (preset.own_answers, lambda: self._own_answers(length, preset.own_answers, "test", "evaluate")),
+        }  # fmt: skip
+        return {task: make for task, (count, make) in makers.items() if count}
 
     def _own_answers(self, length: int, count: int, split: Split, stage: str) -> list[Sample]:
         return own_answer_samples(
             self.model, self.tokenizer, length, count, split=split, seed=self.settings.seed, answer_tokens=self.preset.answer_tokens,
-            documents=self.documents[split], batch_size=self._answer_batch, parts_dir=self._parts("answers"),
+            documents=self.documents[split], batch_size=self.answer_batch, parts_dir=self._parts("answers"),
             progress=self._steps(f"{stage}: own answers"),
         )  # fmt: skip
 
@@ -356,7 +362,8 @@ class Run:
         )  # fmt: skip
 
     @property
-    def _answer_batch(self) -> int:
+    def answer_batch(self) -> int:
+        """Samples that the model answers at once."""
         return 1 if self.model.device.type == "cpu" else ANSWER_BATCH
 
     @property

@@ -150,7 +150,7 @@ class _LinearLoss:
         weight = np.exp(-(y - y.min()) / spread)
         # How much of the score is an effect is itself fitted: one number, from all choices.
         told = x[:, :heads] @ self._scores
-        slope = min(float(np.cov(told, y)[0, 1] / max(float(told.var(ddof=1)), 1e-12)), 0.0)
+        slope = min(float(((told - told.mean()) @ (y - y.mean())) / max(float(((told - told.mean()) ** 2).sum()), 1e-12)), 0.0)
         prior = np.concatenate([slope * self._scores, np.full(len(self._floors), np.average(y - slope * told, weights=weight))])
         deviation = max(abs(slope), spread / np.sqrt(heads))
         precision = np.concatenate([np.full(heads, deviation**-2), np.full(len(self._floors), (10 * spread) ** -2)])

@@ -47,7 +47,7 @@ def test_a_density_outside_zero_to_one_is_one_line_and_exit_code_2(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--preset", "huge"), "preset must be one of quick, standard, study, full"),
+        (("--preset", "huge"), "preset must be one of quick, standard, study, sketch, full"),
         (("--lengths", "1k"), "lengths must be whole numbers of tokens"),
         (("--model", "no/such/folder/or/model"), "no/such/folder/or/model"),
     ],

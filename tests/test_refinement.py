@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import VOCABULARY, tiny_model
+from own_answers import own_answer
+from tiny import tiny_model
 from transformers import PreTrainedModel
 
-from moa_lab.calibration.samples import Sample, SampleSet
+from moa_lab.calibration.samples import SampleSet
 from moa_lab.evaluate.scoring import mean_losses, score_samples
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, full_or_floor_plan
@@ -25,15 +26,6 @@ torch.set_num_threads(1)
 
 LENGTHS = (320, 448)
 DENSITY = 0.6
-
-
-def own_answer(model: PreTrainedModel, task: str, n_tokens: int, seed: int) -> Sample:
-    """Random tokens whose answers are what the dense model itself finds likeliest: only the dense model knows them best."""
-    tokens = np.random.default_rng(seed).integers(5, VOCABULARY, n_tokens)
-    with torch.no_grad():
-        likeliest = model(input_ids=torch.from_numpy(tokens)[None]).logits[0].argmax(-1).numpy()
-    start = n_tokens - 60
-    return Sample(task, np.concatenate([tokens[:start], likeliest[start - 1 : -1]]), ((start, n_tokens),))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from own_answers import own_answer
 from tiny import tiny_model
 from transformers import PreTrainedModel
 
@@ -16,7 +17,6 @@ from moa_lab.profiling import profile
 from moa_lab.records import LossTable
 from moa_lab.search import InfeasibleError, WholeHeads, head_scores, loss_table, ranked_plan
 from moa_lab.selection import _LinearLoss, select_heads
-from test_refinement import own_answer
 
 torch.set_num_threads(1)
 

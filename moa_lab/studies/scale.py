@@ -34,8 +34,8 @@ FULL = Scale(
     random_plans=160, selection_plans=480, refine_rounds=2, refine_heads=90, search_seconds=20.0, new_tokens=64,
 )  # fmt: skip
 SKETCH = Scale(
-    densities=(0.5, 0.75), density=0.5, low=(0.4,), samples=(1, 3),
-    random_plans=6, selection_plans=4, refine_rounds=1, refine_heads=2, search_seconds=1.0, new_tokens=12,
+    densities=(0.5,), density=0.5, low=(0.4,), samples=(1, 2),
+    random_plans=4, selection_plans=2, refine_rounds=1, refine_heads=2, search_seconds=1.0, new_tokens=12,
 )  # fmt: skip
 
 SCALES: Mapping[str, Scale] = {"sketch": SKETCH}
