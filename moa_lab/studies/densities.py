@@ -7,11 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from moa_lab.evaluate.agreement import agreement_rows
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
 from moa_lab.records import Measurement
 from moa_lab.studies.compare import excess_perplexity, ratio, row_of
-from moa_lab.studies.plans import DOCUMENTS, LINES, NEEDLES, SUMMARIES, chosen_plans, dense_and_uniform, name_of, record_of
+from moa_lab.studies.eviction import eviction_rows
+from moa_lab.studies.plans import (
+    DOCUMENTS,
+    LINES,
+    NEEDLES,
+    SUMMARIES,
+    chosen_plans,
+    dense_and_uniform,
+    equal_uniform,
+    name_of,
+    record_of,
+)
 from moa_lab.studies.record import StudyGoal, StudyRecord
 from moa_lab.studies.scale import Scale
 
@@ -28,9 +40,11 @@ def retrieval(run: Run, scale: Scale) -> StudyRecord:
     plans, left_out = chosen_plans(run, scale.densities)
     tasks = (NEEDLES, LINES)
     rows = [*dense_and_uniform(run, plans.values(), tasks=tasks), *run.measure(list(plans.values()), tasks=tasks)]
+    rows += eviction_rows(run, plans, tasks=tasks)
     reach = {name: _reach(name, rows) for name in dict.fromkeys(row.plan for row in rows) if name != "dense"}
+    answer = retrieval_answer(reach) + _peers(rows)
     return record_of(
-        run, "retrieval", "How much can be dropped before what lies far back is not found any more?", retrieval_answer(reach), rows,
+        run, "retrieval", "How much can be dropped before what lies far back is not found any more?", answer, rows,
         retrieval_goals(rows, reach), densities=list(scale.densities), left_out=left_out,
     )  # fmt: skip
 
@@ -66,6 +80,22 @@ def retrieval_answer(reach: Mapping[str, tuple[int, float]]) -> str:
     )
 
 
+def _peers(rows: Sequence[Measurement]) -> str:
+    """A sentence on those that may look before they drop; empty where nothing can be held against them."""
+    length = max((row.length for row in rows), default=0)
+    told = []
+    for plan in dict.fromkeys(row.plan for row in rows if row.plan.startswith("moa")):
+        _, _, density = plan.rpartition("-")
+        names = (plan, f"snapkv-{density}", f"h2o-{density}", f"uniform-{density}")
+        scores = [f"{row_of(rows, name, NEEDLES, length).value:.2f} ({name.partition('-')[0]})" for name in names]
+        told.append(f"{density}% kept: {', '.join(scores)}")
+    if not told:
+        return ""
+    return (
+        f" At {length:,} tokens, against eviction that reads the question and the whole prompt densely before it drops: {'; '.join(told)}."
+    )
+
+
 def quality(run: Run, scale: Scale) -> StudyRecord:
     """Cross-entropy (nats per token) of held-out documents and of the dense model's own answers, under the same plans."""
     plans, left_out = chosen_plans(run, scale.densities)
@@ -74,9 +104,13 @@ def quality(run: Run, scale: Scale) -> StudyRecord:
 
     def excess(plan: str, task: str, lengths: Iterable[int]) -> Interval:
         """Perplexity above the dense model's, as a fraction, at the worst length."""
-        found = [excess_perplexity(row_of(rows, plan, task, n), row_of(rows, "dense", task, n)) for n in lengths]
+        found = [_excess(rows, plan, task, n) for n in lengths]
         return max(found, key=lambda interval: interval.value)
 
+    for length in run.test_lengths:
+        own = [sample for found in run.test_samples(length, (SUMMARIES,)) for sample in found]
+        compared = [*plans.values(), *(equal_uniform(plan, length, f"uniform{plan.name.removeprefix('moa')}") for plan in plans.values())]
+        rows += agreement_rows(run.model, compared, own)
     measured = [task for task in tasks if any(row.task == task for row in rows)]
     lengths = [n for n in run.test_lengths if n <= LONGEST_OF_GOALS]
     goals = []
@@ -95,10 +129,22 @@ def quality(run: Run, scale: Scale) -> StudyRecord:
         if parts
         else "No density was feasible."
     )
+    answer += _agreement(rows, max(run.test_lengths))
     return record_of(
         run, "quality", "What does a density cost where nothing particular is looked for?", answer, rows, goals,
         densities=list(scale.densities), left_out=left_out,
     )  # fmt: skip
+
+
+def _excess(rows: Sequence[Measurement], plan: str, task: str, length: int) -> Interval:
+    ours, dense = (row_of(rows, name, task, length, "cross_entropy") for name in (plan, "dense"))
+    return excess_perplexity(ours, dense)
+
+
+def _agreement(rows: Sequence[Measurement], length: int) -> str:
+    """A sentence on how often a plan's next token is the dense model's."""
+    told = [f"{row.plan} {row.value:.1%}" for row in rows if row.metric == "token_match" and row.length == length]
+    return f" Of the dense model's own answers at {length:,} tokens the same next token is likeliest for {', '.join(told)}." if told else ""
 
 
 def _reach(plan: str, rows: Sequence[Measurement]) -> tuple[int, float]:
