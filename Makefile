@@ -69,5 +69,5 @@ $(VENV)/lab.stamp: pyproject.toml $(CONSTRAINTS) $(VENV)/torch.stamp
 
 $(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS) $(VENV)/torch.stamp
 	@echo "installing moa-lab, what it needs, JupyterLab, and the test tools (some minutes, once)"
-	@$(INSTALL) -e ".[dev,lab]"
+	@$(INSTALL) -e ".[dev,lab,eval]"
 	@touch $(VENV)/base.stamp $(VENV)/lab.stamp $@

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from moa_lab.cli_bench import app as bench_app
+from moa_lab.cli_harness import harness
 from moa_lab.cli_study import study
 from moa_lab.doctor import diagnose
 from moa_lab.presets import PRESETS, RunSettings
@@ -25,6 +26,7 @@ app = typer.Typer(
 
 app.add_typer(bench_app, name="bench")
 app.command()(study)
+app.command()(harness)
 
 ModelOption = Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")]
 LengthsOption = Annotated[str | None, typer.Option("--lengths", help="profiled lengths in tokens, for instance 1024,2048")]

@@ -1,0 +1,169 @@
+"""A bridge to EleutherAI's lm-evaluation-harness: any of its tasks, run on a model that a plan is applied to.
+
+The harness is the extra `eval`; nothing else of this package needs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa_lab.evaluate.intervals import Interval, Z, proportion
+from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
+from moa_lab.plan import Plan, dense_plan
+from moa_lab.provenance import provenance
+from moa_lab.records import Measurement, Measurements
+from moa_lab.runtime import apply_plan
+
+MISSING = 'the evaluation harness is not installed: pip install "moa-lab[eval]"'
+NAMES_SHOWN = 5
+
+
+def harness(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None, tasks: Sequence[str], *,
+    limit: int | None = None, include_path: str | Path | None = None, batch_size: int = 1, n_tokens: int | None = None,
+    chat_template: bool = False, few_shot: int | None = None, seed: int = 0,
+) -> Measurements:  # fmt: skip
+    """A row for every metric of every task (and group of tasks, with its members) under `plan`; None: the model as it is.
+
+    tasks: names of the harness, or of the YAML files in the folder `include_path`. limit: documents a task at most. few_shot: examples
+    in the prompt (None: as the task says). chat_template: prompts as turns of a chat, as models tuned for it expect.
+    n_tokens: the length that elastic rules are evaluated at. None: that of each prompt, with the answer where the harness scores
+    given ones, without it where the model writes its own; in a batch, the length its rows are padded to.
+    A row's length and density are means over the task's prompts; its interval is Wilson's where the scores are hits and misses, else
+    1.96 of the harness's standard errors, or nothing but the value where the harness has none; `per_sample`, in the detail, holds
+    the scores of the documents in order, for paired comparisons of plans.
+    Raises ValueError where the harness is missing, for no task or an unknown one, and for what `apply_plan` refuses.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1 document, got {limit}")
+    simple_evaluate, manager_type, wrapped_type = _installed()
+    manager = _manager(manager_type, tasks, include_path)
+    # A copy: the harness gives a tokenizer without a padding token one.
+    wrapped = wrapped_type(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    rows: list[Measurement] = []
+    versions: dict[str, Any] = {}
+    for task in tasks:
+        lengths: Counter[int] = Counter()
+        with contextlib.nullcontext() if plan is None else apply_plan(model, plan, n_tokens), _prompt_lengths(model, lengths):
+            results = simple_evaluate(
+                model=wrapped, tasks=[task], task_manager=manager, limit=limit, num_fewshot=few_shot, batch_size=batch_size,
+                apply_chat_template=chat_template, log_samples=True, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )  # fmt: skip
+        versions |= results["versions"]
+        rows += harness_rows(results, plan or dense_plan(geometry_of(model)), lengths, n_tokens)
+    settings = {
+        "tasks": list(tasks), "limit": limit, "batch_size": batch_size, "n_tokens": n_tokens, "chat_template": chat_template,
+        "few_shot": few_shot, "task_versions": versions, "lm_eval": version("lm_eval"),
+    }  # fmt: skip
+    origin = provenance(
+        model=model_name(model), weights=weights_fingerprint(model), tokenizer=tokenizer_fingerprint(tokenizer), seed=seed,
+        device=str(model.device),
+    )  # fmt: skip
+    return Measurements(tuple(rows), settings, origin)
+
+
+def harness_rows(results: Mapping[str, Any], plan: Plan, lengths: Mapping[int, int], n_tokens: int | None = None) -> list[Measurement]:
+    """Rows of what `lm_eval.simple_evaluate` returned. lengths: how many prompts had a length in tokens."""
+    counts = list(lengths.values())
+    length = round(np.average(list(lengths), weights=counts)) if counts else 0
+    density = float(np.average([plan.density(n_tokens or n) for n in lengths], weights=counts)) if counts else 1.0
+    rows = []
+    for task, scores in results["results"].items():
+        for key, value in scores.items():
+            # Keys are `metric,filter`; what has no comma, and standard errors, are no metrics.
+            name, comma, by = key.partition(",")
+            if not comma or name.endswith("_stderr") or not isinstance(value, Real):
+                continue
+            stderr = scores.get(f"{name}_stderr,{by}")
+            stderr = float(stderr) if isinstance(stderr, Real) else None
+            per_sample = _per_sample(results.get("samples", {}).get(task, ()), name, by)
+            interval = _interval(float(value), _documents(results, task), stderr, per_sample)
+            detail = {"filter": by, "stderr": stderr, "per_sample": per_sample}
+            rows.append(Measurement(plan.name, name if by == "none" else f"{name}_{by}", task, length, *interval, density, detail))
+    return rows
+
+
+def _installed() -> tuple[Any, Any, Any]:
+    """`simple_evaluate`, `TaskManager` and `HFLM`."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ValueError(f"{MISSING} ({error})") from error
+    return simple_evaluate, TaskManager, HFLM
+
+
+def _manager(manager_type: Any, tasks: Sequence[str], include_path: str | Path | None) -> Any:
+    """A `TaskManager` that knows all of `tasks`."""
+    if isinstance(tasks, str) or not tasks:
+        raise ValueError(f"tasks must be a list of at least one name of a task, got {tasks!r}")
+    if include_path is not None:
+        if not Path(include_path).is_dir():
+            raise ValueError(f"include_path {include_path} is not a folder of task files (.yaml)")
+        own = manager_type(include_path=str(include_path), include_defaults=False)
+        # The harness's own files are many and take seconds to read; groups may name tasks that are among them.
+        if set(tasks) <= set(own.all_subtasks):
+            return own
+    manager = manager_type(include_path=None if include_path is None else str(include_path))
+    known = manager.all_tasks
+    for task in tasks:
+        if task not in known:
+            close = [name for name in known if task.lower() in name.lower()][:NAMES_SHOWN]
+            hint = f"; names like it: {', '.join(close)}" if close else ""
+            raise ValueError(f"the harness knows no task {task!r}{hint}; a task of your own needs its folder as include_path")
+    return manager
+
+
+@contextlib.contextmanager
+def _prompt_lengths(model: PreTrainedModel, lengths: Counter[int]) -> Iterator[None]:
+    """Count in `lengths` the rows of every pass that starts a sequence, by their tokens, padding included."""
+
+    def count(_: torch.nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> None:
+        cache = settings.get("past_key_values")
+        if cache is None or cache.get_seq_length() == 0:
+            rows, tokens = (arguments[0] if arguments else settings["input_ids"]).shape
+            lengths[tokens] += rows
+
+    hook = model.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _documents(results: Mapping[str, Any], task: str) -> int:
+    """Documents that a task, or a group with all its members, was measured on."""
+    counts = results["n-samples"]
+    if task in counts:
+        return int(counts[task]["effective"])
+    return sum(_documents(results, member) for member in results["group_subtasks"].get(task, ()))
+
+
+def _per_sample(samples: Sequence[Mapping[str, Any]], metric: str, by: str) -> list[float]:
+    """Scores of the documents in order; empty where a document's is not one number (perplexities, F1 of all documents together)."""
+    found = [sample for sample in samples if sample.get("filter", by) == by]
+    scores = [sample.get(metric) for sample in sorted(found, key=lambda sample: sample["doc_id"])]
+    return [float(score) for score in scores if isinstance(score, Real)] if all(isinstance(score, Real) for score in scores) else []
+
+
+def _interval(value: float, n: int, stderr: float | None, per_sample: Sequence[float]) -> Interval:
+    if per_sample and set(per_sample) <= {0.0, 1.0} and np.isclose(np.mean(per_sample), value):
+        # The harness's standard error is 0 where all are hits, which no sample can tell.
+        return proportion(int(sum(per_sample)), len(per_sample))
+    reach = Z * (stderr or 0.0)
+    return Interval(value, n, value - reach, value + reach)
