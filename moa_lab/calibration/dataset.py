@@ -79,7 +79,7 @@ def calibrate(
     documents = embedded_documents(split) if documents is None else tuple(documents)
     _check(model, lengths, wanted)
     weights = weights_fingerprint(model)
-    answerer = _Answerer(model, _end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights)
+    answerer = _Answerer(model, end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights)
     total = sum(request.count for request in wanted) * len(lengths)
     samples: list[Sample] = []
     for length in sorted(lengths):
@@ -160,7 +160,8 @@ class _Answerer:
         return [next(iter(SampleSet.load(paths[draft.identity])), None) for draft in drafts]
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Token ids that end an answer, sorted; they are not generated, so that an answer has its exact length."""
     ends: list[int] = []
     for value in (tokenizer.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None):
         ends += value if isinstance(value, list) else [] if value is None else [value]

@@ -1,0 +1,103 @@
+"""What a plan gains on another: paired differences over the same samples, as rows of a record and as words for its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moa_lab.evaluate.intervals import Interval
+from moa_lab.records import Measurement
+from moa_lab.studies.compare import difference, row_of
+
+RETRIEVAL = "retrieval"
+NEEDLES_GAINED, NATS_SAVED = "needles_gained", "nats_saved"
+UNEQUAL = 0.01
+"""Densities further apart than this are not the same."""
+
+
+@dataclass(frozen=True)
+class Gain:
+    """`plan` against `against` on one task: more answers found (a share), or fewer nats per token. Above 0 is better.
+
+    density, against_density: what the two keep, the mean over `lengths`.
+    """
+
+    plan: str
+    against: str
+    metric: str
+    task: str
+    lengths: tuple[int, ...]
+    found: Interval
+    density: float
+    against_density: float
+
+    @property
+    def verdict(self) -> str:
+        """better or worse where the whole 95% interval is on one side of 0, no difference where all pairs are equal, else not decided."""
+        if self.found.low == self.found.high == 0:
+            return "no difference"
+        if self.found.low > 0:
+            return "better"
+        return "worse" if self.found.high < 0 else "not decided"
+
+    @property
+    def decided(self) -> bool:
+        """Whether one of the two is better."""
+        return self.verdict in ("better", "worse")
+
+    @property
+    def numbers(self) -> str:
+        """Value and interval, for instance `+0.031 [0.010, 0.052]`, with their unit where it is not a share of needles."""
+        unit = " nats saved" if self.metric == NATS_SAVED else ""
+        return f"{self.found.value:+.3f} [{self.found.low:.3f}, {self.found.high:.3f}]{unit}"
+
+    def row(self) -> Measurement:
+        """A row of the record; length 0 where several lengths are taken together."""
+        length = self.lengths[0] if len(self.lengths) == 1 else 0
+        detail = {"against": self.against, "against_density": self.against_density, "lengths": list(self.lengths)}
+        value, n, low, high = self.found
+        return Measurement(self.plan, self.metric, self.task, length, value, n, low, high, self.density, detail)
+
+
+def gain(rows: Sequence[Measurement], plan: str, against: str, task: str, lengths: Iterable[int]) -> Gain:
+    """Paired over all samples of `lengths`, each of which weighs as many samples as it has. Raises KeyError for what was not measured."""
+    chosen = tuple(lengths)
+    ours, theirs = (pooled([row_of(rows, name, task, n) for n in chosen]) for name in (plan, against))
+    better = ours.metric == RETRIEVAL
+    found = difference(ours, theirs) if better else difference(theirs, ours)
+    return Gain(plan, against, NEEDLES_GAINED if better else NATS_SAVED, task, chosen, found, ours.density, theirs.density)
+
+
+def gains(rows: Sequence[Measurement], pairs: Iterable[tuple[str, str]], lengths: Sequence[int]) -> list[Gain]:
+    """Every (plan, against) of `pairs` on every task, at each length and, where there are several, over all of them."""
+    tasks = list(dict.fromkeys(row.task for row in rows))
+    groups = [(n,) for n in lengths] + ([tuple(lengths)] if len(lengths) > 1 else [])
+    return [gain(rows, plan, against, task, group) for plan, against in pairs for task in tasks for group in groups]
+
+
+def pooled(rows: Sequence[Measurement]) -> Measurement:
+    """Rows of one plan and task as one: their samples one after the other, the mean density."""
+    samples = [value for row in rows for value in row.detail["per_sample"]]
+    return replace(rows[0], length=0, density=float(np.mean([row.density for row in rows])), detail={"per_sample": samples})
+
+
+def overall(found: Iterable[Gain], lengths: Sequence[int]) -> list[Gain]:
+    """Those over all of `lengths`."""
+    return [one for one in found if one.lengths == tuple(lengths)]
+
+
+def unequal(found: Iterable[Gain]) -> str:
+    """A sentence that names the plans compared at one length that do not keep the same there; empty where all do."""
+    told: dict[str, None] = {}
+    for one in found:
+        if len(one.lengths) == 1 and abs(one.density - one.against_density) > UNEQUAL:
+            told[f"{one.plan} {one.density:.1%} and {one.against} {one.against_density:.1%} at {one.lengths[0]:,} tokens"] = None
+    return f"Not all keep the same: {'; '.join(told)}." if told else ""
+
+
+def listed(lengths: Sequence[int]) -> str:
+    """For instance `1,024, 2,048 and 4,096 tokens`."""
+    *others, last = [f"{n:,}" for n in lengths]
+    return f"{', '.join(others)} and {last} tokens" if others else f"{last} tokens"
