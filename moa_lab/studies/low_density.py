@@ -1,0 +1,188 @@
+"""Below the densities that the paper tried (it stops at 15%): where retrieval breaks, on which heads, and what helps.
+
+Plans here have whole heads over a constant floor; which heads, the profile says, except where a measured selection is the question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+from moa_lab.evaluate.scoring import loss_rows, score_samples
+from moa_lab.pipeline import SCREEN_TOKENS, Run
+from moa_lab.plan import MIN_SPAN, SINK_TOKENS, Plan, dense_plan
+from moa_lab.records import Measurement
+from moa_lab.search import InfeasibleError, ranked_plan
+from moa_lab.search.goals import QUESTIONS
+from moa_lab.selection import select_heads
+from moa_lab.studies.gains import Gain, gain, listed
+from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, name_of, record_of
+from moa_lab.studies.record import StudyRecord
+from moa_lab.studies.scale import Scale
+from moa_lab.studies.whole_heads import NEAR, Cliff, cut_changes, find_cliff, fitted, ranked_heads
+
+CLIFF_FLOORS = (128, 256)
+FLOORS = (96, 128, 192, 256)
+SINKS = (4, 16, 64)
+SINK_FLOORS = (128,)
+"""Floors at which the sink is varied; at all others it is the usual one."""
+TASKS = (NEEDLES, DOCUMENTS, SUMMARIES)
+
+
+def low_density(run: Run, scale: Scale) -> StudyRecord:
+    """The cliff, floors and sinks at equal bytes, a measured selection, and what each whole head carries."""
+    lengths = tuple(sorted({run.lengths[0], run.lengths[-1]}))
+    dense = run.measure([dense_plan(run.geometry)], lengths=lengths, tasks=TASKS)
+    ranking, left_out = ranked_heads(run.table()), dict[str, str]()
+    cliffs, rows = [], list(dense)
+    for floor in CLIFF_FLOORS:
+        cliff, found = find_cliff(
+            run.geometry, ranking, floor, lengths, dense, NEEDLES,
+            lambda plan: run.measure([plan], lengths=lengths, tasks=(NEEDLES, SUMMARIES)),
+        )  # fmt: skip
+        cliffs.append(cliff)
+        rows += found
+    rows += _floors_and_sinks(run, scale, ranking, lengths, left_out)
+    density = max(scale.low)
+    best, found = _selected(run, scale, density, lengths, left_out)
+    rows += found
+    changes = _cuts(run, best) if best else []
+    # Where the dense model itself finds nothing, no number of heads is too few.
+    seen = cliffs if all(row.value > 0 for row in dense if row.task == NEEDLES) else []
+    compared = comparisons(rows, scale.low, lengths)
+    return record_of(
+        run, "low_density", "Below 15% of the cache: where does it break, on which heads, and what helps?",
+        low_density_answer(seen, compared, changes, density, len(ranking), lengths),
+        [*rows, *(one.row() for one in compared), *changes],
+        densities=list(scale.low), lengths=list(lengths), left_out=left_out, selection_plans=scale.selection_plans,
+        cliffs=[vars(cliff) for cliff in cliffs], ranking=[list(head) for head in ranking],
+    )  # fmt: skip
+
+
+def variant(density: float, floor: int, sink: int) -> str:
+    """The name of a plan, for instance `ranked-15-floor-128-sink-64`."""
+    return f"{name_of('ranked', density)}-floor-{floor}-sink-{sink}"
+
+
+def settings_at(density: float, low: Sequence[float]) -> list[tuple[int, int]]:
+    """(floor, sink) pairs in tokens: every floor with the usual sink, and at the highest density other sinks at `SINK_FLOORS`."""
+    sinks = [(floor, sink) for floor in SINK_FLOORS for sink in SINKS if sink != SINK_TOKENS] if density == max(low) else []
+    return [*((floor, SINK_TOKENS) for floor in FLOORS), *sinks]
+
+
+def comparisons(rows: Sequence[Measurement], low: Sequence[float], lengths: Sequence[int]) -> list[Gain]:
+    """Floors against the usual floor, sinks against the usual sink, the selection against the ranking; over the lengths both were at."""
+    pairs = []
+    for density in low:
+        for floor, sink in settings_at(density, low):
+            usual = (floor, SINK_TOKENS) if sink != SINK_TOKENS else (MIN_SPAN, SINK_TOKENS)
+            if (floor, sink) != usual:
+                pairs.append((variant(density, floor, sink), variant(density, *usual)))
+    pairs.append((name_of("selected", max(low)), name_of("ranked", max(low))))
+    found = []
+    for plan, against in pairs:
+        for task in TASKS:
+            measured = [{row.length for row in rows if (row.plan, row.task) == (name, task)} for name in (plan, against)]
+            shared = [n for n in lengths if all(n in each for each in measured)]
+            found += [gain(rows, plan, against, task, shared)] if shared else []
+    return found
+
+
+def low_density_answer(
+    cliffs: Sequence[Cliff], compared: Sequence[Gain], changes: Sequence[Measurement], density: float, heads: int, lengths: Sequence[int]
+) -> str:
+    """Where the cliff is; what a floor, a sink and a selection change at `density`; how much few heads carry."""
+    shown = [one for one in compared if one.plan.startswith((f"{name_of('ranked', density)}-", name_of("selected", density)))]
+    parts = [
+        f"To find {NEAR:.0%} of the dense model's needles at {listed(lengths)}: {'; '.join(_cliff(one, heads) for one in cliffs)}."
+        if cliffs
+        else "The dense model does not find needles at every length, so no cliff can be seen."
+    ]
+    for kind, told in (
+        ("floor", f"a floor other than {MIN_SPAN} tokens"), ("sink", f"a sink other than {SINK_TOKENS} tokens"),
+        ("selected", "choosing the whole heads by measurement"),
+    ):  # fmt: skip
+        of = [one for one in shown if _kind(one) == kind]
+        parts.append(f"At {100 * density:g}%, {told} {_moves(of)}.")
+    return " ".join([*parts, _concentrated(changes)])
+
+
+def _cliff(cliff: Cliff, heads: int) -> str:
+    sure = "" if cliff.decided else " (not decided)"
+    if cliff.enough is None:
+        return f"over a floor of {cliff.floor} tokens {cliff.short} whole heads of {heads} are not enough{sure}"
+    before = f", {cliff.short} are not" if cliff.short is not None else ""
+    return f"over a floor of {cliff.floor} tokens {cliff.enough} whole heads of {heads} ({cliff.density:.1%} kept) are enough{before}{sure}"
+
+
+def _kind(one: Gain) -> str:
+    if one.plan.startswith("selected"):
+        return "selected"
+    return "floor" if one.plan.endswith(f"-sink-{SINK_TOKENS}") else "sink"
+
+
+def _moves(found: Sequence[Gain]) -> str:
+    if not found:
+        return "could not be compared"
+    decided = [f"{one.task} {one.verdict} with {one.plan} ({one.numbers})" for one in found if one.decided]
+    if not decided:
+        return f"changes nothing that these samples decide ({len(found)} comparisons)"
+    return f"changes this ({len(decided)} of {len(found)} comparisons decided): {'; '.join(decided)}"
+
+
+def _concentrated(changes: Sequence[Measurement]) -> str:
+    if not changes:
+        return "No plan had whole heads to cut one by one."
+    sure = [row for row in changes if row.low > 0]
+    worst = max(changes, key=lambda row: row.value)
+    rises = sum(max(row.value, 0.0) for row in changes)
+    share = f", {worst.value / rises:.0%} of all increases together" if rises > 0 else ""
+    return (
+        f"Cut to the floor one at a time, {len(sure)} of the {len(changes)} whole heads of {worst.plan} raise the loss of calibration "
+        f"questions (intervals above 0); most of all {worst.task}, {worst.value:+.3f} nats [{worst.low:.3f}, {worst.high:.3f}]{share}."
+    )
+
+
+def _floors_and_sinks(
+    run: Run, scale: Scale, ranking: Sequence[tuple[int, int]], lengths: Sequence[int], left_out: dict[str, str]
+) -> list[Measurement]:
+    """Every length has the plan that the density pays for there: equal bytes, whatever the floor."""
+    rows = []
+    for density in scale.low:
+        for floor, sink in settings_at(density, scale.low):
+            name = variant(density, floor, sink)
+            for length in lengths:
+                try:
+                    plan = fitted(run.geometry, ranking, density, length, floor=floor, sink=sink, name=name)
+                except InfeasibleError as error:
+                    left_out[f"{name} at {length}"] = str(error)
+                else:
+                    rows += run.measure([plan], lengths=[length], tasks=TASKS)
+    return rows
+
+
+def _selected(
+    run: Run, scale: Scale, density: float, lengths: Sequence[int], left_out: dict[str, str]
+) -> tuple[Plan | None, list[Measurement]]:
+    """The ranking's plan and the one that measured calibration losses chose, both for all lengths at once; the better of the two."""
+    limits = dict.fromkeys(lengths, density)
+    try:
+        plans = [ranked_plan(run.table(), limits, floor_tokens=MIN_SPAN, name=name_of("ranked", density))]
+    except ValueError as error:
+        left_out[name_of("ranked", density)] = str(error)
+        return None, []
+    if plans[0].search["whole_heads"]:
+        front = select_heads(
+            run.model, run.samples().limited(SCREEN_TOKENS), run.table(), limits, plans=scale.selection_plans, seed=run.settings.seed,
+            # Where runs keep it: their own selections at this density share what was measured.
+            parts_dir=(run.parts or run.folder / "parts") / "selection", progress=partial(run.progress, "select heads"),
+        )  # fmt: skip
+        plans.append(front.points[0].plan.renamed(name_of("selected", density)))
+    else:
+        left_out[name_of("selected", density)] = f"density {density:.4g} pays for no whole head at {min(lengths)} tokens"
+    return plans[-1], run.measure(plans, lengths=lengths, tasks=TASKS)
+
+
+def _cuts(run: Run, plan: Plan) -> list[Measurement]:
+    samples = run.samples().select(task=QUESTIONS) or run.samples().samples
+    return cut_changes(plan, samples, lambda one, asked: loss_rows(one, asked, score_samples(run.model, one, asked)))

@@ -1,0 +1,199 @@
+"""Rules that are bounded or bend (left open by arXiv 2406.14909), against linear ones, where they were not profiled.
+
+A family of rules is a grid to choose from; all hold whole heads and the floor. One plan per family is solved for the same goal and the same
+densities. At a given length any rule is a number of tokens, so what is measured there is a plan of constant spans.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+
+import numpy as np
+
+from moa_lab.pipeline import Run
+from moa_lab.plan import DENSE, MIN_SPAN, Plan, SpanRule, dense_plan
+from moa_lab.records import InfluenceProfile, LossTable, Measurement
+from moa_lab.search import BudgetAnswer, InfeasibleError, limit_lengths, loss_table, rule_grid, solve_budget
+from moa_lab.studies.gains import Gain, gains, overall, unequal
+from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, record_of
+from moa_lab.studies.record import StudyRecord
+from moa_lab.studies.scale import Scale
+
+LINEAR = "linear"
+EXPONENTS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
+STEPS = 8
+"""Spans at the longest profiled length from which a power's coefficient is made, per exponent."""
+LOGARITHMS = 40
+"""The same for logarithms, which have no exponent to vary."""
+CAPS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
+"""Shares of the longest profiled length."""
+
+
+@dataclass(frozen=True)
+class Curve(SpanRule):
+    """A rule that is any function of the input length N: `clip(tokens(N), min_span, N)`; alpha and beta are its linear part.
+
+    For loss tables only: a config card and a plan's identity know nothing but alpha and beta. Write it as constant spans (`at_length`).
+    """
+
+    alpha: float = 0.0
+    beta: float = 0.0
+
+    def tokens(self, n_tokens: int) -> float:
+        """The span before it is clipped."""
+        raise NotImplementedError
+
+    def uncapped_tokens(self, n_tokens: int, min_span: int = MIN_SPAN, multiple: int = 1) -> int:
+        """As for any rule: rounded down to a token, or up to `multiple` of them."""
+        return SpanRule(float(self.tokens(n_tokens)), 0.0).uncapped_tokens(n_tokens, min_span, multiple)
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Never: a whole head is `DENSE`, in every family."""
+        return False
+
+
+@dataclass(frozen=True)
+class CappedRule(Curve):
+    """`min(cap, alpha + beta * N)`."""
+
+    cap: float = math.inf
+
+    def tokens(self, n_tokens: int) -> float:
+        """The span before it is clipped."""
+        return min(self.cap, self.alpha + self.beta * n_tokens)
+
+
+@dataclass(frozen=True)
+class PowerRule(Curve):
+    """`coefficient * N ** exponent`."""
+
+    coefficient: float = 0.0
+    exponent: float = 1.0
+
+    def tokens(self, n_tokens: int) -> float:
+        """The span before it is clipped."""
+        return self.coefficient * float(n_tokens) ** self.exponent
+
+
+@dataclass(frozen=True)
+class LogarithmicRule(Curve):
+    """`coefficient * log2(N)`."""
+
+    coefficient: float = 0.0
+
+    def tokens(self, n_tokens: int) -> float:
+        """The span before it is clipped."""
+        return self.coefficient * math.log2(n_tokens)
+
+
+def rules(run: Run, scale: Scale) -> StudyRecord:
+    """A plan per family, on needles, documents and own answers at the profiled lengths and the longest tested one."""
+    longest = max(run.test_lengths)
+    lengths = tuple(sorted({*run.lengths, longest}))
+    limits = dict.fromkeys(sorted({*limit_lengths(run.table()), *lengths}), scale.density)
+    tables = family_tables(run.profile(), lengths)
+    rows: list[Measurement] = run.measure([dense_plan(run.geometry)], lengths=lengths, tasks=(NEEDLES, DOCUMENTS, SUMMARIES))
+    solved, left_out = {}, {}
+    for name, table in tables.items():
+        try:
+            solved[name] = solve_budget(table, limits)
+        except InfeasibleError as error:
+            left_out[name] = str(error)
+            continue
+        for length in lengths:
+            plan = at_length(table, solved[name].choice, length, name)
+            rows += run.measure([plan], lengths=[length], tasks=(NEEDLES, DOCUMENTS, SUMMARIES))
+    others = [name for name in solved if name != LINEAR] if LINEAR in solved else []
+    found = gains(rows, [(name, LINEAR) for name in others], lengths)
+    return record_of(
+        run, "rules", "Do bounded or bending rules extrapolate better than linear ones?",
+        rules_answer(found, longest, max(run.lengths)), [*rows, *(one.row() for one in found)],
+        density=scale.density, limit_lengths=list(limits), left_out=left_out,
+        families={name: _described(tables[name], answer) for name, answer in solved.items()},
+    )  # fmt: skip
+
+
+def families(lengths: Sequence[int], longest: int, min_span: int = MIN_SPAN) -> dict[str, tuple[SpanRule, ...]]:
+    """Grids of rules by family, all with the floor and whole heads. lengths: profiled, in tokens; longest: where they are tested.
+
+    Rules of a family with the same span at every one of these lengths and at twice the longest profiled one are one rule.
+    """
+    reference, at = max(lengths), sorted({*lengths, 2 * max(lengths), longest})
+    linear = rule_grid(lengths, min_span=min_span)
+    powers = product(EXPONENTS, np.geomspace(min_span, reference, STEPS))
+    grids: dict[str, Iterable[SpanRule]] = {
+        # Linear rules are those whose cap lies beyond every length.
+        "capped": [*linear, *(CappedRule(rule.alpha, rule.beta, share * reference) for share in CAPS for rule in linear if rule.beta > 0)],
+        "power": (PowerRule(coefficient=float(span) / reference**exponent, exponent=exponent) for exponent, span in powers),
+        "logarithmic": (
+            LogarithmicRule(coefficient=float(span) / math.log2(reference)) for span in np.geomspace(min_span, reference, LOGARITHMS)
+        ),
+    }
+    return {LINEAR: linear, **{name: _distinct(grid, at, min_span) for name, grid in grids.items()}}
+
+
+def family_tables(profile: InfluenceProfile, lengths: Sequence[int]) -> dict[str, LossTable]:
+    """A loss table per family; `lengths`: the measured ones. The floor scales the losses of all, so that the goal is the same."""
+    grids = families(profile.lengths, max(lengths))
+    return {name: loss_table(profile, grid) for name, grid in grids.items()}
+
+
+def at_length(table: LossTable, choice: np.ndarray, length: int, name: str) -> Plan:
+    """The plan that keeps at `length` tokens what `choice` (layers, kv_heads) does: constant spans, and whole heads where all is kept."""
+    spans = np.take_along_axis(table.span_tokens(length), choice, axis=1)
+    dense = [table.geometry.dense_span_tokens(layer, length) for layer in range(table.geometry.layers)]
+    rows = tuple(
+        tuple(DENSE if span >= most else SpanRule(float(span), 0.0) for span in row) for row, most in zip(spans, dense, strict=True)
+    )
+    return Plan(
+        geometry=table.geometry, rules=rows, sink_tokens=table.sink_tokens, min_span=table.min_span, name=name, lengths=(length,),
+        search={"origin": name}, provenance=table.provenance,
+    )  # fmt: skip
+
+
+def rules_answer(found: Sequence[Gain], longest: int, profiled: int) -> str:
+    """Whether a family beats linear rules at `longest` tokens; what is kept there where that differs."""
+    there = overall(found, (longest,))
+    if not there:
+        return "No family of rules could be compared with linear ones."
+    names = list(dict.fromkeys(one.plan for one in there))
+    scores = {name: [one.verdict for one in there if one.plan == name] for name in names}
+    wins = [name for name in names if "better" in scores[name] and "worse" not in scores[name]]
+    mixed = [name for name in names if "better" in scores[name] and "worse" in scores[name]]
+    if wins:
+        of = ", ".join(f"{name} ({scores[name].count('better')} of {len(scores[name])} comparisons won, none lost)" for name in wins)
+        verdict = f"Better than linear rules: {of}"
+    elif mixed:
+        verdict = f"No family is better than linear rules throughout ({', '.join(mixed)}: won in one thing, lost in another)"
+    else:
+        verdict = "No family is shown to beat linear rules"
+    beyond = (
+        f", {longest / profiled:g} times the longest profiled length" if longest > profiled else ", which is no longer than the profiled"
+    )
+    told = "; ".join(
+        f"{name}: {', '.join(f'{one.task} {one.verdict} ({one.numbers})' for one in there if one.plan == name)}" for name in names
+    )
+    return " ".join(filter(None, [f"{verdict}, at {longest:,} tokens{beyond}. {told[:1].upper()}{told[1:]}.", unequal(there)]))
+
+
+def _distinct(grid: Iterable[SpanRule], lengths: Sequence[int], min_span: int) -> tuple[SpanRule, ...]:
+    """The floor and whole heads first: they stay where another rule has their spans."""
+    kept: dict[tuple[int, ...], SpanRule] = {}
+    for rule in (SpanRule(float(min_span), 0.0), DENSE, *grid):
+        kept.setdefault(tuple(rule.span_tokens(n, min_span) for n in lengths), rule)
+    return tuple(kept.values())
+
+
+def _described(table: LossTable, answer: BudgetAnswer) -> Mapping[str, object]:
+    """What was chosen, in full: a rule for every head, by its place in the list of rules that are used."""
+    used = sorted(set(answer.choice.ravel().tolist()))
+    return {
+        "rules": [{"kind": type(table.rules[index]).__name__, **asdict(table.rules[index])} for index in used],
+        "choice": np.searchsorted(used, answer.choice).tolist(),
+        "candidates": len(table.rules), "predicted": answer.value, "gap": answer.gap,
+        "density": {str(n): kept for n, kept in answer.density.items()},
+    }  # fmt: skip
