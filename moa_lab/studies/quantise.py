@@ -1,0 +1,115 @@
+"""Fake quantisation: a model computes with the values that a narrower cache, or narrower weights, would give back.
+
+Round to nearest on an even grid between the smallest and the largest value of a group. A group stores that smallest value and the
+step in 16 bits each, and both are rounded to float16 here as there. Nothing is packed and no memory is saved: what is measured is
+what the bits cost in quality, and bytes are counted by `stored_bytes`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from moa_lab.interface import AttentionCall, Handler, route_attention
+from moa_lab.kernels.dispatch import span_attention
+from moa_lab.plan import Plan
+
+UNTOUCHED = 16
+"""A width that leaves values as they are: those of the model's own 16-bit type."""
+GROUP_BYTES = 4
+"""What a group stores beside its values: the smallest value and the step, in 16 bits each."""
+WEIGHT_GROUP = 64
+"""Neighbouring weights of one output that share a grid."""
+
+
+def stored_bytes(numbers: int, groups: int, bits: int) -> float:
+    """Bytes of so many numbers of `bits` bits in so many groups; of 16 bits there are no groups."""
+    return numbers * bits / 8 + (GROUP_BYTES * groups if bits < UNTOUCHED else 0)
+
+
+def fake_quantise(values: torch.Tensor, bits: torch.Tensor | int, group: int | None = None) -> torch.Tensor:
+    """`values` (..., n) as they come back from `bits` bits; of their dtype, and bits of 16 or more are the values themselves.
+
+    Every `group` neighbours along the last dimension share a grid (None: all n; the last group may be shorter). bits: a number, or an
+    integer tensor that broadcasts with (..., 1), for instance (kv_heads, 1, 1), or with more dimensions in front, which the result gets.
+    """
+    bits = torch.as_tensor(bits, device=values.device)
+    n = values.shape[-1]
+    group = group or n
+    spare = -n % group
+    # Copies of a value that is in the group move neither end of its grid.
+    padded = torch.cat([values, values[..., -1:].expand(*values.shape[:-1], spare)], dim=-1) if spare else values
+    exact = padded.unflatten(-1, (-1, group)).to(torch.promote_types(values.dtype, torch.float32))
+    levels = (2.0**bits - 1)[..., None]
+    low, high = exact.aminmax(dim=-1, keepdim=True)
+    low = low.half().to(exact.dtype)
+    step = ((high - low) / levels).half().to(exact.dtype)
+    # A group of equal values has no step.
+    places = torch.where(step > 0, (exact - low) / step, 0.0).round().minimum(levels).clamp(min=0)
+    found = (low + step * places).flatten(-2)[..., :n]
+    return torch.where(bits >= UNTOUCHED, values, found.to(values.dtype))
+
+
+@contextlib.contextmanager
+def quantised_cache(model: PreTrainedModel, widths: np.ndarray, plan: Plan, n_tokens: int) -> Iterator[None]:
+    """The model under `plan` at length `n_tokens`, with K and V as a cache of these widths holds them; as before on exit, always.
+
+    widths: int (layers, kv_heads, 2), the bits of K and of V. K is quantised after rotary embedding, each token's vector of a head by
+    itself: so a pass over a sequence sees the values that decoding token by token would, and scores both.
+    """
+    shape = (plan.geometry.layers, plan.geometry.kv_heads, 2)
+    if widths.shape != shape:
+        raise ValueError(f"widths must be (layers, kv_heads, 2) = {shape}, got {widths.shape}")
+    windows = plan.windows(n_tokens)
+    bits = torch.from_numpy(np.asarray(widths, dtype=np.int64)).to(model.device)
+
+    def handler(layer: int) -> Handler:
+        key_bits, value_bits = (bits[layer, :, part, None, None] for part in range(2))
+        touched = (widths[layer] < UNTOUCHED).any(axis=0)
+
+        def attend(call: AttentionCall) -> torch.Tensor:
+            key = fake_quantise(call.key, key_bits) if touched[0] else call.key
+            value = fake_quantise(call.value, value_bits) if touched[1] else call.value
+            return span_attention(call.query, key, value, call.mask, plan.sink_tokens, windows[layer], call.scale, call.softcap)
+
+        return attend
+
+    with route_attention(model, handler):
+        yield
+
+
+def linear_modules(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
+    """The linear modules of the decoder by name, embeddings and the output layer left out. Raises ValueError where there are none."""
+    get_decoder = getattr(model, "get_decoder", None)
+    decoder = (get_decoder() if get_decoder else None) or model
+    output = model.get_output_embeddings()
+    found = {
+        name: module for name, module in decoder.named_modules() if isinstance(module, torch.nn.Linear) and module is not output
+    }  # fmt: skip
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no linear modules in its decoder whose weights could be quantised")
+    return found
+
+
+@contextlib.contextmanager
+def quantised_weights(model: PreTrainedModel, widths: Mapping[str, int]) -> Iterator[None]:
+    """The model with the weights of these modules (names of `linear_modules`) in so many bits, in groups of 64 along their inputs.
+
+    The very tensors from before are back on exit, also after an exception. Raises ValueError for a name that is no linear module.
+    """
+    modules = linear_modules(model) if widths else {}
+    unknown = set(widths) - set(modules)
+    if unknown:
+        raise ValueError(f"{type(model).__name__} has no linear module {min(unknown)!r}")
+    before = {name: modules[name].weight.data for name in widths}
+    try:
+        for name, bits in widths.items():
+            modules[name].weight.data = fake_quantise(before[name], bits, WEIGHT_GROUP)
+        yield
+    finally:
+        for name, weight in before.items():
+            modules[name].weight.data = weight
