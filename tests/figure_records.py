@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
+from moa_lab.evaluate.intervals import Interval
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import DENSE, Plan, SpanRule, dense_plan, uniform_plan
 from moa_lab.provenance import Provenance
@@ -101,3 +103,24 @@ def _share_row(plan: str, length: int, share: float, n: int) -> Measurement:
 
 def _loss_row(plan: str, length: int, value: float, n: int) -> Measurement:
     return Measurement(plan, "cross_entropy", "summaries", length, value, n, value - 0.012, value + 0.012, 1.0 if plan == "dense" else 0.5)
+
+
+def score_row(
+    plan: str, value: float, *, metric: str = "retrieval", task: str = "needles", density: float = 0.25, n: int = 64, **more: Any
+) -> Measurement:
+    length = more.pop("length", 4096)
+    return Measurement(plan, metric, task, length, value, n, 0.9 * value, 1.2 * value, density, more)
+
+
+def rate_row(plan: str, value: float, density: float, length: int = 4096) -> Measurement:
+    return score_row(plan, value, metric="tokens_per_s", task="decode", density=density, length=length, batch=512)
+
+
+SPEEDS = [
+    score_row("dense", 0.8, density=1.0), score_row("moa-25", 0.7), score_row("moa-50", 0.75, density=0.5), score_row("uniform-25", 0.1),
+    score_row("moa-15", 0.2, density=0.15),
+    rate_row("moa-50", 2000, 0.5), rate_row("moa-25", 4000, 0.25), rate_row("dense", 1000, 1.0), rate_row("uniform-25", 4100, 0.25),
+    rate_row("transformers dense", 400, 1.0), rate_row("moa-25", 9000, 0.25, length=1024), score_row("moa-25", 0.9, length=1024),
+]  # fmt: skip
+
+DIFFERENCES = {"better": Interval(0.2, 64, 0.1, 0.3), "unclear": Interval(0.05, 64, -0.1, 0.2), "worse": Interval(-0.3, 64, -0.4, -0.2)}

@@ -32,6 +32,7 @@ from moa_lab.bench.record import BenchRecord
 from moa_lab.bench.shapes import default_plans
 from moa_lab.bench.steps import SETTLED, our_step, transformers_step
 from moa_lab.bench.timing import copy_rate
+from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.profiling.estimate import free_bytes
@@ -150,37 +151,55 @@ def _resolve(state: Findings, shape: ModelShape, model: PreTrainedModel) -> None
 
 
 def _measured(state: Findings, shape: ModelShape, model: PreTrainedModel, prompt: int, side: str) -> dict[str, Any]:
-    """A side at the largest batch that fits: tokens/s (rate), ms a step, and what the device could do; or why it "failed"."""
-    n_tokens = state.n_tokens(prompt)
-    geometry = geometry_of(model)
-    plan = state.used.get((shape.name, prompt, side.removesuffix(COMPILED))) or dense_plan(geometry)
-    row = plan.kv_bytes(n_tokens, state.dtype.itemsize) + extra_bytes(shape, side, n_tokens, state.dtype.itemsize)
-    free = free_bytes(state.device) if state.is_gpu else QUICK_BYTES
-    batch, tried = largest_batch(free, RESERVE_BYTES if state.is_gpu else 0, row), 0
+    """A side at the largest batch that fits: see `measured_side`."""
+    plan = state.used.get((shape.name, prompt, side.removesuffix(COMPILED))) or dense_plan(geometry_of(model))
+    batch = fitting_batch(model, plan, side, state.n_tokens(prompt))
+    return measured_side(model, plan, side, batch, prompt, state.new_tokens, state.copy_bytes)
+
+
+def fitting_batch(model: PreTrainedModel, plan: Plan, side: str, n_tokens: int) -> int:
+    """Rows of `n_tokens` tokens that `side` should have room for beside a reserve: in what is free on a GPU, in `QUICK_BYTES` on a CPU."""
+    itemsize = model.dtype.itemsize
+    row = plan.kv_bytes(n_tokens, itemsize) + extra_bytes(plan.geometry, side, n_tokens, itemsize)
+    if model.device.type != "cuda":
+        return largest_batch(QUICK_BYTES, 0, row)
+    return largest_batch(free_bytes(model.device), RESERVE_BYTES, row)
+
+
+def measured_side(
+    model: PreTrainedModel, plan: Plan, side: str, batch: int, prompt: int, new_tokens: int, copy_bytes: float
+) -> dict[str, Any]:
+    """Decoding by `side` with `batch` rows of `prompt` tokens, or as many as are left once they fit: how fast, and how fast it could be.
+
+    side: `DYNAMIC` or `STATIC` of transformers (`plan` is then the dense one), else our loop under `plan`, compiled where the name ends in
+    `COMPILED`. copy_bytes: what the device copies, bytes/s. Finds tokens/s of all rows (rate), ms a step, batch, bytes of K and V that
+    a step reads (kept_bytes), roofline_ms and over_roofline, batches tried; or why it "failed".
+    """
+    n_tokens, tried = prompt + new_tokens, 0
     found: dict[str, Any] = {"failed": f"not even one row of {n_tokens} tokens fits"}
     while batch > 0:
         tried += 1
-        found = _tried(partial(_run, state, model, plan, side, batch, prompt), state.device)
+        found = _tried(partial(_run, model, plan, side, batch, prompt, new_tokens), model.device)
         if not found.get("out_of_memory"):
             break
         batch = smaller_batch(batch)
     if "failed" in found:
         return found
-    length = prompt + (SETTLED + state.new_tokens) // 2
-    token_bytes = geometry.kv_bytes_per_token(state.dtype.itemsize)
+    length = prompt + (SETTLED + new_tokens) // 2
+    token_bytes = plan.geometry.kv_bytes_per_token(model.dtype.itemsize)
     kv = batch * kept_bytes(plan.spans(n_tokens).ravel().tolist(), length, token_bytes)
-    roofline = roofline_ms(read_weight_bytes(model), kv, state.copy_bytes)
+    roofline = roofline_ms(read_weight_bytes(model), kv, copy_bytes)
     rate = batch / found["ms"] * 1e3
     over = {"roofline_ms": roofline, "over_roofline": found["ms"] / roofline}
     return {**found, **over, "batch": batch, "rate": rate, "kept_bytes": kv, "tried": tried}
 
 
-def extra_bytes(shape: ModelShape, side: str, n_tokens: int, itemsize: int) -> int:
+def extra_bytes(geometry: ModelGeometry, side: str, n_tokens: int, itemsize: int) -> int:
     """Bytes a row that a side needs beside the cache: copies of a layer, where it grows and where groups are written out."""
-    layer = 2 * n_tokens * shape.head_dim * itemsize
+    layer = n_tokens * geometry.kv_bytes_per_token(itemsize)
     if side == DYNAMIC:
-        return 2 * layer * shape.kv_heads
-    return layer * shape.query_heads if side == STATIC and shape.query_heads > shape.kv_heads else 0
+        return 2 * layer * geometry.kv_heads
+    return layer * geometry.query_heads if side == STATIC and geometry.group_size > 1 else 0
 
 
 def _tried(run: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
@@ -199,13 +218,13 @@ def _tried(run: Callable[[], dict[str, Any]], device: torch.device) -> dict[str,
 
 def _release(device: torch.device) -> None:
     torch.compiler.reset()
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 
 @torch.no_grad()
-def _run(state: Findings, model: PreTrainedModel, plan: Plan, side: str, batch: int, prompt: int) -> dict[str, Any]:
+def _run(model: PreTrainedModel, plan: Plan, side: str, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:
     if side in (DYNAMIC, STATIC):
-        return transformers_step(model, side == STATIC, batch, prompt, state.new_tokens)
-    return our_step(model, plan, batch, prompt, state.new_tokens, compiled=side.endswith(COMPILED))
+        return transformers_step(model, side == STATIC, batch, prompt, new_tokens)
+    return our_step(model, plan, batch, prompt, new_tokens, compiled=side.endswith(COMPILED))

@@ -1,19 +1,22 @@
 """Records in, plotly figures out: pure functions, nothing printed, nothing written."""
 
 from moa_lab.figures.benchmarks import goal_ratios
+from moa_lab.figures.comparisons import differences, matrix, predicted_vs_measured
 from moa_lab.figures.confidence import percentile_ranks, rank_confidence
-from moa_lab.figures.densities import score_by_density
+from moa_lab.figures.densities import score_by, score_by_density
 from moa_lab.figures.front import front_scatter, parallel_goals, predicted_against_measured
 from moa_lab.figures.influence import head_blocks, influence_by_distance, influence_map, long_range_influence
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
 from moa_lab.figures.plan import mask_preview, rule_curves, span_map
 from moa_lab.figures.roofline import kernel_roofline
 from moa_lab.figures.search import hypervolume_curve
+from moa_lab.figures.speed import speed_by_accuracy
 from moa_lab.figures.theme import CONFIG, template, with_theme
 from moa_lab.figures.throughput import throughput_by_kv_bytes
 
 __all__ = [
     "CONFIG",
+    "differences",
     "front_scatter",
     "goal_ratios",
     "head_blocks",
@@ -24,16 +27,20 @@ __all__ = [
     "kv_bytes_bars",
     "long_range_influence",
     "mask_preview",
+    "matrix",
     "parallel_goals",
     "percentile_ranks",
     "pooled",
     "predicted_against_measured",
+    "predicted_vs_measured",
     "rank_confidence",
     "retrieval_heatmap",
     "rule_curves",
     "score_bars",
+    "score_by",
     "score_by_density",
     "span_map",
+    "speed_by_accuracy",
     "template",
     "throughput_by_kv_bytes",
     "with_theme",

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 
 import numpy as np
 import plotly.graph_objects as go
-from scipy.stats import spearmanr
 
 from moa_lab.figures import theme
+from moa_lab.figures.comparisons import with_rank_correlation
 from moa_lab.figures.measurements import Score, metric_label, pooled, shown
 from moa_lab.plan import Plan
 from moa_lab.records import Front, FrontPoint, Measurements
@@ -92,14 +92,9 @@ def predicted_against_measured(
         height=420,
         showlegend=True,
     )
-    promised = [goal(point, objective) for point, _ in scored]
+    promised = [found for point, _ in scored if (found := goal(point, objective)) is not None]
     measured = [score.value for _, score in scored]
-    if len(set(promised)) > 2 and len(set(measured)) > 1:
-        correlation = float(spearmanr(promised, measured).statistic)
-        fig.update_layout(
-            meta={"rank_correlation": correlation}, title_text=f"{fig.layout.title.text}; rank correlation {correlation:+.2f}"
-        )
-    return fig
+    return with_rank_correlation(fig, promised, measured)
 
 
 def goals(front: Front) -> tuple[str, ...]:

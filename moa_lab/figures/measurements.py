@@ -19,6 +19,9 @@ _LABELS = {
     "line_retrieval": ("lines retrieved", "%"),
     "cross_entropy": ("cross-entropy", "nats per token"),
     "perplexity": ("perplexity", "lower is better"),
+    "tokens_per_s": ("speed", "tokens/s"),
+    "kv_bytes_allocated": ("KV cache of one sequence", "bytes"),
+    "rank_correlation": ("rank correlation", "Spearman's, 1 is best"),
 }
 
 

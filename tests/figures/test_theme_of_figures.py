@@ -3,7 +3,7 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 import pytest
-from figure_records import make_baselines, make_front, make_measurements, make_plan, make_profile
+from figure_records import DIFFERENCES, SPEEDS, make_baselines, make_front, make_measurements, make_plan, make_profile
 
 from moa_lab import figures
 from moa_lab.bench import BenchRecord
@@ -25,7 +25,14 @@ FIGURES = (
     "rank_confidence",
     "throughput_by_kv_bytes",
     "kernel_roofline",
+    "score_by",
+    "speed_by_accuracy",
+    "differences",
+    "predicted_vs_measured",
+    "matrix",
 )
+LABELLED = ("kv_bytes_bars", "differences")
+"""Figures whose y axis carries names, not a quantity."""
 
 
 @cache
@@ -49,6 +56,11 @@ def all_figures() -> dict[str, go.Figure]:
         ),
         "throughput_by_kv_bytes": figures.throughput_by_kv_bytes(BenchRecord.load(BENCHMARKS / "generate.json")),
         "kernel_roofline": figures.kernel_roofline(*(BenchRecord.load(BENCHMARKS / f"{name}.json") for name in ("decode", "prefill"))),
+        "score_by": figures.score_by(SPEEDS[:4], "density", "density"),
+        "speed_by_accuracy": figures.speed_by_accuracy(SPEEDS),
+        "differences": figures.differences(DIFFERENCES, "A against B", "difference (nats per token)"),
+        "predicted_vs_measured": figures.predicted_vs_measured([1.0, 2.0, 3.0], [1.0, 3.0, 2.0]),
+        "matrix": figures.matrix([[0.5]], ["a"], ["b"], title="Transfer", unit="found (%)", row_title="from", column_title="to"),
     }
 
 
@@ -68,8 +80,7 @@ def test_every_figure_has_a_title_axis_titles_with_units_and_a_transparent_backg
     fig = all_figures()[name]
     assert fig.layout.title.text
     assert fig.layout.xaxis.title.text
-    # The bars of KV bytes carry plan names, not a quantity, on their y axis.
-    assert fig.layout.yaxis.title.text or name == "kv_bytes_bars"
+    assert fig.layout.yaxis.title.text or name in LABELLED
     assert fig.layout.template.layout.paper_bgcolor == "rgba(0,0,0,0)"
     assert fig.layout.template.layout.plot_bgcolor == "rgba(0,0,0,0)"
 

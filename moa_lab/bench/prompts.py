@@ -1,0 +1,40 @@
+"""The prompt's pass of a whole model, timed: all its tokens through the model, keys and values kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from moa_lab.plan import Plan
+from moa_lab.runtime import apply_plan, ring_cache
+from moa_lab.runtime.decoding import clock
+from moa_lab.runtime.generate import PREFILL_TOKENS
+
+
+def prompt_rows(length: int) -> int:
+    """Prompts of `length` tokens that go through a model at once."""
+    return max(1, PREFILL_TOKENS // length)
+
+
+def our_prompt_ms(model: PreTrainedModel, plan: Plan, rows: int, length: int, repeats: int) -> list[float]:
+    """Milliseconds of `repeats` passes of `rows` random prompts under `plan`, each into rings; one before them compiles and warms."""
+    with apply_plan(model, plan, length):
+        return _timed(model, lambda: ring_cache(model, length), rows, length, repeats)
+
+
+def transformers_prompt_ms(model: PreTrainedModel, rows: int, length: int, repeats: int) -> list[float]:
+    """The same of transformers' own dense model, each into a DynamicCache."""
+    return _timed(model, lambda: DynamicCache(config=model.config), rows, length, repeats)
+
+
+@torch.no_grad()
+def _timed(model: PreTrainedModel, cache: Callable[[], Cache], rows: int, length: int, repeats: int) -> list[float]:
+    tokens = torch.randint(model.config.get_text_config(decoder=True).vocab_size, (rows, length), device=model.device)
+    found = []
+    for _ in range(1 + repeats):
+        began = clock(model.device)
+        model(input_ids=tokens, past_key_values=cache(), use_cache=True, logits_to_keep=1)
+        found.append((clock(model.device) - began) * 1e3)
+    return found[1:]
