@@ -12,8 +12,15 @@ Study = Callable[[Run, Scale], StudyRecord]
 MODULES: Mapping[str, str] = {
     "retrieval": "densities",
     "quality": "densities",
+    "calibration": "calibration",
+    "space": "space",
     "search": "objectives",
     "refine": "refine",
+    "rules": "rules",
+    "low_density": "low_density",
+    "transfer": "transfer",
+    "weights": "weights",
+    "speed": "speed",
 }
 """Studies by name, and the module here that holds the function of that name."""
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from moa_lab.pipeline import Run
 from moa_lab.presets import RunSettings
 from moa_lab.records import Measurement
-from moa_lab.studies import StudyRecord, scale_of
+from moa_lab.studies import scale_of
 from moa_lab.studies.objectives import search, search_answer
 from moa_lab.studies.refine import STAGES, refine, refine_answer, refine_goals
+
+torch.set_num_threads(1)
 
 LENGTH = 2048
 
@@ -82,7 +85,9 @@ def test_goals_are_missed_when_needles_are_lost_and_met_when_they_are_not() -> N
 
 
 def test_the_sentence_names_the_best_objective_and_says_when_it_is_not_decided() -> None:
-    volumes = [Measurement(name, "hypervolume", "front", 0, value, 3, value, value, 0.0) for name, value in (("epsilon", 0.9), ("pymoo", 0.8))]
+    volumes = [
+        Measurement(name, "hypervolume", "front", 0, value, 3, value, value, 0.0) for name, value in (("epsilon", 0.9), ("pymoo", 0.8))
+    ]
     correlations = [
         Measurement(name, "rank_correlation", "random plans", 0, value, 9, 0.0, 1.0, 0.0) for name, value in (("good", 0.9), ("bad", 0.1))
     ]
@@ -91,6 +96,6 @@ def test_the_sentence_names_the_best_objective_and_says_when_it_is_not_decided()
     assert "plan of ranked (1.00)" in told
     assert "not decided" not in told
     assert "epsilon covers most" in told
-    assert "good predicts best (rank correlation 0.90), bad worst (0.10)" in told
+    assert "good predicts best (rank correlation 0.90, random plans), bad worst (0.10, random plans)" in told
     close = [needles("element, sum", [1] * 39 + [0]), needles("ranked", [1] * 40), *volumes]
     assert "not decided" in search_answer(["element, sum", "ranked"], close, correlations)
