@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -10,8 +11,11 @@ import typer
 
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.terminal import Bars, ForceOption, densities_of, free, lengths_of
+from moa_lab.text import one_line
 
 EVERY = "all"
+
+logger = logging.getLogger(__name__)
 
 
 def study(
@@ -48,8 +52,20 @@ def study(
     with Bars() as bars:
         run = Run(work, settings, bars)
         run.begin()
+        failed = []
         for one, path in paths.items():
-            if force or not path.exists():
+            if not force and path.exists():
+                continue
+            try:
                 record = studies[one](run, scale)
-                record.save(path)
-                typer.echo(f"{table(record)}\n")
+            except Exception as error:
+                # Hours may lie before and behind it: what one study stumbles over does not cost the others.
+                if len(paths) == 1:
+                    raise
+                logger.exception("study %s", one)
+                failed.append(f"{one} ({one_line(error)})")
+                continue
+            record.save(path)
+            typer.echo(f"{table(record)}\n")
+    if failed:
+        raise ValueError(f"without a record: {'; '.join(failed)}")

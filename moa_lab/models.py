@@ -137,8 +137,10 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
         flat = parameter.detach().reshape(-1)
         stride = max(1, flat.numel() // FINGERPRINT_VALUES)
         names.append([name, list(parameter.shape)])
-        samples.append(flat[::stride][:FINGERPRINT_VALUES].to("cpu", torch.bfloat16))
-    values = torch.cat(samples).view(torch.int16).numpy().tobytes()
+        samples.append(flat[::stride][:FINGERPRINT_VALUES].to(torch.bfloat16))
+    # One copy from the device instead of one a parameter; a model may lie on several.
+    together = torch.cat(samples) if len({sample.device for sample in samples}) == 1 else torch.cat([s.cpu() for s in samples])
+    values = together.cpu().view(torch.int16).numpy().tobytes()
     return digest(json.dumps(names).encode(), values)
 
 

@@ -42,20 +42,21 @@ def score_samples(
     scores = {sample.identity: store.get(plan, sample) if store else None for sample in samples}
     missing = [sample for sample in samples if scores[sample.identity] is None]
     done = len(samples) - len(missing)
-    for (_, length), group in group_by_shape(missing).items():
+    groups = group_by_shape(missing)
+    for length in dict.fromkeys(length for _, length in groups):
         size = 1 if model.device.type == "cpu" else max(1, GPU_BATCH_TOKENS // length)
-        for start in range(0, len(group), size):
-            batch = group[start : start + size]
-            # The dense plan needs no mask of ours.
-            with contextlib.nullcontext() if plan.is_dense else apply_plan(model, plan, length):
-                results = score_answers(model, batch)
-            for sample, result in zip(batch, results, strict=True):
-                scores[sample.identity] = result
-                if store:
-                    store.put(plan, sample, result)
-            done += len(batch)
-            if progress:
-                progress(done, len(samples))
+        # The dense plan needs no mask of ours.
+        with contextlib.nullcontext() if plan.is_dense else apply_plan(model, plan, length):
+            for group in (group for (_, n), group in groups.items() if n == length):
+                for start in range(0, len(group), size):
+                    batch = group[start : start + size]
+                    for sample, result in zip(batch, score_answers(model, batch), strict=True):
+                        scores[sample.identity] = result
+                        if store:
+                            store.put(plan, sample, result)
+                    done += len(batch)
+                    if progress:
+                        progress(done, len(samples))
     return [found for sample in samples if (found := scores[sample.identity]) is not None]
 
 
