@@ -42,7 +42,6 @@ from moa_lab.studies.record import StudyGoal, StudyRecord
 from moa_lab.studies.scale import Scale
 
 FLOOR_TOKENS = 192
-HALF = 0.5
 GATE_STEPS, GATE_TOKENS = 80, 131_072
 PLANS_PROFILED = 4
 PROFILED_TOKENS = 65_536
@@ -64,17 +63,17 @@ def search(run: Run, scale: Scale) -> StudyRecord:
         rows += run.measure([equal_uniform(plans[0], length, "uniform")], lengths=[length], tasks=tasks)
     volumes, chosen = _solvers(run, table, density, scale)
     rows += [*volumes, *run.measure(chosen, lengths=lengths, tasks=tasks)]
-    correlations = [row for share in dict.fromkeys((scale.density, HALF)) for row in _predictions(run, share, scale)]
+    correlations = _predictions(run, density, scale)
     rows += correlations
     best = max(correlations, key=lambda row: row.value)
-    goals = [StudyGoal(GOAL.format(best.plan, best.task), best.value, 0.8, low=best.low, high=best.high)]
+    goals = [StudyGoal(GOAL.format(best.plan), best.value, 0.8, low=best.low, high=best.high)]
     answer = search_answer([plan.name for plan in plans], rows, correlations)
     return record_of(run, "search", QUESTION, answer, rows, goals, density=scale.density, random_plans=scale.random_plans,
                      search_seconds=scale.search_seconds, floor_tokens=FLOOR_TOKENS, gate_steps=_gate_steps(scale))  # fmt: skip
 
 
 QUESTION = "Which objective, which solver, and does a better prediction mean a better plan?"
-GOAL = "rank correlation of predicted and measured loss, best predictor ({}; {})"
+GOAL = "rank correlation of predicted and measured loss, random plans of equal density, best predictor ({})"
 
 
 def search_answer(objectives: Sequence[str], rows: Sequence[Measurement], correlations: Sequence[Measurement]) -> str:
@@ -91,8 +90,7 @@ def search_answer(objectives: Sequence[str], rows: Sequence[Measurement], correl
     volumes = sorted((row for row in rows if row.metric == "hypervolume"), key=lambda row: -row.value)
     solvers = f"at equal time {volumes[0].plan} covers most ({', '.join(f'{row.plan} {row.value:.3f}' for row in volumes)})"
     ranked = sorted(correlations, key=lambda row: -row.value)
-    told = f"{ranked[0].plan} predicts best (rank correlation {ranked[0].value:.2f}, {ranked[0].task}), {ranked[-1].plan} worst "
-    told += f"({ranked[-1].value:.2f}, {ranked[-1].task})"
+    told = f"{ranked[0].plan} predicts best (rank correlation {ranked[0].value:.2f}), {ranked[-1].plan} worst ({ranked[-1].value:.2f})"
     return f"Most needles are found by the plan of {best} ({found[best]:.2f}), {against}; {solvers}; {told}."
 
 
@@ -144,8 +142,7 @@ def _solvers(run: Run, table: LossTable, density: Mapping[int, float], scale: Sc
         took = time.perf_counter() - began
         # 1 in a goal: what the cheapest rule everywhere loses.
         volume = hypervolume(front_values(front.points, names), np.ones(len(names)))
-        same = Interval(volume, len(front), volume, volume)
-        rows.append(_row(name, "hypervolume", "front", same, scale.density, {"seconds": took, "plans": len(front)}))
+        rows.append(_point_row(name, "hypervolume", Interval(volume, len(front), volume, volume), {"seconds": took, "plans": len(front)}))
         chosen.append(replace(run.validation(_thinned(front, names), name).best, name=name))
     run.progress("search: solvers", len(ways), len(ways))
     return rows, chosen
@@ -180,9 +177,9 @@ def _thinned(front: Front, names: Sequence[str]) -> Front:
     return replace(front, points=tuple(front.points[int(index)] for index in picks))
 
 
-def _predictions(run: Run, share: float, scale: Scale) -> list[Measurement]:
+def _predictions(run: Run, density: Mapping[int, float], scale: Scale) -> list[Measurement]:
     """Rank correlation of every predictor with the measured loss of random plans of equal density."""
-    table, density = run.table(), run.at(share).limits
+    table = run.table()
     choices = random_choices(table, density, scale.random_plans, run.settings.seed)
     samples = SampleSet(tuple(run.validation_samples)).limited(SCREEN_TOKENS)
     measured = MeasuredLosses(run.model, samples, run.folder / "parts" / "random-plans")
@@ -195,10 +192,9 @@ def _predictions(run: Run, share: float, scale: Scale) -> list[Measurement]:
         name: [predict(choice) for choice in choices] for name, predict in predictors(run.profile(), _under_plans(run, density)).items()
     }
     found["regression on measured plans"] = list(regressed(table, choices, losses, run.settings.seed))
-    task, detail = f"random plans, {share:.0%}", {"measured": losses}
+    detail = {"measured": losses}
     return [
-        _row(name, "rank_correlation", task, spearman(told, losses), share, {**detail, "predicted": list(told)})
-        for name, told in found.items()
+        _point_row(name, "rank_correlation", spearman(told, losses), {**detail, "predicted": list(told)}) for name, told in found.items()
     ]
 
 
@@ -210,5 +206,9 @@ def _under_plans(run: Run, density: Mapping[int, float]) -> InfluenceProfile:
     return merged([profile(run.model, samples, plan=plan, parts_dir=parts) for plan in plans])
 
 
-def _row(name: str, metric: str, task: str, found: Interval, density: float, detail: Mapping[str, object]) -> Measurement:
-    return Measurement(name, metric, task, 0, found.value, found.n, found.low, found.high, density, dict(detail))
+def _point_row(name: str, metric: str, found: Interval, detail: Mapping[str, object]) -> Measurement:
+    return Measurement(name, metric, "random plans" if metric == "rank_correlation" else "front", 0, *_fields(found), 0.0, dict(detail))
+
+
+def _fields(found: Interval) -> tuple[float, int, float, float]:
+    return found.value, found.n, found.low, found.high
