@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 FLOORS = (128, 192)
 FIRST_SHARE = 0.25
-"""Share of the choices that are drawn around the profile's own ranking, before a model can be fitted."""
+"""Share of the choices that are drawn around the best of the profile's rankings, before the model is asked."""
 KEPT = 4
 DRAWS = 20
 """Draws from the posterior before a choice that was measured already is given up."""
@@ -61,21 +61,33 @@ def select_heads(
     arms = _arms(table, density, floors)
     measured = MeasuredLosses(model, samples, parts_dir)
     rng = np.random.default_rng(seed)
-    prior = np.mean([_standardised(head_scores(table, task, max(arms))) for task in sorted({o.task for o in table.objectives})], axis=0)
-    learner = _LinearLoss(prior, tuple(arms))
     known: dict[str, tuple[float, int, np.ndarray]] = {}
-    first = max(2, int(FIRST_SHARE * plans))
-    for done in range(plans):
+
+    def measure(floor: int, price: np.ndarray) -> float | None:
+        """The loss of the choice at these prices; None where it is known."""
+        choice = arms[floor].choice(price)
+        plan = table.plan(choice, "selected")
+        if plan.identity() in known:
+            return None
         if progress:
-            progress(done, plans)
+            progress(len(known), plans)
+        known[plan.identity()] = (float(np.mean(list(measured(plan).values()))), floor, choice)
+        return known[plan.identity()][0]
+
+    # The rankings themselves come first, and the best of them is what the others are drawn around.
+    rankings = _rankings(table, max(arms))
+    ranked = [(measure(floor, -scores), index) for index, scores in enumerate(rankings) for floor in arms if len(known) < plans]
+    _, best_ranking = min((loss, index) for loss, index in ranked if loss is not None)
+    learner = _LinearLoss(rankings[best_ranking], tuple(arms))
+    for loss, floor, choice in known.values():
+        learner.learn(arms[floor].whole(choice).ravel(), floor, loss)
+    first = len(known) + int(FIRST_SHARE * (plans - len(known)))
+    for done in range(len(known), plans):
         for _ in range(DRAWS):
             floor, price = learner.around_prior(rng) if done < first else learner.drawn(rng, arms)
-            choice = arms[floor].choice(price)
-            plan = table.plan(choice, "selected")
-            if plan.identity() not in known:
-                loss = float(np.mean(list(measured(plan).values())))
-                known[plan.identity()] = (loss, floor, choice)
-                learner.learn(arms[floor].whole(choice).ravel(), floor, loss)
+            loss = measure(floor, price)
+            if loss is not None:
+                learner.learn(arms[floor].whole(arms[floor].choice(price)).ravel(), floor, loss)
                 break
     if progress:
         progress(plans, plans)
@@ -106,6 +118,13 @@ def _arms(table: LossTable, density: Density, floors: Sequence[int]) -> dict[int
     if not arms:
         raise InfeasibleError(reason or "floors is empty: give at least one span in tokens")
     return arms
+
+
+def _rankings(table: LossTable, floor_tokens: int) -> list[np.ndarray]:
+    """Standardised scores (heads,): of every task, and their mean."""
+    tasks = sorted({objective.task for objective in table.objectives})
+    scores = [_standardised(head_scores(table, task, floor_tokens)) for task in tasks]
+    return [*scores, np.mean(scores, axis=0)] if len(scores) > 1 else scores
 
 
 def _standardised(scores: np.ndarray) -> np.ndarray:

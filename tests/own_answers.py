@@ -7,7 +7,17 @@ import torch
 from tiny import VOCABULARY
 from transformers import PreTrainedModel
 
-from moa_lab.calibration.samples import Sample
+from moa_lab.calibration.samples import Sample, SampleSet
+
+LENGTHS = (320, 448)
+DENSITY = 0.6
+
+
+def own_answers(model: PreTrainedModel, each: int) -> SampleSet:
+    """`each` samples of two tasks at two lengths."""
+    return SampleSet(
+        tuple(own_answer(model, task, n, seed) for n in LENGTHS for task in ("questions", "summaries") for seed in range(each))
+    )
 
 
 def own_answer(model: PreTrainedModel, task: str, n_tokens: int, seed: int) -> Sample:

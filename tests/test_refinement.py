@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from own_answers import own_answer
+from own_answers import DENSITY, LENGTHS, own_answers
 from tiny import tiny_model
 from transformers import PreTrainedModel
 
@@ -24,9 +24,6 @@ from moa_lab.search import loss_table
 
 torch.set_num_threads(1)
 
-LENGTHS = (320, 448)
-DENSITY = 0.6
-
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
@@ -35,7 +32,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def samples(model: PreTrainedModel) -> SampleSet:
-    return SampleSet(tuple(own_answer(model, task, n, seed) for n in LENGTHS for task in ("questions", "summaries") for seed in range(4)))
+    return own_answers(model, 4)
 
 
 @pytest.fixture(scope="module")

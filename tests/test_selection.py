@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from own_answers import own_answer
+from own_answers import DENSITY, LENGTHS, own_answers
 from tiny import tiny_model
 from transformers import PreTrainedModel
 
@@ -20,9 +20,6 @@ from moa_lab.selection import _LinearLoss, select_heads
 
 torch.set_num_threads(1)
 
-LENGTHS = (320, 448)
-DENSITY = 0.6
-
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
@@ -31,7 +28,7 @@ def model() -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def samples(model: PreTrainedModel) -> SampleSet:
-    return SampleSet(tuple(own_answer(model, task, n, seed) for n in LENGTHS for task in ("questions", "summaries") for seed in range(2)))
+    return own_answers(model, 2)
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +47,12 @@ def test_the_points_are_the_best_of_what_was_measured_and_keep_the_density(
         assert all(point.plan.density(n) <= DENSITY for n in LENGTHS)
         assert loss == pytest.approx(np.mean(list(MeasuredLosses(model, samples)(point.plan).values())), rel=1e-6)
         assert point.origin == "selected"
+
+
+def test_no_point_is_worse_than_the_plain_ranking(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
+    front = select_heads(model, samples, table, DENSITY, plans=6, floors=(128,), keep=1)
+    ranked = np.mean(list(MeasuredLosses(model, samples)(ranked_plan(table, DENSITY, floor_tokens=128)).values()))
+    assert front.points[0].plan.search["calibration_loss"] <= ranked + 1e-9
 
 
 def test_nothing_is_measured_twice_after_a_kill(
