@@ -19,6 +19,9 @@ from moa_lab.workbench.jobs import Handle, Job
 
 P = ParamSpec("P")
 
+WIDE, HALF = 860, 520
+"""Pixels of a figure that is as wide as a panel on a laptop (1366 pixels, the file browser open), and of one with facts beside it."""
+
 STYLE = """<style>
 .moa-bench { max-width: 1180px; }
 .moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }
