@@ -42,6 +42,10 @@ def test_the_density_box_moves_the_slider_the_plan_and_the_bytes(table: LossTabl
     assert f"{state.plan.density(state.n_tokens):.1%}" in panel.facts.value
     panel.mib.value = panel.mib.max * 0.6
     assert panel.slider.value == pytest.approx(0.6, abs=0.01)
+    panel.mean.value = 0.4 * panel.budget.n_tokens
+    assert panel.slider.value == pytest.approx(0.4, abs=0.001)
+    assert panel.mean.value == round(state.plan.spans(state.n_tokens).mean())
+    assert all(f"predicted loss at {n:,}" in panel.facts.value for n in table.lengths)
     assert np.array_equal(panel.canvas.widget.data[0].z, state.plan.spans(state.n_tokens).T)
 
 
