@@ -9,13 +9,14 @@ from moa_lab.figures.influence import head_blocks, influence_by_distance
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
 from moa_lab.figures.plan import mask_preview, rule_curves, span_map
 from moa_lab.figures.roofline import kernel_roofline
-from moa_lab.figures.search import hypervolume_curve
+from moa_lab.figures.search import archive_scatter, hypervolume_curve
 from moa_lab.figures.theme import CONFIG, template, with_theme
 from moa_lab.figures.throughput import throughput_by_kv_bytes
 
 __all__ = [
     "CONFIG",
     "HeadPool",
+    "archive_scatter",
     "difference_map",
     "front_scatter",
     "goal_ratios",
