@@ -63,6 +63,7 @@ class BudgetPanel:
         release_all.on_click(self.errors.guard(lambda _: self._release(all_heads=True)))
         state.watch_in("Budget", ["layer", "kv_head"], self._select)
         state.watch_in("Budget", ["dark"], self._draw)
+        self.works = (self.exact,)
         self.box = w.VBox(
             [
                 row(self.slider, self.number, self.mib, self.mean, self.length),

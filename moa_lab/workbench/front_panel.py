@@ -54,6 +54,7 @@ class FrontPanel:
         state.watch_in("Front", ["dark"], self.errors.guard(self._recolour))
         state.watch_in("Front", ["n_tokens"], self.errors.guard(self.draw))
         state.watch_in("Front", ["layer", "kv_head"], self.errors.guard(self._compare))
+        self.works = (self.work,)
         self.box = w.VBox(
             [
                 row(self.solver, self.density, self.effort, self.work.box, self.volume),

@@ -30,8 +30,9 @@ STYLE = """<style>
 .moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 12px 2px 0; text-align: left; font-size: 13px; }
 .moa-history { max-height: 320px; overflow: auto; }
 .moa-parallel .axis .domain, .moa-parallel .axis line { stroke: #7a808a !important; stroke-opacity: 0.8 !important; }
-.moa-kept { max-width: 1000px; }
-.moa-kept td, .moa-kept th { white-space: nowrap; }
+.moa-kept, .moa-history-box { max-width: 860px; }
+.moa-history td, .moa-history th { white-space: nowrap; }
+.moa-bench pre { white-space: pre; overflow-x: auto; max-width: 860px; line-height: 1.3; }
 .moa-said { white-space: pre-wrap; max-height: 240px; overflow: auto; }
 </style>"""
 
@@ -168,23 +169,35 @@ class Work:
         self.job: Job[Any] | None = None
         self.start = w.Button(description=label, button_style="primary", layout=w.Layout(width="auto"))
         self.cancel = w.Button(description="Cancel", disabled=True, layout=w.Layout(width="auto"))
-        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="160px", visibility="hidden"))
+        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="160px", display="none"))
         self.label = w.HTML()
         self.label.add_class(f"moa-{name}-status")
         self.start.on_click(errors.guard(self._started))
-        self.cancel.on_click(lambda _: self.job and self.job.cancel())
+        self.cancel.on_click(lambda _: self.stop())
         self.box = w.HBox([self.start, self.cancel, self.bar, self.label], layout=w.Layout(align_items="center", flex_flow="row wrap"))
         self.box.add_class(f"moa-{name}")
 
+    @property
+    def is_running(self) -> bool:
+        """From the press of the button to the end."""
+        return self.job is not None and self.job.is_running
+
+    def stop(self) -> None:
+        """Ask the job, if there is one, to stop."""
+        if self.job is not None:
+            self.job.cancel()
+            if self.job.is_running:
+                self.label.value = "stopping at the next step"
+
     def _started(self, _: object) -> None:
-        if self.job is not None and self.job.is_running:
+        if self.is_running:
             raise ValueError("it is running already: cancel it first, or wait for its end")
         self.job = Job(self._begin(), self._told)
         self.job.start()
 
     def _told(self, job: Job[Any]) -> None:
         self.start.disabled, self.cancel.disabled = job.is_running, not job.is_running
-        self.bar.layout.visibility = "visible" if job.is_running else "hidden"
+        self.bar.layout.display = "" if job.is_running else "none"
         self.bar.max, self.bar.value = max(job.total, 1), job.done
         left = f", about {job.left_s:.0f} s left" if job.left_s is not None else ""
         steps = f" {job.done} of {job.total}{left}" if job.is_running and job.total else ""
