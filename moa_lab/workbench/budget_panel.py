@@ -27,13 +27,13 @@ class BudgetPanel:
         self.budget = Budget(state.table, density, state.n_tokens if state.n_tokens in lengths else lengths[-2])
         geometry = state.table.geometry
         self.slider = w.FloatSlider(
-            value=density, min=round(self.budget.least + STEP, 3), max=1.0, step=STEP, readout=False, layout=w.Layout(width="300px"),
+            value=density, min=round(self.budget.least + STEP, 3), max=1.0, step=STEP, readout=False, layout=w.Layout(width="230px"),
         )  # fmt: skip
         self.slider.add_class("moa-density")
-        self.number = number("density", density, 0.0, 1.0, STEP, "density-number", "150px")
-        self.mib = number("KV MiB", 0.0, 0.0, self._dense_mib, 0.5, "kv-mib", "160px")
-        self.mean = number("mean span", 0.0, 0.0, self.budget.n_tokens, 16.0, "mean-span", "160px")
-        self.length = choice("at", [(f"{n:,} tokens", n) for n in lengths], "budget-length", "160px")
+        self.number = number("density", density, 0.0, 1.0, STEP, "density-number", "130px")
+        self.mib = number("KV MiB", 0.0, 0.0, self._dense_mib, 0.5, "kv-mib", "140px")
+        self.mean = number("mean span", 0.0, 0.0, self.budget.n_tokens, 16.0, "mean-span", "150px")
+        self.length = choice("at", [(f"{n:,} tokens", n) for n in lengths], "budget-length", "150px")
         self.length.value = self.budget.n_tokens
         self.layer = whole("layer", state.layer, 0, geometry.layers - 1, "layer", "120px")
         self.head = whole("KV head", state.kv_head, 0, geometry.kv_heads - 1, "kv-head", "130px")

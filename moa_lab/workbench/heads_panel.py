@@ -14,7 +14,9 @@ from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import WIDE, Canvas, Errors, button, choice, facts, ring, row, whole
 
 INFLUENCE, DIFFERENCE = "influence", "difference"
-POOLS = [("every query head", None), ("KV heads: largest", "max"), ("KV heads: mean", "mean"), ("KV heads: sum", "sum")]
+EACH = "each"
+"""A list whose value is None would have nothing chosen."""
+POOLS = [("every query head", EACH), ("KV heads: largest", "max"), ("KV heads: mean", "mean"), ("KV heads: sum", "sum")]
 
 
 class HeadsPanel:
@@ -23,11 +25,11 @@ class HeadsPanel:
     def __init__(self, state: State, others: dict[str, InfluenceProfile] | None = None) -> None:
         self.state, self.errors, self.heads = state, Errors("heads"), Heads(state, others)
         keys = [(f"{task}, {length:,} tokens", (task, length)) for task, length in self.heads.profile.keys]
-        self.what = choice("influence on", keys, "heads-key", "300px")
+        self.what = choice("influence on", keys, "heads-key", "280px")
         self.what.value = self.heads.key
-        self.beyond = whole("beyond (tokens)", self.heads.beyond, 0, max(self.heads.profile.lengths) - 1, "beyond", "190px")
-        self.pool = choice("rows", POOLS, "heads-pool", "200px")
-        self.view = choice("show", [INFLUENCE, DIFFERENCE], "heads-view", "170px")
+        self.beyond = whole("beyond (tokens)", self.heads.beyond, 0, max(self.heads.profile.lengths) - 1, "beyond", "170px")
+        self.pool = choice("rows", POOLS, "heads-pool", "190px")
+        self.view = choice("show", [INFLUENCE, DIFFERENCE], "heads-view", "150px")
         self.against = choice("compared with", self._sources(), "against", "380px")
         self.against.value = self.heads.against
         self.path = w.Text(
@@ -74,7 +76,7 @@ class HeadsPanel:
             self._draw_map()
             self._mapped = mapped
         task, length = heads.key
-        where = f"Layer {state.layer}, query head {head}"
+        where = f"Layer {state.layer}, head {head}"
         blocks = head_blocks(heads.profile, task, length, state.layer, head, state.plan)
         # The whole title, which names task and length as the one beside it does, is wider than the figure.
         self.blocks.draw(blocks.update_layout(title_text=f"{where}; outlined: seen" if state.plan else where), state.dark)
@@ -114,7 +116,7 @@ class HeadsPanel:
         self.draw()
 
     def _new_pool(self, change: dict[str, Any]) -> None:
-        self.heads.pool = change["new"]
+        self.heads.pool = None if change["new"] == EACH else change["new"]
         self.draw()
 
     def _new_against(self, change: dict[str, Any]) -> None:

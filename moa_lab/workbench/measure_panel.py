@@ -101,6 +101,9 @@ class MeasurePanel:
             return
         values = {name: [_shown(*pair) for pair in zip(table["metric"], table[name], strict=True)] for name in ("value", "low", "high")}
         told = table.assign(density=table["density"].map("{:.1%}".format), when=table["when"].str[:16].str.replace("T", " "), **values)
+        told = told.rename(columns={"low": "95% from", "high": "to"})
+        told["on"] = table["model"] + ", " + table["device"]
+        told = told.drop(columns=["device", "model"])
         self.history.value = f'<div class="moa-history">{told.to_html(index=False, border=0)}</div>'
 
     def another_model(self) -> None:

@@ -20,7 +20,7 @@ RENDERER = "plotly_mimetype+png"
 
 def show(fig: go.Figure) -> None:
     """Show a figure in a notebook: interactive in JupyterLab, a still picture where there is no JavaScript."""
-    fig.show(renderer=RENDERER, config={**CONFIG}, width=940)
+    fig.show(renderer=RENDERER, config={**CONFIG}, width=860)
 
 
 def execute(path: Path) -> nbformat.NotebookNode:

@@ -56,6 +56,7 @@ def test_a_click_on_the_map_chooses_the_head_also_within_a_group() -> None:
 
 def test_the_query_heads_of_a_kv_head_are_one_row_when_pooled_and_a_click_still_finds_its_head() -> None:
     panel = HeadsPanel(State(profile=PROFILE))
+    assert panel.pool.label == "every query head"
     panel.pool.value = "max"
     assert np.shape(panel.map.widget.data[0].z) == (3, 30)
     panel.map._on_click((2, 11))
@@ -64,7 +65,7 @@ def test_the_query_heads_of_a_kv_head_are_one_row_when_pooled_and_a_click_still_
     assert (ring.x[0], ring.y[0]) == (11, 2)
     panel.view.value = "difference"
     assert np.shape(panel.map.widget.data[0].z) == (3, 30)
-    panel.pool.value = None
+    panel.pool.value = "each"
     assert np.shape(panel.map.widget.data[0].z) == (9, 30)
 
 
