@@ -62,7 +62,7 @@ class BudgetPanel:
         release.on_click(self.errors.guard(lambda _: self._release(all_heads=False)))
         release_all.on_click(self.errors.guard(lambda _: self._release(all_heads=True)))
         state.watch_in("Budget", ["layer", "kv_head"], self._select)
-        state.watch_in("Budget", ["dark"], self._draw)
+        self._redraw = state.watch_in("Budget", ["dark"], self._draw)
         self.works = (self.exact,)
         self.box = w.VBox(
             [
@@ -96,7 +96,7 @@ class BudgetPanel:
         pins = [f"layer {layer}, KV head {head}: {self._span(rule, layer):,} tokens" for (layer, head), rule in self.budget.pinned.items()]
         self.pins.value = f"pinned: {'; '.join(pins)}" if pins else "no head is pinned"
         self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
-        self._draw()
+        self._redraw()
 
     def _draw(self) -> None:
         if self._answer is None:

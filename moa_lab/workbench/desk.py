@@ -89,10 +89,13 @@ class Workbench:
             ("Export", lambda: ExportPanel(state)),
         ]  # fmt: skip
         needed = {"Heads": state.profile, "Budget": state.table}
+        titles = [title for title, _ in makes if needed.get(title, state) is not None]
+        # Before the panels: those behind draw when they are in front.
+        state.set(tab=titles[0])
         # The budget first: it chooses the plan that the others show.
         order = sorted(makes, key=lambda made: made[0] != "Budget")
-        made = {title: make() for title, make in order if needed.get(title, state) is not None}
-        self.panels = {title: made[title] for title, _ in makes if title in made}
+        made = {title: make() for title, make in order if title in titles}
+        self.panels = {title: made[title] for title in titles}
         self.tabs.children, self.tabs.titles = [panel.box for panel in self.panels.values()], list(self.panels)
         self.tabs.selected_index, self._open = 0, True
         self._turned(0)

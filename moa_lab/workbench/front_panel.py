@@ -11,6 +11,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from moa_lab.figures import archive_scatter, front_scatter, hypervolume_curve, parallel_goals, span_map
+from moa_lab.figures.theme import TITLE_HEIGHT
 from moa_lab.records import Front
 from moa_lab.workbench.choosing import SOLVERS, Choosing, Generation, Ranges
 from moa_lab.workbench.jobs import Handle
@@ -50,7 +51,7 @@ class FrontPanel:
         self._loading = False
         for box in (self.x, self.y):
             box.observe(self.errors.guard(lambda _: None if self._loading else self.draw()), "value")
-        state.watch_in("Front", ["front"], self.errors.guard(self.load))
+        changed = state.watch_in("Front", ["front"], self.errors.guard(self.load))
         state.watch_in("Front", ["dark"], self.errors.guard(self._recolour))
         state.watch_in("Front", ["n_tokens"], self.errors.guard(self.draw))
         state.watch_in("Front", ["layer", "kv_head"], self.errors.guard(self._compare))
@@ -68,7 +69,7 @@ class FrontPanel:
                 self.difference.box,
             ]
         )
-        self.load()
+        changed()
 
     def load(self) -> None:
         """Show the state's front; nothing is chosen yet, and nothing brushed."""
@@ -95,6 +96,9 @@ class FrontPanel:
         picked = self.choosing.picked
         known = self.choosing.references()
         fig = front_scatter(front, self.x.value, self.y.value, picked[-1].plan if picked else None, known)
+        # Two names of the legend in a line.
+        lines = -(-sum(trace.showlegend is not False for trace in fig.data) // 2)
+        fig.update_layout(margin_t=TITLE_HEIGHT + 20 * lines, height=360 + 20 * lines)
         self.scatter.draw(_dimmed(fig, {point.plan.name for point in (*self.choosing.kept(), *known)}), self.state.dark)
         self._compare()
         self._list()

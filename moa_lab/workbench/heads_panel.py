@@ -52,7 +52,7 @@ class HeadsPanel:
         load.on_click(self.errors.guard(lambda _: self.load(self.path.value)))
         # One watcher for all: a plan and a head that change together are drawn once.
         watched = ["layer", "kv_head", "task", "length", "plan", "n_tokens", "dark"]
-        state.watch_in("Heads", watched, self.errors.guard(self.draw))
+        changed = state.watch_in("Heads", watched, self.errors.guard(self.draw))
         self.box = w.VBox(
             [
                 row(self.what, self.beyond, self.pool, self.view),
@@ -64,7 +64,7 @@ class HeadsPanel:
                 w.HBox([self.blocks.box, self.curve.box], layout=w.Layout(flex_flow="row wrap")),
             ]
         )
-        self.draw()
+        changed()
 
     def draw(self) -> None:
         """Draw what changed: the map only where it is another."""

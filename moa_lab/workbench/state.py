@@ -68,8 +68,11 @@ class State:
         self._watchers.append(entry)
         return lambda: self._watchers.remove(entry)
 
-    def watch_in(self, tab: str, names: Iterable[str], watcher: Watcher) -> None:
-        """As `watch`, for a panel: while another is in front, nothing is called; when it comes to the front again, once."""
+    def watch_in(self, tab: str, names: Iterable[str], watcher: Watcher) -> Watcher:
+        """As `watch`, for a panel: while another is in front, nothing is called; when it comes to the front again, once.
+
+        Returns what does as if one of `names` had changed.
+        """
         missed: list[bool] = []
 
         def changed() -> None:
@@ -85,6 +88,7 @@ class State:
 
         self.watch(names, changed)
         self.watch(["tab"], turned)
+        return changed
 
     def _check_head(self, changes: dict[str, Any]) -> None:
         geometry = next((record.geometry for record in (self.profile, self.table, self.plan) if record is not None), None)

@@ -64,8 +64,29 @@ class Errors:
         return guarded
 
 
+class _Figure(go.FigureWidget):
+    """A figure widget that reaches the page with what it shows.
+
+    A page that is slow to load plotly drops what is sent meanwhile: an empty figure that is filled afterwards would stay empty.
+    """
+
+    def __init__(self, fig: go.Figure) -> None:
+        self._filled = False
+        super().__init__(fig)
+        self._config = {**CONFIG}
+        self._filled = True
+        self.open()
+
+    def open(self) -> None:
+        """Tell the page, once there is something to show."""
+        if self._filled:
+            super().open()
+
+
 class Canvas:
     """A figure `width` pixels wide that is redrawn in place: in a tab that is hidden, plotly cannot measure its room.
+
+    Nothing reaches the page before the first `draw`: every figure widget makes it load plotly again.
 
     on_click: called with the clicked point's (row, column) of a heat-map, or its customdata. on_brush: called with the ranges kept on
     every brushed axis of parallel coordinates, by the axis's name, whenever they or the order of the axes change.
@@ -74,12 +95,19 @@ class Canvas:
     def __init__(
         self, name: str, width: int, on_click: Callable[[Any], None] | None = None, on_brush: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
-        self.widget, self._width = go.FigureWidget(), width
-        self.widget._config = {**self.widget._config, **CONFIG}
-        self.box = w.Box([self.widget], layout=w.Layout(width=f"{width}px", overflow="hidden"))
+        self._width = width
+        self._widget: go.FigureWidget | None = None
+        self.box = w.Box([], layout=w.Layout(width=f"{width}px", overflow="hidden"))
         self.box.add_class(f"moa-{name}")
         self._on_click, self._on_brush = on_click, on_brush
         self._drawn: tuple[bool, str] | None = None
+
+    @property
+    def widget(self) -> go.FigureWidget:
+        """The figure on the page. Raises ValueError before the first `draw`."""
+        if self._widget is None:
+            raise ValueError("nothing was drawn here yet")
+        return self._widget
 
     def draw(self, fig: go.Figure, dark: bool = False) -> None:
         """Show `fig`: traces of the same kinds are updated where they are, which keeps zoom and clicks; only what changed is sent."""
@@ -89,6 +117,13 @@ class Canvas:
             if trace["type"] == "heatmap":
                 # A grid is sent as JSON, which knows no NaN.
                 trace.update({name: _with_none(trace[name]) for name in ("z", "customdata") if name in trace})
+        drawn = (dark, to_json_plotly({name: value for name, value in layout.items() if name != "template"}))
+        if self._widget is None:
+            self._widget = _Figure(go.Figure(traces, layout))
+            self.box.children = (self._widget,)
+            self._listen()
+            self._drawn = drawn
+            return
         with self.widget.batch_update():
             if [(trace["type"], trace.get("name")) for trace in traces] == [(trace.type, trace.name) for trace in self.widget.data]:
                 for old, new in zip(self.widget.data, traces, strict=True):
@@ -97,7 +132,6 @@ class Canvas:
                 self.widget.data = []
                 self.widget.add_traces(traces)
                 self._listen()
-        drawn = (dark, to_json_plotly({name: value for name, value in layout.items() if name != "template"}))
         # A layout is as much work for the page as the traces.
         if drawn != self._drawn:
             self._lay_out(layout)

@@ -83,3 +83,17 @@ def test_the_page_says_whether_figures_are_dark() -> None:
     assert bench.state.dark
     bench.dark.value = False
     assert not bench.state.dark, "the button decides until the page changes again"
+
+
+def test_a_figure_reaches_the_page_filled_and_only_when_its_panel_is_in_front() -> None:
+    bench = Workbench.open()
+    budget, heads, front = (bench.panels[title] for title in ("Budget", "Heads", "Front"))
+    assert len(heads.map.box.children) == 1
+    assert [canvas.box.children for canvas in (budget.canvas, front.scatter, front.parallel)] == [(), (), ()]
+    with pytest.raises(ValueError, match="nothing was drawn"):
+        assert budget.canvas.widget
+    bench.show("Budget")
+    found = budget.canvas.widget.get_state()
+    assert found["_widget_data"][0]["type"] == "heatmap"
+    assert found["_widget_layout"]["width"] > 0
+    assert found["_config"]["showSendToCloud"] is False
