@@ -177,7 +177,8 @@ class FrontPanel:
         if any(choosing.volumes.values()):
             known = {name: list(values) for name, values in choosing.volumes.items() if values}
             seconds = {name: choosing.seconds[name][: len(values)] for name, values in known.items()}
-            self.volumes.draw(hypervolume_curve(known, seconds, choosing.levels), self.state.dark)
+            fig = hypervolume_curve(known, seconds, choosing.levels).update_layout(title_text="Hypervolume, by generation")
+            self.volumes.draw(fig, self.state.dark)
             self.live.layout.display = ""
 
     def _found(self, front: Front) -> None:

@@ -12,10 +12,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 
-from moa_lab.figures import CONFIG, template
+from moa_lab.figures import template
 from moa_lab.figures.theme import OUTLINE
 from moa_lab.text import one_line
 from moa_lab.workbench.jobs import Handle, Job
+from moa_lab.workbench.page import Figure
 
 P = ParamSpec("P")
 
@@ -64,29 +65,10 @@ class Errors:
         return guarded
 
 
-class _Figure(go.FigureWidget):
-    """A figure widget that reaches the page with what it shows.
-
-    A page that is slow to load plotly drops what is sent meanwhile: an empty figure that is filled afterwards would stay empty.
-    """
-
-    def __init__(self, fig: go.Figure) -> None:
-        self._filled = False
-        super().__init__(fig)
-        self._config = {**CONFIG}
-        self._filled = True
-        self.open()
-
-    def open(self) -> None:
-        """Tell the page, once there is something to show."""
-        if self._filled:
-            super().open()
-
-
 class Canvas:
     """A figure `width` pixels wide that is redrawn in place: in a tab that is hidden, plotly cannot measure its room.
 
-    Nothing reaches the page before the first `draw`: every figure widget makes it load plotly again.
+    Nothing reaches the page before the first `draw`.
 
     on_click: called with the clicked point's (row, column) of a heat-map, or its customdata. on_brush: called with the ranges kept on
     every brushed axis of parallel coordinates, by the axis's name, whenever they or the order of the axes change.
@@ -119,7 +101,7 @@ class Canvas:
                 trace.update({name: _with_none(trace[name]) for name in ("z", "customdata") if name in trace})
         drawn = (dark, to_json_plotly({name: value for name, value in layout.items() if name != "template"}))
         if self._widget is None:
-            self._widget = _Figure(go.Figure(traces, layout))
+            self._widget = Figure(go.Figure(traces, layout))
             self.box.children = (self._widget,)
             self._listen()
             self._drawn = drawn

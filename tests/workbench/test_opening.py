@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
 from figure_records import make_front, make_plan, make_profile
 
 from moa_lab.workbench import Workbench
 from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, open_run
+from moa_lab.workbench.page import BUNDLE, Figure
 from moa_lab.workbench.state import State
 from tests.workbench.hands import press, said
 
@@ -97,3 +100,11 @@ def test_a_figure_reaches_the_page_filled_and_only_when_its_panel_is_in_front() 
     assert found["_widget_data"][0]["type"] == "heatmap"
     assert found["_widget_layout"]["width"] > 0
     assert found["_config"]["showSendToCloud"] is False
+
+
+def test_plotly_is_brought_to_the_page_once_for_all_figures() -> None:
+    first, second = (Figure(go.Figure(go.Scatter(y=[1, 2]))).get_state() for _ in range(2))
+    assert len(first["_esm"]) == len(second["_esm"]) < 5000
+    assert BUNDLE.is_file()
+    sent = {name for name in Figure.class_trait_names() if name.startswith("_py2js_")}
+    assert sent == {f"_py2js_{name}" for name in re.findall(r'"(\w+)"', first["_esm"].partition("const SENT = [")[2].partition("]")[0])}
