@@ -15,7 +15,7 @@ from moa_lab.workbench.front_panel import FrontPanel
 from moa_lab.workbench.heads_panel import HeadsPanel
 from moa_lab.workbench.measure_panel import MeasurePanel
 from moa_lab.workbench.measuring import Measuring
-from moa_lab.workbench.opening import default_run, known_runs, model_of, open_run
+from moa_lab.workbench.opening import default_run, known_runs, model_of, named, open_run
 from moa_lab.workbench.page import PageTheme
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import STYLE, Errors, button, row
@@ -33,7 +33,7 @@ class Workbench:
         self.tabs = w.Tab()
         self.dark = w.ToggleButton(description="dark figures", value=state.dark, layout=w.Layout(width="auto"))
         self.run = w.Combobox(
-            value=str(run or ""), options=[str(path) for path in known_runs()], description="run", placeholder="a run's folder",
+            value=str(run or ""), options=[named(path) for path in known_runs()], description="run", placeholder="a run's folder",
             layout=w.Layout(width="420px"), style={"description_width": "initial"},
         )  # fmt: skip
         self.run.add_class("moa-run")
@@ -59,7 +59,7 @@ class Workbench:
         run: None for the folder that `moa-lab lab --run` was given, or else the recorded demo. Raises ValueError where none is.
         """
         folder = Path(run) if run is not None else default_run()
-        return cls(open_run(folder), model, folder.resolve(), **sizes)
+        return cls(open_run(folder), model, named(folder), **sizes)
 
     def reopen(self, run: str | Path, model: str | None = None) -> None:
         """Look at another run in place of this one. Raises ValueError where there is none: then nothing changes."""

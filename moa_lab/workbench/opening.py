@@ -31,6 +31,15 @@ def known_runs(folders: Iterable[Path] = (PROJECT / "runs", PROJECT / "data" / "
     return list(dict.fromkeys(path.resolve() for path in (default_run(), *found)))
 
 
+def named(path: Path) -> str:
+    """A path as people would write it here: from the working folder, where that is shorter."""
+    absolute = str(path.resolve())
+    try:
+        return min(os.path.relpath(absolute), absolute, key=len)
+    except ValueError:  # another drive
+        return absolute
+
+
 def open_run(folder: str | Path) -> State:
     """What a run's folder holds (`moa-lab run`): profile, loss table, front, measurements and chosen plan, whichever are there.
 

@@ -29,10 +29,9 @@ STYLE = """<style>
 .moa-facts table, .moa-history table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .moa-facts, .moa-history { line-height: 1.5; }
 .moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 10px 2px 0; text-align: left; font-size: 13px; }
-.moa-history { max-height: 320px; overflow: auto; }
+.moa-history { max-width: 860px; max-height: 320px; overflow: auto; }
 .moa-parallel .axis .domain, .moa-parallel .axis line { stroke: #7a808a !important; stroke-opacity: 0.8 !important; }
-.moa-kept, .moa-history-box { width: 860px; max-width: 860px; overflow: hidden; }
-.moa-history td, .moa-history th { white-space: nowrap; }
+.moa-history td, .moa-history th { white-space: nowrap; text-align: left !important; }
 .moa-bench pre { white-space: pre; overflow-x: auto; max-width: 860px; line-height: 1.3; }
 .moa-said { white-space: pre-wrap; max-height: 240px; overflow: auto; }
 </style>"""

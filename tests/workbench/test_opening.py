@@ -11,7 +11,7 @@ from figure_records import make_front, make_plan, make_profile
 
 from moa_lab.workbench import Workbench
 from moa_lab.workbench.exporting import PLAN
-from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, open_run
+from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, named, open_run
 from moa_lab.workbench.page import BUNDLE, Figure
 from moa_lab.workbench.state import State
 from tests.workbench.hands import press, said
@@ -56,9 +56,18 @@ def test_runs_are_found_once_and_the_one_that_the_lab_was_given_is_first(tmp_pat
     assert DEMO in known_runs()
 
 
+def test_a_run_is_named_from_the_working_folder_where_that_is_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert named(tmp_path / "runs" / "mine") == str(Path("..", "runs", "mine"))
+    assert named(Path("/x")) == str(Path("/x").resolve())
+
+
 def test_another_run_is_opened_in_place_of_the_first_with_the_panels_that_it_has_records_for(tmp_path: Path) -> None:
     bench = Workbench.open()
     assert bench.model.value == "smollm2"
+    assert Path(bench.run.value).resolve() == DEMO
+    assert bench.run.value in bench.run.options
     bench.dark.value = True
     bench.run.value = str(tmp_path)
     press(bench, "Open run")
