@@ -5,17 +5,21 @@ from moa_lab.figures.comparisons import differences, matrix, predicted_vs_measur
 from moa_lab.figures.confidence import percentile_ranks, rank_confidence
 from moa_lab.figures.densities import score_by, score_by_density
 from moa_lab.figures.front import front_scatter, parallel_goals, predicted_against_measured
-from moa_lab.figures.influence import head_blocks, influence_by_distance, influence_map, long_range_influence
+from moa_lab.figures.head_maps import HeadPool, difference_map, influence_map, long_range_influence
+from moa_lab.figures.influence import head_blocks, influence_by_distance
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
 from moa_lab.figures.plan import mask_preview, rule_curves, span_map
 from moa_lab.figures.roofline import kernel_roofline
-from moa_lab.figures.search import hypervolume_curve
+from moa_lab.figures.search import archive_scatter, hypervolume_curve
 from moa_lab.figures.speed import speed_by_accuracy
 from moa_lab.figures.theme import CONFIG, template, with_theme
 from moa_lab.figures.throughput import throughput_by_kv_bytes
 
 __all__ = [
     "CONFIG",
+    "HeadPool",
+    "archive_scatter",
+    "difference_map",
     "differences",
     "front_scatter",
     "goal_ratios",

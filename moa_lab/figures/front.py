@@ -30,11 +30,11 @@ def front_scatter(front: Front, x: str, y: str, chosen: Plan | str | None = None
     for origin, style in styles.items():
         group = [point for point in points if point.origin == origin]
         traces.append(_markers(group, x, y, f"found by {origin}", {"color": style.color, "symbol": style.symbol, "size": 10}))
-    picked = [point for point in points if _is(point, chosen)]
+    outside = [point for point in reference if goal(point, x) is not None and goal(point, y) is not None]
+    picked = [point for point in (*points, *outside) if _is(point, chosen)]
     if picked:
         ring = {"symbol": "circle-open", "size": 22, "color": theme.OUTLINE, "line": {"width": 2.5, "color": theme.OUTLINE}}
         traces.append(_markers(picked[:1], x, y, f"chosen: {picked[0].plan.name}", ring))
-    outside = [point for point in reference if goal(point, x) is not None and goal(point, y) is not None]
     styles = theme.series_styles(point.plan.name for point in outside)
     for point in outside:
         style = styles[point.plan.name]

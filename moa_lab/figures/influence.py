@@ -1,4 +1,4 @@
-"""What a profile found: which heads look far back, at what distance, and between which positions."""
+"""What a profile found of one head: at what distance it looks, and between which positions."""
 
 from __future__ import annotations
 
@@ -11,49 +11,12 @@ from moa_lab.plan import Plan
 from moa_lab.records import BLOCK_TOKENS, InfluenceProfile
 
 
-def influence_map(profile: InfluenceProfile, task: str, length: int, beyond_tokens: int = 128) -> go.Figure:
-    """Heat-map of long-range influence in nats: `z[query_head, layer]`, with lines between the groups that share a KV head."""
-    long_range = long_range_influence(profile, task, length, beyond_tokens)
-    total = profile.distance(task, length).sum(axis=2)
-    share = np.divide(long_range, total, out=np.zeros_like(total), where=total > 0)
-    order = (-long_range).ravel().argsort(kind="stable").argsort().reshape(long_range.shape) + 1
-    layers, heads = long_range.shape
-    group = profile.geometry.group_size
-    kv_head = np.broadcast_to(np.arange(heads) // group, (layers, heads))
-    heat = go.Heatmap(
-        z=long_range.T,
-        zmin=0,
-        zmax=max(float(long_range.max()), 1e-12),
-        colorscale=theme.INFLUENCE_SCALE,
-        xgap=1,
-        ygap=1,
-        customdata=np.stack([kv_head, 100 * share, order], axis=-1).transpose(1, 0, 2),
-        colorbar=theme.bar_above(f"influence beyond {beyond_tokens:,} tokens (nats)", tickformat="~g", nticks=6),
-        hovertemplate=(
-            "layer %{x} · query head %{y} (KV head %{customdata[0]})<br><b>%{z:.3g} nats</b> beyond "
-            f"{beyond_tokens:,} tokens"
-            f"<br>%{{customdata[1]:.0f}}% of the head's influence<br>rank %{{customdata[2]}} of {layers * heads:,}<extra></extra>"
-        ),
-    )
-    fig = theme.figure(
-        heat,
-        f"Long-range influence: {theme.plain(task)}, {length:,} tokens",
-        xaxis={"title": "layer", **theme.head_ticks(layers)},
-        yaxis={"title": "query head", **theme.head_ticks(heads), "range": [heads - 0.5, -0.5]},
-        height=theme.grid_height(heads),
-    )
-    if group > 1:
-        for edge in range(group, heads, group):
-            fig.add_hline(y=edge - 0.5, line_width=2)
-    return fig
-
-
 def influence_by_distance(profile: InfluenceProfile, task: str, length: int, layer: int, head: int, plan: Plan | None = None) -> go.Figure:
     """Influence of one query head per 64 tokens of distance (nats, log scale), with the 95% band over samples.
 
     With `plan`, the distances that its span cuts off are shaded and their share of the influence is written beside the cut.
     """
-    samples = _samples(profile, task, length)
+    samples = samples_of(profile, task, length)
     _check(profile, layer, head)
     values = samples[:, layer, head].astype(np.float64)
     mean = values.mean(axis=0)
@@ -154,12 +117,6 @@ def head_blocks(profile: InfluenceProfile, task: str, length: int, layer: int, h
     )
 
 
-def long_range_influence(profile: InfluenceProfile, task: str, length: int, beyond_tokens: int = 128) -> np.ndarray:
-    """Influence in nats of keys at least `beyond_tokens` back, rounded up to whole bins: float64 (layers, query_heads)."""
-    _samples(profile, task, length)
-    return profile.distance(task, length)[:, :, -(-beyond_tokens // BLOCK_TOKENS) :].sum(axis=2)
-
-
 def _draw_cut(fig: go.Figure, plan: Plan, profile: InfluenceProfile, mean: np.ndarray, length: int, layer: int, head: int) -> None:
     plan.check_model(profile.geometry)
     kv_head = head // profile.geometry.group_size
@@ -207,7 +164,8 @@ def _coarsened(blocks: np.ndarray, tokens: int) -> tuple[np.ndarray, int]:
     return padded.reshape(side, factor, side, factor).sum(axis=(1, 3)), tokens * factor
 
 
-def _samples(profile: InfluenceProfile, task: str, length: int) -> np.ndarray:
+def samples_of(profile: InfluenceProfile, task: str, length: int) -> np.ndarray:
+    """Influence by distance of every sample. Raises ValueError where it was not profiled, and says what was."""
     if (task, length) not in profile.distances:
         raise ValueError(_unknown(profile, task, length))
     return profile.distances[task, length]

@@ -38,6 +38,25 @@ def hypervolume_curve(
     )
 
 
+def archive_scatter(values: np.ndarray, goals: Sequence[str], generation: int) -> go.Figure:
+    """The plans that a search has after a generation, none of which another beats: values (plans, goals), drawn in the first two goals.
+
+    Smaller is better in both. Raises ValueError for fewer than two goals, and where a column is missing or one too many.
+    """
+    if len(goals) < 2 or values.ndim != 2 or values.shape[1] != len(goals):
+        raise ValueError(f"values must be (plans, goals) of at least two goals, got {values.shape} for {', '.join(goals) or 'none'}")
+    style = theme.MAIN_STYLE
+    points = go.Scatter(
+        x=values[:, 0], y=values[:, 1], mode="markers", marker={"color": style.color, "symbol": style.symbol, "size": 8},
+        hovertemplate="%{x:.3~g}, %{y:.3~g}<extra></extra>", cliponaxis=False,
+    )  # fmt: skip
+    across, up = (f"predicted loss (dense = 0)<br>{theme.plain(name)}" for name in goals[:2])
+    return theme.figure(
+        points, f"Generation {generation:,}: {len(values):,} plans", xaxis={"title": across}, yaxis={"title": up}, height=360,
+        margin={"t": theme.TITLE_HEIGHT + theme.LEGEND_HEIGHT},
+    )  # fmt: skip
+
+
 def _search(name: str, values: Sequence[float], seconds: Sequence[float] | None, style: theme.Style) -> go.Scatter:
     after = "" if seconds is None else "<br>after %{customdata:.3~g} s"
     return go.Scatter(

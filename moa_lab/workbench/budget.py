@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,7 +21,8 @@ STEP = 0.005
 class Answer:
     """What a density buys at `n_tokens`.
 
-    losses: predicted loss per goal (0 dense, 1 with every head at the shortest rule), and their mean, "mean". kv_bytes: of one sequence,
+    losses: predicted loss per goal (0 dense, 1 with every head at the shortest rule), and their mean, "mean". losses_at: the same mean of
+    each profiled length that the goals look at, alone. kv_bytes: of one sequence,
     predicted from the spans; allocated_bytes: of the tensors that the ring cache makes for it; dense_bytes: of the dense cache; all at two
     bytes a number. gap: (value - bound) / value of the mean, proven. solver: "slider" or "exact". rules_ignored: the cap on rules per
     layer does not hold yet.
@@ -30,6 +32,7 @@ class Answer:
     choice: np.ndarray
     density: float
     losses: dict[str, float]
+    losses_at: dict[int, float]
     kv_bytes: int
     allocated_bytes: int
     dense_bytes: int
@@ -117,7 +120,21 @@ class Budget:
 
     def density_of_bytes(self, kv_bytes: float) -> float:
         """The density at which one sequence of `n_tokens` takes so many bytes, at least the least there is, at most 1."""
-        return float(min(max(kv_bytes / self.dense_bytes, self.least), 1.0))
+        return self._possible(kv_bytes / self.dense_bytes)
+
+    def density_of_span(self, tokens: float) -> float:
+        """The density at which heads keep so many of `n_tokens` on average, at least the least there is, at most 1."""
+        geometry = self.table.geometry
+        return self._possible(tokens * geometry.layers * geometry.kv_heads / self.table.dense_tokens(self.n_tokens))
+
+    def _possible(self, density: float) -> float:
+        return float(min(max(density, self.least), 1.0))
+
+    def _losses_at(self, predicted: Mapping[str, float]) -> dict[int, float]:
+        lengths = {objective.name: objective.length for objective in self.table.objectives}
+        shares = self.goal.shares
+        parts = {n: {name: share for name, share in shares.items() if lengths[name] == n} for n in self.table.lengths}
+        return {n: Goal(f"at {n}", part).value(predicted) for n, part in parts.items() if part}
 
     def _told(self, choice: np.ndarray, gap: float, seconds: float, solver: str, rules_ignored: bool) -> Answer:
         predicted = self.table.predict(choice)
@@ -127,6 +144,7 @@ class Budget:
         # The cache's own tensors without storage: a slider must not fill the memory at every step.
         allocated = allocated_kv_bytes(plan, self.n_tokens, device="meta")
         return Answer(
-            plan=plan, choice=choice, density=plan.density(self.n_tokens), losses=losses, kv_bytes=plan.kv_bytes(self.n_tokens),
+            plan=plan, choice=choice, density=plan.density(self.n_tokens), losses=losses,
+            losses_at=self._losses_at(predicted), kv_bytes=plan.kv_bytes(self.n_tokens),
             allocated_bytes=allocated, dense_bytes=self.dense_bytes, gap=gap, seconds=seconds, solver=solver, rules_ignored=rules_ignored,
         )  # fmt: skip

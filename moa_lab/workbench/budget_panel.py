@@ -11,7 +11,7 @@ from moa_lab.figures.theme import OUTLINE, byte_size, percent
 from moa_lab.workbench.budget import STEP, Answer, Budget
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Canvas, Errors, Work, button, choice, facts, number, ring, row, whole
+from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, facts, number, ring, row, whole
 
 MIB = 2**20
 
@@ -27,13 +27,13 @@ class BudgetPanel:
         self.budget = Budget(state.table, density, state.n_tokens if state.n_tokens in lengths else lengths[-2])
         geometry = state.table.geometry
         self.slider = w.FloatSlider(
-            value=density, min=round(self.budget.least + STEP, 3), max=1.0, step=STEP, description="density", readout=False,
-            layout=w.Layout(width="360px"),
+            value=density, min=round(self.budget.least + STEP, 3), max=1.0, step=STEP, readout=False, layout=w.Layout(width="230px"),
         )  # fmt: skip
         self.slider.add_class("moa-density")
-        self.number = number("density", density, 0.0, 1.0, STEP, "density-number", "150px")
-        self.mib = number("KV MiB", 0.0, 0.0, self._dense_mib, 0.5, "kv-mib", "160px")
-        self.length = choice("at", [(f"{n:,} tokens", n) for n in lengths], "budget-length", "160px")
+        self.number = number("density", density, 0.0, 1.0, STEP, "density-number", "130px")
+        self.mib = number("KV MiB", 0.0, 0.0, self._dense_mib, 0.5, "kv-mib", "140px")
+        self.mean = number("mean span", 0.0, 0.0, self.budget.n_tokens, 16.0, "mean-span", "150px")
+        self.length = choice("at", [(f"{n:,} tokens", n) for n in lengths], "budget-length", "150px")
         self.length.value = self.budget.n_tokens
         self.layer = whole("layer", state.layer, 0, geometry.layers - 1, "layer", "120px")
         self.head = whole("KV head", state.kv_head, 0, geometry.kv_heads - 1, "kv-head", "130px")
@@ -41,10 +41,10 @@ class BudgetPanel:
         self.rules = whole("rules per layer (0: any)", 0, 0, len(state.table.rules), "max-rules", "230px")
         full, to_span = button("Pin to full", "pin-full"), button("Pin to span", "pin-to-span")
         release, release_all = button("Release", "release"), button("Release all", "release-all")
-        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(width="420px"))
+        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(width="330px"))
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
-        self.canvas = Canvas("spans", 580, self.errors.guard(self._clicked))
+        self.canvas = Canvas("spans", HALF, self.errors.guard(self._clicked))
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
         self._answer: Answer | None = None
         self._moving = False
@@ -52,6 +52,7 @@ class BudgetPanel:
         self.slider.observe(self.errors.guard(lambda change: self.solve(change["new"])), "value")
         self.number.observe(self.errors.guard(lambda change: self.solve(change["new"])), "value")
         self.mib.observe(self.errors.guard(lambda change: self.solve(self.budget.density_of_bytes(change["new"] * MIB))), "value")
+        self.mean.observe(self.errors.guard(lambda change: self.solve(self.budget.density_of_span(change["new"]))), "value")
         self.length.observe(self.errors.guard(self._new_length), "value")
         self.layer.observe(self.errors.guard(lambda change: state.set(layer=change["new"])), "value")
         self.head.observe(self.errors.guard(lambda change: state.set(kv_head=change["new"])), "value")
@@ -61,10 +62,11 @@ class BudgetPanel:
         release.on_click(self.errors.guard(lambda _: self._release(all_heads=False)))
         release_all.on_click(self.errors.guard(lambda _: self._release(all_heads=True)))
         state.watch_in("Budget", ["layer", "kv_head"], self._select)
-        state.watch_in("Budget", ["dark"], self._draw)
+        self._redraw = state.watch_in("Budget", ["dark"], self._draw)
+        self.works = (self.exact,)
         self.box = w.VBox(
             [
-                row(self.slider, self.number, self.mib, self.length),
+                row(self.slider, self.number, self.mib, self.mean, self.length),
                 self.errors.box,
                 w.HBox([self.canvas.box, self.facts], layout=w.Layout(flex_flow="row wrap")),
                 row(self.layer, self.head, full, self.span, to_span, release, release_all),
@@ -86,18 +88,21 @@ class BudgetPanel:
             self.slider.value, self.number.value = self.budget.density, round(self.budget.density, 4)
             self.mib.max = self._dense_mib
             self.mib.value = round(answer.kv_bytes / MIB, 2)
+            self.mean.max = self.budget.n_tokens
+            self.mean.value = round(float(answer.plan.spans(self.budget.n_tokens).mean()))
         finally:
             self._moving = False
         self.facts.value = _told(answer, self.budget)
         pins = [f"layer {layer}, KV head {head}: {self._span(rule, layer):,} tokens" for (layer, head), rule in self.budget.pinned.items()]
         self.pins.value = f"pinned: {'; '.join(pins)}" if pins else "no head is pinned"
         self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
-        self._draw()
+        self._redraw()
 
     def _draw(self) -> None:
         if self._answer is None:
             return
         fig = span_map(self._answer.plan, self.budget.n_tokens)
+        fig.update_layout(title_text=f"Span of every KV head at {self.budget.n_tokens:,} tokens")
         pinned = list(self.budget.pinned)
         cross = {"symbol": "x-thin-open", "size": 11, "color": OUTLINE, "line": {"width": 2, "color": OUTLINE}}
         fig.add_scatter(
@@ -158,6 +163,7 @@ def _told(answer: Answer, budget: Budget) -> str:
         ("KV, allocated", byte_size(answer.allocated_bytes)),
         ("KV, dense", byte_size(answer.dense_bytes)),
         *((f"predicted loss, {name}", f"{value:.4f}") for name, value in answer.losses.items()),
+        *((f"predicted loss at {n:,}", f"{value:.4f}") for n, value in answer.losses_at.items()),
         ("gap to optimal", f"at most {percent(answer.gap, 2)}"),
         ("solved by", f"{answer.solver}, {1e3 * answer.seconds:.0f} ms"),
     ]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from moa_lab.figures.front import axes, goal
 from moa_lab.figures.theme import percent
-from moa_lab.records import Front, FrontPoint
+from moa_lab.records import Front, FrontPoint, LossTable
 from moa_lab.search import default_goals, epsilon_front, evolve, front_values, hypervolume
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
@@ -22,16 +24,30 @@ REFERENCE = 1.1
 Ranges = tuple[tuple[float, float], ...]
 
 
-class Choosing:
-    """The state's front. picked: at most two of its plans, the one chosen last at the end. brushes: ranges per goal, smallest first.
+@dataclass(frozen=True)
+class Generation:
+    """What pymoo's search has after a generation: values (plans, goals) in the order of `goals`, and their hypervolume."""
 
-    A new front in the state ends both.
+    number: int
+    goals: tuple[str, ...]
+    values: np.ndarray
+    volume: float
+
+
+class Choosing:
+    """The state's front. picked: at most two plans, the one chosen last at the end. brushes: ranges per goal, smallest first.
+
+    A new front in the state ends both. volumes, seconds: hypervolume after every generation of the searches made here, by what was
+    searched, and when, since its start; levels: hypervolume of the fronts of the exact search.
     """
 
     def __init__(self, state: State) -> None:
         self.state = state
         self.picked: list[FrontPoint] = []
         self.brushes: dict[str, Ranges] = {}
+        self.volumes: dict[str, list[float]] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.levels: dict[str, float] = {}
         state.watch(["front"], self._forget)
 
     @property
@@ -44,32 +60,79 @@ class Choosing:
         """What the plans can be placed by."""
         return axes(self.state.front) if self.state.front is not None and self.points else ()
 
-    def search(
-        self, solver: str, density: float, effort: int, handle: Handle, told: Callable[[int, int, float], None] | None = None
-    ) -> Front:
+    @property
+    def first_goals(self) -> tuple[str, str]:
+        """The two goals that a front is seen by first: of whole tasks where it has them, and not twice the same where it has two."""
+        whole = [name for name in self.goals if "@" not in name and name != "density"]
+        names = [*whole, *(name for name in self.goals if name not in whole)]
+        return names[0], names[min(1, len(names) - 1)]
+
+    def references(self) -> tuple[FrontPoint, ...]:
+        """The dense plan, and the largest uniform one (one rule for all heads) that is no denser than the front's densest plan.
+
+        Only where the loss table says what they lose; a name that a plan of the front has is left to that plan.
+        """
+        table = self.state.table
+        if table is None or not self.points or self.points[0].plan.geometry != table.geometry:
+            return ()
+        shape = (table.geometry.layers, table.geometry.kv_heads)
+        lengths = sorted({int(n) for point in self.points for n in point.density}) or list(table.lengths)
+        densest = {n: max(point.plan.density(n) for point in self.points) for n in lengths}
+        alike = [np.full(shape, rule) for rule in range(len(table.rules))]
+        fitting = [choice for choice in alike if all(table.density(choice, n) <= densest[n] + 1e-9 for n in lengths)]
+        found = {"dense": max(alike, key=lambda choice: sum(table.density(choice, n) for n in lengths))}
+        if fitting:
+            found["uniform"] = max(fitting, key=lambda choice: sum(table.density(choice, n) for n in lengths))
+        taken = {point.plan.name for point in self.points}
+        return tuple(self._reference(table, choice, name, lengths) for name, choice in found.items() if name not in taken)
+
+    def search(self, solver: str, density: float, effort: int, handle: Handle, told: Callable[[Generation], None] | None = None) -> Front:
         """A front at `density`: `effort` intervals of the exact search, or generations of pymoo's. `keep` shows it.
 
-        told: called by pymoo's search with the generation, its plans, and their hypervolume. A search that is stopped returns what it
-        has. Raises ValueError for an unknown solver, without a loss table, and for a density that cannot be had.
+        told: called by pymoo's search after every generation. A search that is stopped returns what it has. Raises ValueError for an
+        unknown solver, without a loss table, and for a density that cannot be had.
         """
         if solver not in SOLVERS:
             raise ValueError(f"search with one of {', '.join(SOLVERS)}, got {solver!r}")
         table = self.state.table
         if table is None:
             raise ValueError("a search needs a loss table: load a run")
+        label = f"{solver.partition(' ')[0]} at {percent(density, 1)}"
         if solver == EPSILON:
-            return epsilon_front(
-                table, density, intervals=effort, progress=lambda done, total, _: handle.progress(done, total), cancel=handle.cancel
+            front = epsilon_front(
+                table, density, intervals=effort, progress=lambda done, total, _: handle.tell(done, total), cancel=handle.cancel
             )
-        reference, lock = np.full(len(default_goals(table)), REFERENCE), threading.Lock()
+            if len(front) and not handle.cancel.is_set():
+                self.levels[label] = _volume(front_values(front))
+            return front
+        names, began = tuple(goal.name for goal in default_goals(table)), time.perf_counter()
+        volumes, seconds = self.volumes[label], self.seconds[label] = [], []
 
         def heard(generation: int, values: np.ndarray) -> None:
-            handle.progress(generation, effort)
+            handle.tell(generation, effort)
+            volumes.append(_volume(values))
+            seconds.append(time.perf_counter() - began)
             if told is not None:
-                with lock:
-                    told(generation, len(values), hypervolume(values, reference))
+                told(Generation(generation, names, values, volumes[-1]))
 
         return evolve(table, density, generations=effort, callback=heard, cancel=handle.cancel)
+
+    def load(self, path: str | Path) -> Front:
+        """Read a front from its file or a run's folder, and make it the state's.
+
+        Raises FileNotFoundError where there is none, RecordError for what is no front, ValueError for one of another model.
+        """
+        given = Path(path).expanduser()
+        file = given / "front.json" if given.is_dir() else given
+        if not str(path).strip() or not file.is_file():
+            raise FileNotFoundError(f"there is no front at {str(path)!r}: name a front.json, or the folder of a run")
+        front = Front.load(file)
+        known = next((record.geometry for record in (self.state.table, self.state.profile, self.state.plan) if record is not None), None)
+        for point in front:
+            if known is not None:
+                point.plan.check_model(known)
+        self.keep(front)
+        return front
 
     def keep(self, front: Front) -> float | None:
         """Make `front` the state's; returns its hypervolume, None for a front of one goal or without plans.
@@ -77,18 +140,19 @@ class Choosing:
         Raises ValueError for a front without plans, which would leave nothing to choose.
         """
         if not len(front):
-            raise ValueError("the search was stopped before it found a plan")
+            raise ValueError("this front has no plans; a search that is stopped early finds none")
         self.state.set(front=front)
-        if len(front.objectives) < 2:
-            return None
-        return hypervolume(front_values(front), np.full(len(front.objectives), REFERENCE))
+        return None if len(front.objectives) < 2 else _volume(front_values(front))
 
     def pick(self, name: str) -> FrontPoint:
-        """Choose the plan of that name; the one chosen before is what it is compared with. Raises ValueError where there is none."""
-        point = next((each for each in self.points if each.plan.name == name), None)
+        """Choose the plan of that name, of the front or of `references`; the one chosen before is what it is compared with.
+
+        Raises ValueError where there is none.
+        """
+        point = next((each for each in (*self.points, *self.references()) if each.plan.name == name), None)
         if point is None:
             raise ValueError(f"{name!r} is not a plan of this front")
-        self.picked = [*(each for each in self.picked[-1:] if each is not point), point]
+        self.picked = [*(each for each in self.picked[-1:] if each.plan.name != name), point]
         self.state.set(plan=point.plan, other=self.picked[0].plan if len(self.picked) == 2 else None)
         return point
 
@@ -130,8 +194,17 @@ class Choosing:
         head = ["plan", "found by", *self.goals]
         return head, [[point.plan.name, point.origin, *(_shown(goal(point, name)) for name in self.goals)] for point in self.kept()]
 
+    def _reference(self, table: LossTable, choice: np.ndarray, name: str, lengths: Sequence[int]) -> FrontPoint:
+        predicted = table.predict(choice)
+        predicted |= {goal.name: goal.value(predicted) for goal in default_goals(table)}
+        return FrontPoint(table.plan(choice, name), predicted, {str(n): table.density(choice, n) for n in lengths}, "one rule for all")
+
     def _forget(self) -> None:
         self.picked, self.brushes = [], {}
+
+
+def _volume(values: np.ndarray) -> float:
+    return hypervolume(values, np.full(values.shape[1], REFERENCE))
 
 
 def _lies(value: float | None, ranges: Ranges) -> bool:

@@ -2,92 +2,114 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
 
 from moa_lab.models import load_model
-from moa_lab.plan import Plan
-from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements
-from moa_lab.search import loss_table
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.export_panel import ExportPanel
-from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.front_panel import FrontPanel
 from moa_lab.workbench.heads_panel import HeadsPanel
-from moa_lab.workbench.launch import RUN_VARIABLE
 from moa_lab.workbench.measure_panel import MeasurePanel
 from moa_lab.workbench.measuring import Measuring
+from moa_lab.workbench.opening import default_run, known_runs, model_of, named, open_run
+from moa_lab.workbench.page import PageTheme
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import STYLE
-
-DEMO = Path(__file__).resolve().parents[2] / "data" / "runs" / "demo"
+from moa_lab.workbench.widgets import STYLE, Errors, button, row
 
 
 class Workbench:
     """Panels over `state`. In a notebook the last line of a cell shows it. panels: by the title of their tab.
 
-    model: what `load_model` takes; it is loaded when something is measured first.
+    model: what `load_model` takes, loaded when something is measured first; None for what the records say. Another run can be opened
+    in its place: then `state` and `panels` are others.
     """
 
-    def __init__(self, state: State, model: str = "smollm2", **sizes: Any) -> None:
-        self.state = state
-        makes: list[tuple[str, Callable[[], Any]]] = [
-            ("Heads", lambda: HeadsPanel(state)), ("Budget", lambda: BudgetPanel(state)), ("Front", lambda: FrontPanel(state)),
-            ("Apply & measure", lambda: MeasurePanel(state, lambda: Measuring(*load_model(model)), **sizes)),
-            ("Export", lambda: ExportPanel(state)),
-        ]  # fmt: skip
-        needed = {"Heads": state.profile, "Budget": state.table}
-        # The budget first: it chooses the plan that the others show.
-        order = sorted(makes, key=lambda made: made[0] != "Budget")
-        self.panels = {title: make() for title, make in order if needed.get(title, state) is not None}
-        titles = [title for title, _ in makes if title in self.panels]
-        self.tabs = w.Tab([self.panels[title].box for title in titles], titles=titles)
+    def __init__(self, state: State, model: str | None = None, run: str | Path | None = None, **sizes: Any) -> None:
+        self.errors, self._sizes, self._open = Errors("open"), sizes, False
+        self.tabs = w.Tab()
         self.dark = w.ToggleButton(description="dark figures", value=state.dark, layout=w.Layout(width="auto"))
-        self.dark.observe(lambda change: state.set(dark=change["new"]), "value")
-        self.tabs.observe(lambda change: state.set(tab=titles[change["new"]]), "selected_index")
-        state.set(tab=titles[self.tabs.selected_index or 0])
-        self.box = w.VBox([w.HTML(STYLE), w.HBox([self.dark]), self.tabs])
+        self.run = w.Combobox(
+            value=str(run or ""), options=[named(path) for path in known_runs()], description="run", placeholder="a run's folder",
+            layout=w.Layout(width="420px"), style={"description_width": "initial"},
+        )  # fmt: skip
+        self.run.add_class("moa-run")
+        self.model = w.Text(
+            description="model", continuous_update=False, layout=w.Layout(width="220px"), style={"description_width": "initial"}
+        )
+        self.model.add_class("moa-model")
+        again = button("Open run", "open-run", "its profile, loss table, front, plan and measurements, in all panels")
+        again.on_click(self.errors.guard(lambda _: self.reopen(self.run.value)))
+        self.model.observe(self.errors.guard(lambda _: self._new_model()), "value")
+        theme = PageTheme(dark=state.dark)
+        theme.observe(lambda change: setattr(self.dark, "value", change["new"]), "dark")
+        self.dark.observe(lambda change: self.state.set(dark=change["new"]), "value")
+        self.tabs.observe(lambda change: self._turned(change["new"]), "selected_index")
+        self._look_at(state, model)
+        self.box = w.VBox([w.HTML(STYLE), theme, row(self.run, again, self.model, self.dark), self.errors.box, self.tabs])
         self.box.add_class("moa-bench")
 
     @classmethod
-    def open(cls, run: str | Path | None = None, model: str = "smollm2", **sizes: Any) -> Workbench:
+    def open(cls, run: str | Path | None = None, model: str | None = None, **sizes: Any) -> Workbench:
         """The workbench over the records of a run's folder (`moa-lab run`): profile, loss table, front, measurements, whichever are there.
 
-        run: None for the folder that `moa-lab lab --run` was given, or else the recorded demo.
-
-        Raises ValueError where none is.
+        run: None for the folder that `moa-lab lab --run` was given, or else the recorded demo. Raises ValueError where none is.
         """
-        folder = Path(run or os.environ.get(RUN_VARIABLE) or DEMO)
-        profile = InfluenceProfile.load(folder / "profile.safetensors") if (folder / "profile.safetensors").exists() else None
-        stored = folder / "table.safetensors"
-        table = LossTable.load(stored) if stored.exists() else loss_table(profile) if profile is not None else None
-        front = Front.load(folder / "front.json") if (folder / "front.json").exists() else None
-        if profile is None and table is None and front is None:
-            raise ValueError(f"{folder} holds no profile, loss table or front: run `moa-lab run --out {folder}` first")
-        return cls(State(profile=profile, table=table, front=front, measurements=_measured(folder)), model, **sizes)
+        folder = Path(run) if run is not None else default_run()
+        return cls(open_run(folder), model, named(folder), **sizes)
+
+    def reopen(self, run: str | Path, model: str | None = None) -> None:
+        """Look at another run in place of this one. Raises ValueError where there is none: then nothing changes."""
+        if not str(run).strip():
+            raise ValueError("name the folder of a run")
+        state = open_run(run)
+        state.dark = self.state.dark
+        for panel in self.panels.values():
+            for work in getattr(panel, "works", ()):
+                work.stop()
+        self.run.value = str(run)
+        self._look_at(state, model)
 
     def show(self, title: str) -> w.Widget:
-        """Turn to a panel, and return the whole."""
+        """Turn to a panel, and return the whole. Raises ValueError for a title that there is not."""
+        if title not in self.panels:
+            raise ValueError(f"there is no panel {title!r}; there are {', '.join(self.panels)}")
         self.tabs.selected_index = list(self.tabs.titles).index(title)
         return self.box
+
+    def _look_at(self, state: State, model: str | None) -> None:
+        self.state, self._open = state, False
+        self.model.value = model or model_of(state)
+        makes: list[tuple[str, Callable[[], Any]]] = [
+            ("Heads", lambda: HeadsPanel(state)), ("Budget", lambda: BudgetPanel(state)), ("Front", lambda: FrontPanel(state)),
+            ("Apply & measure", lambda: MeasurePanel(state, lambda: Measuring(*load_model(self.model.value)), **self._sizes)),
+            ("Export", lambda: ExportPanel(state)),
+        ]  # fmt: skip
+        needed = {"Heads": state.profile, "Budget": state.table}
+        titles = [title for title, _ in makes if needed.get(title, state) is not None]
+        # Before the panels: those behind draw when they are in front.
+        state.set(tab=titles[0])
+        # The budget first: it chooses the plan that the others show.
+        order = sorted(makes, key=lambda made: made[0] != "Budget")
+        made = {title: make() for title, make in order if title in titles}
+        self.panels = {title: made[title] for title in titles}
+        self.tabs.children, self.tabs.titles = [panel.box for panel in self.panels.values()], list(self.panels)
+        self.tabs.selected_index, self._open = 0, True
+        self._turned(0)
+
+    def _new_model(self) -> None:
+        if self._open:
+            self.panels["Apply & measure"].another_model()
+
+    def _turned(self, index: int | None) -> None:
+        titles = list(self.panels)
+        self.state.set(tab=titles[index if index is not None and index < len(titles) else 0])
 
     def _ipython_display_(self) -> None:
         # Found by IPython; only in a notebook is there one.
         from IPython.display import display
 
         display(self.box)
-
-
-def _measured(folder: Path) -> Measurements | None:
-    """What a run measured, the rows of its chosen plan with that plan's identity; None where nothing was."""
-    stored, chosen = folder / "measurements.json", folder / "plan.json"
-    if not (stored.exists() and chosen.exists()):
-        return None
-    found, plan = Measurements.load(stored), Plan.load(chosen)
-    rows = [replace(row, detail={**row.detail, PLAN: plan.identity()}) if row.plan == plan.name else row for row in found]
-    return replace(found, rows=tuple(rows))

@@ -22,8 +22,10 @@ class ExportPanel:
         self.name = w.Text("my_plan", description="name")
         self.folder.add_class("moa-export-folder")
         self.name.add_class("moa-export-name")
-        self.formats = [w.Checkbox(kind == "config card", description=kind, indent=False) for kind in FORMATS]
-        self.replace = w.Checkbox(False, description="replace what is there", indent=False)
+        self.formats = [
+            w.Checkbox(kind == "config card", description=kind, indent=False, layout=w.Layout(width="auto")) for kind in FORMATS
+        ]
+        self.replace = w.Checkbox(False, description="replace what is there", indent=False, layout=w.Layout(width="auto"))
         export_button = button("Export", "export")
         export_button.on_click(self.errors.guard(lambda _: self.export()))
         self.done, self.plan = w.HTML(), w.HTML()
@@ -44,7 +46,7 @@ class ExportPanel:
         sources = Sources(state.n_tokens, state.profile, state.front, state.measurements)
         paths = export(state.plan, self.folder.value, self.name.value, formats, sources, replace=self.replace.value)
         read = [f"{path} (plan {Plan.load(path).identity()})" if path.name == f"{self.name.value}.json" else str(path) for path in paths]
-        self.done.value = f"written and read back: {'; '.join(read)}"
+        self.done.value = f"written and read back: {html.escape('; '.join(read))}"
 
     def _tell(self) -> None:
         plan, n = self.state.plan, self.state.n_tokens
@@ -52,5 +54,5 @@ class ExportPanel:
         if plan is not None:
             rows = known_of(plan, self.state.measurements).select(plan=plan.name)
             measured = f"a report holds {len(rows)} measured rows of it" if rows else "not measured yet: a report holds predictions alone"
-            told = f"plan <b>{html.escape(plan.name)}</b>, {plan.density(n):.1%} at {n:,} tokens, {plan.identity()}; {measured}"
+            told = f"plan <b>{html.escape(plan.name)}</b>, {plan.density(n):.1%} at {n:,} tokens, identity {plan.identity()}; {measured}"
         self.plan.value = told

@@ -38,18 +38,20 @@ class Sources:
 def export(
     plan: Plan, folder: str | Path, name: str, formats: tuple[str, ...], sources: Sources | int, *, replace: bool = False
 ) -> list[Path]:
-    """Write `plan` to `folder` in each of `formats` (of `FORMATS`), named `name`; returns the paths, in that order.
+    """Write `plan` to `folder` in each of `formats` (of `FORMATS`), named `name`; returns the paths, in the order of `FORMATS`.
 
-    sources: what a report is made of, or the length in tokens alone. Every file that holds the whole plan is read back and compared; a
-    report, that it arrived whole, holds the plan's identity and asks nothing of the network. Raises FileExistsError, before anything is
-    written, where a file is there and not to be replaced; ValueError for an unknown format, a name that is no file name, and a plan that
-    a format or a record does not fit.
+    A Python snippet brings the config card that it loads. sources: what a report is made of, or the length in tokens alone. Every file
+    that holds the whole plan is read back and compared; a report, that it arrived whole, holds the plan's identity and asks nothing of
+    the network. Raises FileExistsError, before anything is written, where a file is there and not to be replaced; ValueError for an
+    unknown format, a name that is no file name, and a plan that a format or a record does not fit.
     """
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
         raise ValueError(f"formats must be among {', '.join(FORMATS)}, got {', '.join(unknown) or 'none'}")
     if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
         raise ValueError(f"{name!r} is no file name")
+    if "Python snippet" in formats:
+        formats = (*formats, "config card")
     paths = {kind: Path(folder) / f"{name}{FORMATS[kind]}" for kind in FORMATS if kind in formats}
     present = [str(path) for path in paths.values() if path.exists()]
     if present and not replace:

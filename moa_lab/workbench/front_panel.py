@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -9,12 +10,16 @@ import ipywidgets as w
 import numpy as np
 import plotly.graph_objects as go
 
-from moa_lab.figures import front_scatter, parallel_goals, span_map
+from moa_lab.figures import archive_scatter, front_scatter, hypervolume_curve, parallel_goals, span_map
+from moa_lab.figures.theme import TITLE_HEIGHT
 from moa_lab.records import Front
-from moa_lab.workbench.choosing import PYMOO, SOLVERS, Choosing, Ranges
+from moa_lab.workbench.choosing import SOLVERS, Choosing, Generation, Ranges
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Canvas, Errors, Work, button, choice, facts, grid, number, row, whole
+from moa_lab.workbench.widgets import HALF, WIDE, Canvas, Errors, Work, button, choice, facts, grid, number, ring, row, whole
+
+DRAW_S = 0.25
+"""A search that is faster than this is not drawn at every generation."""
 
 
 class FrontPanel:
@@ -27,10 +32,17 @@ class FrontPanel:
         self.density = number("density", 0.5, 0.0, 1.0, 0.01, "front-density", "150px")
         self.effort = whole("intervals or generations", 4, 1, 500, "effort", "230px")
         self.work = Work("Search", "search", self.errors, self._searcher, self._found)
-        self.scatter = Canvas("front", 580, self.errors.guard(self._clicked))
-        self.parallel = Canvas("parallel", 1000, on_brush=self.errors.guard(self._brushed))
-        self.difference = Canvas("difference", 1000)
-        self.compared, self.volume, self.kept = w.HTML(layout=w.Layout(width="420px")), w.HTML(), w.HTML()
+        self.path = w.Text(placeholder="a run's folder, or its front.json", layout=w.Layout(width="300px"))
+        self.path.add_class("moa-front-path")
+        load = button("Load front", "load-front")
+        load.on_click(self.errors.guard(lambda _: self.choosing.load(self.path.value)))
+        self.archive, self.volumes = Canvas("archive", WIDE // 2), Canvas("volumes", WIDE // 2)
+        self.live = w.HBox([self.archive.box, self.volumes.box], layout=w.Layout(flex_flow="row wrap", display="none"))
+        self._drawn_s = 0.0
+        self.scatter = Canvas("front", HALF, self.errors.guard(self._clicked))
+        self.parallel = Canvas("parallel", WIDE, on_brush=self.errors.guard(self._brushed))
+        self.difference = Canvas("difference", WIDE, self.errors.guard(self._chose_head))
+        self.compared, self.volume, self.kept = w.HTML(layout=w.Layout(width="330px")), w.HTML(), w.HTML()
         self.compared.add_class("moa-compared")
         self.volume.add_class("moa-hypervolume")
         self.kept.add_class("moa-kept")
@@ -39,13 +51,17 @@ class FrontPanel:
         self._loading = False
         for box in (self.x, self.y):
             box.observe(self.errors.guard(lambda _: None if self._loading else self.draw()), "value")
-        state.watch_in("Front", ["front"], self.errors.guard(self.load))
+        changed = state.watch_in("Front", ["front"], self.errors.guard(self.load))
         state.watch_in("Front", ["dark"], self.errors.guard(self._recolour))
         state.watch_in("Front", ["n_tokens"], self.errors.guard(self.draw))
+        state.watch_in("Front", ["layer", "kv_head"], self.errors.guard(self._compare))
+        self.works = (self.work,)
         self.box = w.VBox(
             [
                 row(self.solver, self.density, self.effort, self.work.box, self.volume),
+                row(self.path, load),
                 self.errors.box,
+                self.live,
                 row(self.x, self.y),
                 w.HBox([self.scatter.box, self.compared], layout=w.Layout(flex_flow="row wrap")),
                 self.parallel.box,
@@ -53,22 +69,21 @@ class FrontPanel:
                 self.difference.box,
             ]
         )
-        self.load()
+        changed()
 
     def load(self) -> None:
         """Show the state's front; nothing is chosen yet, and nothing brushed."""
-        names = self.choosing.goals
         has_plans = bool(self.choosing.points)
         for part in (self.scatter.box, self.parallel.box, self.clear):
             part.layout.display = "" if has_plans else "none"
         if not has_plans:
-            self.compared.value = "no front yet: press Search" if self.state.table is not None else "no front: load a run"
+            self.compared.value = "no front yet: press Search, or load one" if self.state.table is not None else "no front yet: load one"
             self.kept.value, self.difference.box.layout.display = "", "none"
             return
         self._loading = True
         try:
-            self.x.options = self.y.options = names
-            self.x.value, self.y.value = names[0], names[min(1, len(names) - 1)]
+            self.x.options = self.y.options = self.choosing.goals
+            self.x.value, self.y.value = self.choosing.first_goals
         finally:
             self._loading = False
         self._recolour()
@@ -79,8 +94,12 @@ class FrontPanel:
         if front is None or not self.choosing.points:
             return
         picked = self.choosing.picked
-        fig = front_scatter(front, self.x.value, self.y.value, picked[-1].plan if picked else None)
-        self.scatter.draw(_dimmed(fig, {point.plan.name for point in self.choosing.kept()}), self.state.dark)
+        known = self.choosing.references()
+        fig = front_scatter(front, self.x.value, self.y.value, picked[-1].plan if picked else None, known)
+        # Two names of the legend in a line.
+        lines = -(-sum(trace.showlegend is not False for trace in fig.data) // 2)
+        fig.update_layout(margin_t=TITLE_HEIGHT + 20 * lines, height=360 + 20 * lines)
+        self.scatter.draw(_dimmed(fig, {point.plan.name for point in (*self.choosing.kept(), *known)}), self.state.dark)
         self._compare()
         self._list()
 
@@ -121,7 +140,12 @@ class FrontPanel:
         self.compared.value = facts([(name, " | ".join(values)) for name, values in self.choosing.compared([self.x.value, self.y.value])])
         last, first = picked[-1].plan, picked[0].plan
         self.difference.box.layout.display = ""
-        self.difference.draw(span_map(last, n, compared_with=first if len(picked) == 2 else None), self.state.dark)
+        fig = span_map(last, n, compared_with=first if len(picked) == 2 else None).add_scatter(**ring(self.state.layer, self.state.kv_head))
+        self.difference.draw(fig.update_layout(showlegend=False), self.state.dark)
+
+    def _chose_head(self, place: Any) -> None:
+        kv_head, layer = (int(index) for index in place)
+        self.state.set(layer=layer, kv_head=kv_head)
 
     def _list(self) -> None:
         brushed, head, rows = self.choosing.brushes, *self.choosing.listed()
@@ -137,14 +161,30 @@ class FrontPanel:
         if self.state.table is None:
             raise ValueError("a search needs a loss table: load a run")
 
-        def told(generation: int, plans: int, volume: float) -> None:
-            self.volume.value = f"generation {generation}: {plans} plans, hypervolume {volume:.4f}"
+        def told(now: Generation) -> None:
+            self.volume.value = f"generation {now.number}: {len(now.values)} plans, hypervolume {now.volume:.4f}"
+            if time.monotonic() - self._drawn_s > DRAW_S or now.number == effort:
+                self._watch(now)
+                self._drawn_s = time.monotonic()
 
-        return lambda handle: self.choosing.search(solver, density, effort, handle, told if solver == PYMOO else None)
+        return lambda handle: self.choosing.search(solver, density, effort, handle, told)
+
+    def _watch(self, now: Generation | None = None) -> None:
+        """The search while it runs: its plans, and how their hypervolume grew, beside those of other searches."""
+        choosing = self.choosing
+        if now is not None and len(now.goals) > 1:
+            self.archive.draw(archive_scatter(now.values, now.goals, now.number), self.state.dark)
+        if any(choosing.volumes.values()):
+            known = {name: list(values) for name, values in choosing.volumes.items() if values}
+            seconds = {name: choosing.seconds[name][: len(values)] for name, values in known.items()}
+            fig = hypervolume_curve(known, seconds, choosing.levels).update_layout(title_text="Hypervolume, by generation")
+            self.volumes.draw(fig, self.state.dark)
+            self.live.layout.display = ""
 
     def _found(self, front: Front) -> None:
         volume = self.choosing.keep(front)
         self.volume.value = "" if volume is None else f"{len(front)} plans, hypervolume {volume:.4f}"
+        self._watch()
 
 
 def _dimmed(fig: go.Figure, kept: set[str]) -> go.Figure:

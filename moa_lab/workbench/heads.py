@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import plotly.graph_objects as go
 from scipy.stats import spearmanr
 
-from moa_lab.figures import influence_map, long_range_influence
-from moa_lab.figures.theme import DIFFERENCE_SCALE, bar_above, plain
+from moa_lab.figures import HeadPool, long_range_influence
 from moa_lab.records import InfluenceProfile, ProfileKey
 from moa_lab.workbench.state import State
 
@@ -18,14 +16,16 @@ Source = tuple[str, ProfileKey]
 """A profile by its name, and a (task, length) of it."""
 
 
-def rank_stability(first: InfluenceProfile, key: ProfileKey, second: InfluenceProfile, other: ProfileKey, beyond_tokens: int) -> float:
+def rank_stability(
+    first: InfluenceProfile, key: ProfileKey, second: InfluenceProfile, other: ProfileKey, beyond_tokens: int, pool: HeadPool | None = None
+) -> float:
     """Spearman's correlation of the heads' long-range influence in two profiles (or two lengths or tasks of one).
 
     NaN where either says the same of all heads. Raises ValueError for profiles of other models.
     """
     if first.geometry != second.geometry:
         raise ValueError("the two profiles are of models of different geometry: their heads cannot be compared")
-    values = [long_range_influence(profile, task, length, beyond_tokens) for profile, (task, length) in ((first, key), (second, other))]
+    values = [long_range_influence(profile, *where, beyond_tokens, pool) for profile, where in ((first, key), (second, other))]
     if any(np.ptp(each) == 0 for each in values):
         return float("nan")
     return float(spearmanr(values[0].ravel(), values[1].ravel()).statistic)
@@ -34,7 +34,8 @@ def rank_stability(first: InfluenceProfile, key: ProfileKey, second: InfluencePr
 class Heads:
     """The state's profile, and others of the same model to hold against it. query_head: of the group that shares the state's KV head.
 
-    beyond: tokens back from which influence counts as long-range. against: what is compared with. Raises ValueError without a profile.
+    beyond: tokens back from which influence counts as long-range. pool: how the query heads of a KV head are made one row, None for a
+    row each. against: what is compared with. Raises ValueError without a profile.
     """
 
     def __init__(self, state: State, others: dict[str, InfluenceProfile] | None = None) -> None:
@@ -46,6 +47,7 @@ class Heads:
             self.add(name, profile)
         self.query_head = state.kv_head * self._group
         self.beyond = min(128, max(self.profile.lengths) - 1)
+        self.pool: HeadPool | None = None
         self.against: Source = next((each for each in self.sources if each != (OWN, self.key)), (OWN, self.key))
 
     @property
@@ -79,32 +81,40 @@ class Heads:
         self.state.set(layer=layer, kv_head=query_head // self._group)
         return before != (self.state.layer, self.state.kv_head)
 
+    def choose_row(self, layer: int, row: int) -> bool:
+        """`choose` by a row of the map: a query head, or where heads are pooled the one of a KV head that looks furthest."""
+        return self.choose(layer, row if self.pool is None else self._furthest(layer, row))
+
     def follow(self) -> int:
         """The query head that is looked at; when a KV head was chosen elsewhere, the one of its group that looks furthest."""
         if self.query_head // self._group != self.state.kv_head:
-            heads = np.arange(self.state.kv_head * self._group, (self.state.kv_head + 1) * self._group)
-            self.query_head = int(heads[self.influence()[self.state.layer, heads].argmax()])
+            self.query_head = self._furthest(self.state.layer, self.state.kv_head)
         return self.query_head
 
+    def row(self) -> int:
+        """The row of the map that is looked at."""
+        return self.follow() if self.pool is None else self.state.kv_head
+
     def influence(self, source: Source | None = None) -> np.ndarray:
-        """Long-range influence in nats of every head (layers, query_heads), in `source` (None: in what is looked at)."""
-        name, (task, length) = source or (OWN, self.key)
-        return long_range_influence(self.profiles[name], task, length, self.beyond)
+        """Long-range influence in nats of every row of the map (layers, query_heads, or kv_heads where they are pooled), in `source`
+        (None: in what is looked at)."""
+        name, key = source or (OWN, self.key)
+        return long_range_influence(self.profiles[name], *key, self.beyond, self.pool)
 
     def facts(self) -> list[tuple[str, str]]:
         """The head that is looked at: which it is, its influence and rank here and in what it is compared with, its rule."""
         layer, kv_head, head = self.state.layer, self.state.kv_head, self.follow()
         rows = [
             ("head", f"layer {layer}, query head {head} (KV head {kv_head})"),
-            ("influence", self._standing(self.influence(), layer, head)),
-            (f"in {described(self.against)}", self._standing(self.influence(self.against), layer, head)),
+            ("influence", self._standing(self.influence(), layer)),
+            (f"in {described(self.against)}", self._standing(self.influence(self.against), layer)),
         ]
         plan = self.state.plan
         if plan is not None:
             plan.check_model(self.profile.geometry)
             rule, n = plan.rules[layer][kv_head], self.state.n_tokens
-            grown = f"{rule.alpha:,.0f} + {rule.beta:.3g} N tokens" if not rule.keeps_everything else "everything"
-            rows.append(("rule", f"{grown}: {int(plan.spans(n)[layer, kv_head]):,} of {n:,} tokens"))
+            grown = "everything" if rule.keeps_everything else f"{rule.alpha:,.0f} tokens" + (f" + {rule.beta:.3g} N" if rule.beta else "")
+            rows.append(("rule", f"{grown}; at N = {n:,} it keeps {int(plan.spans(n)[layer, kv_head]):,} of {n:,} tokens"))
         return rows
 
     def compare(self, source: Source) -> None:
@@ -116,7 +126,7 @@ class Heads:
     def stability(self) -> float:
         """`rank_stability` of what is looked at and what it is compared with."""
         name, key = self.against
-        return rank_stability(self.profile, self.key, self.profiles[name], key, self.beyond)
+        return rank_stability(self.profile, self.key, self.profiles[name], key, self.beyond, self.pool)
 
     def add(self, name: str, profile: InfluenceProfile) -> None:
         """One more profile to compare with. Raises ValueError for one of another model, and for a name that is taken."""
@@ -146,30 +156,18 @@ class Heads:
     def _group(self) -> int:
         return self.profile.geometry.group_size
 
-    def _standing(self, far: np.ndarray, layer: int, head: int) -> str:
-        rank = int((far > far[layer, head]).sum()) + 1
-        return f"{far[layer, head]:.3g} nats beyond {self.beyond:,} tokens, rank {rank} of {far.size}"
+    def _furthest(self, layer: int, kv_head: int) -> int:
+        """The query head of a KV head with the most long-range influence."""
+        first = kv_head * self._group
+        far = long_range_influence(self.profile, *self.key, self.beyond)
+        return first + int(far[layer, first : first + self._group].argmax())
+
+    def _standing(self, far: np.ndarray, layer: int) -> str:
+        own = far[layer, self.row()]
+        return f"{own:.3g} nats beyond {self.beyond:,} tokens, rank {int((far > own).sum()) + 1} of {far.size}"
 
 
 def described(source: Source) -> str:
     """A source in words."""
     name, (task, length) = source
     return f"{name}: {task}, {length:,} tokens"
-
-
-def difference_map(heads: Heads) -> go.Figure:
-    """`influence_map` of what is looked at less what it is compared with: `z[query_head, layer]` in nats, symmetric around 0."""
-    task, length = heads.key
-    here, there = heads.influence(), heads.influence(heads.against)
-    change = here - there
-    reach = max(float(np.abs(change).max()), 1e-12)
-    fig = influence_map(heads.profile, task, length, heads.beyond)
-    bar = bar_above(f"difference of the influence beyond {heads.beyond:,} tokens (nats)", tickformat="~g", nticks=6)
-    fig.data[0].update(
-        z=change.T, zmin=-reach, zmax=reach, colorscale=DIFFERENCE_SCALE, colorbar={**bar, "y": fig.data[0].colorbar.y},
-        customdata=np.stack([np.broadcast_to(np.arange(here.shape[1]) // heads.profile.geometry.group_size, here.shape).T, here.T, there.T],
-                            axis=-1),
-        hovertemplate="layer %{x} · query head %{y} (KV head %{customdata[0]})<br><b>%{z:+.3g} nats</b> = %{customdata[1]:.3g} less "
-                      "%{customdata[2]:.3g}<extra></extra>",
-    )  # fmt: skip
-    return fig.update_layout(title_text=f"{plain(task)}, {length:,} tokens, less {plain(described(heads.against))}")

@@ -7,13 +7,16 @@ from typing import Any
 
 import ipywidgets as w
 
-from moa_lab.figures import head_blocks, influence_by_distance, influence_map
+from moa_lab.figures import difference_map, head_blocks, influence_by_distance, influence_map
 from moa_lab.records import InfluenceProfile
-from moa_lab.workbench.heads import Heads, described, difference_map
+from moa_lab.workbench.heads import Heads, described
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Canvas, Errors, button, choice, facts, ring, row, whole
+from moa_lab.workbench.widgets import WIDE, Canvas, Errors, button, choice, facts, ring, row, whole
 
 INFLUENCE, DIFFERENCE = "influence", "difference"
+EACH = "each"
+"""A list whose value is None would have nothing chosen."""
+POOLS = [("every query head", EACH), ("KV heads: largest", "max"), ("KV heads: mean", "mean"), ("KV heads: sum", "sum")]
 
 
 class HeadsPanel:
@@ -22,10 +25,11 @@ class HeadsPanel:
     def __init__(self, state: State, others: dict[str, InfluenceProfile] | None = None) -> None:
         self.state, self.errors, self.heads = state, Errors("heads"), Heads(state, others)
         keys = [(f"{task}, {length:,} tokens", (task, length)) for task, length in self.heads.profile.keys]
-        self.what = choice("influence on", keys, "heads-key", "300px")
+        self.what = choice("influence on", keys, "heads-key", "280px")
         self.what.value = self.heads.key
-        self.beyond = whole("beyond (tokens)", self.heads.beyond, 0, max(self.heads.profile.lengths) - 1, "beyond", "190px")
-        self.view = choice("show", [INFLUENCE, DIFFERENCE], "heads-view", "170px")
+        self.beyond = whole("beyond (tokens)", self.heads.beyond, 0, max(self.heads.profile.lengths) - 1, "beyond", "170px")
+        self.pool = choice("rows", POOLS, "heads-pool", "190px")
+        self.view = choice("show", [INFLUENCE, DIFFERENCE], "heads-view", "150px")
         self.against = choice("compared with", self._sources(), "against", "380px")
         self.against.value = self.heads.against
         self.path = w.Text(
@@ -37,20 +41,21 @@ class HeadsPanel:
         self.stability, self.facts = w.HTML(), w.HTML()
         self.stability.add_class("moa-stability")
         self.facts.add_class("moa-head-facts")
-        self.map = Canvas("influence", 1000, self.errors.guard(self._clicked))
-        self.blocks, self.curve = Canvas("blocks", 480), Canvas("curve", 520)
+        self.map = Canvas("influence", WIDE, self.errors.guard(self._clicked))
+        self.blocks, self.curve = Canvas("blocks", WIDE // 2), Canvas("curve", WIDE // 2)
         self._mapped: tuple[Any, ...] = ()
         self.what.observe(self.errors.guard(lambda change: self.heads.choose_key(*change["new"])), "value")
         self.beyond.observe(self.errors.guard(self._new_beyond), "value")
+        self.pool.observe(self.errors.guard(self._new_pool), "value")
         self.view.observe(self.errors.guard(lambda _: self.draw()), "value")
         self.against.observe(self.errors.guard(self._new_against), "value")
         load.on_click(self.errors.guard(lambda _: self.load(self.path.value)))
         # One watcher for all: a plan and a head that change together are drawn once.
         watched = ["layer", "kv_head", "task", "length", "plan", "n_tokens", "dark"]
-        state.watch_in("Heads", watched, self.errors.guard(self.draw))
+        changed = state.watch_in("Heads", watched, self.errors.guard(self.draw))
         self.box = w.VBox(
             [
-                row(self.what, self.beyond, self.view),
+                row(self.what, self.beyond, self.pool, self.view),
                 row(self.against, self.stability),
                 row(self.path, load),
                 self.errors.box,
@@ -59,23 +64,24 @@ class HeadsPanel:
                 w.HBox([self.blocks.box, self.curve.box], layout=w.Layout(flex_flow="row wrap")),
             ]
         )
-        self.draw()
+        changed()
 
     def draw(self) -> None:
         """Draw what changed: the map only where it is another."""
         heads, state = self.heads, self.state
         self.what.value = heads.key
         head = heads.follow()
-        mapped = (heads.key, heads.beyond, heads.against, self.view.value, state.layer, head, state.dark)
+        mapped = (heads.key, heads.beyond, heads.pool, heads.against, self.view.value, state.layer, heads.row(), state.dark)
         if mapped != self._mapped:
-            self._draw_map(head)
+            self._draw_map()
             self._mapped = mapped
         task, length = heads.key
-        where = f"Layer {state.layer}, query head {head}"
+        where = f"Layer {state.layer}, head {head}"
         blocks = head_blocks(heads.profile, task, length, state.layer, head, state.plan)
         # The whole title, which names task and length as the one beside it does, is wider than the figure.
         self.blocks.draw(blocks.update_layout(title_text=f"{where}; outlined: seen" if state.plan else where), state.dark)
-        self.curve.draw(influence_by_distance(heads.profile, task, length, state.layer, head, state.plan), state.dark)
+        curve = influence_by_distance(heads.profile, task, length, state.layer, head, state.plan)
+        self.curve.draw(curve.update_layout(title_text="Influence by distance"), state.dark)
         self.facts.value = facts(heads.facts())
 
     def load(self, path: str) -> None:
@@ -87,10 +93,16 @@ class HeadsPanel:
         self.against.value = against
         self.draw()
 
-    def _draw_map(self, head: int) -> None:
+    def _draw_map(self) -> None:
         heads = self.heads
-        fig = difference_map(heads) if self.view.value == DIFFERENCE else influence_map(heads.profile, *heads.key, heads.beyond)
-        fig.add_scatter(**ring(self.state.layer, head))
+        if self.view.value == DIFFERENCE:
+            name, key = heads.against
+            fig = difference_map(
+                heads.profile, heads.key, heads.profiles[name], key, heads.beyond, heads.pool, described(heads.against)
+            )  # fmt: skip
+        else:
+            fig = influence_map(heads.profile, *heads.key, heads.beyond, heads.pool)
+        fig.add_scatter(**ring(self.state.layer, heads.row()))
         self.map.draw(fig.update_layout(showlegend=False), self.state.dark)
         found = heads.stability()
         told = "not defined: no influence that far back" if math.isnan(found) else f"{found:+.2f}"
@@ -103,12 +115,16 @@ class HeadsPanel:
         self.heads.beyond = change["new"]
         self.draw()
 
+    def _new_pool(self, change: dict[str, Any]) -> None:
+        self.heads.pool = None if change["new"] == EACH else change["new"]
+        self.draw()
+
     def _new_against(self, change: dict[str, Any]) -> None:
         self.heads.compare(change["new"])
         self.draw()
 
     def _clicked(self, place: Any) -> None:
-        head, layer = (int(index) for index in place)
-        if not self.heads.choose(layer, head):
+        row, layer = (int(index) for index in place)
+        if not self.heads.choose_row(layer, row):
             # Another query head of the same KV head: nothing changed for the others.
             self.draw()

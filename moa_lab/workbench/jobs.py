@@ -28,6 +28,10 @@ class Handle:
     def progress(self, done: int, total: int) -> None:
         """Tell that `done` of `total` steps are done. Raises Cancelled where the job is to stop."""
         self.check()
+        self.tell(done, total)
+
+    def tell(self, done: int, total: int) -> None:
+        """As `progress`, for work that looks at `cancel` itself and ends early with what it has."""
         self._tell(done, total)
 
     def check(self) -> None:

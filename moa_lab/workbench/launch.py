@@ -33,7 +33,9 @@ def command(port: int | None = None, browser: bool = True, notebooks: Path | Non
         raise ValueError(f"the notebooks are not in {folder}: they come with a checkout of the project, not with the package")
     line = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={folder.parent}"]
     line.append(f"--LabApp.default_url=/lab/tree/{folder.name}/{FIRST}")
-    return [*line, *([] if port is None else [f"--ServerApp.port={port}"]), *([] if browser else ["--no-browser"])]
+    # In a container, people are root; JupyterLab would refuse and say how to allow it to those who call it themselves.
+    root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
+    return [*line, *([] if port is None else [f"--ServerApp.port={port}"]), *([] if browser else ["--no-browser"]), *root]
 
 
 def environment(run: Path | None = None, settings: Path | None = None) -> dict[str, str]:

@@ -12,15 +12,17 @@ import ipywidgets as w
 from moa_lab.evaluate.parity import Parity
 from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.figures.theme import byte_size
-from moa_lab.plan import Plan, dense_plan, uniform_plan
+from moa_lab.plan import Plan
 from moa_lab.records import ALLOCATED, Measurements
 from moa_lab.runtime.generate import Generation
 from moa_lab.workbench.jobs import Handle
-from moa_lab.workbench.measuring import KINDS, Measuring
+from moa_lab.workbench.measuring import KINDS, Entry, Measuring, Plans, history_table, recorded
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, Work, number, row, whole
+from moa_lab.workbench.widgets import Errors, Work, button, number, row, whole
 
-PROMPT = "Write two sentences about rivers."
+PROMPT = "Say in one sentence what this is about."
+TEXT_TOKENS = 512
+"""Before the prompt: a plan that is asked less than its shortest span leaves nothing out."""
 
 
 class MeasurePanel:
@@ -31,63 +33,89 @@ class MeasurePanel:
         self._make = measuring
         self._measuring: Measuring | None = None
         self._before = state.measurements or Measurements(())
-        longest = state.table.geometry.max_length if state.table else state.plan.geometry.max_length if state.plan else 131072
-        self.plans = w.SelectMultiple(description="plans", rows=4, layout=w.Layout(width="320px"))
+        self._past: list[Entry] = recorded(self._before)
+        self.known = Plans(state)
+        longest = self.known.geometry.max_length if self.known.geometry else 131072
+        self.plans = w.SelectMultiple(description="plans", rows=5, layout=w.Layout(width="380px"))
         self.plans.add_class("moa-plans")
-        self.kinds = [w.Checkbox(kind != "perplexity", description=kind, indent=False, layout=w.Layout(width="auto")) for kind in KINDS]
+        self.kinds = [
+            w.Checkbox(kind in ("retrieval", "memory"), description=kind, indent=False, layout=w.Layout(width="auto")) for kind in KINDS
+        ]
         self.length = whole("tokens", min(length, longest), 1, longest, "measure-length")
         self.n = whole("texts", n, 1, 1024, "measure-n", "130px")
         self.seed = whole("seed", 0, 0, 2**31 - 1, "measure-seed", "130px")
         self.work = Work("Measure", "measure", self.errors, self._measurer, lambda _: self.show())
-        self.prompt = w.Textarea(value=PROMPT, description="prompt", layout=w.Layout(width="520px", height="60px"))
+        self.prompt = w.Textarea(value=PROMPT, description="prompt", layout=w.Layout(width="400px", height="60px"))
+        self.text = whole("after a text of (tokens)", min(TEXT_TOKENS, longest // 2), 0, longest, "text-tokens", "230px")
         self.new = whole("new tokens", 48, 1, 4096, "new-tokens", "170px")
         self.generate = Work("Generate", "generate", self.errors, self._generator, self._said)
         self.parity = Work("Parity", "parity", self.errors, self._comparer, self._compared)
         self.where, self.said, self.checked, self.history = w.HTML(), w.HTML(), w.HTML(), w.HTML()
         self.history.add_class("moa-history-box")
         self.file = w.Text("history.json", description="file", layout=w.Layout(width="240px"))
+        self.path = w.Text(placeholder="a config card, or a run's folder", layout=w.Layout(width="260px"))
+        self.path.add_class("moa-plan-path")
+        load = button("Load plan", "load-plan")
+        load.on_click(self.errors.guard(lambda _: self._load()))
+        self.saved = w.HTML()
         save = w.Button(description="Save history", layout=w.Layout(width="auto"))
         save.on_click(self.errors.guard(lambda _: self._save()))
         self.uniform = number("uniform at", 0.5, 0.01, 1.0, 0.01, "uniform", "170px")
         self.uniform.observe(self.errors.guard(lambda _: self.offer()), "value")
-        state.watch_in("Apply & measure", ["plan", "other"], self.offer)
+        state.watch_in("Apply & measure", ["plan", "other", "plans"], self.offer)
+        self.works = (self.work, self.generate, self.parity)
         self.box = w.VBox(
             [
                 self.where,
-                row(self.plans, self.uniform, *self.kinds),
+                row(self.plans, w.VBox([row(self.uniform), row(self.path, load)])),
+                row(*self.kinds),
                 row(self.length, self.n, self.seed, self.work.box),
                 self.errors.box,
-                row(self.prompt, self.new, self.generate.box),
+                row(self.prompt, self.text, self.new),
+                row(self.generate.box),
                 self.said,
                 row(self.parity.box),
                 self.checked,
                 self.history,
-                row(self.file, save),
+                row(self.file, save, self.saved),
             ]
         )
         self.offer()
+        self.show()
 
     def offer(self) -> None:
         """What can be measured: dense, uniform, the state's plans."""
-        known = [plan for plan in (self.state.plan, self.state.other) if plan is not None]
-        geometry = self.state.table.geometry if self.state.table else known[0].geometry if known else None
-        if geometry is None:
-            return
         before = {plan.name for plan in self.plans.value}
-        offered = [*known, dense_plan(geometry), uniform_plan(geometry, self.uniform.value)]
+        offered = self.known.offered(self.uniform.value)
         self.plans.options = [(f"{plan.name} ({plan.density(self.length.value):.0%} at {self.length.value:,})", plan) for plan in offered]
         chosen = [plan for plan in offered if plan.name in before]
         self.plans.value = tuple(chosen or offered[:1])
 
     def show(self) -> None:
-        """Show the history, and add it to what the state knows was measured."""
-        if self._measuring is None:
+        """Show what was measured here and before, and add it to what the state knows was measured."""
+        measured = self._measuring.history if self._measuring is not None else []
+        if measured:
+            self.state.set(measurements=self._before.plus(entry.row for entry in measured))
+        table = history_table([*self._past, *measured])
+        if not len(table):
             return
-        self.state.set(measurements=self._before.plus(entry.row for entry in self._measuring.history))
-        table = self._measuring.table()
         values = {name: [_shown(*pair) for pair in zip(table["metric"], table[name], strict=True)] for name in ("value", "low", "high")}
-        told = table.assign(density=table["density"].map("{:.1%}".format), **values).drop(columns=["model"])
+        told = table.assign(density=table["density"].map("{:.1%}".format), when=table["when"].str[:16].str.replace("T", " "), **values)
+        told = told.rename(columns={"low": "95% from", "high": "to"})
+        told["on"] = table["model"] + ", " + table["device"]
+        told = told.drop(columns=["device", "model"])
         self.history.value = f'<div class="moa-history">{told.to_html(index=False, border=0)}</div>'
+
+    def another_model(self) -> None:
+        """Load the model again, which may be another, when something is measured next; what was measured stays.
+
+        Raises ValueError while something runs.
+        """
+        self._check_idle()
+        if self._measuring is not None:
+            self._past += self._measuring.history
+            self._before = self._before.plus(entry.row for entry in self._measuring.history)
+            self._measuring, self.where.value = None, ""
 
     def _model(self) -> Measuring:
         if self._measuring is None:
@@ -99,7 +127,7 @@ class MeasurePanel:
         return self._measuring
 
     def _measurer(self) -> Callable[[Handle], Any]:
-        plans, kinds = self._plans(), [kind for kind, box in zip(KINDS, self.kinds, strict=True) if box.value]
+        plans, kinds = self._free_plans(), [kind for kind, box in zip(KINDS, self.kinds, strict=True) if box.value]
         if not kinds:
             raise ValueError(f"choose what to measure: {', '.join(KINDS)}")
         length, n, seed = self.length.value, self.n.value, self.seed.value
@@ -114,8 +142,8 @@ class MeasurePanel:
         return work
 
     def _generator(self) -> Callable[[Handle], Any]:
-        plans, prompt, new = self._plans(), self.prompt.value, self.new.value
-        return lambda handle: self._model().generate(prompt, plans, new, handle)
+        plans, prompt, new, text = self._free_plans(), self.prompt.value, self.new.value, self.text.value
+        return lambda handle: self._model().generate(prompt, plans, new, handle, text)
 
     def _said(self, said: dict[str, Generation]) -> None:
         cells = "".join(
@@ -128,13 +156,21 @@ class MeasurePanel:
         self.show()
 
     def _comparer(self) -> Callable[[Handle], Any]:
-        plan = self._plans()[0]
+        plan = self._free_plans()[0]
+        self.checked.value = f"{html.escape(plan.name)}, the first plan chosen, against masks written out in full:"
         return lambda handle: self._model().parity(plan, handle)
 
     def _compared(self, found: Parity) -> None:
-        self.checked.value = f"<pre>{html.escape(parity_table(found))}</pre>"
+        self.checked.value += f"<pre>{html.escape(parity_table(found))}</pre>"
 
-    def _plans(self) -> list[Plan]:
+    def _check_idle(self) -> None:
+        """A model is under one plan at a time."""
+        busy = next((work.start.description for work in self.works if work.is_running), "")
+        if busy:
+            raise ValueError(f"the model is busy ({busy}): cancel that first, or wait for its end")
+
+    def _free_plans(self) -> list[Plan]:
+        self._check_idle()
         if not self.plans.value:
             raise ValueError("choose at least one plan")
         return list(self.plans.value)
@@ -142,9 +178,17 @@ class MeasurePanel:
     def _save(self) -> None:
         if self._measuring is None or not self._measuring.history:
             raise ValueError("nothing was measured yet")
+        if not self.file.value.strip():
+            raise ValueError("name a file for the history")
         if Path(self.file.value).exists():
             raise FileExistsError(f"{self.file.value} exists: choose another name")
-        self._measuring.save(self.file.value)
+        path = self._measuring.save(self.file.value)
+        self.saved.value = f"{len(self._measuring.history)} rows in {html.escape(str(path))}"
+
+    def _load(self) -> None:
+        plan = self.known.load(self.path.value)
+        self.offer()
+        self.plans.value = tuple(each for _, each in self.plans.options if each.identity() == plan.identity())
 
 
 def _shown(metric: str, value: float) -> str:

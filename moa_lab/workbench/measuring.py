@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,19 +11,25 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab.calibration.documents import TextStream, embedded_documents
 from moa_lab.evaluate import perplexity, retrieval
 from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.parity import Parity, parity
+from moa_lab.geometry import ModelGeometry
 from moa_lab.models import model_name, weights_fingerprint
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, dense_plan, uniform_plan
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
 from moa_lab.runtime.generate import Generation, generate
 from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.state import State
 
-KINDS = ("retrieval", "perplexity", "memory")
+KINDS = ("retrieval", "perplexity", "throughput", "memory")
 THROUGHPUT = "decode_tokens_per_s"
+NEW_TOKENS = 32
+"""That a measurement of the throughput decodes for every text, at most half of its length."""
+COLUMNS = ("plan", "density", "metric", "task", "length", "value", "low", "high", "n", "when", "device", "model")
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,63 @@ class Entry:
     when: str
     device: str
     model: str
+
+
+def recorded(measurements: Measurements) -> list[Entry]:
+    """The rows of a record, with what its provenance says of when and where."""
+    origin = measurements.provenance
+    return [Entry(row, origin.created, origin.device or "", origin.model or "") for row in measurements]
+
+
+def history_table(entries: Sequence[Entry]) -> pd.DataFrame:
+    """Entries, the last first: plan, density, what was measured, value, interval, n, when, where."""
+    rows = [[*(getattr(entry.row, name) for name in COLUMNS[:9]), entry.when, entry.device, entry.model] for entry in entries[::-1]]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+class Plans:
+    """What can be measured: the state's plan and the one it is compared with, those of its run or loaded, dense, uniform.
+
+    Each name once: a plan that has the name of another gets the start of its identity added.
+    """
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    @property
+    def geometry(self) -> ModelGeometry | None:
+        """Of the model that the state is about; None where nothing says."""
+        state = self.state
+        records = (state.table, state.profile, state.plan, *state.plans, *(point.plan for point in state.front or ()))
+        return next((record.geometry for record in records if record is not None), None)
+
+    def offered(self, uniform: float) -> list[Plan]:
+        """All of them, the uniform one at density `uniform`; nothing where no model is known."""
+        geometry, state = self.geometry, self.state
+        if geometry is None:
+            return []
+        known = [plan for plan in (state.plan, state.other, *state.plans) if plan is not None]
+        found: dict[str, Plan] = {}
+        for plan in (*known, dense_plan(geometry), uniform_plan(geometry, uniform)):
+            if plan.identity() not in {each.identity() for each in found.values()}:
+                name = _free(plan, found)
+                found[name] = plan if name == plan.name else plan.renamed(name)
+        return list(found.values())
+
+    def load(self, path: str | Path) -> Plan:
+        """Read a config card, or that of a run's folder, and offer it.
+
+        Raises FileNotFoundError where there is none, RecordError for what is no card, ValueError for a plan of another model.
+        """
+        given = Path(path).expanduser()
+        file = given / "plan.json" if given.is_dir() else given
+        if not str(path).strip() or not file.is_file():
+            raise FileNotFoundError(f"there is no plan at {str(path)!r}: name a config card, or the folder of a run")
+        plan = Plan.load(file)
+        if self.geometry is not None:
+            plan.check_model(self.geometry)
+        self.state.set(plans=(*self.state.plans, plan))
+        return plan
 
 
 class Measuring:
@@ -65,16 +128,21 @@ class Measuring:
             handle.progress((index + 1) * n, len(jobs) * n)
         return self.history[before:]
 
-    def generate(self, prompt: str, plans: Sequence[Plan], max_new_tokens: int, handle: Handle) -> dict[str, Generation]:
-        """What the model says to `prompt` under each plan, by name; its tokens a second and bytes enter the history."""
+    def generate(
+        self, prompt: str, plans: Sequence[Plan], max_new_tokens: int, handle: Handle, text_tokens: int = 0
+    ) -> dict[str, Generation]:
+        """What the model says to `prompt` under each plan, by name; its tokens a second and bytes enter the history.
+
+        text_tokens: of an embedded document before the prompt; where prompt and answer are no longer than a plan's shortest span, it
+        leaves nothing out. Raises ValueError for what `moa_lab.generate` refuses; Cancelled between plans.
+        """
         said: dict[str, Generation] = {}
+        asked = f"{self._texts(text_tokens, 1, 0)[0]}\n\n{prompt}" if text_tokens else prompt
         for done, plan in enumerate(plans):
             handle.progress(done, len(plans))
-            found = generate(self.model, self.tokenizer, prompt, plan=plan, max_new_tokens=max_new_tokens, chat=self._chats)
+            found = generate(self.model, self.tokenizer, asked, plan=plan, max_new_tokens=max_new_tokens, chat=self._chats)
             said[plan.name] = found
-            length, rate = found.prompt_tokens[0] + len(found.tokens[0]), found.decode_tokens_per_s
-            detail = {"kv_bytes_predicted": found.kv_bytes_predicted, "kv_bytes_allocated": found.kv_bytes_allocated}
-            self._keep(plan, [Measurement(plan.name, THROUGHPUT, "prompt", length, rate, 1, rate, rate, plan.density(length), detail)])
+            self._keep(plan, [_rate(plan, found, "prompt")])
         handle.progress(len(plans), len(plans))
         return said
 
@@ -83,10 +151,8 @@ class Measuring:
         return parity(self.model, self.tokenizer, plan, n_tokens=n_tokens, progress=handle.progress)
 
     def table(self) -> pd.DataFrame:
-        """The history, newest first: plan, density, what was measured, value, interval, n, when, where."""
-        fields = ("plan", "density", "metric", "task", "length", "value", "low", "high", "n")
-        rows = [[*(getattr(entry.row, name) for name in fields), entry.when, entry.device, entry.model] for entry in self.history[::-1]]
-        return pd.DataFrame(rows, columns=[*fields, "when", "device", "model"])
+        """`history_table` of what was measured here."""
+        return history_table(self.history)
 
     def save(self, path: str | Path) -> Path:
         """Write the history as one record of measurements; `settings["when"]` has the time of every row."""
@@ -101,10 +167,33 @@ class Measuring:
     def _rows(self, plan: Plan, kind: str, length: int, n: int, seed: int, told: Any) -> list[Measurement]:
         if kind == "memory":
             return [memory_row(plan, length, self.model.device)]
+        if kind == "throughput":
+            new = max(min(NEW_TOKENS, length // 2), 1)
+            texts = self._texts(max(length - new, 1), n, seed)
+            # No end of sequence: every side decodes as many tokens.
+            return [_rate(plan, generate(self.model, self.tokenizer, texts, plan=plan, max_new_tokens=new, stop_tokens=()), "texts")]
         measured = retrieval if kind == "retrieval" else perplexity
         return list(measured(self.model, self.tokenizer, plan, lengths=[length], n=n, seed=seed, progress=told))
+
+    def _texts(self, tokens: int, n: int, seed: int) -> list[str]:
+        """Excerpts of the embedded test documents, of `tokens` tokens each."""
+        stream = TextStream(embedded_documents("test"), self.tokenizer, seed)
+        return [str(self.tokenizer.decode(stream.take(tokens))) for _ in range(n)]
 
     def _keep(self, plan: Plan, rows: Sequence[Measurement]) -> None:
         when = datetime.now(UTC).isoformat(timespec="seconds")
         known = [replace(row, detail={**row.detail, PLAN: plan.identity()}) for row in rows]
         self.history += [Entry(row, when, str(self.model.device), model_name(self.model)) for row in known]
+
+
+def _rate(plan: Plan, found: Generation, task: str) -> Measurement:
+    """Tokens a second of all rows together, at the length of the longest with its answer; n: rows."""
+    length = max(prompt + len(answer) for prompt, answer in zip(found.prompt_tokens, found.tokens, strict=True))
+    rate, rows = found.decode_tokens_per_s, len(found.texts)
+    detail = {"kv_bytes_predicted": found.kv_bytes_predicted, "kv_bytes_allocated": found.kv_bytes_allocated, "prefill_s": found.prefill_s}
+    return Measurement(plan.name, THROUGHPUT, task, length, rate, rows, rate, rate, plan.density(length), detail)
+
+
+def _free(plan: Plan, taken: Mapping[str, Plan]) -> str:
+    """The plan's name, or one that is not taken."""
+    return plan.name if plan.name not in taken else f"{plan.name} {plan.identity()[:6]}"

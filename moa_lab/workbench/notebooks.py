@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import multiprocessing
 import os
 import re
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import plotly.graph_objects as go
+import plotly.io as pio
 from nbclient import NotebookClient
 
 from moa_lab.figures import CONFIG
 
 TIMEOUT_S = 600
 WIDGET = "application/vnd.jupyter.widget-view+json"
-RENDERER = "plotly_mimetype+png"
+PLOTLY = "application/vnd.plotly.v1+json"
+WIDTH = 860
 
 
 def show(fig: go.Figure) -> None:
     """Show a figure in a notebook: interactive in JupyterLab, a still picture where there is no JavaScript."""
-    fig.show(renderer=RENDERER, config={**CONFIG}, width=940)
+    # Found by IPython; only in a notebook is there one.
+    from IPython.display import display
+
+    display(mime_bundle(fig), raw=True)
+
+
+def mime_bundle(fig: go.Figure) -> dict[str, Any]:
+    """A figure in both forms, by MIME type. Raises what kaleido raises where it finds no browser."""
+    picture = _painter().submit(picture_of, fig.to_json()).result()
+    return {PLOTLY: {**json.loads(fig.to_json()), "config": {**CONFIG}}, "image/png": base64.b64encode(picture).decode("ascii")}
+
+
+def picture_of(figure: str) -> bytes:
+    """The PNG of a figure that is given as JSON."""
+    picture: bytes = pio.from_json(figure).to_image("png", width=WIDTH)
+    return picture
+
+
+@cache
+def _painter() -> ProcessPoolExecutor:
+    """A process for pictures: when their browser ends, files are closed by numbers that a kernel's sockets may have by then."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def execute(path: Path) -> nbformat.NotebookNode:

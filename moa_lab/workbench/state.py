@@ -17,7 +17,8 @@ class State:
     """Records, and what is looked at: a plan, another to compare it with, a KV head, a task, lengths in tokens.
 
     n_tokens: the length that spans and bytes are shown at; length: a profiled one. measurements: the run's and what was measured here;
-    a row's `detail["plan"]` is the plan's identity. plan: what the budget or the front chose last. dark:
+    a row's `detail["plan"]` is the plan's identity. plan: what the budget or the front chose last. plans: others by name, of the run or
+    loaded. dark:
     the colours of figures. tab: the panel in front, "" for all. Raises ValueError where a field is set that there is not, or a head
     that the model has not.
     """
@@ -28,6 +29,7 @@ class State:
     measurements: Measurements | None = None
     plan: Plan | None = None
     other: Plan | None = None
+    plans: tuple[Plan, ...] = ()
     layer: int = 0
     kv_head: int = 0
     task: str = ""
@@ -42,7 +44,8 @@ class State:
         if keys:
             self.task = self.task or keys[0][0]
             self.length = self.length or max(length for task, length in keys if task == self.task)
-        lengths = self.table.lengths if self.table else ()
+        points = self.front.points if self.front else ()
+        lengths = self.table.lengths if self.table else [int(n) for point in points for n in point.density]
         self.n_tokens = self.n_tokens or self.length or max(lengths, default=0)
 
     def set(self, **changes: Any) -> None:
@@ -65,8 +68,11 @@ class State:
         self._watchers.append(entry)
         return lambda: self._watchers.remove(entry)
 
-    def watch_in(self, tab: str, names: Iterable[str], watcher: Watcher) -> None:
-        """As `watch`, for a panel: while another is in front, nothing is called; when it comes to the front again, once."""
+    def watch_in(self, tab: str, names: Iterable[str], watcher: Watcher) -> Watcher:
+        """As `watch`, for a panel: while another is in front, nothing is called; when it comes to the front again, once.
+
+        Returns what does as if one of `names` had changed.
+        """
         missed: list[bool] = []
 
         def changed() -> None:
@@ -82,6 +88,7 @@ class State:
 
         self.watch(names, changed)
         self.watch(["tab"], turned)
+        return changed
 
     def _check_head(self, changes: dict[str, Any]) -> None:
         geometry = next((record.geometry for record in (self.profile, self.table, self.plan) if record is not None), None)

@@ -12,23 +12,27 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 
-from moa_lab.figures import CONFIG, template
+from moa_lab.figures import template
 from moa_lab.figures.theme import OUTLINE
 from moa_lab.text import one_line
 from moa_lab.workbench.jobs import Handle, Job
+from moa_lab.workbench.page import Figure
 
 P = ParamSpec("P")
+
+WIDE, HALF = 860, 520
+"""Pixels of a figure that is as wide as a panel on a laptop (1366 pixels, the file browser open), and of one with facts beside it."""
 
 STYLE = """<style>
 .moa-bench { max-width: 1180px; }
 .moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }
 .moa-facts table, .moa-history table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .moa-facts, .moa-history { line-height: 1.5; }
-.moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 12px 2px 0; text-align: left; font-size: 13px; }
-.moa-history { max-height: 320px; overflow: auto; }
+.moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 10px 2px 0; text-align: left; font-size: 13px; }
+.moa-history { max-width: 860px; max-height: 320px; overflow: auto; }
 .moa-parallel .axis .domain, .moa-parallel .axis line { stroke: #7a808a !important; stroke-opacity: 0.8 !important; }
-.moa-kept { max-width: 1000px; }
-.moa-kept td, .moa-kept th { white-space: nowrap; }
+.moa-history td, .moa-history th { white-space: nowrap; text-align: left !important; }
+.moa-bench pre { white-space: pre; overflow-x: auto; max-width: 860px; line-height: 1.3; }
 .moa-said { white-space: pre-wrap; max-height: 240px; overflow: auto; }
 </style>"""
 
@@ -63,6 +67,8 @@ class Errors:
 class Canvas:
     """A figure `width` pixels wide that is redrawn in place: in a tab that is hidden, plotly cannot measure its room.
 
+    Nothing reaches the page before the first `draw`.
+
     on_click: called with the clicked point's (row, column) of a heat-map, or its customdata. on_brush: called with the ranges kept on
     every brushed axis of parallel coordinates, by the axis's name, whenever they or the order of the axes change.
     """
@@ -70,12 +76,19 @@ class Canvas:
     def __init__(
         self, name: str, width: int, on_click: Callable[[Any], None] | None = None, on_brush: Callable[[dict[str, Any]], None] | None = None
     ) -> None:
-        self.widget, self._width = go.FigureWidget(), width
-        self.widget._config = {**self.widget._config, **CONFIG}
-        self.box = w.Box([self.widget], layout=w.Layout(width=f"{width}px", overflow="hidden"))
+        self._width = width
+        self._widget: go.FigureWidget | None = None
+        self.box = w.Box([], layout=w.Layout(width=f"{width}px", overflow="hidden"))
         self.box.add_class(f"moa-{name}")
         self._on_click, self._on_brush = on_click, on_brush
         self._drawn: tuple[bool, str] | None = None
+
+    @property
+    def widget(self) -> go.FigureWidget:
+        """The figure on the page. Raises ValueError before the first `draw`."""
+        if self._widget is None:
+            raise ValueError("nothing was drawn here yet")
+        return self._widget
 
     def draw(self, fig: go.Figure, dark: bool = False) -> None:
         """Show `fig`: traces of the same kinds are updated where they are, which keeps zoom and clicks; only what changed is sent."""
@@ -85,6 +98,13 @@ class Canvas:
             if trace["type"] == "heatmap":
                 # A grid is sent as JSON, which knows no NaN.
                 trace.update({name: _with_none(trace[name]) for name in ("z", "customdata") if name in trace})
+        drawn = (dark, to_json_plotly({name: value for name, value in layout.items() if name != "template"}))
+        if self._widget is None:
+            self._widget = Figure(go.Figure(traces, layout))
+            self.box.children = (self._widget,)
+            self._listen()
+            self._drawn = drawn
+            return
         with self.widget.batch_update():
             if [(trace["type"], trace.get("name")) for trace in traces] == [(trace.type, trace.name) for trace in self.widget.data]:
                 for old, new in zip(self.widget.data, traces, strict=True):
@@ -93,7 +113,6 @@ class Canvas:
                 self.widget.data = []
                 self.widget.add_traces(traces)
                 self._listen()
-        drawn = (dark, to_json_plotly({name: value for name, value in layout.items() if name != "template"}))
         # A layout is as much work for the page as the traces.
         if drawn != self._drawn:
             self._lay_out(layout)
@@ -165,23 +184,35 @@ class Work:
         self.job: Job[Any] | None = None
         self.start = w.Button(description=label, button_style="primary", layout=w.Layout(width="auto"))
         self.cancel = w.Button(description="Cancel", disabled=True, layout=w.Layout(width="auto"))
-        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="160px", visibility="hidden"))
+        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="160px", display="none"))
         self.label = w.HTML()
         self.label.add_class(f"moa-{name}-status")
         self.start.on_click(errors.guard(self._started))
-        self.cancel.on_click(lambda _: self.job and self.job.cancel())
+        self.cancel.on_click(lambda _: self.stop())
         self.box = w.HBox([self.start, self.cancel, self.bar, self.label], layout=w.Layout(align_items="center", flex_flow="row wrap"))
         self.box.add_class(f"moa-{name}")
 
+    @property
+    def is_running(self) -> bool:
+        """From the press of the button to the end."""
+        return self.job is not None and self.job.is_running
+
+    def stop(self) -> None:
+        """Ask the job, if there is one, to stop."""
+        if self.job is not None:
+            self.job.cancel()
+            if self.job.is_running:
+                self.label.value = "stopping at the next step"
+
     def _started(self, _: object) -> None:
-        if self.job is not None and self.job.is_running:
+        if self.is_running:
             raise ValueError("it is running already: cancel it first, or wait for its end")
         self.job = Job(self._begin(), self._told)
         self.job.start()
 
     def _told(self, job: Job[Any]) -> None:
         self.start.disabled, self.cancel.disabled = job.is_running, not job.is_running
-        self.bar.layout.visibility = "visible" if job.is_running else "hidden"
+        self.bar.layout.display = "" if job.is_running else "none"
         self.bar.max, self.bar.value = max(job.total, 1), job.done
         left = f", about {job.left_s:.0f} s left" if job.left_s is not None else ""
         steps = f" {job.done} of {job.total}{left}" if job.is_running and job.total else ""

@@ -33,6 +33,38 @@ def test_influence_map_separates_the_groups_of_query_heads(profile: InfluencePro
     assert [shape.y0 for shape in figures.influence_map(profile, "questions", 512).layout.shapes] == [2.5]
 
 
+@pytest.mark.parametrize("pool", ["max", "mean", "sum"])
+def test_pooled_query_heads_make_one_row_per_kv_head(profile: InfluenceProfile, pool: str) -> None:
+    far = figures.long_range_influence(profile, "questions", 1024)
+    heat = figures.influence_map(profile, "questions", 1024, pool=pool).data[0]
+    assert np.allclose(np.array(heat.z)[1], getattr(np, pool)(far[:, 3:], axis=1))
+    kv_head, share, _ = heat.customdata[1, 2]
+    assert kv_head == 1
+    assert share == pytest.approx(100 * far[2, 3:].sum() / profile.distance("questions", 1024)[2, 3:].sum())
+    with pytest.raises(ValueError, match="'median'"):
+        figures.influence_map(profile, "questions", 1024, pool="median")
+
+
+def test_the_difference_of_two_lengths_is_symmetric_around_nothing(profile: InfluenceProfile) -> None:
+    here, there = ("questions", 1024), ("questions", 512)
+    fig = figures.difference_map(profile, here, profile, there, against="the shorter & one")
+    heat = fig.data[0]
+    expected = figures.long_range_influence(profile, *here) - figures.long_range_influence(profile, *there)
+    assert np.allclose(heat.z, expected.T)
+    assert heat.zmax == -heat.zmin == pytest.approx(np.abs(expected).max())
+    assert heat.colorscale[0][1] != heat.colorscale[-1][1]
+    assert list(heat.customdata[4, 2]) == [1, *(figures.long_range_influence(profile, *key)[2, 4] for key in (here, there))]
+    assert fig.layout.title.text == "questions, 1,024 tokens, less the shorter &amp; one"
+    assert not np.any(figures.difference_map(profile, here, profile, here).data[0].z)
+    assert np.shape(figures.difference_map(profile, here, profile, there, pool="sum").data[0].z) == (2, 4)
+
+
+def test_profiles_of_two_models_have_no_difference(profile: InfluenceProfile) -> None:
+    other = make_profile(ModelGeometry(4, 6, 3, 8, 2048), lengths=(512,), samples=1)
+    with pytest.raises(ValueError, match="different geometry"):
+        figures.difference_map(profile, ("questions", 512), other, ("questions", 512))
+
+
 def test_curve_shows_the_mean_over_samples_with_its_band(profile: InfluenceProfile) -> None:
     band, curve = figures.influence_by_distance(profile, "questions", 1024, 1, 3).data
     assert np.allclose(curve.y, profile.distance("questions", 1024)[1, 3])

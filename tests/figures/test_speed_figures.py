@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moa_lab.bench import BenchRecord
-from moa_lab.figures import hypervolume_curve, kernel_roofline, throughput_by_kv_bytes
+from moa_lab.figures import archive_scatter, hypervolume_curve, kernel_roofline, throughput_by_kv_bytes
 from moa_lab.figures.roofline import roofline_points
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "data" / "benchmarks"
@@ -88,3 +88,14 @@ def test_a_hypervolume_stays_until_the_next_generation_and_tells_its_seconds() -
 def test_a_search_without_generations_is_refused(volumes: dict[str, list[float]]) -> None:
     with pytest.raises(ValueError, match="volumes"):
         hypervolume_curve(volumes)
+
+
+def test_a_generations_plans_are_drawn_in_its_first_two_goals_and_what_does_not_fit_is_refused() -> None:
+    values = np.array([[0.1, 0.4, 0.9], [0.3, 0.2, 0.8]])
+    fig = archive_scatter(values, ("questions", "summaries", "density"), 12)
+    assert (list(fig.data[0].x), list(fig.data[0].y)) == ([0.1, 0.3], [0.4, 0.2])
+    assert fig.layout.title.text == "Generation 12: 2 plans"
+    assert "summaries" in fig.layout.yaxis.title.text
+    for shape, goals in (((2, 3), ("one", "two")), ((2, 1), ("one",))):
+        with pytest.raises(ValueError, match="values must be"):
+            archive_scatter(np.zeros(shape), goals, 1)

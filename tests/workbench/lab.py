@@ -48,7 +48,7 @@ def jupyterlab(folder: Path) -> Iterator[str]:
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
     line = launch.command(port, browser=False, notebooks=folder / "notebooks")
-    line += ["--expose-app-in-browser", f"--IdentityProvider.token={token}", "--allow-root"]
+    line += ["--expose-app-in-browser", f"--IdentityProvider.token={token}"]
     log = (folder / "lab.log").open("w")
     env = {**launch.environment(settings=folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces")}
     lab = subprocess.Popen(line, env=env, stdout=log, stderr=subprocess.STDOUT)

@@ -14,6 +14,9 @@ from moa_lab.plan import Plan
 from tests.workbench.lab import CHROMIUM, PROJECT, Page, add_notebook, chromium, copy_project, jupyterlab, opened
 from tests.workbench.slider import LIMIT_MS, NOTEBOOK, run_of, slider_row
 
+BESIDE = 2
+"""Plans that are drawn beside a front: dense and uniform."""
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
@@ -70,6 +73,22 @@ def test_a_head_is_pinned_and_released(measured: Page) -> None:
     measured.until("moa-pins", "no head is pinned")
 
 
+def test_nothing_is_wider_than_the_panel_on_a_laptop(measured: Page) -> None:
+    measured.page.set_viewport_size({"width": 1366, "height": 900})
+    try:
+        for title in ("Heads", "Budget", "Front", "Apply & measure", "Export"):
+            measured.tab(title)
+            wide = measured.page.evaluate(
+                "() => { const box = document.querySelector('.moa-bench .widget-tab-contents');"
+                " return [box.scrollWidth, box.clientWidth]; }"
+            )
+            assert wide[0] <= wide[1], title
+            measured.picture(f"laptop_{title.partition(' ')[0].lower()}")
+    finally:
+        measured.page.set_viewport_size({"width": 1500, "height": 1800})
+        measured.tab("Budget")
+
+
 def test_an_error_is_told_in_words_and_goes_away(measured: Page) -> None:
     measured.fill("moa-density-number", 0.02)
     measured.until("moa-budget-error", "infeasible")
@@ -111,22 +130,22 @@ def test_two_points_of_the_front_are_compared(measured: Page) -> None:
 def test_a_stroke_along_an_axis_keeps_the_plans_that_pass_there_until_it_is_taken_away(measured: Page) -> None:
     measured.tab("Front")
     goal = "questions@1024/all_or_nothing"
-    assert opaque(measured) == 5
+    assert opaque(measured) == 5 + BESIDE
     stroke(measured, 1, 0.55, 0.98)
     kept = measured.until("moa-kept", rf"\d of 5 plans kept by {goal}")
     count = int(kept.split()[0])
     assert 0 < count < 5
     assert len(re.findall(r"\bdefault-1\b|\bpaper-1\b|\branked-128\b|\bworst-\w+-1\b", kept)) == count
-    assert opaque(measured) == count
+    assert opaque(measured) == count + BESIDE
     measured.picture("brushed")
     measured.page.mouse.click(*place(measured, 1, 0.2))
     measured.until("moa-kept", "drag along an axis")
-    assert opaque(measured) == 5
+    assert opaque(measured) == 5 + BESIDE
     stroke(measured, 1, 0.55, 0.98)
     measured.until("moa-kept", rf"{count} of 5 plans kept by {goal}")
     measured.press("Clear brushes")
     measured.until("moa-kept", "drag along an axis")
-    assert opaque(measured) == 5
+    assert opaque(measured) == 5 + BESIDE
     assert measured.page.locator(".moa-parallel .axis-brush").count() == 15
 
 
@@ -208,18 +227,37 @@ def test_the_slider_redraws_as_many_heads_as_a_7b_model_has(browser: Any, addres
     keeps_the_limit(row)
 
 
-def test_dark_figures_are_light_on_dark(measured: Page) -> None:
+def test_a_search_is_seen_while_it_runs_and_kept_when_it_is_stopped(measured: Page) -> None:
+    measured.tab("Front")
+    measured.page.locator(".moa-solver select").select_option("pymoo")
+    measured.fill("moa-effort", 500)
+    measured.press("Search")
+    measured.until("moa-archive", r"Generation \d+: \d+ plans")
+    measured.page.locator(".moa-search").get_by_role("button", name="Cancel").click()
+    measured.until("moa-search-status", "done")
+    measured.until("moa-hypervolume", r"^\d+ plans, hypervolume")
+    measured.picture("searched")
+
+
+def test_figures_follow_the_theme_and_the_button_turns_them_back(measured: Page) -> None:
     measured.tab("Budget")
-    measured.press("dark figures")
     measured.page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', {theme: 'JupyterLab Dark'})")
     measured.page.wait_for_timeout(1500)
-    color = measured.page.evaluate("() => getComputedStyle(document.querySelector('.moa-spans .gtitle')).fill")
-    assert min(map(int, re.findall(r"\d+", color)[:3])) > 150
+    assert min(title_ink(measured)) > 150
     measured.picture("dark")
-    for title, name in (("Heads", "dark_heads"), ("Front", "dark_front")):
+    for title, name in (("Heads", "dark_heads"), ("Front", "dark_front"), ("Apply & measure", "dark_measure")):
         measured.tab(title)
         measured.page.wait_for_timeout(1000)
         measured.picture(name)
+    measured.tab("Budget")
+    measured.press("dark figures")
+    measured.page.wait_for_timeout(1500)
+    assert max(title_ink(measured)) < 100
+
+
+def title_ink(page: Page) -> list[int]:
+    color = page.page.evaluate("() => getComputedStyle(document.querySelector('.moa-spans .gtitle')).fill")
+    return list(map(int, re.findall(r"\d+", color)[:3]))
 
 
 def loss(text: str) -> float:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moa_lab.records import LossTable
-from moa_lab.search import InfeasibleError
+from moa_lab.search import Goal, InfeasibleError
 from moa_lab.workbench.budget import Answer, Budget
 
 DEMO = Path(__file__).resolve().parents[2] / "data" / "runs" / "demo"
@@ -38,6 +38,8 @@ def test_an_answer_keeps_the_density_and_says_what_it_costs(density: float, budg
     assert answer.kv_bytes == answer.allocated_bytes == answer.plan.kv_bytes(budget.n_tokens)
     assert answer.kv_bytes == pytest.approx(answer.density * answer.dense_bytes, rel=1e-6)
     assert answer.losses["mean"] == pytest.approx(np.mean([value for name, value in answer.losses.items() if name != "mean"]))
+    assert set(answer.losses_at) == set(budget.table.lengths)
+    assert np.mean(list(answer.losses_at.values())) == pytest.approx(answer.losses["mean"]), "both lengths weigh the same"
     assert 0 <= answer.gap < 0.05
 
 
@@ -110,3 +112,16 @@ def test_bytes_and_density_are_two_names_of_one_slider(budget: Budget) -> None:
     assert budget.density_of_bytes(0.5 * answer.dense_bytes) == 0.5
     assert budget.density_of_bytes(0) == budget.least
     assert budget.density_of_bytes(1e15) == 1.0
+
+
+def test_a_loss_is_told_at_every_length_that_a_goal_looks_at(table: LossTable) -> None:
+    long = Goal("long", {"questions@2048/all_or_nothing": 1.0})
+    answer = Budget(table, goals=(long,)).answer(0.3)
+    assert answer.losses_at == {2048: pytest.approx(answer.losses["long"])}
+
+
+def test_a_mean_span_is_another_name_of_the_same_slider(budget: Budget) -> None:
+    answer = budget.answer(0.5)
+    assert budget.density_of_span(answer.plan.spans(budget.n_tokens).mean()) == pytest.approx(answer.density)
+    assert budget.density_of_span(0) == budget.least
+    assert budget.density_of_span(1e9) == 1.0

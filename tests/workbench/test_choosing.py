@@ -7,14 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from figure_records import make_front, make_profile
+from figure_records import make_front, make_plan, make_profile
 
 from moa_lab.bench.lifelike import lifelike_table
 from moa_lab.figures import parallel_goals
 from moa_lab.records import Front, LossTable
 from moa_lab.search import InfeasibleError, limit_lengths
-from moa_lab.workbench.choosing import EPSILON, PYMOO, SOLVERS, Choosing
-from moa_lab.workbench.jobs import Cancelled, Handle
+from moa_lab.storage import RecordError
+from moa_lab.workbench.choosing import EPSILON, PYMOO, SOLVERS, Choosing, Generation
+from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
 
 X, Y = "questions@2048/all_or_nothing", "summaries@2048/sum"
@@ -53,12 +54,81 @@ def test_a_search_finds_plans_that_keep_the_density_and_tells_how_far_it_is(solv
     assert volume > 0
 
 
-def test_an_evolution_tells_its_hypervolume_which_never_falls(table: LossTable) -> None:
-    told: list[tuple[int, int, float]] = []
-    Choosing(State(table=table)).search(PYMOO, 0.5, 4, handle(), lambda *heard: told.append(heard))
-    assert [generation for generation, _, _ in told] == [1, 2, 3, 4]
-    assert all(plans > 0 for _, plans, _ in told)
-    assert [volume for _, _, volume in told] == sorted(volume for _, _, volume in told)
+def test_an_evolution_tells_its_plans_and_their_hypervolume_which_never_falls(table: LossTable) -> None:
+    told: list[Generation] = []
+    choosing = Choosing(State(table=table))
+    front = choosing.search(PYMOO, 0.5, 4, handle(), told.append)
+    assert [each.number for each in told] == [1, 2, 3, 4]
+    assert all(each.values.shape == (len(each.values), len(front.objectives)) and len(each.values) for each in told)
+    assert told[0].goals == front.objectives
+    volumes = [each.volume for each in told]
+    assert volumes == sorted(volumes) == choosing.volumes["pymoo at 50.0%"]
+    assert choosing.keep(front) == pytest.approx(volumes[-1])
+    assert choosing.seconds["pymoo at 50.0%"] == sorted(choosing.seconds["pymoo at 50.0%"])
+    exact = choosing.search(EPSILON, 0.5, 2, handle())
+    assert choosing.levels == {"epsilon at 50.0%": pytest.approx(choosing.keep(exact))}
+
+
+def test_an_evolution_that_is_stopped_keeps_what_it_has(table: LossTable) -> None:
+    stop = threading.Event()
+    choosing = Choosing(State(table=table))
+    front = choosing.search(PYMOO, 0.5, 500, Handle(stop, lambda done, _: stop.set() if done == 3 else None))
+    assert len(choosing.volumes["pymoo at 50.0%"]) == 3
+    choosing.keep(front)
+    assert len(choosing.points) > 1
+
+
+def test_dense_and_the_largest_uniform_plan_stand_beside_a_front_and_can_be_picked(table: LossTable) -> None:
+    choosing = Choosing(State(table=table))
+    assert choosing.references() == ()
+    choosing.keep(choosing.search(PYMOO, 0.5, 2, handle()))
+    dense, uniform = choosing.references()
+    assert (dense.plan.name, uniform.plan.name) == ("dense", "uniform")
+    assert all(value == pytest.approx(0) for value in dense.predicted.values())
+    n = max(limit_lengths(table))
+    assert dense.plan.density(n) == 1
+    assert len({rule for row in uniform.plan.rules for rule in row}) == 1
+    assert uniform.plan.density(n) <= max(point.plan.density(n) for point in choosing.points) + 1e-9
+    assert set(choosing.state.front.objectives) <= set(uniform.predicted)
+    best = min(choosing.points, key=lambda point: sum(point.predicted[name] for name in choosing.state.front.objectives))
+    assert sum(uniform.predicted[name] for name in choosing.first_goals) > sum(best.predicted[name] for name in choosing.first_goals)
+    choosing.pick(best.plan.name)
+    choosing.pick("uniform")
+    assert (choosing.state.plan.name, choosing.state.other) == ("uniform", best.plan)
+    choosing.pick("uniform")
+    assert choosing.state.other is None, "a plan is not compared with itself"
+
+
+def test_without_a_table_nothing_is_known_of_other_plans(choosing: Choosing) -> None:
+    assert choosing.references() == ()
+
+
+def test_goals_of_whole_tasks_are_seen_first(choosing: Choosing) -> None:
+    assert choosing.first_goals == (X, Y)
+    choosing.state.set(front=Front.load(DEMO / "front.json"))
+    assert choosing.first_goals == ("questions", "summaries")
+
+
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_front_is_loaded_from_a_path(as_folder: bool, tmp_path: Path) -> None:
+    front, choosing = make_front(), Choosing(State(plan=make_plan()))
+    front.save(tmp_path / "front.json")
+    assert choosing.load(tmp_path if as_folder else tmp_path / "front.json") == front
+    assert choosing.points == front.points
+
+
+def test_what_is_no_front_of_this_model_is_refused_and_changes_nothing(table: LossTable, tmp_path: Path) -> None:
+    choosing = Choosing(State(table=table))
+    make_front().save(tmp_path / "foreign.json")
+    (tmp_path / "broken.json").write_text("[]")
+    for name, error, words in (
+        ("foreign.json", ValueError, "another geometry"),
+        ("broken.json", RecordError, "broken"),
+        ("", OSError, "no front"),
+    ):
+        with pytest.raises(error, match=words):
+            choosing.load(tmp_path / name if name else "")
+    assert choosing.points == ()
 
 
 def test_a_search_without_a_table_an_unknown_solver_and_too_little_density_are_refused(table: LossTable) -> None:
@@ -72,10 +142,9 @@ def test_a_search_without_a_table_an_unknown_solver_and_too_little_density_are_r
 
 def test_a_search_that_is_stopped_leaves_the_front_as_it_was(table: LossTable, choosing: Choosing) -> None:
     before = choosing.state.front
-    with pytest.raises(Cancelled):
-        Choosing(State(table=table)).search(EPSILON, 0.5, 3, handle(stopped=True))
-    with pytest.raises(ValueError, match="before it found a plan"):
-        choosing.keep(Front((), (X, Y)))
+    found = Choosing(State(table=table)).search(EPSILON, 0.5, 3, handle(stopped=True))
+    with pytest.raises(ValueError, match="stopped early finds none"):
+        choosing.keep(found)
     assert choosing.state.front is before
 
 

@@ -104,3 +104,9 @@ def test_a_report_that_would_fetch_something_is_refused(tmp_path: Path, monkeypa
     monkeypatch.setattr("moa_lab.workbench.exporting.build_report", lambda *_, **__: page)
     with pytest.raises(ValueError, match=r"not self-contained: .*example\.org"):
         export(make_plan(), tmp_path, "mine", ("HTML report",), 2048)
+
+
+def test_a_snippet_brings_the_card_that_it_loads(tmp_path: Path) -> None:
+    paths = export(make_plan(), tmp_path, "mine", ("Python snippet",), 2048)
+    assert {path.name for path in paths} == {"mine.py", "mine.json"}
+    assert "Plan.load('mine.json')" in (tmp_path / "mine.py").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ from figure_records import make_front
 
 from moa_lab.bench.lifelike import lifelike_table
 from moa_lab.records import LossTable
+from moa_lab.workbench import front_panel
 from moa_lab.workbench.front_panel import FrontPanel
 from moa_lab.workbench.state import State
-from tests.workbench.hands import ended, press, said, within
+from tests.workbench.hands import drawn, ended, press, said, within
 
 X, Y = "questions@2048/all_or_nothing", "summaries@2048/sum"
 
@@ -106,9 +108,46 @@ def test_a_search_shows_its_front_and_forgets_what_was_chosen_of_the_other(solve
     within(5, lambda: re.match(r"\d+ plans, hypervolume", panel.volume.value))
     assert said(panel) == ""
     assert "click a plan" in panel.compared.value
-    assert panel.x.value == panel.choosing.goals[0]
+    assert (panel.x.value, panel.y.value) == panel.choosing.first_goals
+    assert {"dense", "uniform"} <= {trace.name for trace in panel.scatter.widget.data}
+    assert {"dense", "uniform"} < selected(panel), "they are not brushed away"
+    assert (panel.live.layout.display == "") is (solver == "pymoo")
     drag(panel, {panel.x.value: [0.0, 0.0]})
     assert "0 of" in panel.kept.value
+
+
+def test_a_running_search_is_drawn_generation_by_generation(table: LossTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(front_panel, "DRAW_S", 0.0)
+    panel = FrontPanel(State(table=table))
+    titles, curves = drawn(panel.archive, monkeypatch), drawn(panel.volumes, monkeypatch)
+    panel.solver.value, panel.effort.value = "pymoo", 3
+    press(panel, "Search")
+    ended(panel.work)
+    within(5, lambda: len(curves) == 4)
+    assert [title.partition(":")[0] for title in titles] == ["Generation 1", "Generation 2", "Generation 3"]
+    assert list(panel.volumes.widget.data[0].x) == [1, 2, 3]
+
+
+def test_a_front_is_loaded_from_a_path_or_refused_in_words(tmp_path: Path) -> None:
+    panel = FrontPanel(State())
+    assert "load one" in panel.compared.value
+    panel.path.value = str(tmp_path)
+    press(panel, "Load front")
+    assert "there is no front at" in said(panel)
+    make_front().save(tmp_path / "front.json")
+    press(panel, "Load front")
+    assert said(panel) == ""
+    assert "click a plan" in panel.compared.value
+
+
+def test_a_click_on_the_difference_of_two_plans_chooses_that_head(front: FrontPanel) -> None:
+    names = [point.plan.name for point in front.choosing.points]
+    front.pick(names[0])
+    front.pick(names[1])
+    front.difference._on_click((2, 17))
+    assert (front.state.layer, front.state.kv_head) == (17, 2)
+    marker = next(trace for trace in front.difference.widget.data if trace.name == "selected")
+    assert (marker.x[0], marker.y[0]) == (17, 2)
 
 
 def test_a_search_that_cannot_start_or_end_says_why(table: LossTable) -> None:

@@ -13,7 +13,7 @@ from moa_lab.figures import long_range_influence
 from moa_lab.geometry import ModelGeometry
 from moa_lab.records import InfluenceProfile
 from moa_lab.storage import RecordError
-from moa_lab.workbench.heads import OWN, Heads, described, difference_map, rank_stability
+from moa_lab.workbench.heads import OWN, Heads, rank_stability
 from moa_lab.workbench.state import State
 
 PROFILE = make_profile(lengths=(512, 1024), samples=2)
@@ -103,16 +103,21 @@ def test_what_is_compared_with_is_one_of_the_sources(heads: Heads) -> None:
     assert heads.against == (OWN, ("questions", 1024))
 
 
-def test_the_difference_of_two_lengths_is_drawn_symmetric_around_nothing(heads: Heads) -> None:
-    heat = difference_map(heads).data[0]
-    expected = long_range_influence(PROFILE, "questions", 1024, 128) - long_range_influence(PROFILE, "questions", 512, 128)
-    assert np.allclose(heat.z, expected.T)
-    assert heat.zmax == -heat.zmin == pytest.approx(np.abs(expected).max())
-    assert heat.colorscale[0][1] != heat.colorscale[-1][1]
-    title = difference_map(heads).layout.title.text
-    assert title == f"questions, 1,024 tokens, less {described(heads.against)}"
-    heads.compare((OWN, heads.key))
-    assert not np.any(difference_map(heads).data[0].z)
+def test_pooled_heads_are_chosen_ranked_and_compared_as_kv_heads(heads: Heads) -> None:
+    far = heads.influence()
+    heads.pool = "max"
+    pooled = heads.influence()
+    assert pooled.shape == (SMOL.layers, SMOL.kv_heads)
+    assert np.array_equal(pooled, far.reshape(SMOL.layers, SMOL.kv_heads, -1).max(axis=2))
+    layer, kv_head = (int(index) for index in np.unravel_index(pooled.argmax(), pooled.shape))
+    assert heads.choose_row(layer, kv_head)
+    assert (heads.state.layer, heads.state.kv_head, heads.row()) == (layer, kv_head, kv_head)
+    assert far[layer, heads.follow()] == pooled.max(), "the query head that looks furthest"
+    assert dict(heads.facts())["influence"] == f"{pooled.max():.3g} nats beyond 128 tokens, rank 1 of 90"
+    each = rank_stability(PROFILE, heads.key, PROFILE, heads.against[1], 128)
+    assert heads.stability() == rank_stability(PROFILE, heads.key, PROFILE, heads.against[1], 128, "max") != each
+    heads.pool = None
+    assert heads.row() == heads.follow()
 
 
 @pytest.mark.parametrize("as_folder", [True, False])
@@ -123,8 +128,7 @@ def test_a_profile_from_a_path_is_compared_with_at_the_same_task_and_length(as_f
     assert heads.load(file.parent if as_folder else file) == "second"
     assert heads.against == ("second", ("questions", 1024))
     assert 0.5 < heads.stability() < 1
-    heat = difference_map(heads).data[0]
-    assert np.allclose(heat.z, (heads.influence() - long_range_influence(other, "questions", 1024, 128)).T)
+    assert np.array_equal(heads.influence(heads.against), long_range_influence(other, "questions", 1024, 128))
     with pytest.raises(ValueError, match="there already"):
         heads.load(file)
 

@@ -54,6 +54,21 @@ def test_a_click_on_the_map_chooses_the_head_also_within_a_group() -> None:
     assert (ring.x[0], ring.y[0]) == (20, 8)
 
 
+def test_the_query_heads_of_a_kv_head_are_one_row_when_pooled_and_a_click_still_finds_its_head() -> None:
+    panel = HeadsPanel(State(profile=PROFILE))
+    assert panel.pool.label == "every query head"
+    panel.pool.value = "max"
+    assert np.shape(panel.map.widget.data[0].z) == (3, 30)
+    panel.map._on_click((2, 11))
+    assert (panel.state.layer, panel.state.kv_head) == (11, 2)
+    ring = next(trace for trace in panel.map.widget.data if trace.name == "selected")
+    assert (ring.x[0], ring.y[0]) == (11, 2)
+    panel.view.value = "difference"
+    assert np.shape(panel.map.widget.data[0].z) == (3, 30)
+    panel.pool.value = "each"
+    assert np.shape(panel.map.widget.data[0].z) == (9, 30)
+
+
 def test_two_lengths_are_told_apart_by_ranks_and_by_a_map_of_the_difference() -> None:
     panel = HeadsPanel(State(profile=PROFILE))
     panel.against.value = panel.against.options[-1][1]

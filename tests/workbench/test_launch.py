@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,12 @@ def test_it_listens_on_the_loopback_and_keeps_its_token() -> None:
     assert "--no-browser" in line
     assert "token" not in line
     assert "00_tour.ipynb" in line
+
+
+@pytest.mark.parametrize(("user", "told"), [(0, True), (1000, False)])
+def test_it_starts_in_a_container_too_where_people_are_root(monkeypatch: pytest.MonkeyPatch, user: int, told: bool) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: user, raising=False)
+    assert ("--allow-root" in launch.command()) is told
 
 
 def test_what_is_missing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

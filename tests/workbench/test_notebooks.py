@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 from pathlib import Path
 
 import nbformat
+import plotly.graph_objects as go
 import pytest
 
-from moa_lab.workbench.notebooks import execute
+from moa_lab.doctor import find_chromium
+from moa_lab.workbench.notebooks import PLOTLY, WIDTH, execute, mime_bundle
 
 PROJECT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((PROJECT / "notebooks").glob("*.ipynb"))
-PLOTLY = "application/vnd.plotly.v1+json"
 
 
 @pytest.fixture(params=NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
@@ -67,3 +69,13 @@ def test_a_notebook_runs_from_first_to_last_cell(path: Path, tmp_path: Path) -> 
     (tmp_path / "data").symlink_to(PROJECT / "data")
     (tmp_path / "notebooks").mkdir()
     check_outputs(execute(Path(shutil.copy(path, tmp_path / "notebooks"))))
+
+
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium on this machine")
+def test_a_figure_is_shown_in_both_forms_and_its_picture_is_made_in_another_process() -> None:
+    bundle = mime_bundle(go.Figure(go.Scatter(y=[1, 3, 2])))
+    assert bundle[PLOTLY]["data"][0]["type"] == "scatter"
+    assert bundle[PLOTLY]["config"]["showSendToCloud"] is False
+    picture = base64.b64decode(bundle["image/png"])
+    assert picture.startswith(b"\x89PNG")
+    assert int.from_bytes(picture[16:20], "big") == WIDTH

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.export_panel import ExportPanel
 from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.measure_panel import MeasurePanel
-from moa_lab.workbench.measuring import Measuring
+from moa_lab.workbench.measuring import KINDS, Measuring
 from moa_lab.workbench.state import State
 from tests.workbench.hands import ended, press, said, within
 
@@ -42,6 +43,10 @@ def test_the_density_box_moves_the_slider_the_plan_and_the_bytes(table: LossTabl
     assert f"{state.plan.density(state.n_tokens):.1%}" in panel.facts.value
     panel.mib.value = panel.mib.max * 0.6
     assert panel.slider.value == pytest.approx(0.6, abs=0.01)
+    panel.mean.value = 0.4 * panel.budget.n_tokens
+    assert panel.slider.value == pytest.approx(0.4, abs=0.001)
+    assert panel.mean.value == round(state.plan.spans(state.n_tokens).mean())
+    assert all(f"predicted loss at {n:,}" in panel.facts.value for n in table.lengths)
     assert np.array_equal(panel.canvas.widget.data[0].z, state.plan.spans(state.n_tokens).T)
 
 
@@ -108,7 +113,7 @@ def test_what_is_measured_is_kept_in_the_history_and_in_the_state(tmp_path: Path
         box.value = False
     press(panel, "Measure")
     assert "choose what to measure" in said(panel)
-    panel.kinds[-1].value = True
+    panel.kinds[KINDS.index("memory")].value = True
     press(panel, "Measure")
     ended(panel.work)
     within(5, lambda: "budget" in panel.history.value)
@@ -116,9 +121,54 @@ def test_what_is_measured_is_kept_in_the_history_and_in_the_state(tmp_path: Path
     assert [(row.plan, row.detail[PLAN]) for row in state.measurements] == [("budget", state.plan.identity())]
     panel.file.value = str(tmp_path / "history.json")
     press(panel, "Save history")
+    assert "1 rows in" in panel.saved.value
     assert Measurements.load(panel.file.value).rows == state.measurements.rows
     press(panel, "Save history")
     assert "exists: choose another name" in said(panel)
+
+
+def test_one_job_at_a_time_runs_on_the_model_and_another_model_keeps_the_history() -> None:
+    model, go = tiny_model("llama", tie_word_embeddings=False), threading.Event()
+    made: list[int] = []
+
+    def make() -> Measuring:
+        go.wait(30)
+        made.append(1)
+        return Measuring(model, tiny_tokenizer())
+
+    panel = MeasurePanel(State(plan=make_plan(geometry_of(model), name="budget"), n_tokens=448), make, length=448, n=1)
+    for box, kind in zip(panel.kinds, KINDS, strict=True):
+        box.value = kind == "memory"
+    press(panel, "Measure")
+    press(panel, "Generate")
+    assert "the model is busy (Measure)" in said(panel)
+    with pytest.raises(ValueError, match="busy"):
+        panel.another_model()
+    go.set()
+    ended(panel.work)
+    within(5, lambda: "budget" in panel.history.value)
+    panel.another_model()
+    press(panel, "Measure")
+    ended(panel.work)
+    within(5, lambda: panel.history.value.count("kv_bytes_allocated") == 2)
+    assert len(made) == 2
+    assert len(panel.state.measurements.rows) == 2
+
+
+def test_what_a_run_measured_is_in_the_history_before_anything_is_measured_here() -> None:
+    panel = Workbench.open(DEMO).panels["Apply & measure"]
+    assert "retrieval" in panel.history.value
+    assert "x86_64 CPU" in panel.history.value
+
+
+def test_a_loaded_plan_is_offered_and_chosen(tmp_path: Path) -> None:
+    panel = MeasurePanel(State(plan=make_plan(), n_tokens=1024), lambda: pytest.fail("no model is needed yet"))
+    press(panel, "Load plan")
+    assert "there is no plan at" in said(panel)
+    make_plan(name="mine", seed=3).save(tmp_path / "mine.json")
+    panel.path.value = str(tmp_path / "mine.json")
+    press(panel, "Load plan")
+    assert [plan.name for plan in panel.plans.value] == ["mine"]
 
 
 def test_a_new_plan_of_the_state_can_be_measured_and_nothing_is_saved_before() -> None:

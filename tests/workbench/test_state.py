@@ -38,6 +38,19 @@ def test_a_panel_behind_another_hears_of_changes_once_when_it_comes_to_the_front
     assert heard == [1, 3]
 
 
+def test_what_a_panel_is_told_directly_also_waits_until_it_is_in_front() -> None:
+    state, heard = State(), []
+    changed = state.watch_in("Heads", ["layer"], lambda: heard.append(1))
+    changed()
+    assert heard == [1]
+    state.set(tab="Budget")
+    changed()
+    changed()
+    assert heard == [1]
+    state.set(tab="Heads")
+    assert heard == [1, 1]
+
+
 def test_a_watcher_that_was_let_go_hears_nothing() -> None:
     state, heard = State(), []
     ends = state.watch(["plan"], lambda: heard.append(state.plan))

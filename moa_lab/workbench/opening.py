@@ -1,0 +1,78 @@
+"""Opening a run: its folder's records as one state, the runs that there are, and the model that a run is of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from moa_lab.plan import Plan
+from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements
+from moa_lab.search import loss_table
+from moa_lab.workbench.exporting import PLAN
+from moa_lab.workbench.launch import PROJECT, RUN_VARIABLE
+from moa_lab.workbench.state import State
+
+DEMO = PROJECT / "data" / "runs" / "demo"
+MODEL = "smollm2"
+RECORDS = ("profile.safetensors", "table.safetensors", "front.json")
+"""One of these makes a folder a run that can be shown."""
+
+
+def default_run() -> Path:
+    """The run that `moa-lab lab --run` was given, or else the recorded demo."""
+    return Path(os.environ.get(RUN_VARIABLE) or DEMO)
+
+
+def known_runs(folders: Iterable[Path] = (PROJECT / "runs", PROJECT / "data" / "runs")) -> list[Path]:
+    """Folders of runs within `folders` and the default one, without doubles."""
+    found = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if _is_run(path)]
+    return list(dict.fromkeys(path.resolve() for path in (default_run(), *found)))
+
+
+def named(path: Path) -> str:
+    """A path as people would write it here: from the working folder, where that is shorter."""
+    absolute = str(path.resolve())
+    try:
+        return min(os.path.relpath(absolute), absolute, key=len)
+    except ValueError:  # another drive
+        return absolute
+
+
+def open_run(folder: str | Path) -> State:
+    """What a run's folder holds (`moa-lab run`): profile, loss table, front, measurements and chosen plan, whichever are there.
+
+    Raises ValueError where there is no profile, loss table or front.
+    """
+    given = Path(folder).expanduser()
+    if not _is_run(given):
+        raise ValueError(f"{folder} holds no profile, loss table or front: run `moa-lab run --out {folder}` first")
+    profile, table, front = (given / name for name in RECORDS)
+    influence = InfluenceProfile.load(profile) if profile.exists() else None
+    losses = LossTable.load(table) if table.exists() else loss_table(influence) if influence is not None else None
+    chosen = Plan.load(given / "plan.json") if (given / "plan.json").exists() else None
+    return State(
+        profile=influence, table=losses, front=Front.load(front) if front.exists() else None, measurements=_measured(given, chosen),
+        plan=chosen, plans=() if chosen is None else (chosen,),
+    )  # fmt: skip
+
+
+def model_of(state: State) -> str:
+    """The name of the model that the state's records are of, as far as they say; else the embedded one."""
+    records = (state.profile, state.table, state.front, state.plan)
+    return next((record.provenance.model for record in records if record is not None and record.provenance.model), MODEL)
+
+
+def _is_run(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in RECORDS)
+
+
+def _measured(folder: Path, chosen: Plan | None) -> Measurements | None:
+    """What a run measured, the rows of its chosen plan with that plan's identity; None where nothing was."""
+    stored = folder / "measurements.json"
+    if chosen is None or not stored.exists():
+        return None
+    found = Measurements.load(stored)
+    rows = [replace(row, detail={**row.detail, PLAN: chosen.identity()}) if row.plan == chosen.name else row for row in found]
+    return replace(found, rows=tuple(rows))

@@ -1,0 +1,117 @@
+"""What the page must know: plotly, once for all figures; and what it tells: whether JupyterLab is dark."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import plotly
+import plotly.graph_objects as go
+import traitlets
+
+from moa_lab.figures import CONFIG
+
+BUNDLE = Path(plotly.__file__).parent / "package_data" / "widgetbundle.js"
+
+_SHARED = """
+const shared = globalThis.moaLabPlotly ??= (() => {
+  let resolve;
+  const loaded = new Promise((done) => { resolve = done; });
+  return { loaded, resolve, asked: false };
+})();
+"""
+
+
+class PageTheme(anywidget.AnyWidget):
+    """Follows JupyterLab's theme; where a page is not JupyterLab's, `dark` stays as it is. Shows nothing."""
+
+    dark = traitlets.Bool(False).tag(sync=True)
+    _esm = """
+    export default { render({ model }) {
+      const read = () => {
+        const light = document.body.dataset.jpThemeLight;
+        if (light === undefined) return;
+        model.set("dark", light === "false");
+        model.save_changes();
+      };
+      read();
+      const seen = new MutationObserver(read);
+      seen.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light"] });
+      return () => seen.disconnect();
+    } };
+    """
+
+
+class Bundle(anywidget.AnyWidget):
+    """Brings plotly's five megabytes to a page once; a figure widget of plotly's own brings them with every figure."""
+
+    source = traitlets.Unicode().tag(sync=True)
+    _esm = (
+        _SHARED
+        + """
+    export default { initialize({ model }) {
+      if (shared.asked) return;
+      shared.asked = true;
+      const address = URL.createObjectURL(new Blob([model.get("source")], { type: "text/javascript" }));
+      import(address).then((plotly) => shared.resolve(plotly.default));
+    } };
+    """
+    )
+
+
+class Figure(go.FigureWidget):
+    """A figure widget that reaches the page with what it shows and can be shown there at once.
+
+    anywidget gives a figure two seconds, after which nothing that is sent to it arrives. So it is ready at once: what is sent while
+    plotly is not there yet is kept, and done then.
+    """
+
+    _esm = (
+        _SHARED
+        + """
+    const SENT = ["addTraces", "deleteTraces", "moveTraces", "restyle", "relayout", "update", "animate",
+                  "removeLayoutProps", "removeTraceProps"].map((name) => "_py2js_" + name);
+    export default () => {
+      let figure;
+      return {
+        initialize({ model }) {
+          const missed = [];
+          const keep = Object.fromEntries(SENT.map((name) => [name, () => missed.push([name, model.get(name)])]));
+          for (const name of SENT) model.on("change:" + name, keep[name]);
+          figure = shared.loaded.then((plotly) => {
+            for (const name of SENT) model.off("change:" + name, keep[name]);
+            const real = plotly();
+            real.initialize({ model });
+            for (const [name, sent] of missed) {
+              if (sent === null) continue;
+              model.set(name, null);
+              model.set(name, sent);
+            }
+            return real;
+          });
+        },
+        async render(view) { return (await figure).render(view); },
+      };
+    };
+    """
+    )
+
+    def __init__(self, fig: go.Figure) -> None:
+        _bundle()
+        self._filled = False
+        super().__init__(fig)
+        self._config: dict[str, Any] = {**CONFIG}
+        self._filled = True
+        self.open()
+
+    def open(self) -> None:
+        """Tell the page, once there is something to show."""
+        if self._filled:
+            super().open()
+
+
+@cache
+def _bundle() -> Bundle:
+    return Bundle(source=BUNDLE.read_text(encoding="utf-8"))

@@ -1,0 +1,119 @@
+"""Opening a run: what its folder holds, which runs there are, which model they are of."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import plotly.graph_objects as go
+import pytest
+from figure_records import make_front, make_plan, make_profile
+
+from moa_lab.workbench import Workbench
+from moa_lab.workbench.exporting import PLAN
+from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, named, open_run
+from moa_lab.workbench.page import BUNDLE, Figure
+from moa_lab.workbench.state import State
+from tests.workbench.hands import press, said
+
+STANDARD = DEMO.parent / "standard-50"
+
+
+def test_the_recorded_run_has_all_records_and_its_chosen_plan_is_the_one_that_was_measured() -> None:
+    state = open_run(DEMO)
+    assert None not in (state.profile, state.table, state.front, state.plan)
+    assert state.plans == (state.plan,)
+    assert {row.detail[PLAN] for row in state.measurements if row.plan == "moa"} == {state.plan.identity()}
+    assert model_of(state) == "smollm2"
+
+
+def test_a_run_without_profile_and_table_has_the_length_of_its_front() -> None:
+    state = open_run(STANDARD)
+    assert (state.profile, state.table) == (None, None)
+    assert state.n_tokens == max(int(n) for point in state.front for n in point.density)
+
+
+def test_a_profile_alone_gives_a_loss_table(tmp_path: Path) -> None:
+    make_profile(lengths=(512,), samples=1).save(tmp_path / "profile.safetensors")
+    assert open_run(tmp_path).table.lengths == (512,)
+    assert model_of(State()) == "smollm2"
+
+
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="moa-lab run --out"):
+        open_run(tmp_path)
+
+
+def test_runs_are_found_once_and_the_one_that_the_lab_was_given_is_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b", "a"):
+        make_front().save(tmp_path / name / "front.json")
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("MOA_LAB_RUN", str(tmp_path / "b"))
+    assert default_run() == tmp_path / "b"
+    assert [path.name for path in known_runs((tmp_path, tmp_path, tmp_path / "nowhere"))] == ["b", "a"]
+    monkeypatch.delenv("MOA_LAB_RUN")
+    assert default_run() == DEMO
+    assert DEMO in known_runs()
+
+
+def test_a_run_is_named_from_the_working_folder_where_that_is_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert named(tmp_path / "runs" / "mine") == str(Path("..", "runs", "mine"))
+    assert named(Path("/x")) == str(Path("/x").resolve())
+
+
+def test_another_run_is_opened_in_place_of_the_first_with_the_panels_that_it_has_records_for(tmp_path: Path) -> None:
+    bench = Workbench.open()
+    assert bench.model.value == "smollm2"
+    assert Path(bench.run.value).resolve() == DEMO
+    assert bench.run.value in bench.run.options
+    bench.dark.value = True
+    bench.run.value = str(tmp_path)
+    press(bench, "Open run")
+    assert "holds no profile" in said(bench)
+    before = bench.state
+    assert before.profile is not None
+    bench.run.value = str(STANDARD)
+    press(bench, "Open run")
+    assert said(bench) == ""
+    assert list(bench.tabs.titles) == ["Front", "Apply & measure", "Export"]
+    assert bench.state.dark
+    assert (bench.state.tab, bench.state.plan.name) == ("Front", "moa")
+    bench.show("Apply & measure")
+    assert "moa (" in bench.panels["Apply & measure"].plans.options[0][0]
+    with pytest.raises(ValueError, match="no panel 'Heads'"):
+        bench.show("Heads")
+    bench.reopen(DEMO)
+    assert list(bench.tabs.titles) == ["Heads", "Budget", "Front", "Apply & measure", "Export"]
+
+
+def test_the_page_says_whether_figures_are_dark() -> None:
+    bench = Workbench(State(front=make_front(), plan=make_plan()))
+    theme = bench.box.children[1]
+    theme.dark = True
+    assert bench.state.dark
+    bench.dark.value = False
+    assert not bench.state.dark, "the button decides until the page changes again"
+
+
+def test_a_figure_reaches_the_page_filled_and_only_when_its_panel_is_in_front() -> None:
+    bench = Workbench.open()
+    budget, heads, front = (bench.panels[title] for title in ("Budget", "Heads", "Front"))
+    assert len(heads.map.box.children) == 1
+    assert [canvas.box.children for canvas in (budget.canvas, front.scatter, front.parallel)] == [(), (), ()]
+    with pytest.raises(ValueError, match="nothing was drawn"):
+        assert budget.canvas.widget
+    bench.show("Budget")
+    found = budget.canvas.widget.get_state()
+    assert found["_widget_data"][0]["type"] == "heatmap"
+    assert found["_widget_layout"]["width"] > 0
+    assert found["_config"]["showSendToCloud"] is False
+
+
+def test_plotly_is_brought_to_the_page_once_for_all_figures() -> None:
+    first, second = (Figure(go.Figure(go.Scatter(y=[1, 2]))).get_state() for _ in range(2))
+    assert len(first["_esm"]) == len(second["_esm"]) < 5000
+    assert BUNDLE.is_file()
+    sent = {name for name in Figure.class_trait_names() if name.startswith("_py2js_")}
+    assert sent == {f"_py2js_{name}" for name in re.findall(r'"(\w+)"', first["_esm"].partition("const SENT = [")[2].partition("]")[0])}
