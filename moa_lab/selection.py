@@ -82,12 +82,12 @@ def select_heads(
     for loss, floor, choice in known.values():
         learner.learn(arms[floor].whole(choice).ravel(), floor, loss)
     first = len(known) + int(FIRST_SHARE * (plans - len(known)))
-    for done in range(len(known), plans):
+    for step in range(len(known), plans):
         for _ in range(DRAWS):
-            floor, price = learner.around_prior(rng) if done < first else learner.drawn(rng, arms)
-            loss = measure(floor, price)
-            if loss is not None:
-                learner.learn(arms[floor].whole(arms[floor].choice(price)).ravel(), floor, loss)
+            floor, price = learner.around_prior(rng) if step < first else learner.drawn(rng, arms)
+            found = measure(floor, price)
+            if found is not None:
+                learner.learn(arms[floor].whole(arms[floor].choice(price)).ravel(), floor, found)
                 break
     if progress:
         progress(plans, plans)
