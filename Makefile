@@ -15,13 +15,16 @@ TORCH_INDEX ?= $(shell test "$$(uname -s)" = Linux && ! command -v nvidia-smi >/
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo lab notebooks test check clean .venv
+.PHONY: help demo studies-quick lab notebooks test check clean .venv
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z.]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-14s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z.-]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
 demo: $(VENV)/base.stamp  ## plans for a real model on this machine, measured, with a report: runs/demo/report.html
 	$(BIN)/moa-lab run --preset quick --model smollm2 --density 0.5 --out runs/demo
+
+studies-quick: $(VENV)/base.stamp  ## every study, small, on this machine: runs/studies-quick/NAME.json; a second call makes what is missing
+	$(BIN)/moa-lab study all --preset sketch --work runs/studies-quick/work --out runs/studies-quick
 
 lab: $(VENV)/lab.stamp  ## JupyterLab on the notebooks, for this machine alone; ARGS="--run runs/demo" opens a run
 	$(BIN)/moa-lab lab $(ARGS)

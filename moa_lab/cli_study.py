@@ -14,12 +14,14 @@ from moa_lab.terminal import Bars, ForceOption, densities_of, free, lengths_of
 from moa_lab.text import one_line
 
 EVERY = "all"
+NAMES = "retrieval, quality, calibration, space, search, refine, rules, low_density, transfer, weights, speed"
+"""Of `moa_lab.studies.MODULES`, which would bring torch with them into every help text."""
 
 logger = logging.getLogger(__name__)
 
 
 def study(
-    name: Annotated[str, typer.Argument(help="a study, several separated by commas, or all")],
+    name: Annotated[str, typer.Argument(help=f"{EVERY}, or one or several of these, separated by commas: {NAMES}")],
     out: Annotated[Path, typer.Option("--out", help="the record, JSON; of several studies their folder")],
     work: Annotated[Path, typer.Option("--work", help="folder of what is made on the way; studies share it")] = Path("runs/studies"),
     model: Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")] = "smollm2",
@@ -37,7 +39,7 @@ def study(
     from moa_lab.studies import MODULES, scale_of, table
     from moa_lab.studies import study as study_of
 
-    names = tuple(MODULES) if name == EVERY else tuple(name.split(","))
+    names = tuple(MODULES) if name == EVERY else tuple(dict.fromkeys(name.split(",")))
     studies = {one: study_of(one) for one in names}
     paths = {one: out / f"{one}.json" for one in names} if name == EVERY or len(names) > 1 else {names[0]: out}
     if len(paths) == 1:
@@ -51,11 +53,13 @@ def study(
         scale = replace(scale, densities=asked)
     with Bars() as bars:
         run = Run(work, settings, bars)
+        missing = {one: path for one, path in paths.items() if force or not path.exists()}
+        if not missing:
+            typer.echo(f"all {len(paths)} records are in {out}; --force makes them again")
+            return
         run.begin()
         failed = []
-        for one, path in paths.items():
-            if not force and path.exists():
-                continue
+        for one, path in missing.items():
             try:
                 record = studies[one](run, scale)
             except Exception as error:

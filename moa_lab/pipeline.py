@@ -14,15 +14,15 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moa_lab.calibration import Sample, SampleSet, calibrate, requests
+from moa_lab.calibration import SampleSet, calibrate, requests
 from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
 from moa_lab.calibration.sources import ColumnMap, load_documents
 from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.scoring import score_rows, score_samples
 from moa_lab.evaluate.store import ScoreStore
+from moa_lab.evaluate.suites import Suites
 from moa_lab.evaluate.summary import summarise
-from moa_lab.evaluate.testsets import document_samples, line_samples, needle_samples, own_answer_samples
-from moa_lab.evaluate.validate import Validation, choose, validation_length
+from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, load_model, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import MIN_SPAN, Plan, dense_plan, uniform_plan
@@ -98,9 +98,7 @@ class Run:
         for record, name in ((self.samples, "samples"), (self.profile, "profile"), (self.table, "table")):
             record()
             shutil.copyfile(self.folder / f"{name}.safetensors", other.folder / f"{name}.safetensors")
-        other.__dict__.update(
-            _loaded=self._loaded, documents=self.documents, validation_samples=self.validation_samples, _tested=self._tested
-        )
+        other.__dict__.update(_loaded=self._loaded, documents=self.documents, suites=self.suites)
         other.begin()
         return other
 
@@ -158,6 +156,14 @@ class Run:
         columns = ColumnMap.parse(self.settings.columns) if self.settings.columns else None
         loaded = load_documents(self.settings.source, columns=columns, seed=self.settings.seed)
         return dict(split_documents(loaded, self.settings.seed))
+
+    @cached_property
+    def suites(self) -> Suites:
+        """What plans are chosen by and tested on."""
+        return Suites(
+            self.model, self.tokenizer, self.preset, self.lengths, self.documents, self.settings.seed,
+            answers_dir=self._parts("answers"), answer_batch=self.answer_batch, progress=self.progress,
+        )  # fmt: skip
 
     def samples(self) -> SampleSet:
         """Stage calibrate."""
@@ -218,7 +224,7 @@ class Run:
     ) -> list[Measurement]:
         """Scores of `plans` on the test samples, nothing scored twice in this run. None: every tested length, every task."""
         rows: list[Measurement] = []
-        sets = [samples for n in lengths or self.test_lengths for samples in self.test_samples(n, tasks)]
+        sets = [samples for n in lengths or self.test_lengths for samples in self.suites.test(n, tasks)]
         total = sum(map(len, sets)) * len(plans)
         done = 0
         for plan in plans:
@@ -269,28 +275,9 @@ class Run:
             seed=self.settings.seed, parts_dir=self._parts("selection"), progress=self._steps("select heads"),
         )  # fmt: skip
 
-    @cached_property
-    def validation_samples(self) -> list[Sample]:
-        """What plans are chosen by: needles, the dense model's own answers and plain texts of the validation split."""
-        preset = self.preset
-        between = validation_length(self.lengths, self.geometry.max_length)
-        samples = []
-        for length in sorted({between, *(self.lengths if preset.validate_profiled else ())}):
-            samples += needle_samples(
-                self.tokenizer, length, preset.validation_questions, per_sample=min(preset.needles_per_text, preset.validation_questions),
-                split="validation", seed=self.settings.seed, documents=self.documents["validation"],
-            )  # fmt: skip
-            samples += self._own_answers(length, preset.validation_summaries, "validation", "validate")
-            if preset.validation_texts:
-                samples += document_samples(
-                    self.tokenizer, length, preset.validation_texts, split="validation", seed=self.settings.seed,
-                    documents=self.documents["validation"],
-                )  # fmt: skip
-        return samples
-
     def validation(self, front: Front, name: str) -> Validation:
         """Measure every plan of `front` on validation samples; the best is called `name`."""
-        return choose(self.model, front, self.validation_samples, name=name, store=self._store, progress=self._steps(f"validate {name}"))
+        return choose(self.model, front, self.suites.validation, name=name, store=self._store, progress=self._steps(f"validate {name}"))
 
     def _validated(self) -> Plan:
         found = self.validation(self.front(), "moa")
@@ -306,39 +293,6 @@ class Run:
 
     def _evaluated(self, finished: int, _: int, *, before: int, total: int) -> None:
         self.progress("evaluate", before + finished, total)
-
-    def test_samples(self, length: int, tasks: Sequence[str] | None = None) -> list[list[Sample]]:
-        """Test samples of one length, a list for each task that the preset asks for: needles, lines, documents, and summaries, which
-        are the dense model's own answers. tasks: some of these."""
-        makers = self._test_makers(length)
-        for task in makers:
-            if (task, length) not in self._tested and (tasks is None or task in tasks):
-                self._tested[task, length] = makers[task]()
-        return [self._tested[task, length] for task in makers if tasks is None or task in tasks]
-
-    @cached_property
-    def _tested(self) -> dict[tuple[str, int], list[Sample]]:
-        return {}
-
-    def _test_makers(self, length: int) -> dict[str, Callable[[], list[Sample]]]:
-        preset, seed = self.preset, self.settings.seed
-        shared: dict[str, Any] = {"seed": seed, "documents": self.documents["test"]}
-        makers: dict[str, tuple[int, Callable[[], list[Sample]]]] = {
-            "needles": (preset.needles, lambda: needle_samples(
-                self.tokenizer, length, preset.needles, per_sample=preset.needles_per_text, **shared
-            )),
-            "lines": (preset.lines, lambda: line_samples(self.tokenizer, length, preset.lines, seed=seed)),
-            "documents": (preset.documents, lambda: document_samples(self.tokenizer, length, preset.documents, **shared)),
-            "summaries": (preset.own_answers, lambda: self._own_answers(length, preset.own_answers, "test", "evaluate")),
-        }  # fmt: skip
-        return {task: make for task, (count, make) in makers.items() if count}
-
-    def _own_answers(self, length: int, count: int, split: Split, stage: str) -> list[Sample]:
-        return own_answer_samples(
-            self.model, self.tokenizer, length, count, split=split, seed=self.settings.seed, answer_tokens=self.preset.answer_tokens,
-            documents=self.documents[split], batch_size=self.answer_batch, parts_dir=self._parts("answers"),
-            progress=self._steps(f"{stage}: own answers"),
-        )  # fmt: skip
 
     def _chosen_lengths(self, asked: tuple[int, ...] | None, usual: tuple[int, ...]) -> tuple[int, ...]:
         if asked:

@@ -1,6 +1,7 @@
 """pyproject.toml, environment.yml, the constraints and the Makefile say the same; importing the library costs nothing."""
 
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -11,6 +12,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from moa_lab.doctor import MIN_PYTHON, NEEDED_VERSIONS
+from moa_lab.presets import PRESETS
+from moa_lab.studies.scale import SKETCH, scale_of
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -78,6 +81,26 @@ def test_one_least_python_is_named_everywhere() -> None:
     makefile = (ROOT / "Makefile").read_text()
     assert re.findall(r"version_info < \((\d+, \d+)\)", makefile) == [", ".join(map(str, MIN_PYTHON))]
     assert f"Python {wanted} or newer" in makefile
+
+
+def test_make_runs_every_study_in_a_size_for_a_cpu() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (recipe,) = re.findall(r"^studies-quick:.*  ## \S.*\n\t\$\(BIN\)/moa-lab (.*)\n", makefile, flags=re.MULTILINE)
+    words = recipe.split()
+    assert words[:2] == ["study", "all"]
+    options = dict(zip(words[2::2], words[3::2], strict=True))
+    assert set(options) == {"--preset", "--work", "--out"}
+    assert scale_of(options["--preset"]) is SKETCH
+    assert max(PRESETS[options["--preset"]].lengths) <= 1024
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile, flags=re.MULTILINE)
+    assert "studies-quick" in phony.split()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_make_lists_every_target_that_has_a_help_text() -> None:
+    told = set(re.findall(r"^(\S+):[^#\n]*  ## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    listed = subprocess.run(["make", "help"], capture_output=True, text=True, check=True, timeout=60, cwd=ROOT).stdout
+    assert {line.split()[1] for line in listed.splitlines() if line.startswith("  make ")} == told
 
 
 def test_the_doctor_asks_for_the_versions_of_pyproject() -> None:

@@ -22,6 +22,16 @@ _LABELS = {
     "tokens_per_s": ("speed", "tokens/s"),
     "kv_bytes_allocated": ("KV cache of one sequence", "bytes"),
     "rank_correlation": ("rank correlation", "Spearman's, 1 is best"),
+    "kl": ("divergence from the dense model", "nats per token"),
+    "token_match": ("next tokens that the dense model also takes", "%"),
+    "needles_gained": ("needles gained", "difference of shares"),
+    "retrieval_difference": ("difference in needles retrieved", "difference of shares"),
+    "nats_saved": ("cross-entropy saved", "nats per token"),
+    "cross_entropy_difference": ("difference in cross-entropy", "nats per token"),
+    "loss_change": ("change of the loss", "nats per token"),
+    "hypervolume": ("hypervolume of the front", "1 is best"),
+    "rank_interval_width": ("width of the interval of a head's rank", "percentiles"),
+    "shared_top_heads": ("strongest heads that are so everywhere", "%"),
 }
 
 

@@ -108,7 +108,7 @@ def quality(run: Run, scale: Scale) -> StudyRecord:
         return max(found, key=lambda interval: interval.value)
 
     for length in run.test_lengths:
-        own = [sample for found in run.test_samples(length, (SUMMARIES,)) for sample in found]
+        own = [sample for found in run.suites.test(length, (SUMMARIES,)) for sample in found]
         compared = [*plans.values(), *(equal_uniform(plan, length, f"uniform{plan.name.removeprefix('moa')}") for plan in plans.values())]
         rows += agreement_rows(run.model, compared, own)
     measured = [task for task in tasks if any(row.task == task for row in rows)]

@@ -140,9 +140,7 @@ def eviction_rows(
     lengths: None for every tested one. samples: so many of each task and length, spread over what there is (None: all).
     """
     evictions = [Eviction(method, density) for density in densities for method in METHODS]
-    sets = [
-        _spread(found, samples) for n in lengths or run.test_lengths for found in run.test_samples(n, tasks)
-    ]
+    sets = [_spread(found, samples) for n in lengths or run.test_lengths for found in run.suites.test(n, tasks)]
     every = [sample for found in sets for sample in found]
     scores = scores_after(run.model, every, evictions, lambda done, total: run.progress("evict", done, total))
     rows = []

@@ -35,9 +35,14 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        """better or worse where the whole 95% interval is on one side of 0, no difference where all pairs are equal, else not decided."""
+        """better or worse where the whole 95% interval is on one side of 0, no difference where all pairs are equal, else not decided.
+
+        A single pair decides nothing: it has no interval.
+        """
         if self.found.low == self.found.high == 0:
             return "no difference"
+        if self.found.n < 2:
+            return "not decided"
         if self.found.low > 0:
             return "better"
         return "worse" if self.found.high < 0 else "not decided"
@@ -51,7 +56,8 @@ class Gain:
     def numbers(self) -> str:
         """Value and interval, for instance `+0.031 [0.010, 0.052]`, with their unit where it is not a share of needles."""
         unit = " nats saved" if self.metric == NATS_SAVED else ""
-        return f"{self.found.value:+.3f} [{self.found.low:.3f}, {self.found.high:.3f}]{unit}"
+        interval = f"[{self.found.low:.3f}, {self.found.high:.3f}]" if self.found.n > 1 else "[one sample]"
+        return f"{self.found.value:+.3f} {interval}{unit}"
 
     def row(self) -> Measurement:
         """A row of the record; length 0 where several lengths are taken together."""
@@ -95,6 +101,11 @@ def unequal(found: Iterable[Gain]) -> str:
         if len(one.lengths) == 1 and abs(one.density - one.against_density) > UNEQUAL:
             told[f"{one.plan} {one.density:.1%} and {one.against} {one.against_density:.1%} at {one.lengths[0]:,} tokens"] = None
     return f"Not all keep the same: {'; '.join(told)}." if told else ""
+
+
+def counted(count: int, noun: str) -> str:
+    """For instance `1 comparison` and `2 comparisons`."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def listed(lengths: Sequence[int]) -> str:

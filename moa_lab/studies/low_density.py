@@ -15,7 +15,7 @@ from moa_lab.records import Measurement
 from moa_lab.search import InfeasibleError, ranked_plan
 from moa_lab.search.goals import QUESTIONS
 from moa_lab.selection import select_heads
-from moa_lab.studies.gains import Gain, gain, listed
+from moa_lab.studies.gains import Gain, counted, gain, listed
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, name_of, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
@@ -109,10 +109,16 @@ def low_density_answer(
 
 def _cliff(cliff: Cliff, heads: int) -> str:
     sure = "" if cliff.decided else " (not decided)"
+    over = f"over a floor of {cliff.floor} tokens"
     if cliff.enough is None:
-        return f"over a floor of {cliff.floor} tokens {cliff.short} whole heads of {heads} are not enough{sure}"
-    before = f", {cliff.short} are not" if cliff.short is not None else ""
-    return f"over a floor of {cliff.floor} tokens {cliff.enough} whole heads of {heads} ({cliff.density:.1%} kept) are enough{before}{sure}"
+        return f"{over} {counted(cliff.short or 0, 'whole head')} of {heads} {_are(cliff.short)} not enough{sure}"
+    before = f", {cliff.short} {_are(cliff.short)} not" if cliff.short is not None else ""
+    kept = f"{counted(cliff.enough, 'whole head')} of {heads} ({cliff.density:.1%} kept)"
+    return f"{over} {kept} {_are(cliff.enough)} enough{before}{sure}"
+
+
+def _are(count: int | None) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _kind(one: Gain) -> str:
@@ -126,7 +132,7 @@ def _moves(found: Sequence[Gain]) -> str:
         return "could not be compared"
     decided = [f"{one.task} {one.verdict} with {one.plan} ({one.numbers})" for one in found if one.decided]
     if not decided:
-        return f"changes nothing that these samples decide ({len(found)} comparisons)"
+        return f"changes nothing that these samples decide ({counted(len(found), 'comparison')})"
     return f"changes this ({len(decided)} of {len(found)} comparisons decided): {'; '.join(decided)}"
 
 
@@ -137,9 +143,11 @@ def _concentrated(changes: Sequence[Measurement]) -> str:
     worst = max(changes, key=lambda row: row.value)
     rises = sum(max(row.value, 0.0) for row in changes)
     share = f", {worst.value / rises:.0%} of all increases together" if rises > 0 else ""
+    raising = "raises" if len(sure) == 1 else "raise"
     return (
-        f"Cut to the floor one at a time, {len(sure)} of the {len(changes)} whole heads of {worst.plan} raise the loss of calibration "
-        f"questions (intervals above 0); most of all {worst.task}, {worst.value:+.3f} nats [{worst.low:.3f}, {worst.high:.3f}]{share}."
+        f"Cut to the floor one at a time, {len(sure)} of the {counted(len(changes), 'whole head')} of {worst.plan} {raising} the loss of "
+        f"calibration questions (intervals above 0); most of all {worst.task}, {worst.value:+.3f} nats [{worst.low:.3f}, "
+        f"{worst.high:.3f}]{share}."
     )
 
 

@@ -83,7 +83,7 @@ def search_answer(objectives: Sequence[str], rows: Sequence[Measurement], correl
     paper = next(name for name in objectives if name.startswith("element"))
     length = max(row.length for row in rows if row.plan == best and row.task == NEEDLES)
     gain = difference(row_of(rows, best, NEEDLES, length), row_of(rows, paper, NEEDLES, length))
-    against = "is the paper's own" if best == paper else (
+    against = "which is the paper's own" if best == paper else (
         f"against {found[paper]:.2f} of the paper's ({paper}), a difference of {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] "
         f"at {length:,} tokens{'' if gain.low > 0 else ', not decided'}"
     )  # fmt: skip
@@ -91,7 +91,10 @@ def search_answer(objectives: Sequence[str], rows: Sequence[Measurement], correl
     solvers = f"at equal time {volumes[0].plan} covers most ({', '.join(f'{row.plan} {row.value:.3f}' for row in volumes)})"
     ranked = sorted(correlations, key=lambda row: -row.value)
     told = f"{ranked[0].plan} predicts best (rank correlation {ranked[0].value:.2f}), {ranked[-1].plan} worst ({ranked[-1].value:.2f})"
-    return f"Most needles are found by the plan of {best} ({found[best]:.2f}), {against}; {solvers}; {told}."
+    equals = "; ".join(name for name in objectives if name != best and found[name] == found[best])
+    score = f"{found[best]:.2f}" + (f", as many as by {equals}" if equals else "")
+    first = f"Most needles are found by the plan of {best} ({score}), {against}" if found[best] else "No objective's plan finds a needle"
+    return f"{first}; {solvers}; {told}."
 
 
 def _mean_score(rows: Sequence[Measurement], name: str, metric: str) -> float:
@@ -181,7 +184,7 @@ def _predictions(run: Run, density: Mapping[int, float], scale: Scale) -> list[M
     """Rank correlation of every predictor with the measured loss of random plans of equal density."""
     table = run.table()
     choices = random_choices(table, density, scale.random_plans, run.settings.seed)
-    samples = SampleSet(tuple(run.validation_samples)).limited(SCREEN_TOKENS)
+    samples = SampleSet(tuple(run.suites.validation)).limited(SCREEN_TOKENS)
     measured = MeasuredLosses(run.model, samples, run.folder / "parts" / "random-plans")
     losses = []
     for done, choice in enumerate(choices):

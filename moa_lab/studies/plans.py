@@ -15,7 +15,7 @@ from moa_lab.search.problem import Density
 from moa_lab.studies.record import StudyGoal, StudyRecord
 
 NEEDLES, LINES, DOCUMENTS, SUMMARIES = "needles", "lines", "documents", "summaries"
-"""Tasks of the test samples: `Run.test_samples`."""
+"""Tasks of the test samples: `Suites.test`."""
 
 
 def name_of(kind: str, density: float) -> str:

@@ -131,8 +131,8 @@ def space_answer(found: Sequence[Gain], lengths: Sequence[int], same: Mapping[st
 
 
 def _step(one: Gain) -> str:
-    helps = {"better": "helps", "worse": "does harm"}.get(one.verdict, one.verdict)
-    return f"{one.task} {helps} ({one.numbers})"
+    said = {"better": f"helps {one.task}", "worse": f"harms {one.task}"}.get(one.verdict, f"{one.verdict} for {one.task}")
+    return f"{said} ({one.numbers})"
 
 
 def _solved(table: LossTable, density: float, seconds: float, name: str, most_rules: int | None = None) -> Plan:

@@ -165,12 +165,15 @@ def weights_answer(
 
 
 def outcome(rows: Sequence[Measurement]) -> str:
-    """For instance "better on documents and summaries, not decided on needles": a difference is decided if its interval leaves out 0."""
+    """For instance "better on documents and summaries, not decided on needles": a difference is decided if its interval leaves out 0.
+
+    A single sample has no interval and decides nothing.
+    """
     groups: dict[str, list[str]] = {"better": [], "worse": [], "not decided": []}
     for row in rows:
         sign = 1 if row.metric.startswith("retrieval") else -1
         ends = sorted((sign * row.low, sign * row.high))
-        groups["better" if ends[0] > 0 else "worse" if ends[1] < 0 else "not decided"].append(row.task)
+        groups["not decided" if row.n < 2 or ends[0] <= 0 <= ends[1] else "better" if ends[0] > 0 else "worse"].append(row.task)
     told = {verdict: tasks for verdict, tasks in groups.items() if tasks}
     if list(told) == ["not decided"]:
         return "not decided"
@@ -222,7 +225,7 @@ def spans_and_bits(run: Run, dense_effects: Effects, predictor: str) -> tuple[li
 
 
 def _measured(run: Run, variants: Sequence[Variant]) -> list[Measurement]:
-    sets = [found for length in run.lengths for found in run.test_samples(length, TASKS)]
+    sets = [found for length in run.lengths for found in run.suites.test(length, TASKS)]
     rows: list[Measurement] = []
     steps = _steps(run, "measure bits")
     for done, variant in enumerate(variants):

@@ -7,18 +7,10 @@ import pytest
 
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
-from moa_lab.presets import RunSettings
 from moa_lab.records import InfluenceProfile, Measurement
 from moa_lab.search import loss_table, paper_goals, rule_grid
-from moa_lab.studies import StudyRecord, scale_of
-from moa_lab.studies.calibration import (
-    Variant,
-    calibration,
-    supervised_samples,
-    supervision_variants,
-    task_variants,
-    variant_plans,
-)
+from moa_lab.studies import StudyRecord
+from moa_lab.studies.calibration import Variant, supervised_samples, supervision_variants, task_variants, variant_plans
 from moa_lab.studies.calibration_answer import LONG_RANGE, ORDER, PAPER, calibration_answer, compared, verdict
 from moa_lab.studies.gains import NEEDLES_GAINED, Gain
 from moa_lab.studies.plans import solved_plan
@@ -28,16 +20,8 @@ LENGTHS = (512, 640)
 
 
 @pytest.fixture(scope="module")
-def run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    settings = RunSettings(
-        model=str(inputs[0]), preset="sketch", lengths=(512,), source=str(inputs[1]), columns="text=text,summary=summary"
-    )  # fmt: skip
-    return Run(tmp_path_factory.mktemp("calibration"), settings)
-
-
-@pytest.fixture(scope="module")
-def record(run: Run) -> StudyRecord:
-    return calibration(run, scale_of("sketch"))
+def record(records: dict[str, StudyRecord]) -> StudyRecord:
+    return records["calibration"]
 
 
 def profile_with(samples: dict[str, int], seed: int = 0) -> InfluenceProfile:

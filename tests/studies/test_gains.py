@@ -5,7 +5,7 @@ import pytest
 
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.records import Measurement
-from moa_lab.studies.gains import Gain, gain, gains, listed, unequal
+from moa_lab.studies.gains import Gain, counted, gain, gains, listed, unequal
 
 
 def scored(plan: str, task: str, length: int, values: list[float], density: float = 0.5) -> Measurement:
@@ -39,6 +39,15 @@ def test_lengths_are_pooled_sample_by_sample_and_paired() -> None:
     assert long.row().length == 1024
     assert both.density == pytest.approx(0.3)
     assert both.against_density == pytest.approx(0.5)
+
+
+def test_a_single_pair_decides_nothing_and_shows_no_interval() -> None:
+    rows = [scored("old", "documents", 512, [2.0]), scored("new", "documents", 512, [1.5])]
+    one = gain(rows, "new", "old", "documents", [512])
+    assert one.verdict == "not decided"
+    assert one.numbers == "+0.500 [one sample] nats saved"
+    assert gain(rows, "old", "old", "documents", [512]).verdict == "no difference"
+    assert [counted(n, "comparison") for n in (0, 1, 2)] == ["0 comparisons", "1 comparison", "2 comparisons"]
 
 
 def test_what_was_not_measured_is_refused() -> None:

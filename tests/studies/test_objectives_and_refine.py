@@ -91,6 +91,6 @@ def test_the_sentence_says_so_where_the_best_objectives_are_equal_or_find_nothin
     correlations = [Measurement("good", "rank_correlation", "random plans", 0, 0.9, 9, 0.0, 1.0, 0.0)]
     names = ["element, sum", "ranked"]
     equal = search_answer(names, [*(needles(name, [1, 0]) for name in names), *rows], correlations)
-    assert equal.startswith("Most needles are found by the plan of element, sum (0.50), which is the paper's own (as many by ranked); at")
+    assert equal.startswith("Most needles are found by the plan of element, sum (0.50, as many as by ranked), which is the paper's own; at")
     nothing = search_answer(names, [*(needles(name, [0, 0]) for name in names), *rows], correlations)
     assert nothing.startswith("No objective's plan finds a needle; at equal time")

@@ -1,31 +1,24 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moa_lab.evaluate.intervals import Interval
-from moa_lab.pipeline import Run
 from moa_lab.plan import DENSE, SpanRule
-from moa_lab.presets import RunSettings
 from moa_lab.search import rule_grid, solve_budget
-from moa_lab.studies import StudyRecord, scale_of
+from moa_lab.studies import StudyRecord
 from moa_lab.studies.gains import Gain
-from moa_lab.studies.rules import CappedRule, Curve, LogarithmicRule, PowerRule, at_length, families, family_tables, rules, rules_answer
+from moa_lab.studies.rules import CappedRule, Curve, LogarithmicRule, PowerRule, at_length, families, family_tables, rules_answer
 from tests.search.tables import random_profile, small_geometry
 
 LENGTHS = (2048, 4096)
 
 
 @pytest.fixture(scope="module")
-def record(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> StudyRecord:
-    settings = RunSettings(
-        model=str(inputs[0]), preset="sketch", source=str(inputs[1]), columns="text=text,summary=summary", lengths=(512,),
-        test_lengths=(576,),
-    )  # fmt: skip
-    return rules(Run(tmp_path_factory.mktemp("rules"), settings), scale_of("sketch"))
+def record(records: dict[str, StudyRecord]) -> StudyRecord:
+    return records["rules"]
 
 
 def test_every_formula_is_what_its_name_says_clipped_to_floor_and_length() -> None:
@@ -116,8 +109,8 @@ def test_the_answer_says_yes_mixed_and_undecided() -> None:
 def test_the_study_measures_every_family_at_every_length(record: StudyRecord) -> None:
     for name in ("linear", "capped", "power", "logarithmic"):
         rows = record.select(plan=name, task="needles", metric="retrieval")
-        assert sorted(row.length for row in rows) == [512, 576]
+        assert sorted(row.length for row in rows) == [512, 640]
         assert all(row.density <= 0.5 + 1e-9 for row in rows)
         told = record.settings["families"][name]
         assert math.isclose(told["density"]["512"], next(row.density for row in rows if row.length == 512))
-    assert {row.plan for row in record.select(metric="nats_saved", length=576)} == {"capped", "power", "logarithmic"}
+    assert {row.plan for row in record.select(metric="nats_saved", length=640)} == {"capped", "power", "logarithmic"}

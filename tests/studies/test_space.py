@@ -1,33 +1,21 @@
 from __future__ import annotations
 
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moa_lab.evaluate.intervals import Interval
-from moa_lab.pipeline import Run
-from moa_lab.presets import RunSettings
 from moa_lab.search import default_goals, limit_lengths, loss_table, mean_goal
-from moa_lab.studies import StudyRecord, scale_of
+from moa_lab.studies import StudyRecord
 from moa_lab.studies.gains import Gain
-from moa_lab.studies.space import STEPS, ratio_table, space, space_answer, space_plans, step_pairs
+from moa_lab.studies.space import STEPS, ratio_table, space_answer, space_plans, step_pairs
 from tests.search.tables import goal_values, keeps, random_profile, small_geometry
 
 
 @pytest.fixture(scope="module")
-def record(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> StudyRecord:
-    settings = RunSettings(
-        model=str(inputs[0]),
-        preset="sketch",
-        source=str(inputs[1]),
-        columns="text=text,summary=summary",
-        lengths=(512,),
-        test_lengths=(576,),
-    )
-    run = Run(tmp_path_factory.mktemp("space"), settings)
-    return space(run, scale_of("sketch"))
+def record(records: dict[str, StudyRecord]) -> StudyRecord:
+    return records["space"]
 
 
 def test_ratios_alone_are_scaled_as_the_default_grid_is() -> None:
@@ -96,9 +84,9 @@ def test_the_answer_says_yes_no_and_undecided() -> None:
     steps = [found("layers", -0.1, 0.2, "uniform"), found("heads", 0.2, 0.4, "layers"), found("elastic", -0.4, -0.2, "heads", 0.2)]
     others = [found("pool-sum", -0.5, -0.3), found("min-span-192", -0.1, 0.1)]
     text = space_answer([*steps, *others], (2048,), {"pool-mean": "pool-sum"}, 0.25)
-    assert "one ratio per layer: needles not decided (+0.050 [-0.100, 0.200])" in text
-    assert "one ratio per head: needles helps" in text
-    assert "elastic rules per head: needles does harm" in text
+    assert "one ratio per layer: not decided for needles (+0.050 [-0.100, 0.200])" in text
+    assert "one ratio per head: helps needles" in text
+    assert "elastic rules per head: harms needles" in text
     assert "pool-sum is worse" in text
     assert "nothing is decided for min-span-192" in text
     assert "the same plan as pool-sum: pool-mean" in text
@@ -108,9 +96,9 @@ def test_the_answer_says_yes_no_and_undecided() -> None:
 
 def test_the_study_measures_steps_and_variants_and_pairs_them(record: StudyRecord) -> None:
     assert {"dense", *STEPS} <= {row.plan for row in record.rows}
-    assert {row.length for row in record.rows} == {0, 512, 576}
+    assert {row.length for row in record.rows} == {0, 512, 640}
     for metric, task in (("needles_gained", "needles"), ("nats_saved", "documents"), ("nats_saved", "summaries")):
-        rows = record.select(metric=metric, task=task, length=576)
+        rows = record.select(metric=metric, task=task, length=640)
         assert {row.plan for row in rows} >= {"layers", "heads", "elastic"}
         assert all(row.low <= row.value <= row.high for row in rows)
     assert record.answer.startswith("At 50% kept, each step")

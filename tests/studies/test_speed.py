@@ -11,7 +11,6 @@ import torch
 from scipy.stats import t
 
 from moa_lab.pipeline import Run
-from moa_lab.presets import RunSettings
 from moa_lab.records import ALLOCATED, Measurement
 from moa_lab.studies import StudyRecord, scale_of
 from moa_lab.studies import speed as module
@@ -21,17 +20,8 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
-def run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    settings = RunSettings(
-        model=str(inputs[0]), preset="sketch", lengths=(512, 640), test_lengths=(640,), source=str(inputs[1]),
-        columns="text=text,summary=summary",
-    )  # fmt: skip
-    return Run(tmp_path_factory.mktemp("speed"), settings)
-
-
-@pytest.fixture(scope="module")
-def record(run: Run) -> StudyRecord:
-    return speed(run, scale_of("sketch"))
+def record(records: dict[str, StudyRecord]) -> StudyRecord:
+    return records["speed"]
 
 
 def rate(plan: str, task: str, *rates: float, batch: int = 8, over: float = 1.25) -> Measurement:
@@ -73,11 +63,11 @@ def test_allocated_bytes_are_those_predicted_and_those_of_the_timed_cache(run: R
         # Timed in the model's own numbers, told at two bytes a number.
         assert decoded.detail["allocated_bytes"] == CPU_ROWS * row.value * run.model.dtype.itemsize / 2
     assert record.select(plan="moa-50", metric=ALLOCATED)[0].value <= 0.5 * record.select(plan="dense", metric=ALLOCATED)[0].value
-    assert length == max(run.test_lengths)
+    assert length == max(run.lengths)
 
 
 def test_a_model_that_finds_nothing_loses_nothing_and_the_answer_says_so(record: StudyRecord) -> None:
-    assert record.answer.startswith("The dense model finds no needle at 640 tokens")
+    assert record.answer.startswith("The dense model finds no needle at 512 tokens")
     assert "Times on a CPU say little" in record.answer
 
 

@@ -7,30 +7,13 @@ import pytest
 from commands import exit_code
 
 from moa_lab.pipeline import Run
-from moa_lab.presets import RunSettings
 from moa_lab.storage import RecordError
 from moa_lab.studies import StudyGoal, StudyRecord, table
-
-
-def line(inputs: tuple[Path, Path], name: str, work: Path, out: Path) -> list[str]:
-    return [
-        "study", name, "--out", str(out), "--work", str(work), "--model", str(inputs[0]), "--preset", "sketch",
-        "--source", str(inputs[1]), "--columns", "text=text,summary=summary",
-        "--lengths", "512,640", "--test-lengths", "640", "--densities", "0.1,0.5,0.75",
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def records(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, StudyRecord]:
-    folder = tmp_path_factory.mktemp("studies")
-    for name in ("retrieval", "quality"):
-        with pytest.MonkeyPatch.context() as patch:
-            assert exit_code(patch, *line(inputs, name, folder / "work", folder / f"{name}.json")) == 0
-    return {name: StudyRecord.load(folder / f"{name}.json") for name in ("retrieval", "quality")}
+from tests.studies.sketch import Sketch
 
 
 def test_a_study_measures_dense_uniform_and_chosen_plans_at_equal_bytes(records: dict[str, StudyRecord]) -> None:
-    for record in records.values():
+    for record in (records["retrieval"], records["quality"]):
         plans = {row.plan for row in record.rows if not row.plan.startswith(("snapkv", "h2o"))}
         assert plans == {"dense", "uniform-50", "moa-50", "uniform-75", "moa-75"}
         for density in (50, 75):
@@ -63,9 +46,9 @@ def test_a_density_below_the_floor_is_left_out_and_says_why(records: dict[str, S
     assert "densit" in records["retrieval"].settings["left_out"]["moa-10"]
 
 
-def test_studies_share_what_was_made_on_the_way(inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert exit_code(monkeypatch, *line(inputs, "retrieval", tmp_path / "work", tmp_path / "a.json")) == 0
-
+def test_studies_share_what_was_made_on_the_way(
+    sketch: Sketch, records: dict[str, StudyRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*_: object, **__: object) -> None:
         raise AssertionError("scored again")
 
@@ -73,10 +56,10 @@ def test_studies_share_what_was_made_on_the_way(inputs: tuple[Path, Path], tmp_p
     monkeypatch.setattr("moa_lab.pipeline.calibrate", fails)
     monkeypatch.setattr("moa_lab.pipeline.profile", fails)
     monkeypatch.setattr("moa_lab.pipeline.select_heads", fails)
-    assert exit_code(monkeypatch, *line(inputs, "retrieval", tmp_path / "work", tmp_path / "b.json")) == 0
-    first, second = (StudyRecord.load(tmp_path / f"{name}.json") for name in "ab")
-    assert first.rows == second.rows
-    assert first.answer == second.answer
+    assert exit_code(monkeypatch, *sketch.line("retrieval", tmp_path / "again.json")) == 0
+    again = StudyRecord.load(tmp_path / "again.json")
+    assert again.rows == records["retrieval"].rows
+    assert again.answer == records["retrieval"].answer
 
 
 def test_a_goal_is_met_by_its_numbers_and_not_by_what_a_file_says(records: dict[str, StudyRecord], tmp_path: Path) -> None:
@@ -98,7 +81,7 @@ def test_the_table_shows_every_plan_goal_and_the_answer(records: dict[str, Study
         assert record.answer in text
         assert all(row.plan in text for row in record.rows)
         assert all(goal.name in text for goal in record.goals)
-        assert record.goals
+    assert all(records[name].goals for name in ("retrieval", "quality", "search", "refine"))
 
 
 def test_an_unknown_study_and_a_foreign_file_are_refused(
@@ -111,11 +94,9 @@ def test_an_unknown_study_and_a_foreign_file_are_refused(
         StudyRecord.load(tmp_path / "b.json")
 
 
-def test_a_run_at_another_density_keeps_its_own_settings(inputs: tuple[Path, Path], tmp_path: Path) -> None:
-    settings = RunSettings(model=str(inputs[0]), lengths=(704,), source=str(inputs[1]), columns="text=text,summary=summary")
-    run = Run(tmp_path, settings)
+def test_a_run_at_another_density_keeps_its_own_settings(run: Run) -> None:
     other = run.at(0.75)
     assert other.settings.density == 0.75
     assert run.settings.density == 0.5
     assert (other.folder / "profile.safetensors").read_bytes() == (run.folder / "profile.safetensors").read_bytes()
-    assert other.plan().density(704) <= 0.75
+    assert other.plan().density(512) <= 0.75

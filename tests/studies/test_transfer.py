@@ -10,13 +10,12 @@ from moa_lab.calibration.domains import DOMAINS
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.geometry import ModelGeometry
 from moa_lab.pipeline import Run
-from moa_lab.presets import RunSettings
 from moa_lab.records import InfluenceProfile, Measurement
-from moa_lab.studies import StudyRecord, scale_of
+from moa_lab.studies import StudyRecord
 from moa_lab.studies.ranks import CORRELATION, SHARED, WIDTH, confidence_rows, correlation_rows, shared_top
-from moa_lab.studies.transfer import FOREIGN, cost, cost_answer, ranks_answer, transfer
+from moa_lab.studies.transfer import FOREIGN, cost, cost_answer, ranks_answer
 
-LENGTHS = (640,)
+LENGTHS = (512,)
 GEOMETRY = ModelGeometry(layers=3, query_heads=4, kv_heads=4, head_dim=16, max_length=1024)
 
 
@@ -28,15 +27,6 @@ def profile_of(strength: np.ndarray, noise: float = 0.0, samples: int = 6, seed:
     effects = np.cumsum(distances[..., ::-1], axis=-1)[..., ::-1]
     key = ("questions", 512)
     return InfluenceProfile(GEOMETRY, 64, {key: np.ones((3, 4, 8, 8), np.float32)}, {key: distances}, span_effects={key: effects})
-
-
-@pytest.fixture(scope="module")
-def record(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, StudyRecord]:
-    folder = tmp_path_factory.mktemp("transfer")
-    settings = RunSettings(
-        model=str(inputs[0]), preset="sketch", lengths=LENGTHS, source=str(inputs[1]), columns="text=text,summary=summary"
-    )  # fmt: skip
-    return folder, transfer(Run(folder, settings), scale_of("sketch"))
 
 
 def row(plan: str, task: str, length: int, hits: list[int], metric: str = "retrieval") -> Measurement:
@@ -147,15 +137,15 @@ def test_without_a_feasible_plan_the_answer_says_so() -> None:
     assert cost_answer({}, 0.1) == "No plan is feasible at 10.0%."
 
 
-def test_the_study_measures_every_plan_on_every_domain(record: tuple[Path, StudyRecord]) -> None:
-    folder, found = record
+def test_the_study_measures_every_plan_on_every_domain(run: Run, records: dict[str, StudyRecord]) -> None:
+    found = records["transfer"]
     plans = {"dense", "uniform-50", *(f"{domain}-50" for domain in DOMAINS)}
     for domain in DOMAINS:
         for task, metric in (("needles", "retrieval"), ("documents", "cross_entropy")):
             rows = found.select(task=f"{domain}/{task}", metric=metric)
             assert {(r.plan, r.length) for r in rows} == {(plan, length) for plan in plans for length in LENGTHS}
             assert all(r.density <= 0.5 + 1e-9 for r in rows if r.plan != "dense")
-        assert InfluenceProfile.load(folder / "transfer" / f"{domain}.safetensors").tasks == ("questions", "summaries", "text")
+        assert InfluenceProfile.load(run.folder / "transfer" / f"{domain}.safetensors").tasks == ("questions", "summaries", "text")
     pairs = {r.task for r in found.select(metric=CORRELATION, plan="questions, span")}
     assert {"addresses/code", "addresses/arithmetic", "code/arithmetic"} <= pairs
     assert len(found.select(metric=WIDTH)) == len(found.select(metric=SHARED)) == 3
@@ -164,5 +154,6 @@ def test_the_study_measures_every_plan_on_every_domain(record: tuple[Path, Study
     assert "nan" not in found.answer
 
 
-def test_the_record_is_saved_and_read_again(record: tuple[Path, StudyRecord], tmp_path: Path) -> None:
-    assert StudyRecord.load(record[1].save(tmp_path / "transfer.json")).rows == record[1].rows
+def test_the_record_is_saved_and_read_again(records: dict[str, StudyRecord], tmp_path: Path) -> None:
+    found = records["transfer"]
+    assert StudyRecord.load(found.save(tmp_path / "transfer.json")).rows == found.rows

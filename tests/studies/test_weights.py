@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,6 @@ from moa_lab.kernels.dispatch import span_attention
 from moa_lab.models import geometry_of
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan, SpanRule, dense_plan
-from moa_lab.presets import RunSettings
 from moa_lab.records import Measurement
 from moa_lab.runtime import apply_plan
 from moa_lab.search import InfeasibleError
@@ -40,8 +40,7 @@ from moa_lab.studies.bits import (
 )
 from moa_lab.studies.quantise import fake_quantise, linear_modules, quantised_cache, quantised_weights, stored_bytes
 from moa_lab.studies.record import StudyRecord
-from moa_lab.studies.scale import SKETCH
-from moa_lab.studies.weights import KV_WIDTHS, Pair, best_predictor, kv_side, outcome, spans_and_bits, weights, weights_answer
+from moa_lab.studies.weights import KV_WIDTHS, Pair, best_predictor, kv_side, outcome, spans_and_bits, weights_answer
 
 TOKENS = 200
 
@@ -376,6 +375,7 @@ def test_a_lower_loss_and_a_higher_retrieval_are_better_and_zero_inside_decides_
     assert outcome([difference("needles", -0.2, -0.1), difference("documents", 0.1, 0.2)]) == "worse on needles and documents"
     assert outcome([difference("needles", -0.1, 0.2), difference("documents", -0.1, 0.2)]) == "not decided"
     mixed = [difference("needles", -0.1, 0.2), difference("documents", 0.1, 0.2), difference("summaries", -2, -1)]
+    assert outcome([replace(difference("summaries", -0.2, -0.2), n=1)]) == "not decided"
     assert outcome(mixed) == "better on summaries, worse on documents, not decided on needles"
 
 
@@ -419,17 +419,8 @@ def test_differences_pair_the_same_samples_over_all_lengths() -> None:
 
 
 @pytest.fixture(scope="module")
-def run(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    settings = RunSettings(
-        model=str(inputs[0]), preset="sketch", source=str(inputs[1]), columns="text=text,summary=summary",
-        lengths=(640,), test_lengths=(640,),
-    )  # fmt: skip
-    return Run(tmp_path_factory.mktemp("weights"), settings)
-
-
-@pytest.fixture(scope="module")
-def record(run: Run) -> StudyRecord:
-    return weights(run, SKETCH)
+def record(records: dict[str, StudyRecord]) -> StudyRecord:
+    return records["weights"]
 
 
 def test_the_study_measures_every_variant_at_equal_bytes(record: StudyRecord) -> None:
@@ -458,7 +449,7 @@ def test_the_study_has_ranks_differences_and_an_answer_and_can_be_saved(record: 
 
 def test_the_study_leaves_the_model_and_its_scores_as_they_were(run: Run, record: StudyRecord) -> None:
     assert not any(parameter.requires_grad for parameter in run.model.parameters())
-    dense = run.measure([dense_plan(run.geometry)], lengths=[640], tasks=["documents"])[0]
+    dense = run.measure([dense_plan(run.geometry)], lengths=[512], tasks=["documents"])[0]
     assert record.select(plan="dense", task="documents")[0].value == pytest.approx(dense.value, rel=1e-4)
 
 

@@ -1,0 +1,86 @@
+"""What a preset chooses plans by and tests them on, drawn once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa_lab.calibration.documents import Document, Split
+from moa_lab.calibration.samples import Sample
+from moa_lab.evaluate.testsets import document_samples, line_samples, needle_samples, own_answer_samples
+from moa_lab.evaluate.validate import validation_length
+from moa_lab.models import geometry_of
+from moa_lab.presets import Preset
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, samples answered, samples in all)."""
+
+
+@dataclass
+class Suites:
+    """Samples of the validation and test splits, in the numbers of `preset`.
+
+    lengths: the profiled ones. documents: per split, None for the embedded ones. answers_dir: where the dense model's own answers are
+    kept; answer_batch: how many it writes at once.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    preset: Preset
+    lengths: Sequence[int]
+    documents: Mapping[Split, Sequence[Document] | None]
+    seed: int
+    answers_dir: Path
+    answer_batch: int
+    progress: Progress
+    _tested: dict[tuple[str, int], list[Sample]] = field(default_factory=dict)
+
+    @cached_property
+    def validation(self) -> list[Sample]:
+        """What plans are chosen by: needles, the dense model's own answers and plain texts, at a length that was not profiled, and at
+        the profiled ones where the preset says so."""
+        preset = self.preset
+        between = validation_length(self.lengths, geometry_of(self.model).max_length)
+        shared: dict[str, Any] = {"split": "validation", "seed": self.seed, "documents": self.documents["validation"]}
+        samples = []
+        for length in sorted({between, *(self.lengths if preset.validate_profiled else ())}):
+            per_sample = min(preset.needles_per_text, preset.validation_questions)
+            samples += needle_samples(self.tokenizer, length, preset.validation_questions, per_sample=per_sample, **shared)
+            samples += self._own_answers(length, preset.validation_summaries, "validation", "validate")
+            if preset.validation_texts:
+                samples += document_samples(self.tokenizer, length, preset.validation_texts, **shared)
+        return samples
+
+    def test(self, length: int, tasks: Sequence[str] | None = None) -> list[list[Sample]]:
+        """Test samples of one length, a list for each task that the preset asks for: needles, lines, documents, and summaries, which
+        are the dense model's own answers. tasks: some of these."""
+        makers = self._makers(length)
+        for task in makers:
+            if (task, length) not in self._tested and (tasks is None or task in tasks):
+                self._tested[task, length] = makers[task]()
+        return [self._tested[task, length] for task in makers if tasks is None or task in tasks]
+
+    def _makers(self, length: int) -> dict[str, Callable[[], list[Sample]]]:
+        preset, seed = self.preset, self.seed
+        shared: dict[str, Any] = {"seed": seed, "documents": self.documents["test"]}
+        makers: dict[str, tuple[int, Callable[[], list[Sample]]]] = {
+            "needles": (preset.needles, lambda: needle_samples(
+                self.tokenizer, length, preset.needles, per_sample=preset.needles_per_text, **shared
+            )),
+            "lines": (preset.lines, lambda: line_samples(self.tokenizer, length, preset.lines, seed=seed)),
+            "documents": (preset.documents, lambda: document_samples(self.tokenizer, length, preset.documents, **shared)),
+            "summaries": (preset.own_answers, lambda: self._own_answers(length, preset.own_answers, "test", "evaluate")),
+        }  # fmt: skip
+        return {task: make for task, (count, make) in makers.items() if count}
+
+    def _own_answers(self, length: int, count: int, split: Split, stage: str) -> list[Sample]:
+        return own_answer_samples(
+            self.model, self.tokenizer, length, count, split=split, seed=self.seed, answer_tokens=self.preset.answer_tokens,
+            documents=self.documents[split], batch_size=self.answer_batch, parts_dir=self.answers_dir,
+            progress=lambda done, total: self.progress(f"{stage}: own answers", done, total),
+        )  # fmt: skip
