@@ -76,7 +76,7 @@ PRESETS: Mapping[str, Preset] = {
         lengths=(512,), questions=2, questions_per_sample=2, summaries=1, texts=1, answer_tokens=16,
         candidates=3, selection_plans=2, refine_rounds=0, refine_heads=0,
         validation_questions=2, validation_summaries=1, validation_texts=1, validate_profiled=False,
-        test_lengths=(640,), needles=3, needles_per_text=1, own_answers=1, lines=1, documents=2,
+        test_lengths=(640,), needles=2, needles_per_text=1, own_answers=1, lines=1, documents=2,
         baselines=(), search_seconds=3.0,
     ),
     "full": Preset(
