@@ -28,7 +28,8 @@ def proportion(hits: int, n: int) -> Interval:
     share = hits / n
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    return Interval(share, n, max(0.0, centre - half), min(1.0, centre + half))
+    # At 0 and 1 an end is the share itself, but for a rounding.
+    return Interval(share, n, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share))
 
 
 def mean(values: Sequence[float]) -> Interval:

@@ -35,7 +35,8 @@ def ratio(row: Measurement, against: Measurement, seed: int = 0) -> Interval:
     ours, theirs = (np.asarray(values, dtype=np.float64) for values in _pairs(row, against))
     picks = np.random.default_rng(seed).integers(len(ours), size=(RESAMPLES, len(ours)))
     drawn = [_divided(a, b) for a, b in zip(ours[picks].mean(axis=1), theirs[picks].mean(axis=1), strict=True)]
-    low, high = np.quantile(drawn, (0.025, 0.975))
+    # Draws themselves, not what lies between them: some may be infinite.
+    low, high = np.quantile(drawn, (0.025, 0.975), method="inverted_cdf")
     return Interval(_divided(float(ours.mean()), float(theirs.mean())), len(ours), float(low), float(high))
 
 

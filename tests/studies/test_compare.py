@@ -40,6 +40,9 @@ def test_a_ratio_holds_the_ratio_of_means_inside_its_interval() -> None:
     assert found.low < found.value < found.high < 1.0
     assert ratio(row("a", [0, 0]), row("b", [0, 0])).value == 1.0
     assert math.isinf(ratio(row("a", [1, 1]), row("b", [0, 0])).value)
+    rare = ratio(row("a", [1, 1, 1, 1]), row("b", [1, 0, 0, 0]))
+    assert rare.value == 4.0
+    assert rare.low <= 4.0 <= rare.high == math.inf
 
 
 def test_excess_perplexity_is_the_exponential_of_the_difference_in_nats() -> None:
