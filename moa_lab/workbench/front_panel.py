@@ -39,6 +39,7 @@ class FrontPanel:
         self.archive, self.volumes = Canvas("archive", WIDE // 2), Canvas("volumes", WIDE // 2)
         self.live = w.HBox([self.archive.box, self.volumes.box], layout=w.Layout(flex_flow="row wrap", display="none"))
         self._drawn_s = 0.0
+        self._newest: Generation | None = None
         self.scatter = Canvas("front", HALF, self.errors.guard(self._clicked))
         self.parallel = Canvas("parallel", WIDE, on_brush=self.errors.guard(self._brushed))
         self.difference = Canvas("difference", WIDE, self.errors.guard(self._chose_head))
@@ -52,7 +53,7 @@ class FrontPanel:
         for box in (self.x, self.y):
             box.observe(self.errors.guard(lambda _: None if self._loading else self.draw()), "value")
         changed = state.watch_in("Front", ["front"], self.errors.guard(self.load))
-        state.watch_in("Front", ["dark"], self.errors.guard(self._recolour))
+        state.watch_in("Front", ["dark"], self.errors.guard(self._darken))
         state.watch_in("Front", ["n_tokens"], self.errors.guard(self.draw))
         state.watch_in("Front", ["layer", "kv_head"], self.errors.guard(self._compare))
         self.works = (self.work,)
@@ -121,6 +122,10 @@ class FrontPanel:
             self.parallel.draw(fig, self.state.dark)
         self.draw()
 
+    def _darken(self) -> None:
+        self._recolour()
+        self._watch(self._newest)
+
     def _clicked(self, data: Any) -> None:
         self.pick(str(data[0] if isinstance(data, list | tuple | np.ndarray) else data))
 
@@ -172,6 +177,7 @@ class FrontPanel:
     def _watch(self, now: Generation | None = None) -> None:
         """The search while it runs: its plans, and how their hypervolume grew, beside those of other searches."""
         choosing = self.choosing
+        self._newest = now or self._newest
         if now is not None and len(now.goals) > 1:
             self.archive.draw(archive_scatter(now.values, now.goals, now.number), self.state.dark)
         if any(choosing.volumes.values()):

@@ -128,6 +128,22 @@ def test_a_running_search_is_drawn_generation_by_generation(table: LossTable, mo
     assert list(panel.volumes.widget.data[0].x) == [1, 2, 3]
 
 
+def test_figures_of_a_search_that_has_ended_follow_the_page_into_the_dark(table: LossTable) -> None:
+    panel = FrontPanel(State(table=table))
+    panel.solver.value, panel.effort.value = "pymoo", 2
+    press(panel, "Search")
+    ended(panel.work)
+    within(5, lambda: re.match(r"\d+ plans, hypervolume", panel.volume.value))
+
+    def inks() -> set[str]:
+        return {canvas.widget.layout.template.layout.font.color for canvas in (panel.archive, panel.volumes, panel.scatter)}
+
+    light = inks()
+    panel.state.set(tab="Front", dark=True)
+    assert len(light) == len(inks()) == 1
+    assert light.isdisjoint(inks())
+
+
 def test_a_front_is_loaded_from_a_path_or_refused_in_words(tmp_path: Path) -> None:
     panel = FrontPanel(State())
     assert "load one" in panel.compared.value
