@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,7 @@ class Heads:
             ("head", f"layer {layer}, query head {head} (KV head {kv_head})"),
             ("influence", self._standing(self.influence(), layer)),
             (f"in {described(self.against)}", self._standing(self.influence(self.against), layer)),
+            ("confidence", self._confidence(layer)),
         ]
         plan = self.state.plan
         if plan is not None:
@@ -163,8 +165,23 @@ class Heads:
         return first + int(far[layer, first : first + self._group].argmax())
 
     def _standing(self, far: np.ndarray, layer: int) -> str:
-        own = far[layer, self.row()]
-        return f"{own:.3g} nats beyond {self.beyond:,} tokens, rank {int((far > own).sum()) + 1} of {far.size}"
+        return f"{far[layer, self.row()]:.3g} nats beyond {self.beyond:,} tokens, rank {self._rank(far, layer)} of {far.size}"
+
+    def _rank(self, far: np.ndarray, layer: int) -> int:
+        return int((far > far[layer, self.row()]).sum()) + 1
+
+    def _confidence(self, layer: int) -> str:
+        """Between which ranks the head moves over the samples, one by one, and over all that can be compared with."""
+        samples = self.profile.distances[self.key]
+        alone = [replace(self.profile, distances={self.key: samples[index : index + 1]}) for index in range(len(samples))]
+        ranks = [self._rank(long_range_influence(one, *self.key, self.beyond, self.pool), layer) for one in alone]
+        others = [self._rank(self.influence(source), layer) for source in self.sources]
+        told = [f"rank {_between(ranks)} in {len(ranks)} samples, one by one"] if len(ranks) > 1 else []
+        return "; ".join([*told, f"{_between(others)} in {len(others)} tasks and lengths"])
+
+
+def _between(ranks: list[int]) -> str:
+    return f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0])
 
 
 def described(source: Source) -> str:

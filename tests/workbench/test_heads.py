@@ -76,12 +76,27 @@ def test_facts_of_a_head_are_its_influence_and_rank_here_and_there_and_its_rule(
     assert facts["influence"] == f"{far.max():.3g} nats beyond 128 tokens, rank 1 of 270"
     there = heads.influence(heads.against)
     assert facts["in this profile: summaries, 1,024 tokens"].startswith(f"{there[layer, head]:.3g} nats")
+    assert facts["confidence"].startswith("rank 1")
+    assert f"in {len(PROFILE.distances[heads.key])} samples, one by one" in facts["confidence"]
     assert facts["rule"].endswith(f"{int(plan.spans(2048)[layer, head // 3]):,} of 2,048 tokens")
     heads.beyond = 512
     assert "beyond 512 tokens" in dict(heads.facts())["influence"]
     heads.state.set(plan=make_plan(OTHER_MODEL.geometry))
     with pytest.raises(ValueError, match="another geometry"):
         heads.facts()
+
+
+def test_confidence_is_the_range_of_ranks_over_samples_and_sources(heads: Heads) -> None:
+    heads.choose(3, 4)
+    far = [PROFILE.distances[heads.key][index, :, :, 2:].sum(axis=2) for index in range(len(PROFILE.distances[heads.key]))]
+    ranks = [int((one > one[3, 4]).sum()) + 1 for one in far]
+    there = [heads.influence(source) for source in heads.sources]
+    others = [int((one > one[3, 4]).sum()) + 1 for one in there]
+    assert min(ranks) < max(ranks)
+    told = dict(heads.facts())["confidence"]
+    assert told.startswith(f"rank {min(ranks)} to {max(ranks)} in {len(ranks)} samples, one by one; ")
+    assert f"{min(others)}" in told.partition("; ")[2]
+    assert told.endswith(f"in {len(others)} tasks and lengths")
 
 
 def test_ranks_agree_with_themselves_are_turned_by_an_inversion_and_told_apart_where_they_differ() -> None:
