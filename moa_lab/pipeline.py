@@ -93,7 +93,7 @@ class Run:
 
     def at(self, density: float) -> Run:
         """The same run at another density, in a folder inside: what does not depend on the density is made once, here."""
-        other = Run(self.folder / f"density-{density:g}", replace(self.settings, density=density), self.progress, parts=self._parts(""))
+        other = Run(self.folder / f"density-{density:g}", replace(self.settings, density=density), self.progress, parts=self.parts_dir(""))
         other.folder.mkdir(parents=True, exist_ok=True)
         for record, name in ((self.samples, "samples"), (self.profile, "profile"), (self.table, "table")):
             record()
@@ -162,7 +162,7 @@ class Run:
         """What plans are chosen by and tested on."""
         return Suites(
             self.model, self.tokenizer, self.preset, self.lengths, self.documents, self.settings.seed,
-            answers_dir=self._parts("answers"), answer_batch=self.answer_batch, progress=self.progress,
+            answers_dir=self.parts_dir("answers"), answer_batch=self.answer_batch, progress=self.progress,
         )  # fmt: skip
 
     def samples(self) -> SampleSet:
@@ -180,7 +180,8 @@ class Run:
             self.folder / "samples.safetensors", SampleSet.load,
             lambda: calibrate(
                 self.model, self.tokenizer, self.lengths, wanted=wanted, documents=self.documents["calibration"],
-                seed=self.settings.seed, batch_size=self.answer_batch, parts_dir=self._parts("answers"), progress=self._steps("calibrate"),
+                seed=self.settings.seed, batch_size=self.answer_batch, parts_dir=self.parts_dir("answers"),
+                progress=self._steps("calibrate"),
             ),
         )  # fmt: skip
 
@@ -188,7 +189,7 @@ class Run:
         """Stage profile."""
         return _stored(
             self.folder / "profile.safetensors", InfluenceProfile.load,
-            lambda: profile(self.model, self.samples(), parts_dir=self._parts("profile"), progress=self._steps("profile")),
+            lambda: profile(self.model, self.samples(), parts_dir=self.parts_dir("profile"), progress=self._steps("profile")),
         )  # fmt: skip
 
     def table(self) -> LossTable:
@@ -257,7 +258,7 @@ class Run:
         draft = _stored(self.folder / "draft.json", Plan.load, lambda: self.validation(front, "draft").best)
         refined = refine(
             self.model, draft, self.samples(), self.table(), self.limits, rounds=self.preset.refine_rounds,
-            heads=self.preset.refine_heads, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self._parts("refine"),
+            heads=self.preset.refine_heads, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self.parts_dir("refine"),
             progress=self._steps("refine"),
         )  # fmt: skip
         return replace(front, points=(*front.points, *refined), settings={**front.settings, "refine_rounds": self.preset.refine_rounds})
@@ -272,7 +273,7 @@ class Run:
     def _select(self) -> Front:
         return select_heads(
             self.model, self.samples().limited(SCREEN_TOKENS), self.table(), self.limits, plans=self.preset.selection_plans,
-            seed=self.settings.seed, parts_dir=self._parts("selection"), progress=self._steps("select heads"),
+            seed=self.settings.seed, parts_dir=self.parts_dir("selection"), progress=self._steps("select heads"),
         )  # fmt: skip
 
     def validation(self, front: Front, name: str) -> Validation:
@@ -322,9 +323,10 @@ class Run:
 
     @property
     def _store(self) -> ScoreStore:
-        return ScoreStore(self._parts("scores"), weights_fingerprint(self.model))
+        return ScoreStore(self.parts_dir("scores"), weights_fingerprint(self.model))
 
-    def _parts(self, name: str) -> Path:
+    def parts_dir(self, name: str) -> Path:
+        """Where finished pieces of that name are kept."""
         return (self.parts or self.folder / "parts") / name
 
     def _steps(self, stage: str) -> Callable[[int, int], None]:

@@ -76,7 +76,7 @@ def retrieval_rows(plan: Plan, samples: Sequence[Sample], scores: Sequence[Seque
         }
         hits = [int(exact) for _, exact in facts]
         detail = {"by_depth": by_depth, "by_wording": by_wording, "contexts": len(group), "per_sample": hits}
-        rows.append(Measurement(plan.name, "retrieval", task, length, *_fields(total), plan.density(length), detail))
+        rows.append(Measurement(plan.name, "retrieval", task, length, *total, plan.density(length), detail))
     return rows
 
 
@@ -86,7 +86,7 @@ def loss_rows(plan: Plan, samples: Sequence[Sample], scores: Sequence[Sequence[A
     for (task, length), group in _groups(samples, scores).items():
         per_sample = [sample_loss(result) for _, result in group]
         detail = {"perplexity": float(np.exp(np.mean(per_sample))), "per_sample": per_sample}
-        rows.append(Measurement(plan.name, "cross_entropy", task, length, *_fields(mean(per_sample)), plan.density(length), detail))
+        rows.append(Measurement(plan.name, "cross_entropy", task, length, *mean(per_sample), plan.density(length), detail))
     return rows
 
 
@@ -130,10 +130,6 @@ def _share(hits: Iterable[bool]) -> Interval:
 def _share_detail(hits: Iterable[bool]) -> dict[str, float]:
     share = _share(hits)
     return {"value": share.value, "n": share.n}
-
-
-def _fields(interval: Interval) -> tuple[float, int, float, float]:
-    return interval.value, interval.n, interval.low, interval.high
 
 
 def _depth_bin(depth: float) -> int:

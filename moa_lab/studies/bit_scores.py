@@ -127,7 +127,7 @@ def rank_rows(
         found = spearman(guessed, measured)
         share = side.variant("random", choices[0]).kv_share(samples[0].length)
         detail = {"predicted": guessed, "measured": measured}
-        rows.append(Measurement(predictor, "rank_correlation", side.label, 0, *_fields(found), share, detail))
+        rows.append(Measurement(predictor, "rank_correlation", side.label, 0, *found, share, detail))
     return rows
 
 
@@ -138,7 +138,7 @@ def difference_rows(rows: Sequence[Measurement], plan: str, against: str) -> lis
         ours, theirs = (_pooled(rows, name, task) for name in (plan, against))
         pairs = difference(ours, theirs)
         detail = {"against": against, "density_against": theirs.density}
-        found.append(Measurement(plan, f"{ours.metric}_difference", task, 0, *_fields(pairs), ours.density, detail))
+        found.append(Measurement(plan, f"{ours.metric}_difference", task, 0, *pairs, ours.density, detail))
     return found
 
 
@@ -146,8 +146,3 @@ def _pooled(rows: Sequence[Measurement], plan: str, task: str) -> Measurement:
     """One row of the samples of all lengths; its density is that of the longest."""
     of_task = sorted((row for row in rows if (row.plan, row.task) == (plan, task)), key=lambda row: row.length)
     return replace(of_task[-1], length=0, detail={"per_sample": [value for row in of_task for value in row.detail["per_sample"]]})
-
-
-def _fields(interval: tuple[float, int, float, float]) -> tuple[float, int, float, float]:
-    value, n, low, high = interval
-    return value, n, low, high

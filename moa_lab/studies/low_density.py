@@ -183,7 +183,7 @@ def _selected(
         front = select_heads(
             run.model, run.samples().limited(SCREEN_TOKENS), run.table(), limits, plans=scale.selection_plans, seed=run.settings.seed,
             # Where runs keep it: their own selections at this density share what was measured.
-            parts_dir=(run.parts or run.folder / "parts") / "selection", progress=partial(run.progress, "select heads"),
+            parts_dir=run.parts_dir("selection"), progress=partial(run.progress, "select heads"),
         )  # fmt: skip
         plans.append(front.points[0].plan.renamed(name_of("selected", density)))
     else:

@@ -185,7 +185,7 @@ def _predictions(run: Run, density: Mapping[int, float], scale: Scale) -> list[M
     table = run.table()
     choices = random_choices(table, density, scale.random_plans, run.settings.seed)
     samples = SampleSet(tuple(run.suites.validation)).limited(SCREEN_TOKENS)
-    measured = MeasuredLosses(run.model, samples, run.folder / "parts" / "random-plans")
+    measured = MeasuredLosses(run.model, samples, run.parts_dir("random-plans"))
     losses = []
     for done, choice in enumerate(choices):
         run.progress("search: random plans", done, len(choices))
@@ -205,13 +205,9 @@ def _under_plans(run: Run, density: Mapping[int, float]) -> InfluenceProfile:
     """The profile again, with the model under random plans of the density."""
     samples, table = run.samples().limited(PROFILED_TOKENS), run.table()
     plans = [table.plan(choice, "random") for choice in random_choices(table, density, PLANS_PROFILED, run.settings.seed + 1)]
-    parts = run.folder / "parts" / "profile"
+    parts = run.parts_dir("profile")
     return merged([profile(run.model, samples, plan=plan, parts_dir=parts) for plan in plans])
 
 
 def _point_row(name: str, metric: str, found: Interval, detail: Mapping[str, object]) -> Measurement:
-    return Measurement(name, metric, "random plans" if metric == "rank_correlation" else "front", 0, *_fields(found), 0.0, dict(detail))
-
-
-def _fields(found: Interval) -> tuple[float, int, float, float]:
-    return found.value, found.n, found.low, found.high
+    return Measurement(name, metric, "random plans" if metric == "rank_correlation" else "front", 0, *found, 0.0, dict(detail))

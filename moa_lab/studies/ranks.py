@@ -111,4 +111,4 @@ def _short(values: np.ndarray) -> list[list[float]]:
 
 def _row(plan: str, metric: str, task: str, found: Interval, detail: dict[str, object] | None = None) -> Measurement:
     # No plan is applied: what is compared are profiles of the dense model.
-    return Measurement(plan, metric, task, 0, found.value, found.n, found.low, found.high, 1.0, detail or {})
+    return Measurement(plan, metric, task, 0, *found, 1.0, detail or {})

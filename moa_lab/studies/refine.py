@@ -53,7 +53,7 @@ def _stages(run: Run, density: float, scale: Scale) -> list[Plan]:
     start = _chosen(run, front, list(front), "draft", density)
     found = improve(
         run.model, start, run.samples().limited(SCREEN_TOKENS), run.table(), run.limits, rounds=scale.refine_rounds,
-        heads=scale.refine_heads, parts_dir=(run.parts or run.folder) / "refine",
+        heads=scale.refine_heads, parts_dir=run.parts_dir("refine"),
         progress=lambda done, total: run.progress(f"refine {density:.0%}", done, total),
     )  # fmt: skip
     chosen["refined"] = _chosen(run, front, [*front, *found], "refined", density)
