@@ -46,6 +46,13 @@ def excess_perplexity(row: Measurement, dense: Measurement) -> Interval:
     return Interval(math.expm1(nats.value), nats.n, math.expm1(nats.low), math.expm1(nats.high))
 
 
+def excess_over_dense(rows: Iterable[Measurement], plan: str, task: str, length: int) -> Interval:
+    """`excess_perplexity` of a plan, against the row named dense. Raises KeyError where one of them was not measured."""
+    rows = tuple(rows)
+    ours, dense = (row_of(rows, name, task, length, "cross_entropy") for name in (plan, "dense"))
+    return excess_perplexity(ours, dense)
+
+
 def spearman(a: Sequence[float], b: Sequence[float], seed: int = 0) -> Interval:
     """Rank correlation with a bootstrap interval over the pairs; 0 where one side is constant."""
     x, y = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)

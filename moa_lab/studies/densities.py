@@ -11,7 +11,7 @@ from moa_lab.evaluate.agreement import agreement_rows
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
 from moa_lab.records import Measurement
-from moa_lab.studies.compare import excess_perplexity, ratio, row_of
+from moa_lab.studies.compare import excess_over_dense, ratio, row_of
 from moa_lab.studies.eviction import eviction_rows
 from moa_lab.studies.plans import (
     DOCUMENTS,
@@ -104,7 +104,7 @@ def quality(run: Run, scale: Scale) -> StudyRecord:
 
     def excess(plan: str, task: str, lengths: Iterable[int]) -> Interval:
         """Perplexity above the dense model's, as a fraction, at the worst length."""
-        found = [_excess(rows, plan, task, n) for n in lengths]
+        found = [excess_over_dense(rows, plan, task, n) for n in lengths]
         return max(found, key=lambda interval: interval.value)
 
     for length in run.test_lengths:
@@ -134,11 +134,6 @@ def quality(run: Run, scale: Scale) -> StudyRecord:
         run, "quality", "What does a density cost where nothing particular is looked for?", answer, rows, goals,
         densities=list(scale.densities), left_out=left_out,
     )  # fmt: skip
-
-
-def _excess(rows: Sequence[Measurement], plan: str, task: str, length: int) -> Interval:
-    ours, dense = (row_of(rows, name, task, length, "cross_entropy") for name in (plan, "dense"))
-    return excess_perplexity(ours, dense)
 
 
 def _agreement(rows: Sequence[Measurement], length: int) -> str:

@@ -11,7 +11,7 @@ from moa_lab.plan import Plan
 from moa_lab.records import Front, FrontPoint, Measurement
 from moa_lab.refinement import refine as improve
 from moa_lab.search import InfeasibleError
-from moa_lab.studies.compare import difference, excess_perplexity, ratio, row_of
+from moa_lab.studies.compare import difference, excess_over_dense, ratio, row_of
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, dense_and_uniform, name_of, record_of
 from moa_lab.studies.record import StudyGoal, StudyRecord
 from moa_lab.studies.scale import Scale
@@ -83,7 +83,9 @@ def refine_goals(rows: Sequence[Measurement], densities: Sequence[float], length
         if density == 0.2:
             goals.append(StudyGoal.of(f"{percent}: needles found, of those the dense model finds, worst length", found, 0.9))
         if density == 0.5:
-            worst_excess = max((_excess(rows, plan, task, n) for task in (DOCUMENTS, SUMMARIES) for n in lengths), key=lambda e: e.low)
+            worst_excess = max(
+                (excess_over_dense(rows, plan, task, n) for task in (DOCUMENTS, SUMMARIES) for n in lengths), key=lambda e: e.low
+            )
             name = f"{percent}: perplexity above the dense model's, lower end of the interval, worst task and length"
             goals.append(StudyGoal(name, worst_excess.low, 0.0, True))
     return goals
@@ -92,10 +94,6 @@ def refine_goals(rows: Sequence[Measurement], densities: Sequence[float], length
 def _half_way(rows: Sequence[Measurement], plan: str, density: float, length: int) -> float:
     dense, uniform, ours = (row_of(rows, name, SUMMARIES, length).value for name in ("dense", name_of("uniform", density), plan))
     return (ours - dense) / (uniform - dense) if uniform > dense else 0.0
-
-
-def _excess(rows: Sequence[Measurement], plan: str, task: str, length: int) -> Interval:
-    return excess_perplexity(row_of(rows, plan, task, length), row_of(rows, "dense", task, length))
 
 
 def _lost_needles(rows: Sequence[Measurement], plan: str, length: int) -> Interval:
