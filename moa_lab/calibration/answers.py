@@ -32,7 +32,12 @@ def answer_logits(model: PreTrainedModel, batch: Sequence[Sample], embedded: tor
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in batch])).to(model.device)
     inputs = {"input_ids": tokens} if embedded is None else {"inputs_embeds": embedded}
     logits = model(**inputs, use_cache=False, logits_to_keep=torch.from_numpy(kept).to(model.device)).logits
-    return [logits[index, torch.from_numpy(np.searchsorted(kept, where)).to(logits.device)] for index, where in enumerate(positions)]
+    counts = [len(where) for where in positions]
+    rows = np.repeat(np.arange(len(batch)), counts)
+    columns = np.searchsorted(kept, np.concatenate(positions))
+    # Picked at once: a gradient through a pick is as large as what it was picked from.
+    picked = logits[torch.from_numpy(rows).to(logits.device), torch.from_numpy(columns).to(logits.device)]
+    return list(picked.split(counts))
 
 
 @torch.inference_mode()
