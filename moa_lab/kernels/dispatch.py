@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moa_lab.cache import RingLayer
+from moa_lab.kernels.mixture import mixed_windows
 from moa_lab.kernels.reference import windowed_attention
 from moa_lab.kernels.ring_reference import chunk_attention, newest_attention
 from moa_lab.kernels.schedule import DecodeSchedule, decode_schedule
@@ -36,8 +38,11 @@ def kernel_applies(query: torch.Tensor, *others: torch.Tensor) -> bool:
     others: key and value, which a gradient may be asked for alone.
     """
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *others))
-    fits = query.dtype in KERNEL_DTYPES and query.shape[-1] <= MAX_HEAD_DIM
-    return on_gpu(query) and fits and not wants_gradient and HAS_TRITON
+    return _fits(query) and not wants_gradient
+
+
+def _fits(query: torch.Tensor) -> bool:
+    return on_gpu(query) and query.dtype in KERNEL_DTYPES and query.shape[-1] <= MAX_HEAD_DIM and HAS_TRITON
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -68,6 +73,27 @@ def span_attention(
     query_positions = positions.amax(dim=-1, keepdim=True)
     gaps = mask.explicit is None and not mask.padded_on_the_left
     return windowed_attention(query, key, value, query_positions, positions, sink_tokens, windows, scale, softcap, gaps)
+
+
+def drawn_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: KeyMask,
+    shift: torch.Tensor,
+    counts: torch.Tensor,
+    sink_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """`drawn_windows`, by its kernel where it runs and nothing is padded; elsewhere by `mixed_windows`, recomputed in backward."""
+    if _fits(query) and mask.explicit is None and mask.real is None:
+        from moa_lab.kernels.drawn import drawn_windows
+
+        return drawn_windows(query, key, value, shift, counts, sink_tokens, scale, softcap, mask.reach)
+    weights = torch.nn.functional.one_hot(counts.long() - 1, shift.shape[-1]).to(shift.dtype) + shift
+    shown = mask.positions >= 0
+    return checkpoint(mixed_windows, query, key, value, shown, weights, sink_tokens, scale, softcap, use_reentrant=False)
 
 
 def ring_attention(

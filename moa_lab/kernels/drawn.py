@@ -1,0 +1,238 @@
+"""`mixed_windows` in Triton for windows that are drawn: forward through one window a head, slopes for all of them.
+
+Everything is in whole blocks of 64 tokens, so tiles are seen or not seen, and only the model's own mask cuts through them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from moa_lab.kernels.mixture import BLOCK, LEAST
+from moa_lab.kernels.prefill import NO_REACH
+
+
+@triton.jit
+def _tile(
+    base, block, n_tokens,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The rows of a block, (BLOCK, PADDED_DIM); zeros past the end."""
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    dims = tl.arange(0, PADDED_DIM)
+    return tl.load(base + rows[:, None] * HEAD_DIM + dims[None, :], mask=(rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM), other=0.0)
+
+
+@triton.jit
+def _scores(
+    query, key, query_block, key_block, n_tokens, reach, scale, softcap,
+    BLOCK: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Scores of a tile, minus infinity where the model itself hides the key."""
+    rows = query_block * BLOCK + tl.arange(0, BLOCK)
+    columns = key_block * BLOCK + tl.arange(0, BLOCK)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+    if CAPPED:
+        # tanh by a sigmoid.
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+    back = rows[:, None] - columns[None, :]
+    return tl.where((back >= 0) & (back < reach) & (columns[None, :] < n_tokens), scores, float("-inf"))
+
+
+@triton.jit
+def _forward_kernel(
+    query, key, value, counts, output, normaliser, n_tokens, sink_blocks, reach, scale, softcap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    block, head = tl.program_id(0), tl.program_id(1)
+    size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
+    asked = _tile(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    key += head // GROUP * size
+    value += head // GROUP * size
+    first = tl.maximum(block + 1 - tl.load(counts + head // GROUP), 0)
+    sinks = tl.minimum(sink_blocks, first)
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    found = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
+    for index in range(0, sinks + block + 1 - first):
+        near = tl.where(index < sinks, index, first + index - sinks)
+        known = _tile(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        scores = _scores(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        # A row that has seen nothing yet has no maximum to subtract.
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp(scores - safe[:, None])
+        shrink = tl.exp(highest - safe)
+        total = total * shrink + tl.sum(weights, axis=1)
+        values = _tile(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        found = found * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
+        highest = higher
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    dims = tl.arange(0, PADDED_DIM)
+    real = (rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM)
+    tl.store(
+        output + head * size + rows[:, None] * HEAD_DIM + dims[None, :], (found / total[:, None]).to(output.dtype.element_ty), mask=real
+    )
+    tl.store(normaliser + head * n_tokens + rows, highest + tl.log(total), mask=rows < n_tokens)
+
+
+@triton.jit
+def _rows_kernel(
+    query, key, value, slope, counts, normaliser, expected, query_slope, masses, gains, n_tokens, n_blocks, sink_blocks, reach, scale,
+    softcap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Slope in the queries; and of every block of keys, by its distance: log of its mass, and mean slope of its values."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    dims = tl.arange(0, PADDED_DIM)
+    asked = _tile(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    wanted = _tile(slope + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    key += head // GROUP * size
+    value += head // GROUP * size
+    held = tl.load(normaliser + head * n_tokens + rows, mask=rows < n_tokens, other=0.0)
+    mean = tl.load(expected + head * n_tokens + rows, mask=rows < n_tokens, other=0.0)
+    first = tl.maximum(block + 1 - tl.load(counts + head // GROUP), 0)
+    gathered = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
+    places = (tl.cast(head, tl.int64) * n_tokens + rows) * n_blocks
+    for near in range(0, block + 1):
+        known = _tile(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        values = _tile(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        scores = _scores(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+        gain = tl.dot(wanted, tl.trans(values), input_precision=PRECISION)
+        highest = tl.max(scores, axis=1)
+        weights = tl.exp(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
+        total = tl.sum(weights, axis=1)
+        tl.store(masses + places + block - near, highest + tl.log(total), mask=rows < n_tokens)
+        tl.store(gains + places + block - near, tl.sum(weights * gain, axis=1) / tl.maximum(total, 1e-30), mask=rows < n_tokens)
+        if (near >= first) | (near < sink_blocks):
+            change = tl.exp(scores - held[:, None]) * (gain - mean[:, None]) * scale
+            if CAPPED:
+                capped = tl.where(scores == float("-inf"), 0.0, scores) / softcap
+                change *= 1.0 - capped * capped
+            gathered += tl.dot(change.to(known.dtype), known, input_precision=PRECISION)
+    real = (rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM)
+    places = head * size + rows[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(query_slope + places, gathered.to(query_slope.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _columns_kernel(
+    query, key, value, slope, counts, normaliser, expected, key_slope, value_slope, n_tokens, n_blocks, sink_blocks, reach, scale, softcap,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Slopes in keys and values, of each query head by itself."""
+    block, head = tl.program_id(0), tl.program_id(1)
+    size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
+    known = _tile(key + head // GROUP * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    values = _tile(value + head // GROUP * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    query += head * size
+    slope += head * size
+    last = tl.where(block < sink_blocks, n_blocks, tl.minimum(block + tl.load(counts + head // GROUP), n_blocks))
+    keys = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
+    answers = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
+    for at in range(block, last):
+        rows = at * BLOCK + tl.arange(0, BLOCK)
+        asked = _tile(query, at, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        wanted = _tile(slope, at, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        held = tl.load(normaliser + head * n_tokens + rows, mask=rows < n_tokens, other=float("inf"))
+        mean = tl.load(expected + head * n_tokens + rows, mask=rows < n_tokens, other=0.0)
+        scores = _scores(asked, known, at, block, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+        weights = tl.exp(scores - held[:, None])
+        answers += tl.dot(tl.trans(weights).to(wanted.dtype), wanted, input_precision=PRECISION)
+        change = weights * (tl.dot(wanted, tl.trans(values), input_precision=PRECISION) - mean[:, None]) * scale
+        if CAPPED:
+            capped = tl.where(scores == float("-inf"), 0.0, scores) / softcap
+            change *= 1.0 - capped * capped
+        keys += tl.dot(tl.trans(change).to(asked.dtype), asked, input_precision=PRECISION)
+    rows = block * BLOCK + tl.arange(0, BLOCK)
+    dims = tl.arange(0, PADDED_DIM)
+    real = (rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM)
+    places = head * size + rows[:, None] * HEAD_DIM + dims[None, :]
+    tl.store(key_slope + places, keys.to(key_slope.dtype.element_ty), mask=real)
+    tl.store(value_slope + places, answers.to(value_slope.dtype.element_ty), mask=real)
+
+
+def drawn_windows(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    shift: torch.Tensor,
+    counts: torch.Tensor,
+    sink_tokens: int,
+    scale: float,
+    softcap: float | None = None,
+    reach: int | None = None,
+) -> torch.Tensor:
+    """`mixed_windows` whose weights are 1 for the last `counts` blocks, int32 (batch, kv_heads), plus `shift`: as `query`.
+
+    shift: (batch, kv_heads, blocks), all zeros, there for its slope: what each other window would have changed. query:
+    (batch, query_heads, tokens, head_dim); key, value: (batch, kv_heads, tokens, head_dim), without padding. reach: the model's own
+    window in tokens.
+    """
+    return _Drawn.apply(query, key, value, shift, counts, sink_tokens, scale, softcap, reach)
+
+
+class _Drawn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shift: torch.Tensor, counts: torch.Tensor,
+        sink_tokens: int, scale: float, softcap: float | None, reach: int | None,
+    ) -> torch.Tensor:  # fmt: skip
+        query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
+        batch, heads, n_tokens, head_dim = query.shape
+        output = torch.empty_like(query)
+        normaliser = query.new_empty(batch, heads, n_tokens, dtype=torch.float32)
+        settings = {
+            "GROUP": heads // key.shape[1], "HEAD_DIM": head_dim, "PADDED_DIM": max(triton.next_power_of_2(head_dim), 16), "BLOCK": BLOCK,
+            "CAPPED": softcap is not None, "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+            "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2,
+        }  # fmt: skip
+        numbers = (-(-sink_tokens // BLOCK), reach or NO_REACH, scale, softcap or 1.0)
+        grid = (shift.shape[-1], batch * heads)
+        counts = counts.to(query.device, torch.int32).contiguous()
+        _forward_kernel[grid](query, key, value, counts, output, normaliser, n_tokens, *numbers, **settings)
+        ctx.save_for_backward(query, key, value, counts, output, normaliser)
+        ctx.grid, ctx.numbers, ctx.settings = grid, numbers, settings
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value, counts, output, normaliser = ctx.saved_tensors
+        slope = slopes[0].contiguous()
+        batch, heads, n_tokens, _ = query.shape
+        blocks, group = ctx.grid[0], ctx.settings["GROUP"]
+        expected = (slope.float() * output.float()).sum(dim=-1)
+        query_slope, key_slope, value_slope = (torch.empty_like(query) for _ in range(3))
+        masses = torch.full((batch, heads, n_tokens, blocks), float("-inf"), device=query.device)
+        gains = torch.zeros_like(masses)
+        shared = (query, key, value, slope, counts, normaliser, expected)
+        _rows_kernel[ctx.grid](*shared, query_slope, masses, gains, n_tokens, blocks, *ctx.numbers, **ctx.settings)
+        _columns_kernel[ctx.grid](*shared, key_slope, value_slope, n_tokens, blocks, *ctx.numbers, **ctx.settings)
+        per_group = (batch, heads // group, group)
+        key_slope, value_slope = (x.unflatten(1, per_group[1:]).sum(dim=2) for x in (key_slope, value_slope))
+        found = _slope_of_windows(masses, gains, ctx.numbers[0]).unflatten(1, per_group[1:]).sum(dim=2)
+        return query_slope, key_slope, value_slope, found, None, None, None, None, None
+
+
+def _slope_of_windows(masses: torch.Tensor, gains: torch.Tensor, sink_blocks: int) -> torch.Tensor:
+    """(batch, query_heads, blocks): slope . output, summed over queries, for a window of 1, 2, .. blocks.
+
+    masses, gains: (batch, query_heads, tokens, blocks), of the keys 0, 1, .. blocks back.
+    """
+    mass = (masses - masses.amax(dim=-1, keepdim=True)).exp()
+    gain = mass * gains
+    index = torch.arange(masses.shape[-1], device=masses.device)
+    own = index.repeat_interleave(BLOCK)[: masses.shape[2], None]
+    sink = (index <= own) & (own - index < sink_blocks)
+    kept_mass, kept_gain = (
+        torch.where(sink, 0.0, x).cumsum(dim=-1) + torch.where(sink, x, 0.0).sum(dim=-1, keepdim=True) for x in (mass, gain)
+    )
+    return (kept_gain / kept_mass.clamp(min=LEAST)).sum(dim=2)
