@@ -24,6 +24,7 @@ from moa_lab.evaluate.suites import Suites
 from moa_lab.evaluate.summary import summarise
 from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.geometry import ModelGeometry
+from moa_lab.learning import learn_spans
 from moa_lab.models import geometry_of, load_model, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import MIN_SPAN, Plan, dense_plan, uniform_plan
 from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, Preset, RunSettings
@@ -33,7 +34,6 @@ from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Mea
 from moa_lab.refinement import refine
 from moa_lab.report import save_report
 from moa_lab.search import baseline_plan, limit_lengths, loss_table, search
-from moa_lab.selection import select_heads
 from moa_lab.storage import RecordError, parse, read_json, to_json, write_json
 
 Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, Measurements)
@@ -43,7 +43,9 @@ logger = logging.getLogger(__name__)
 ANSWER_BATCH = 32
 """Samples that a GPU answers at once: a step costs nearly the same for one."""
 SCREEN_TOKENS = 131_072
-"""Calibration tokens that a choice of whole heads is measured on."""
+"""Calibration tokens that many plans are measured on."""
+QUESTIONS_PER_LESSON = 4
+"""Facts asked in one text that is learned from: more slopes for the same tokens."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -95,7 +97,10 @@ class Run:
         """The same run at another density, in a folder inside: what does not depend on the density is made once, here."""
         other = Run(self.folder / f"density-{density:g}", replace(self.settings, density=density), self.progress, parts=self.parts_dir(""))
         other.folder.mkdir(parents=True, exist_ok=True)
-        for record, name in ((self.samples, "samples"), (self.profile, "profile"), (self.table, "table")):
+        shared: list[tuple[Callable[[], object], str]] = [(self.samples, "samples"), (self.profile, "profile"), (self.table, "table")]
+        if self.preset.learning_steps:
+            shared.append((self.lessons, "lessons"))
+        for record, name in shared:
             record()
             shutil.copyfile(self.folder / f"{name}.safetensors", other.folder / f"{name}.safetensors")
         other.__dict__.update(_loaded=self._loaded, documents=self.documents, suites=self.suites)
@@ -185,6 +190,22 @@ class Run:
             ),
         )  # fmt: skip
 
+    def lessons(self) -> SampleSet:
+        """Samples that spans are learned from: more than are profiled, and at the shorter tested lengths too."""
+        preset = self.preset
+        wanted = requests(
+            questions=preset.learning_questions, per_sample=min(QUESTIONS_PER_LESSON, preset.learning_questions),
+            others=preset.learning_others, texts=preset.learning_others, answer_tokens=preset.answer_tokens,
+        )  # fmt: skip
+        return _stored(
+            self.folder / "lessons.safetensors", SampleSet.load,
+            lambda: calibrate(
+                self.model, self.tokenizer, sorted({*self.lengths, *(n for n in self.test_lengths if n < max(self.lengths))}),
+                wanted=wanted, documents=self.documents["calibration"], seed=self.settings.seed, batch_size=self.answer_batch,
+                parts_dir=self.parts_dir("answers"), progress=self._steps("lessons"),
+            ),
+        )  # fmt: skip
+
     def profile(self) -> InfluenceProfile:
         """Stage profile."""
         return _stored(
@@ -250,9 +271,9 @@ class Run:
 
     def _searched(self) -> Front:
         front = _stored(self.folder / "front-search.json", Front.load, self._search)
-        if self.preset.selection_plans:
-            selected = _stored(self.folder / "front-selected.json", Front.load, self._select)
-            front = replace(front, points=(*front.points, *selected), settings={**front.settings, "selection": selected.settings})
+        if self.preset.learning_steps:
+            learned = self.learned()
+            front = replace(front, points=(*front.points, *learned), settings={**front.settings, "learning": learned.settings})
         if not self.preset.refine_rounds:
             return front
         draft = _stored(self.folder / "draft.json", Plan.load, lambda: self.validation(front, "draft").best)
@@ -270,10 +291,14 @@ class Run:
             progress=lambda done, total, message: self.progress("search", done, total),
         )  # fmt: skip
 
-    def _select(self) -> Front:
-        return select_heads(
-            self.model, self.samples().limited(SCREEN_TOKENS), self.table(), self.limits, plans=self.preset.selection_plans,
-            seed=self.settings.seed, parts_dir=self.parts_dir("selection"), progress=self._steps("select heads"),
+    def learned(self) -> Front:
+        """Stage learn: the plan that a descent ends at."""
+        return _stored(
+            self.folder / "front-learned.json", Front.load,
+            lambda: learn_spans(
+                self.model, self.lessons(), self.table(), self.limits, steps=self.preset.learning_steps,
+                max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed, progress=self._steps("learn"),
+            ),
         )  # fmt: skip
 
     def validation(self, front: Front, name: str) -> Validation:

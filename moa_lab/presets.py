@@ -16,7 +16,8 @@ class Preset:
 
     questions (questions_per_sample in one text), summaries, texts: calibration samples; answer_tokens: tokens of a summary.
     validation_*: samples at a length that is not profiled, and at the longest profiled one if validate_profiled. candidates: plans of
-    the search that are measured there. selection_plans: choices of whole heads that are measured to find more candidates (0: none).
+    the search that are measured there. learning_steps: of the descent that finds one more (0: none), from
+    learning_questions, and learning_others of each other task.
     refine_rounds: how often the best candidate is improved (0: it is taken as it is). needles
     (needles_per_text in one text), own_answers, lines, documents: test samples at every tested length. baselines: plans measured
     beside dense, uniform and the chosen one.
@@ -29,7 +30,9 @@ class Preset:
     texts: int
     answer_tokens: int
     candidates: int
-    selection_plans: int
+    learning_steps: int
+    learning_questions: int
+    learning_others: int
     refine_rounds: int
     refine_heads: int
     validation_questions: int
@@ -50,7 +53,7 @@ PRESETS: Mapping[str, Preset] = {
     # A laptop's two cores: thirteen minutes with the embedded model, all installs included.
     "quick": Preset(
         lengths=(1024, 2048), questions=8, questions_per_sample=2, summaries=2, texts=0, answer_tokens=48,
-        candidates=5, selection_plans=0, refine_rounds=0, refine_heads=0,
+        candidates=5, learning_steps=0, learning_questions=0, learning_others=0, refine_rounds=0, refine_heads=0,
         validation_questions=4, validation_summaries=2, validation_texts=0, validate_profiled=False,
         test_lengths=(2048,), needles=16, needles_per_text=1, own_answers=4, lines=0, documents=0,
         baselines=(), search_seconds=20.0,
@@ -58,7 +61,7 @@ PRESETS: Mapping[str, Preset] = {
     # One GPU: nine minutes on an H100 with the embedded model.
     "standard": Preset(
         lengths=(2048, 4096), questions=48, questions_per_sample=1, summaries=12, texts=0, answer_tokens=128,
-        candidates=12, selection_plans=0, refine_rounds=2, refine_heads=96,
+        candidates=12, learning_steps=0, learning_questions=0, learning_others=0, refine_rounds=2, refine_heads=96,
         validation_questions=64, validation_summaries=16, validation_texts=0, validate_profiled=True,
         test_lengths=(2048, 4096), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=16,
         baselines=("ranked", "paper"), search_seconds=30.0,
@@ -66,7 +69,7 @@ PRESETS: Mapping[str, Preset] = {
     # Many densities and many plans from one profile: less is spent on each, plain text counts too, and more is tested.
     "study": Preset(
         lengths=(2048, 4096), questions=32, questions_per_sample=2, summaries=12, texts=12, answer_tokens=128,
-        candidates=8, selection_plans=192, refine_rounds=0, refine_heads=0,
+        candidates=8, learning_steps=320, learning_questions=96, learning_others=24, refine_rounds=0, refine_heads=0,
         validation_questions=48, validation_summaries=8, validation_texts=8, validate_profiled=True,
         test_lengths=(1024, 2048, 4096, 8192), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=32,
         baselines=(), search_seconds=15.0,
@@ -74,14 +77,14 @@ PRESETS: Mapping[str, Preset] = {
     # The same on a laptop's two cores, in minutes and for the look of it alone: no interval is narrow enough to decide anything.
     "sketch": Preset(
         lengths=(512,), questions=2, questions_per_sample=2, summaries=1, texts=1, answer_tokens=16,
-        candidates=3, selection_plans=2, refine_rounds=0, refine_heads=0,
+        candidates=3, learning_steps=3, learning_questions=2, learning_others=1, refine_rounds=0, refine_heads=0,
         validation_questions=2, validation_summaries=1, validation_texts=1, validate_profiled=False,
         test_lengths=(640,), needles=2, needles_per_text=1, own_answers=1, lines=1, documents=2,
         baselines=(), search_seconds=3.0,
     ),
     "full": Preset(
         lengths=(1024, 2048, 4096), questions=96, questions_per_sample=1, summaries=32, texts=0, answer_tokens=192,
-        candidates=32, selection_plans=0, refine_rounds=4, refine_heads=256,
+        candidates=32, learning_steps=1000, learning_questions=192, learning_others=48, refine_rounds=4, refine_heads=256,
         validation_questions=192, validation_summaries=48, validation_texts=0, validate_profiled=True,
         test_lengths=(1024, 2048, 4096, 8192), needles=256, needles_per_text=1, own_answers=64, lines=64, documents=32,
         baselines=("ranked", "paper"), search_seconds=300.0,

@@ -1,20 +1,18 @@
 """Below the densities that the paper tried (it stops at 15%): where retrieval breaks, on which heads, and what helps.
 
-Plans here have whole heads over a constant floor; which heads, the profile says, except where a measured selection is the question.
+Plans here have whole heads over a constant floor; which heads, the profile says. Beside them stands the plan whose spans were learned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 from moa_lab.evaluate.scoring import loss_rows, score_samples
-from moa_lab.pipeline import SCREEN_TOKENS, Run
+from moa_lab.pipeline import Run
 from moa_lab.plan import MIN_SPAN, SINK_TOKENS, Plan, dense_plan
 from moa_lab.records import Measurement
 from moa_lab.search import InfeasibleError, ranked_plan
 from moa_lab.search.goals import QUESTIONS
-from moa_lab.selection import select_heads
 from moa_lab.studies.gains import Gain, counted, gain, listed
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, name_of, record_of
 from moa_lab.studies.record import StudyRecord
@@ -30,7 +28,7 @@ TASKS = (NEEDLES, DOCUMENTS, SUMMARIES)
 
 
 def low_density(run: Run, scale: Scale) -> StudyRecord:
-    """The cliff, floors and sinks at equal bytes, a measured selection, and what each whole head carries."""
+    """The cliff, floors and sinks at equal bytes, learned spans, and what each whole head carries."""
     lengths = tuple(sorted({run.lengths[0], run.lengths[-1]}))
     dense = run.measure([dense_plan(run.geometry)], lengths=lengths, tasks=TASKS)
     ranking, left_out = ranked_heads(run.table()), dict[str, str]()
@@ -44,9 +42,9 @@ def low_density(run: Run, scale: Scale) -> StudyRecord:
         rows += found
     rows += _floors_and_sinks(run, scale, ranking, lengths, left_out)
     density = max(scale.low)
-    best, found = _selected(run, scale, density, lengths, left_out)
+    ranked, found = _ranked_and_learned(run, density, lengths, left_out)
     rows += found
-    changes = _cuts(run, best) if best else []
+    changes = _cuts(run, ranked) if ranked else []
     # Where the dense model itself finds nothing, no number of heads is too few.
     seen = cliffs if all(row.value > 0 for row in dense if row.task == NEEDLES) else []
     compared = comparisons(rows, scale.low, lengths)
@@ -54,7 +52,7 @@ def low_density(run: Run, scale: Scale) -> StudyRecord:
         run, "low_density", "Below 15% of the cache: where does it break, on which heads, and what helps?",
         low_density_answer(seen, compared, changes, density, len(ranking), lengths),
         [*rows, *(one.row() for one in compared), *changes],
-        densities=list(scale.low), lengths=list(lengths), left_out=left_out, selection_plans=scale.selection_plans,
+        densities=list(scale.low), lengths=list(lengths), left_out=left_out,
         cliffs=[vars(cliff) for cliff in cliffs], ranking=[list(head) for head in ranking],
     )  # fmt: skip
 
@@ -71,14 +69,14 @@ def settings_at(density: float, low: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def comparisons(rows: Sequence[Measurement], low: Sequence[float], lengths: Sequence[int]) -> list[Gain]:
-    """Floors against the usual floor, sinks against the usual sink, the selection against the ranking; over the lengths both were at."""
+    """Floors against the usual floor, sinks against the usual sink, learned against ranked; over the lengths both were at."""
     pairs = []
     for density in low:
         for floor, sink in settings_at(density, low):
             usual = (floor, SINK_TOKENS) if sink != SINK_TOKENS else (MIN_SPAN, SINK_TOKENS)
             if (floor, sink) != usual:
                 pairs.append((variant(density, floor, sink), variant(density, *usual)))
-    pairs.append((name_of("selected", max(low)), name_of("ranked", max(low))))
+    pairs.append((name_of("learned", max(low)), name_of("ranked", max(low))))
     found = []
     for plan, against in pairs:
         for task in TASKS:
@@ -91,8 +89,8 @@ def comparisons(rows: Sequence[Measurement], low: Sequence[float], lengths: Sequ
 def low_density_answer(
     cliffs: Sequence[Cliff], compared: Sequence[Gain], changes: Sequence[Measurement], density: float, heads: int, lengths: Sequence[int]
 ) -> str:
-    """Where the cliff is; what a floor, a sink and a selection change at `density`; how much few heads carry."""
-    shown = [one for one in compared if one.plan.startswith((f"{name_of('ranked', density)}-", name_of("selected", density)))]
+    """Where the cliff is; what a floor, a sink and learned spans change at `density`; how much few heads carry."""
+    shown = [one for one in compared if one.plan.startswith((f"{name_of('ranked', density)}-", name_of("learned", density)))]
     parts = [
         f"To find {NEAR:.0%} of the dense model's needles at {listed(lengths)}: {'; '.join(_cliff(one, heads) for one in cliffs)}."
         if cliffs
@@ -100,7 +98,7 @@ def low_density_answer(
     ]
     for kind, told in (
         ("floor", f"a floor other than {MIN_SPAN} tokens"), ("sink", f"a sink other than {SINK_TOKENS} tokens"),
-        ("selected", "choosing the whole heads by measurement"),
+        ("learned", "learning all spans by descent, instead of whole heads over a floor,"),
     ):  # fmt: skip
         of = [one for one in shown if _kind(one) == kind]
         parts.append(f"At {100 * density:g}%, {told} {_moves(of)}.")
@@ -122,8 +120,8 @@ def _are(count: int | None) -> str:
 
 
 def _kind(one: Gain) -> str:
-    if one.plan.startswith("selected"):
-        return "selected"
+    if one.plan.startswith("learned"):
+        return "learned"
     return "floor" if one.plan.endswith(f"-sink-{SINK_TOKENS}") else "sink"
 
 
@@ -169,26 +167,21 @@ def _floors_and_sinks(
     return rows
 
 
-def _selected(
-    run: Run, scale: Scale, density: float, lengths: Sequence[int], left_out: dict[str, str]
+def _ranked_and_learned(
+    run: Run, density: float, lengths: Sequence[int], left_out: dict[str, str]
 ) -> tuple[Plan | None, list[Measurement]]:
-    """The ranking's plan and the one that measured calibration losses chose, both for all lengths at once; the better of the two."""
-    limits = dict.fromkeys(lengths, density)
+    """The ranking's plan for all lengths at once, and the learned one; with the rows of both, the first is returned."""
     try:
-        plans = [ranked_plan(run.table(), limits, floor_tokens=MIN_SPAN, name=name_of("ranked", density))]
+        ranked = ranked_plan(run.table(), dict.fromkeys(lengths, density), floor_tokens=MIN_SPAN, name=name_of("ranked", density))
     except ValueError as error:
         left_out[name_of("ranked", density)] = str(error)
         return None, []
-    if plans[0].search["whole_heads"]:
-        front = select_heads(
-            run.model, run.samples().limited(SCREEN_TOKENS), run.table(), limits, plans=scale.selection_plans, seed=run.settings.seed,
-            # Where runs keep it: their own selections at this density share what was measured.
-            parts_dir=run.parts_dir("selection"), progress=partial(run.progress, "select heads"),
-        )  # fmt: skip
-        plans.append(front.points[0].plan.renamed(name_of("selected", density)))
-    else:
-        left_out[name_of("selected", density)] = f"density {density:.4g} pays for no whole head at {min(lengths)} tokens"
-    return plans[-1], run.measure(plans, lengths=lengths, tasks=TASKS)
+    plans = [ranked]
+    try:
+        plans.append(run.at(density).learned().points[0].plan.renamed(name_of("learned", density)))
+    except InfeasibleError as error:
+        left_out[name_of("learned", density)] = str(error)
+    return ranked, run.measure(plans, lengths=lengths, tasks=TASKS)
 
 
 def _cuts(run: Run, plan: Plan) -> list[Measurement]:

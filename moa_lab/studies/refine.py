@@ -1,4 +1,4 @@
-"""A second stage that measures: whole heads chosen by a bandit, then a few heads moved at a time, against the search alone."""
+"""Stages after the search: spans learned by descent, then a few heads moved at a time by measured losses, against the search alone."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from moa_lab.studies.scale import Scale
 
 DENSITIES = (0.15, 0.2, 0.25, 0.5)
 LONGEST = 4096
-STAGES = ("ranked", "search", "selected", "refined")
-QUESTION = "How much better does a plan get when what it loses is measured, and not predicted?"
+STAGES = ("ranked", "search", "learned", "refined")
+REFINED_ON = 2 * SCREEN_TOKENS
+"""Tokens of the lessons that heads are moved by."""
+QUESTION = "How much better does a plan get when its spans are learned under the budget, and then moved by measured losses?"
 
 
 def refine(run: Run, scale: Scale) -> StudyRecord:
@@ -38,13 +40,14 @@ def refine(run: Run, scale: Scale) -> StudyRecord:
     rows = [*dense_and_uniform(run, last, lengths=lengths, tasks=tasks), *run.measure(plans, lengths=lengths, tasks=tasks)]
     done = [density for density in densities if name_of("refined", density) not in left_out]
     return record_of(
-        run, "refine", QUESTION, refine_answer(rows, done, lengths), rows, refine_goals(rows, done, lengths), left_out=left_out,
-        densities=densities, refine_rounds=scale.refine_rounds, refine_heads=scale.refine_heads, stages=list(STAGES),
+        run, "refine", QUESTION, refine_answer(rows, done, lengths), rows,
+        refine_goals(rows, done, lengths, run.lengths), left_out=left_out, densities=densities, stages=list(STAGES),
+        refine_rounds=scale.refine_rounds, refine_heads=scale.refine_heads, learning_steps=run.preset.learning_steps,
     )  # fmt: skip
 
 
 def _stages(run: Run, density: float, scale: Scale) -> list[Plan]:
-    """The best plan of every stage by validation: what the ranking, the search, and the measured selection found, and what is near."""
+    """The best plan of every stage by validation: what the ranking, the search and the descent found, and what is near the best."""
     front = run.front()
     parts: dict[str, list[FrontPoint]] = {name: [] for name in STAGES}
     for candidate in front:
@@ -52,7 +55,7 @@ def _stages(run: Run, density: float, scale: Scale) -> list[Plan]:
     chosen = {name: _chosen(run, front, points, name, density) for name, points in parts.items() if points}
     start = _chosen(run, front, list(front), "draft", density)
     found = improve(
-        run.model, start, run.samples().limited(SCREEN_TOKENS), run.table(), run.limits, rounds=scale.refine_rounds,
+        run.model, start, run.lessons().limited(REFINED_ON), run.table(), run.limits, rounds=scale.refine_rounds,
         heads=scale.refine_heads, parts_dir=run.parts_dir("refine"),
         progress=lambda done, total: run.progress(f"refine {density:.0%}", done, total),
     )  # fmt: skip
@@ -64,13 +67,14 @@ def _chosen(run: Run, front: Front, points: Sequence[FrontPoint], name: str, den
     return replace(run.validation(replace(front, points=tuple(points)), name).best, name=name_of(name, density))
 
 
-def refine_goals(rows: Sequence[Measurement], densities: Sequence[float], lengths: Sequence[int]) -> list[StudyGoal]:
-    """What the densities aim at: nothing lost at 50%, needles at 25%, 0.9 of them at 20%."""
+def refine_goals(
+    rows: Sequence[Measurement], densities: Sequence[float], lengths: Sequence[int], profiled: Sequence[int]
+) -> list[StudyGoal]:
+    """What the densities aim at: nothing lost at 50%, needles at 25%; 0.9 of them at 20%, at the profiled lengths."""
     goals: list[StudyGoal] = []
     for density in densities:
         plan = name_of("refined", density)
         lost = max((_lost_needles(rows, plan, n) for n in lengths), key=lambda found: found.value)
-        found = min((ratio(row_of(rows, plan, NEEDLES, n), row_of(rows, "dense", NEEDLES, n)) for n in lengths), key=lambda f: f.value)
         percent = f"{density:.0%}"
         if density in (0.25, 0.5):
             # Indistinguishable: the interval of what is lost reaches 0.
@@ -81,7 +85,9 @@ def refine_goals(rows: Sequence[Measurement], densities: Sequence[float], length
                 StudyGoal(f"{percent}: cross-entropy of own answers, from dense (0) to uniform (1), worst length", worst, 0.5, True)
             )
         if density == 0.2:
-            goals.append(StudyGoal.of(f"{percent}: needles found, of those the dense model finds, worst length", found, 0.9))
+            among = [n for n in lengths if n in profiled] or lengths
+            found = min((ratio(row_of(rows, plan, NEEDLES, n), row_of(rows, "dense", NEEDLES, n)) for n in among), key=lambda f: f.value)
+            goals.append(StudyGoal.of(f"{percent}: needles found, of those the dense model finds, worst profiled length", found, 0.9))
         if density == 0.5:
             worst_excess = max(
                 (excess_over_dense(rows, plan, task, n) for task in (DOCUMENTS, SUMMARIES) for n in lengths), key=lambda e: e.low

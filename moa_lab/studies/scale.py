@@ -12,9 +12,8 @@ class Scale:
 
     densities: shares of the KV cache at which plans are measured. density: the one at which variants of a method are compared; low:
     densities below what the paper tried. samples: numbers of calibration samples a length that are compared. random_plans: plans drawn
-    at random, of equal density, to hold predictions against. selection_plans: choices of whole heads that are measured.
-    refine_rounds, refine_heads: of a refinement (0 rounds: none). search_seconds: what every solver of a comparison may take.
-    new_tokens: tokens of a timed generation.
+    at random, of equal density, to hold predictions against. refine_rounds, refine_heads: of a refinement (0 rounds: none).
+    search_seconds: what every solver of a comparison may take. new_tokens: tokens of a timed generation.
     """
 
     densities: tuple[float, ...]
@@ -22,7 +21,6 @@ class Scale:
     low: tuple[float, ...]
     samples: tuple[int, ...]
     random_plans: int
-    selection_plans: int
     refine_rounds: int
     refine_heads: int
     search_seconds: float
@@ -31,11 +29,11 @@ class Scale:
 
 FULL = Scale(
     densities=(0.125, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75), density=0.25, low=(0.08, 0.1, 0.125, 0.15), samples=(4, 16, 32),
-    random_plans=160, selection_plans=192, refine_rounds=1, refine_heads=64, search_seconds=20.0, new_tokens=64,
+    random_plans=160, refine_rounds=1, refine_heads=32, search_seconds=20.0, new_tokens=64,
 )  # fmt: skip
 SKETCH = Scale(
     densities=(0.5,), density=0.5, low=(0.4,), samples=(1, 2),
-    random_plans=4, selection_plans=2, refine_rounds=1, refine_heads=2, search_seconds=1.0, new_tokens=12,
+    random_plans=4, refine_rounds=1, refine_heads=2, search_seconds=1.0, new_tokens=12,
 )  # fmt: skip
 
 SCALES: Mapping[str, Scale] = {"sketch": SKETCH}

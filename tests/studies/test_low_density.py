@@ -30,7 +30,7 @@ def record(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
         model=str(inputs[0]), preset="sketch", source=str(inputs[1]), columns="text=text,summary=summary", lengths=(512,),
         test_lengths=(512,),
     )  # fmt: skip
-    # Four heads, floors of 1/4 and 3/8: whichever the selection prefers, 0.6 pays for one whole head.
+    # Four heads, floors of 1/4 and 3/8: 0.6 pays for one whole head.
     return low_density(Run(tmp_path_factory.mktemp("low"), settings), replace(scale_of("sketch"), low=(0.2, 0.6)))
 
 
@@ -142,10 +142,10 @@ def test_the_answer_names_the_cliff_what_moves_it_and_what_does_not() -> None:
     usual = variant(0.15, 128, 64)
     compared = [
         better(variant(0.15, 96, 64), usual, 0.1, 0.2), better(variant(0.15, 128, 4), usual, -0.1, 0.2),
-        better("selected-15", "ranked-15", -0.3, -0.1),
+        better("learned-15", "ranked-15", -0.3, -0.1),
     ]  # fmt: skip
     changes = [
-        Measurement("selected-15", "loss_change", f"layer {n} head 0", 0, v, 9, v - 0.2, v + 0.2, 0.15) for n, v in ((1, 0.3), (2, 0.1))
+        Measurement("learned-15", "loss_change", f"layer {n} head 0", 0, v, 9, v - 0.2, v + 0.2, 0.15) for n, v in ((1, 0.3), (2, 0.1))
     ]
     text = low_density_answer([Cliff(128, 12, 8, 0.176, True), Cliff(256, None, 48, 0.6, False)], compared, changes, 0.15, 90, (2048, 4096))
     assert "over a floor of 128 tokens 12 whole heads of 90 (17.6% kept) are enough, 8 are not;" in text
@@ -155,13 +155,13 @@ def test_the_answer_names_the_cliff_what_moves_it_and_what_does_not() -> None:
         in text
     )
     assert "a sink other than 64 tokens changes nothing that these samples decide" in text
-    assert "by measurement changes this (1 of 1 comparisons decided): needles worse with selected-15" in text
-    assert "1 of the 2 whole heads of selected-15 raises the loss of calibration questions" in text
+    assert "instead of whole heads over a floor, changes this (1 of 1 comparisons decided): needles worse with learned-15" in text
+    assert "1 of the 2 whole heads of learned-15 raises the loss of calibration questions" in text
     assert "layer 1 head 0, +0.300 nats [0.100, 0.500], 75% of all increases" in text
     one = low_density_answer([Cliff(128, 2, 1, 0.1, True), Cliff(256, None, 1, 0.6, True)], compared[1:2], changes[:1], 0.15, 4, (2048,))
     assert "2 whole heads of 4 (10.0% kept) are enough, 1 is not; over a floor of 256 tokens 1 whole head of 4 is not enough." in one
     assert "that these samples decide (1 comparison)." in one
-    assert "1 of the 1 whole head of selected-15 raises the loss" in one
+    assert "1 of the 1 whole head of learned-15 raises the loss" in one
     nothing = low_density_answer([], [], [], 0.15, 90, (2048,))
     assert "no cliff can be seen" in nothing
     assert "could not be compared" in nothing
@@ -172,9 +172,9 @@ def test_the_study_measures_what_is_feasible_and_says_what_is_not(record: StudyR
     assert all(f"{variant(0.2, floor, 64)} at 512" in record.settings["left_out"] for floor in (128, 192, 256))
     assert record.select(plan=variant(0.2, 96, 64), metric="retrieval")
     for row in record.select(metric="retrieval"):
-        if row.plan.startswith(("ranked-60", "selected-60")):
+        if row.plan.startswith(("ranked-60", "learned-60")):
             assert row.density <= 0.6 + 1e-9
-    assert record.select(plan="selected-60", task="documents")
+    assert record.select(plan="learned-60", task="documents")
     assert len(record.select(metric="loss_change")) == 1
     assert {row.task for row in record.select(plan="whole-0-floor-128")} == {"needles", "summaries"}
     assert record.select(metric="nats_saved", plan=variant(0.6, 128, 4))

@@ -55,7 +55,7 @@ def test_studies_share_what_was_made_on_the_way(
     monkeypatch.setattr("moa_lab.evaluate.scoring.score_answers", fails)
     monkeypatch.setattr("moa_lab.pipeline.calibrate", fails)
     monkeypatch.setattr("moa_lab.pipeline.profile", fails)
-    monkeypatch.setattr("moa_lab.pipeline.select_heads", fails)
+    monkeypatch.setattr("moa_lab.pipeline.learn_spans", fails)
     assert exit_code(monkeypatch, *sketch.line("retrieval", tmp_path / "again.json")) == 0
     again = StudyRecord.load(tmp_path / "again.json")
     assert again.rows == records["retrieval"].rows

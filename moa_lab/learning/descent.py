@@ -1,0 +1,122 @@
+"""Spans learned by descent, where the budget is: plans are drawn, and every rule is judged by what it would have changed in them.
+
+A profile asks what a head is worth while all others are whole, and adds that up. Heads are redundant, so sums mislead where few heads are
+left. Here every head has a distribution over rules. A step draws plans, and takes the slope of what they lose in all chances at once:
+for each rule, the first-order change if the head had followed it in that plan. The mean of that over plans is the slope of the expected
+loss (the multilinear extension of a set function: Calinescu et al., 2011), and the chances go down it by exponentiated gradients (Kivinen
+and Warmuth, 1997). The budget begins at nearly the whole cache and shrinks, so that heads give up their tokens one after another.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from transformers import PreTrainedModel
+
+from moa_lab.calibration.samples import Sample, SampleSet, group_by_shape
+from moa_lab.learning.mixtures import Mixtures
+from moa_lab.learning.slopes import SlopeSampler
+from moa_lab.records import Front, LossTable
+from moa_lab.search.front import DENSITY, point
+from moa_lab.search.goals import QUESTIONS, default_goals
+from moa_lab.search.problem import Density, densities
+
+logger = logging.getLogger(__name__)
+
+STEPS = 320
+RATE = 0.2
+FIRST_DENSITY = 0.95
+SHRINKING = 0.6
+"""Share of the steps in which the budget shrinks."""
+BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+QUESTIONS_SHARE = 0.5
+"""Of the samples of a step, where there are other tasks: a question has few answer tokens."""
+WEIGHTS: Mapping[str, float] = {QUESTIONS: 1.0}
+OTHER_WEIGHT = 1.5
+"""A plan that misses a question loses whole nats a token; other tasks lose tenths, and would be drowned."""
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
+
+
+def learn_spans(
+    model: PreTrainedModel,
+    samples: SampleSet,
+    table: LossTable,
+    density: Density,
+    *,
+    steps: int = STEPS,
+    rate: float = RATE,
+    max_rules_per_layer: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Front:
+    """The plan that the descent ends at, as a front of one point, origin `learned`.
+
+    The loss is the divergence of the answers of `samples` from the dense model's, in nats per answer token, a mean over each task;
+    a step takes samples of one length. table: the rules to choose from, and what predicts the point's losses; nothing of what it
+    predicts is used. `density`, its lengths and max_rules_per_layer, which only the last plan keeps, are as in `search`. rate: nats
+    that the evidence for a rule of usual slope gains in a step. Raises ValueError for fewer than one step, no samples, or a task that
+    lacks a length, and InfeasibleError as `search` does.
+    """
+    if steps < 1 or not len(samples):
+        raise ValueError(f"learning needs at least one step and one sample, got {steps} and {len(samples)}")
+    targets = densities(table, density)
+    mixtures = Mixtures(table, targets, rate)
+    batches = _Batches(samples, BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]), seed)
+    weights = {task: WEIGHTS.get(task, OTHER_WEIGHT) for task in batches.tasks}
+    sampler = SlopeSampler(model, table, weights, seed)
+    history: list[dict[str, float]] = []
+    for step in range(steps):
+        if progress:
+            progress(step, steps)
+        left = max(0.0, 1 - step / max(1.0, SHRINKING * steps))
+        chances = mixtures.chances(mixtures.limit + left * np.maximum(FIRST_DENSITY - mixtures.limit, 0))
+        found = sampler(batches.draw(), chances)
+        mixtures.step(chances, found.slope)
+        history.append(found.divergence)
+    if progress:
+        progress(steps, steps)
+    last = history[-max(1, steps // 10) :]
+    divergence = {task: float(np.mean([told[task] for told in last])) for task in batches.tasks}
+    logger.info("learned in %d steps: %s nats under plans drawn in the last ones", steps, divergence)
+    learned = point(
+        table, mixtures.choice(max_rules_per_layer), name="learned", origin="learned", lengths=targets, goals=default_goals(table),
+        search={"steps": steps, "drawn_divergence": divergence},
+    )  # fmt: skip
+    settings = {
+        "solver": "learn", "steps": steps, "rate": rate, "seed": seed, "weights": weights,
+        "density": {str(n): d for n, d in targets.items()},
+    }  # fmt: skip
+    return Front((learned,), (*(objective.name for objective in table.objectives), DENSITY), settings, table.provenance)
+
+
+class _Batches:
+    """Samples of one length and all tasks, as many as `tokens` hold and at least one of each."""
+
+    def __init__(self, samples: SampleSet, tokens: int, seed: int) -> None:
+        self._groups, self._tokens = group_by_shape(samples), tokens
+        self._rng = np.random.default_rng(seed)
+        self.tasks = sorted({task for task, _ in self._groups})
+        self._lengths = sorted({length for _, length in self._groups})
+        for task in self.tasks:
+            for length in self._lengths:
+                if (task, length) not in self._groups:
+                    raise ValueError(f"there are no samples of {task} at {length} tokens, where other tasks have some")
+
+    def draw(self) -> list[Sample]:
+        """The next batch."""
+        length = self._lengths[int(self._rng.integers(len(self._lengths)))]
+        batch: list[Sample] = []
+        for task in self.tasks:
+            group = self._groups[task, length]
+            count = max(1, int(self._share(task) * (self._tokens // length)))
+            batch += [group[int(index)] for index in self._rng.permutation(len(group))[:count]]
+        return batch
+
+    def _share(self, task: str) -> float:
+        if QUESTIONS not in self.tasks or len(self.tasks) == 1:
+            return 1 / len(self.tasks)
+        return QUESTIONS_SHARE if task == QUESTIONS else (1 - QUESTIONS_SHARE) / (len(self.tasks) - 1)

@@ -1,0 +1,102 @@
+"""A distribution over rules for every head, which keeps density limits on average and moves down a slope."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from scipy.optimize import minimize
+
+from moa_lab.records import LossTable, Objective
+from moa_lab.search.budget import BudgetSolver
+from moa_lab.search.goals import Goal
+from moa_lab.search.milp import solve_milp
+from moa_lab.search.problem import Usage, check_feasible
+
+MOMENTUM = 0.9
+SCALE_DECAY = 0.99
+LARGEST_STEP = 1.0
+"""Nats that the evidence for a rule may change in one step."""
+DEAREST = 300.0
+"""Nats for a whole head: at this price every head takes its cheapest rule, at minus this price its dearest."""
+BISECTIONS = 48
+
+
+class Mixtures:
+    """Chances of the rules of every head: `softmax(evidence - price . usage)`, where the prices are those that the limits ask for.
+
+    evidence: float64 (heads, rules), in nats, 0 to begin with; it takes steps against the slope of a loss in the chances (exponentiated
+    gradients). heads are flattened: layer * kv_heads + kv_head. targets: density by length, as `densities` gives it. Raises
+    InfeasibleError where the cheapest rules exceed it.
+    """
+
+    def __init__(self, table: LossTable, targets: dict[int, float], rate: float) -> None:
+        self._table, self._targets, self._rate = table, targets, rate
+        limits = Usage(table, targets).limits(targets)
+        check_feasible(table, limits)
+        self._heads = limits.usage.shape[1]
+        # In shares of an average head, so that a price is what keeping one head whole costs.
+        self._usage, self.limit = limits.usage * self._heads, limits.limit
+        self.evidence = np.zeros(limits.usage.shape[1:])
+        self._prices = np.zeros(len(self.limit))
+        self._slope, self._size, self._steps = np.zeros_like(self.evidence), 0.0, 0
+
+    def chances(self, limit: np.ndarray) -> np.ndarray:
+        """Chances (heads, rules) whose mean usage is `limit` at a length and nowhere above; (limits,), shares of the dense cache."""
+        if (self._mean_usage(self._at(np.zeros(len(limit)))) >= limit).any():
+            found = minimize(
+                self._dual, self._prices, args=(limit,), jac=True, bounds=[(0, None)] * len(limit), method="L-BFGS-B",
+            )  # fmt: skip
+            self._prices = found.x
+            return self._at(found.x)
+        # More is allowed than the evidence alone would take: one price below 0 for all lengths.
+        low, high = -DEAREST, 0.0
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            within = (self._mean_usage(self._at(np.full(len(limit), middle))) < limit).all()
+            low, high = (low, middle) if within else (middle, high)
+        return self._at(np.full(len(limit), high))
+
+    def step(self, chances: np.ndarray, slope: np.ndarray) -> None:
+        """Move the evidence against `slope` (heads, rules), of the loss in `chances`.
+
+        All heads share one scale, the slope's own: where nothing is at stake, nothing is learned.
+        """
+        # Only differences within a head count.
+        slope = slope - (chances * slope).sum(axis=1, keepdims=True)
+        self._steps += 1
+        self._slope = MOMENTUM * self._slope + (1 - MOMENTUM) * slope
+        self._size = SCALE_DECAY * self._size + (1 - SCALE_DECAY) * float((slope**2).mean())
+        direction = self._slope / (1 - MOMENTUM**self._steps)
+        scale = np.sqrt(self._size / (1 - SCALE_DECAY**self._steps))
+        if scale > 0:
+            self.evidence -= np.clip(self._rate * direction / scale, -LARGEST_STEP, LARGEST_STEP)
+
+    def choice(self, max_rules_per_layer: int | None = None) -> np.ndarray:
+        """The rules (layers, kv_heads) of most evidence that keep the density. Raises InfeasibleError as `solve_milp` does."""
+        table = self._table
+        missing = self.evidence.max(axis=1, keepdims=True) - self.evidence
+        objective = Objective("learned", table.lengths[-1], "sum", (0, 1))
+        losses = missing.reshape(1, table.geometry.layers, table.geometry.kv_heads, -1)
+        wanted, goal = replace(table, objectives=(objective,), losses=losses), Goal("learned", {objective.name: 1.0})
+        if max_rules_per_layer is None:
+            return BudgetSolver(wanted, goal, self._targets).solve(self._targets).choice
+        return solve_milp(wanted, self._targets, goal=goal, max_rules_per_layer=max_rules_per_layer).choice
+
+    def _at(self, prices: np.ndarray) -> np.ndarray:
+        values = self._priced(prices)
+        weights = np.exp(values - values.max(axis=1, keepdims=True))
+        return np.asarray(weights / weights.sum(axis=1, keepdims=True))
+
+    def _priced(self, prices: np.ndarray) -> np.ndarray:
+        return self.evidence - np.tensordot(prices, self._usage, axes=1)
+
+    def _mean_usage(self, chances: np.ndarray) -> np.ndarray:
+        return np.asarray((self._usage * chances).sum(axis=(1, 2)) / self._heads)
+
+    def _dual(self, prices: np.ndarray, limit: np.ndarray) -> tuple[float, np.ndarray]:
+        """What the prices minimise, and its slope: the limits less the mean usage."""
+        values = self._priced(prices)
+        top = values.max(axis=1)
+        total = np.log(np.exp(values - top[:, None]).sum(axis=1)) + top
+        return float(total.mean() + prices @ limit), limit - self._mean_usage(self._at(prices))
