@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -14,6 +14,7 @@ from moa_lab.calibration.answers import AnswerScore, fill_greedily, score_answer
 from moa_lab.calibration.documents import Document, Split, documents_hash, embedded_documents
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Source, Summaries, Task
+from moa_lab.calibration.wordings import Wording
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.provenance import digest, provenance
 from moa_lab.storage import is_intact, to_json
@@ -39,15 +40,23 @@ class Request:
 
 
 def requests(
-    supervision: str = "model", *, questions: int = 16, per_sample: int = 1, others: int = 6, texts: int = 0, answer_tokens: int = 128
+    supervision: str = "model",
+    *,
+    questions: int = 16,
+    per_sample: int = 1,
+    others: int = 6,
+    texts: int = 0,
+    answer_tokens: int = 128,
+    wordings: tuple[Wording, ...] | None = None,
 ) -> tuple[Request, ...]:
     """What each kind of supervision asks for (the paper's calibration ablation, arXiv 2406.14909, table 4).
 
     model: questions about planted facts, and summaries, both answered by the dense model; and `texts` samples of plain text. human:
     the documents' own human answers. text: plain text, no instruction. Raises ValueError for another name.
+    wordings: of the questions; None for their split's.
     """
     if supervision == "model":
-        answered = (Request(Questions(per_sample), questions), Request(Summaries(answer_tokens=answer_tokens), others))
+        answered = (Request(Questions(per_sample, wordings=wordings), questions), Request(Summaries(answer_tokens=answer_tokens), others))
         return (*answered, Request(PlainText(), texts)) if texts else answered
     if supervision == "human":
         return (Request(HumanAnswers(), others),)
@@ -93,7 +102,7 @@ def calibrate(
                     progress(len(samples), total)
     settings = {
         "lengths": sorted(lengths), "split": split, "documents": documents_hash(documents),
-        "requests": [{"task": request.task.name, "count": request.count, **to_json(request.task)} for request in wanted],
+        "requests": [_told(request) for request in wanted],
     }  # fmt: skip
     result = SampleSet(tuple(samples), settings)
     where = provenance(
@@ -101,6 +110,15 @@ def calibrate(
         calibration=result.identity, seed=seed, device=str(model.device),
     )  # fmt: skip
     return replace(result, provenance=where)
+
+
+def _told(request: Request) -> dict[str, Any]:
+    """A request in JSON: of wordings, which hold functions, the names."""
+    task = request.task
+    told = {"task": task.name, "count": request.count}
+    if isinstance(task, Questions) and task.wordings:
+        return {**told, **to_json(replace(task, wordings=None)), "wordings": [wording.name for wording in task.wordings]}
+    return {**told, **to_json(task)}
 
 
 class _Answerer:

@@ -89,6 +89,25 @@ _SURNAMES = ("Marsh", "Nash", "Oakley", "Pruitt", "Quill", "Rowe", "Sharpe", "Ta
 _SIDES = ("North", "South", "Upper", "Lower", "New")
 _VILLAGES = ("Norwood", "Oakdale", "Preston", "Quenby", "Ripley", "Selby", "Tilbury", "Upton")
 
+_TOOLS = ("lathe", "boiler", "crane", "kettle", "printer", "tractor", "furnace", "pump", "loom", "anvil")
+_SUBJECTS = ("geology", "astronomy", "poetry", "botany", "algebra", "sculpture", "chemistry", "rhetoric", "optics", "statistics")
+_SERVICES = ("payroll", "archive", "mailing", "backup", "billing", "ticketing", "inventory", "weather", "parking", "survey")
+_GIVEN = ("Olga", "Tobias", "Yusuf", "Marguerite", "Desmond", "Priya", "Anselm", "Beatrix", "Cormac", "Leonora", "Wilfred", "Zelda")
+_FAMILY = ("Vance", "Whitlock", "Yardley", "Zimmer", "Okafor", "Petrov", "Larsen", "Moreau", "Tanaka", "Calloway", "Dunn", "Everett")
+_GOODS = ("lantern", "carpet", "saddle", "violin", "telescope", "hammock", "compass", "teapot", "mirror", "bicycle")
+_SHADES = ("green", "yellow", "purple", "orange", "grey", "pink", "turquoise", "beige")
+_STREETS = ("Chestnut", "Willow", "Juniper", "Hawthorn", "Magnolia", "Sycamore", "Poplar", "Laurel", "Hazel", "Rowan")
+_WAYS = ("Street", "Avenue", "Lane", "Square")
+_CODENAMES = ("Thunder", "Lighthouse", "Pendulum", "Mosaic", "Harvest", "Cascade", "Lantern", "Meridian", "Obsidian", "Sparrow")
+_CITIES = ("Lisbon", "Oslo", "Nairobi", "Quito", "Hanoi", "Dublin", "Ankara", "Havana", "Vienna", "Manila", "Tunis", "Bergen")
+_WORDS = ("tulip", "marble", "ribbon", "candle", "pepper", "anchor", "velvet", "thistle", "copper", "meadow", "walnut", "feather")
+_MONTHS = ("January", "March", "April", "June", "July", "August", "October", "November")
+_TEAMS = ("Comets", "Wolves", "Rangers", "Pirates", "Giants", "Hornets", "Sailors", "Miners")
+_REGIONS = ("Eastern", "Western", "Coastal", "Central", "Mountain", "Valley")
+_METALS = ("iron", "tin", "brass", "nickel", "pewter", "steel")
+_SOUPS = ("lentil", "onion", "pumpkin", "mushroom", "barley", "celery", "leek", "carrot")
+_KEEPSAKES = ("medal", "coin", "bell", "ring", "button", "thimble", "buckle", "spoon")
+
 WORDINGS: Mapping[Split, tuple[Wording, ...]] = {
     "calibration": (
         Wording(
@@ -146,3 +165,69 @@ WORDINGS: Mapping[Split, tuple[Wording, ...]] = {
     ),
 }  # fmt: skip
 """Wordings per split. The test values are random 7-digit numbers: chance is 1 in 9 million."""
+
+LESSONS: tuple[Wording, ...] = (
+    *WORDINGS["calibration"],
+    Wording(
+        "serial", "Serial number {value} is stamped on the {key}.", "Which serial number is stamped on the {key}?",
+        "The serial number stamped on the {key} is", (_SHADES, _TOOLS), _digits(7),
+    ),
+    Wording(
+        "room", "The {key} seminar takes place in room {value}.", "In which room does the {key} seminar take place?",
+        "The {key} seminar takes place in room", (_SUBJECTS,), _digits(4),
+    ),
+    Wording(
+        "password", "Please note that the password of the {key} server has been changed to {value}.",
+        "What has the password of the {key} server been changed to?",
+        "The password of the {key} server has been changed to", (_SERVICES,), lambda r: f"{r.choice(_WORDS)}{r.randrange(1000, 10000)}",
+    ),
+    Wording(
+        "born", "{key} was born in the year {value}.", "In which year was {key} born?",
+        "{key} was born in the year", (_GIVEN, _FAMILY), lambda r: str(r.randrange(1700, 2000)),
+    ),
+    Wording(
+        "price", "At the auction, the {key} went for {value} dollars.", "For how many dollars did the {key} go at the auction?",
+        "At the auction, the {key} went for", (_SHADES, _GOODS), _digits(5),
+    ),
+    Wording(
+        "city", "After the war, {key} moved to {value}.", "Where did {key} move after the war?",
+        "After the war, {key} moved to", (_GIVEN, _FAMILY), lambda r: r.choice(_CITIES),
+    ),
+    Wording(
+        "code_word", "The code word for Operation {key} is {value}.", "What is the code word for Operation {key}?",
+        "The code word for Operation {key} is", (_CODENAMES,), lambda r: f"{r.choice(_WORDS)}-{r.choice(_WORDS)}",
+    ),
+    Wording(
+        "parcel", "Parcel {value} was delivered to {key} this morning.", "Which parcel was delivered to {key}?",
+        "The parcel delivered to {key} was", (_STREETS, _WAYS), _code,
+    ),
+    Wording(
+        "bus", "To get to {key}, take bus number {value}.", "Which bus do you take to get to {key}?",
+        "To get to {key}, take bus number", (_STREETS, _WAYS), _digits(3),
+    ),
+    Wording(
+        "birthday", "The birthday of {key} falls on {value}.", "On which day does the birthday of {key} fall?",
+        "The birthday of {key} falls on", (_GIVEN, _FAMILY), lambda r: f"{r.choice(_MONTHS)} {r.randrange(1, 29)}",
+    ),
+    Wording(
+        "score", "In the final, the {key} scored {value} points.", "How many points did the {key} score in the final?",
+        "In the final, the {key} scored", (_REGIONS, _TEAMS), _digits(6),
+    ),
+    Wording(
+        "docket", "The case against {key} was filed as docket {value}.", "As which docket was the case against {key} filed?",
+        "The case against {key} was filed as docket", (_GIVEN, _FAMILY), _digits(8),
+    ),
+    Wording(
+        "tag", "A tag with the number {value} hangs on the {key}.", "Which number is on the tag of the {key}?",
+        "The number on the tag of the {key} is", (_METALS, _KEEPSAKES), _digits(7),
+    ),
+    Wording(
+        "odometer", "When {key} sold the car, its odometer stood at {value}.", "At what did the odometer stand when {key} sold the car?",
+        "When {key} sold the car, its odometer stood at", (_GIVEN, _FAMILY), _digits(6),
+    ),
+    Wording(
+        "page", "The recipe for {key} soup is on page {value}.", "On which page is the recipe for {key} soup?",
+        "The recipe for {key} soup is on page", (_SOUPS,), _digits(3),
+    ),
+)  # fmt: skip
+"""Wordings that spans are learned from: many, since what is learned from five kinds of sentence serves those five best."""

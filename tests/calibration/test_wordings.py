@@ -7,9 +7,11 @@ from random import Random
 import pytest
 
 from moa_lab.calibration.documents import SPLITS, Split
-from moa_lab.calibration.wordings import WORDINGS, Wording
+from moa_lab.calibration.wordings import LESSONS, WORDINGS, Wording
 
 PAIRS = list(itertools.combinations(SPLITS, 2))
+# What spans are learned from holds the wordings of calibration, and must be as strange to the other splits.
+KINDS = {**WORDINGS, "calibration": LESSONS}
 
 
 def texts(wording: Wording) -> set[str]:
@@ -23,22 +25,27 @@ def stripped(template: str) -> str:
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_splits_share_no_wording_template_or_name_of_one(one: Split, other: Split) -> None:
-    for first, second in itertools.product(WORDINGS[one], WORDINGS[other]):
+    for first, second in itertools.product(KINDS[one], KINDS[other]):
         assert first.name != second.name
         assert not {stripped(text) for text in texts(first)} & {stripped(text) for text in texts(second)}
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS)
 def test_splits_share_no_list_of_keys_and_no_word_of_one(one: Split, other: Split) -> None:
-    words = [{word for wording in WORDINGS[split] for names in wording.keys for word in names} for split in (one, other)]
+    words = [{word for wording in KINDS[split] for names in wording.keys for word in names} for split in (one, other)]
     assert words[0]
     assert not words[0] & words[1]
 
 
+def test_spans_are_learned_from_many_kinds_of_sentences() -> None:
+    assert set(WORDINGS["calibration"]) < set(LESSONS)
+    assert len({wording.name for wording in LESSONS}) == len(LESSONS) >= 20
+
+
 @pytest.mark.parametrize("split", SPLITS)
 def test_a_fact_says_its_key_and_value_and_its_question_does_not_give_the_answer_away(split: Split) -> None:
-    assert len(WORDINGS[split]) >= 3
-    for wording in WORDINGS[split]:
+    assert len(KINDS[split]) >= 3
+    for wording in KINDS[split]:
         fact = wording.draw(Random(0), set())
         assert fact.wording == wording.name
         assert fact.key in fact.sentence
@@ -66,5 +73,5 @@ def test_test_answers_are_seven_random_digits(wording: Wording) -> None:
 
 
 def test_the_same_seed_draws_the_same_facts() -> None:
-    for wording in itertools.chain.from_iterable(WORDINGS.values()):
+    for wording in itertools.chain.from_iterable(KINDS.values()):
         assert wording.draw(Random(3), set()) == wording.draw(Random(3), set())
