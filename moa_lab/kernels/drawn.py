@@ -74,10 +74,12 @@ def _forward_kernel(
     rows = block * BLOCK + tl.arange(0, BLOCK)
     dims = tl.arange(0, PADDED_DIM)
     real = (rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM)
+    # Rows past the end may see nothing.
+    total = tl.maximum(total, 1e-30)
     tl.store(
         output + head * size + rows[:, None] * HEAD_DIM + dims[None, :], (found / total[:, None]).to(output.dtype.element_ty), mask=real
     )
-    tl.store(normaliser + head * n_tokens + rows, highest + tl.log(total), mask=rows < n_tokens)
+    tl.store(normaliser + head * n_tokens + rows, highest + tl.log(tl.maximum(total, 1e-30)), mask=rows < n_tokens)
 
 
 @triton.jit
@@ -109,7 +111,7 @@ def _rows_kernel(
         highest = tl.max(scores, axis=1)
         weights = tl.exp(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
         total = tl.sum(weights, axis=1)
-        tl.store(masses + places + block - near, highest + tl.log(total), mask=rows < n_tokens)
+        tl.store(masses + places + block - near, highest + tl.log(tl.maximum(total, 1e-30)), mask=rows < n_tokens)
         tl.store(gains + places + block - near, tl.sum(weights * gain, axis=1) / tl.maximum(total, 1e-30), mask=rows < n_tokens)
         if (near >= first) | (near < sink_blocks):
             change = tl.exp(scores - held[:, None]) * (gain - mean[:, None]) * scale
