@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa_lab.calibration import SampleSet, calibrate, requests
 from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
 from moa_lab.calibration.sources import ColumnMap, load_documents
+from moa_lab.calibration.wordings import LESSONS
 from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.scoring import score_rows, score_samples
 from moa_lab.evaluate.store import ScoreStore
@@ -44,8 +45,8 @@ ANSWER_BATCH = 32
 """Samples that a GPU answers at once: a step costs nearly the same for one."""
 SCREEN_TOKENS = 131_072
 """Calibration tokens that many plans are measured on."""
-QUESTIONS_PER_LESSON = 4
-"""Facts asked in one text that is learned from: more slopes for the same tokens."""
+QUESTIONS_PER_LESSON = 2
+"""Facts asked in one text that is learned from: more slopes for the same tokens, but only the first question is asked as in a test."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -191,11 +192,11 @@ class Run:
         )  # fmt: skip
 
     def lessons(self) -> SampleSet:
-        """Samples that spans are learned from: more than are profiled, and at the shorter tested lengths too."""
+        """Samples that spans are learned from: more than are profiled, in more wordings, and at the shorter tested lengths too."""
         preset = self.preset
         wanted = requests(
             questions=preset.learning_questions, per_sample=min(QUESTIONS_PER_LESSON, preset.learning_questions),
-            others=preset.learning_others, texts=preset.learning_others, answer_tokens=preset.answer_tokens,
+            others=preset.learning_others, texts=preset.learning_others, answer_tokens=preset.answer_tokens, wordings=LESSONS,
         )  # fmt: skip
         return _stored(
             self.folder / "lessons.safetensors", SampleSet.load,

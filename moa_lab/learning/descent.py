@@ -10,7 +10,7 @@ and Warmuth, 1997). The budget begins at nearly the whole cache and shrinks, so 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -25,18 +25,14 @@ from moa_lab.search.problem import Density, densities
 
 logger = logging.getLogger(__name__)
 
-STEPS = 320
+STEPS = 400
 RATE = 0.2
 FIRST_DENSITY = 0.95
 SHRINKING = 0.6
 """Share of the steps in which the budget shrinks."""
-BATCH_TOKENS = {"cpu": 1024, "cuda": 16_384}
+BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
 QUESTIONS_SHARE = 0.5
 """Of the samples of a step, where there are other tasks: a question has few answer tokens."""
-WEIGHTS: Mapping[str, float] = {QUESTIONS: 1.0}
-OTHER_WEIGHT = 1.5
-"""A plan that misses a question loses whole nats a token; other tasks lose tenths, and would be drowned."""
-
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
@@ -55,8 +51,8 @@ def learn_spans(
 ) -> Front:
     """The plan that the descent ends at, as a front of one point, origin `learned`.
 
-    The loss is the divergence of the answers of `samples` from the dense model's, in nats per answer token, a mean over each task;
-    a step takes samples of one length. table: the rules to choose from, and what predicts the point's losses; nothing of what it
+    The loss is the divergence of the answers of `samples` from the dense model's, in nats per answer token, the sum of the tasks'
+    means; a step takes samples of one length. table: the rules to choose from, and what predicts the point's losses; nothing of what it
     predicts is used. `density`, its lengths and max_rules_per_layer, which only the last plan keeps, are as in `search`. rate: nats
     that the evidence for a rule of usual slope gains in a step. Raises ValueError for fewer than one step, no samples, or a task that
     lacks a length, and InfeasibleError as `search` does.
@@ -66,8 +62,7 @@ def learn_spans(
     targets = densities(table, density)
     mixtures = Mixtures(table, targets, rate)
     batches = _Batches(samples, BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]), seed)
-    weights = {task: WEIGHTS.get(task, OTHER_WEIGHT) for task in batches.tasks}
-    sampler = SlopeSampler(model, table, weights, seed)
+    sampler = SlopeSampler(model, table, seed)
     history: list[dict[str, float]] = []
     for step in range(steps):
         if progress:
@@ -87,7 +82,7 @@ def learn_spans(
         search={"steps": steps, "drawn_divergence": divergence},
     )  # fmt: skip
     settings = {
-        "solver": "learn", "steps": steps, "rate": rate, "seed": seed, "weights": weights,
+        "solver": "learn", "steps": steps, "rate": rate, "seed": seed,
         "density": {str(n): d for n, d in targets.items()},
     }  # fmt: skip
     return Front((learned,), (*(objective.name for objective in table.objectives), DENSITY), settings, table.provenance)

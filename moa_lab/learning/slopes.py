@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ from moa_lab.records import LossTable
 
 @dataclass(frozen=True)
 class DrawnSlope:
-    """divergence: of the answers from the dense model's, by task, in nats a token. slope: float64 (heads, rules), of its weighted sum."""
+    """divergence: of the answers from the dense model's, by task, in nats a token. slope: float64 (heads, rules), of the tasks' sum."""
 
     divergence: dict[str, float]
     slope: np.ndarray
@@ -31,8 +31,8 @@ class SlopeSampler:
     A rule's window is taken in whole blocks of 64 tokens, rounded up or down by chance so that its mean is right.
     """
 
-    def __init__(self, model: PreTrainedModel, table: LossTable, weights: Mapping[str, float], seed: int) -> None:
-        self._model, self._table, self._weights = model, table, weights
+    def __init__(self, model: PreTrainedModel, table: LossTable, seed: int) -> None:
+        self._model, self._table = model, table
         self._rng = np.random.default_rng(seed)
 
     def __call__(self, batch: Sequence[Sample], chances: np.ndarray) -> DrawnSlope:
@@ -61,8 +61,7 @@ class SlopeSampler:
                 divergence = torch.nn.functional.kl_div(ours, dense, reduction="batchmean", log_target=True)
                 lost.setdefault(sample.task, []).append(divergence)
             means = {task: torch.stack(values).mean() for task, values in lost.items()}
-            total = torch.stack([self._weights.get(task, 1.0) * mean for task, mean in means.items()]).sum()
-            (slope,) = torch.autograd.grad(total, shift)
+            (slope,) = torch.autograd.grad(torch.stack(list(means.values())).sum(), shift)
         by_window = slope.sum(dim=1).double().cpu().numpy()
         by_rule = np.stack([layer @ _shares(own, blocks).T for layer, own in zip(by_window, windows, strict=True)])
         return DrawnSlope({task: float(mean.detach()) for task, mean in means.items()}, by_rule.reshape(len(chances), -1))

@@ -1,0 +1,116 @@
+"""Learned spans keep the density, go to the heads that need them, and leave the model as it was."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from own_answers import DENSITY, LENGTHS, own_answers
+from tiny import tiny_model
+from transformers import PreTrainedModel
+
+from moa_lab.calibration.answers import answer_logits
+from moa_lab.calibration.samples import SampleSet
+from moa_lab.learning import learn_spans
+from moa_lab.models import geometry_of
+from moa_lab.plan import Plan, uniform_plan
+from moa_lab.profiling import profile
+from moa_lab.records import Front, LossTable
+from moa_lab.runtime import apply_plan
+from moa_lab.search import InfeasibleError, loss_table
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    made = tiny_model("llama", layers=3)
+    # One KV head of six says something of its values; those of the others are nothing, whatever they see.
+    with torch.no_grad():
+        for layer in range(3):
+            values = made.model.layers[layer].self_attn.v_proj.weight
+            values[16:] = 0
+            if layer != 1:
+                values[:] = 0
+    return made
+
+
+@pytest.fixture(scope="module")
+def samples(model: PreTrainedModel) -> SampleSet:
+    return own_answers(model, 2)
+
+
+@pytest.fixture(scope="module")
+def table(model: PreTrainedModel, samples: SampleSet) -> LossTable:
+    return loss_table(profile(model, samples))
+
+
+@pytest.fixture(scope="module")
+def front(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> Front:
+    return learn_spans(model, samples, table, DENSITY, steps=24)
+
+
+def test_the_head_that_carries_all_keeps_most_and_the_density_holds(front: Front) -> None:
+    (learned,) = front.points
+    assert learned.origin == "learned"
+    for length in LENGTHS:
+        spans = learned.plan.spans(length)
+        assert spans.argmax() == 2
+        assert spans[1, 0] > 0.9 * length
+        assert learned.plan.density(length) <= DENSITY
+    assert front.settings["steps"] == 24
+    assert set(learned.plan.search["drawn_divergence"]) == {"questions", "summaries"}
+
+
+def divergence(model: PreTrainedModel, plan: Plan, samples: SampleSet) -> float:
+    """Mean over the samples, nats a token, of the answers under `plan` from the dense model's."""
+    found = []
+    with torch.no_grad():
+        for sample in samples:
+            dense = answer_logits(model, [sample])[0].log_softmax(-1)
+            with apply_plan(model, plan, sample.length):
+                ours = answer_logits(model, [sample])[0].log_softmax(-1)
+            found.append(float(torch.nn.functional.kl_div(ours, dense, reduction="batchmean", log_target=True)))
+    return float(np.mean(found))
+
+
+def test_the_answers_stay_nearer_to_the_dense_models_than_with_uniform_spans(
+    front: Front, model: PreTrainedModel, samples: SampleSet
+) -> None:
+    uniform = uniform_plan(geometry_of(model), DENSITY, LENGTHS)
+    assert divergence(model, front.points[0].plan, samples) < 0.5 * divergence(model, uniform, samples)
+
+
+def test_a_seed_says_what_is_learned_and_progress_is_told(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
+    told: list[tuple[int, int]] = []
+    first = learn_spans(model, samples, table, DENSITY, steps=3, seed=5, progress=lambda done, total: told.append((done, total)))
+    again = learn_spans(model, samples, table, DENSITY, steps=3, seed=5)
+    assert first.points[0].plan.rules == again.points[0].plan.rules
+    assert first.points[0].plan.search == again.points[0].plan.search
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_a_layer_may_be_held_to_one_rule(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
+    plan = learn_spans(model, samples, table, DENSITY, steps=2, max_rules_per_layer=1).points[0].plan
+    assert all(len(set(row)) == 1 for row in plan.rules)
+    assert all(plan.density(n) <= DENSITY for n in LENGTHS)
+
+
+def test_the_model_is_as_before(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
+    tokens = torch.arange(10, 30)[None]
+    before = model(input_ids=tokens).logits
+    learn_spans(model, samples, table, DENSITY, steps=1)
+    assert torch.equal(model(input_ids=tokens).logits, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_cannot_be_learned_is_refused_in_words(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
+    with pytest.raises(ValueError, match="at least one step and one sample, got 0 and 8"):
+        learn_spans(model, samples, table, DENSITY, steps=0)
+    lacking = tuple(sample for sample in samples if (sample.task, sample.length) != ("summaries", 448))
+    with pytest.raises(ValueError, match="no samples of summaries at 448"):
+        learn_spans(model, replace(samples, samples=lacking), table, DENSITY, steps=1)
+    with pytest.raises(InfeasibleError, match="infeasible"):
+        learn_spans(model, samples, table, 0.05, steps=1)

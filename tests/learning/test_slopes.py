@@ -1,0 +1,113 @@
+"""The slope of a rule is what the loss gains when its head moves a little of its weight there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from own_answers import own_answer
+from tiny import tiny_model
+from transformers import PreTrainedModel
+
+from moa_lab.calibration.answers import answer_logits
+from moa_lab.calibration.samples import Sample
+from moa_lab.interface import AttentionCall, Handler, route_attention
+from moa_lab.kernels.mixture import BLOCK, mixed_windows
+from moa_lab.learning.slopes import SlopeSampler, block_windows
+from moa_lab.models import geometry_of
+from moa_lab.plan import DENSE, SpanRule
+from moa_lab.records import LossTable, Objective
+
+LENGTH = 320
+# Windows of whole blocks and a half, so that nothing is left to chance: 1, 2, 3 blocks of 64 beyond the sink, and all.
+RULES = (SpanRule(96.0, 0.0), SpanRule(160.0, 0.0), SpanRule(224.0, 0.0), DENSE)
+BLOCKS = (1, 2, 3, 5)
+
+
+def table_of(model: PreTrainedModel, rules: tuple[SpanRule, ...] = RULES, min_span: int = 96) -> LossTable:
+    geometry = geometry_of(model)
+    losses = np.zeros((1, geometry.layers, geometry.kv_heads, len(rules)))
+    return LossTable(geometry, rules, 64, min_span, (Objective("questions", LENGTH, "sum", (0, 1)),), losses)
+
+
+def mixed(model: PreTrainedModel, weights: torch.Tensor, batch: list[Sample]) -> torch.Tensor:
+    """Divergence from the dense model under `weights` (layers, kv_heads, blocks), in double precision."""
+
+    def handler(layer: int) -> Handler:
+        def attend(call: AttentionCall) -> torch.Tensor:
+            shares = weights[layer][None].expand(len(call.query), -1, -1)
+            return mixed_windows(call.query, call.key, call.value, call.positions >= 0, shares, 64, call.scale, call.softcap)
+
+        return attend
+
+    with torch.no_grad():
+        dense = torch.cat(answer_logits(model, batch)).log_softmax(-1)
+        with route_attention(model, handler):
+            ours = torch.cat(answer_logits(model, batch)).log_softmax(-1)
+    return torch.nn.functional.kl_div(ours, dense, reduction="batchmean", log_target=True)
+
+
+@pytest.fixture(scope="module")
+def make() -> Callable[[str], tuple[PreTrainedModel, list[Sample]]]:
+    def made(family: str) -> tuple[PreTrainedModel, list[Sample]]:
+        model = tiny_model(family)
+        return model, [own_answer(model, "questions", LENGTH, seed) for seed in range(2)]
+
+    return made
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_slopes_are_those_of_a_little_weight_moved_to_another_rule(
+    family: str, make: Callable[[str], tuple[PreTrainedModel, list[Sample]]]
+) -> None:
+    model, batch = make(family)
+    table = table_of(model)
+    rules = np.array([0, 3, 1, 2])
+    found = SlopeSampler(model, table, seed=0)(batch, np.eye(len(RULES))[rules])
+    windows = block_windows(table, LENGTH)
+    drawn = torch.zeros(2, 2, -(-LENGTH // BLOCK))
+    for head, rule in enumerate(rules):
+        drawn[head // 2, head % 2, int(windows[head // 2, rule]) - 1] = 1.0
+    here = mixed(model, drawn, batch)
+    assert found.divergence["questions"] == pytest.approx(float(here), rel=1e-4)
+    little = 1e-2
+    for head in range(4):
+        layer, own = head // 2, int(windows[head // 2, rules[head]]) - 1
+        for rule in range(len(RULES)):
+            moved = []
+            for sign in (-1, 1):
+                weights = drawn.clone()
+                weights[layer, head % 2, own] -= sign * little
+                weights[layer, head % 2, int(windows[layer, rule]) - 1] += sign * little
+                moved.append(float(mixed(model, weights, batch)))
+            slope = found.slope[head, rule] - found.slope[head, rules[head]]
+            assert slope == pytest.approx((moved[1] - moved[0]) / (2 * little), rel=0.03, abs=2e-4)
+
+
+def test_windows_are_whole_blocks_and_half_a_block_is_made_up_for() -> None:
+    model = tiny_model("llama")
+    assert block_windows(table_of(model), LENGTH).tolist() == [list(map(float, BLOCKS))] * 2
+    # A window of 100 tokens holds 1.5625 blocks; n blocks hold half a block less.
+    between = table_of(model, (SpanRule(164.0, 0.0), DENSE), min_span=164)
+    assert block_windows(between, LENGTH)[0, 0] == pytest.approx(100 / 64 + 0.5)
+    assert block_windows(between, 128).tolist() == [[2.0, 2.0]] * 2
+
+
+def test_windows_between_blocks_are_drawn_so_that_the_mean_is_right() -> None:
+    model = tiny_model("llama")
+    table = table_of(model, (SpanRule(164.0, 0.0), DENSE), min_span=164)
+    counts = SlopeSampler(model, table, seed=1)._drawn(block_windows(table, LENGTH), np.tile([0.25, 0.75], (4, 1)), 4000)
+    assert counts.shape == (2, 4000, 2)
+    assert set(counts.unique().tolist()) == {2, 3, 5}
+    expected = 0.25 * (100 / 64 + 0.5) + 0.75 * 5
+    assert counts.float().mean().item() == pytest.approx(expected, abs=0.03)
+
+
+def test_whole_heads_lose_nothing() -> None:
+    model = tiny_model("llama")
+    batch = [own_answer(model, task, LENGTH, 0) for task in ("questions", "summaries")]
+    found = SlopeSampler(model, table_of(model), seed=0)(batch, np.tile([0.0, 0.0, 0.0, 1.0], (4, 1)))
+    assert set(found.divergence) == {"questions", "summaries"}
+    assert max(found.divergence.values()) < 1e-5
