@@ -77,7 +77,7 @@ PRESETS: Mapping[str, Preset] = {
     # The same on a laptop's two cores, in minutes and for the look of it alone: no interval is narrow enough to decide anything.
     "sketch": Preset(
         lengths=(512,), questions=2, questions_per_sample=2, summaries=1, texts=1, answer_tokens=16,
-        candidates=3, learning_steps=3, learning_questions=2, learning_others=1, refine_rounds=0, refine_heads=0,
+        candidates=3, learning_steps=3, learning_questions=1, learning_others=1, refine_rounds=0, refine_heads=0,
         validation_questions=2, validation_summaries=1, validation_texts=1, validate_profiled=False,
         test_lengths=(640,), needles=2, needles_per_text=1, own_answers=1, lines=1, documents=2,
         baselines=(), search_seconds=3.0,

@@ -15,12 +15,13 @@ from collections.abc import Callable
 import numpy as np
 from transformers import PreTrainedModel
 
-from moa_lab.calibration.samples import Sample, SampleSet, group_by_shape
+from moa_lab.calibration.samples import SampleSet
+from moa_lab.learning.batches import Batches, batch_tokens
 from moa_lab.learning.mixtures import Mixtures
 from moa_lab.learning.slopes import SlopeSampler
 from moa_lab.records import Front, LossTable
 from moa_lab.search.front import DENSITY, point
-from moa_lab.search.goals import QUESTIONS, default_goals
+from moa_lab.search.goals import default_goals
 from moa_lab.search.problem import Density, densities
 
 logger = logging.getLogger(__name__)
@@ -30,9 +31,6 @@ RATE = 0.2
 FIRST_DENSITY = 0.95
 SHRINKING = 0.6
 """Share of the steps in which the budget shrinks."""
-BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
-QUESTIONS_SHARE = 0.5
-"""Of the samples of a step, where there are other tasks: a question has few answer tokens."""
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
@@ -61,7 +59,7 @@ def learn_spans(
         raise ValueError(f"learning needs at least one step and one sample, got {steps} and {len(samples)}")
     targets = densities(table, density)
     mixtures = Mixtures(table, targets, rate)
-    batches = _Batches(samples, BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"]), seed)
+    batches = Batches(samples, batch_tokens(model), seed)
     sampler = SlopeSampler(model, table, seed)
     history: list[dict[str, float]] = []
     for step in range(steps):
@@ -86,32 +84,3 @@ def learn_spans(
         "density": {str(n): d for n, d in targets.items()},
     }  # fmt: skip
     return Front((learned,), (*(objective.name for objective in table.objectives), DENSITY), settings, table.provenance)
-
-
-class _Batches:
-    """Samples of one length and all tasks, as many as `tokens` hold and at least one of each."""
-
-    def __init__(self, samples: SampleSet, tokens: int, seed: int) -> None:
-        self._groups, self._tokens = group_by_shape(samples), tokens
-        self._rng = np.random.default_rng(seed)
-        self.tasks = sorted({task for task, _ in self._groups})
-        self._lengths = sorted({length for _, length in self._groups})
-        for task in self.tasks:
-            for length in self._lengths:
-                if (task, length) not in self._groups:
-                    raise ValueError(f"there are no samples of {task} at {length} tokens, where other tasks have some")
-
-    def draw(self) -> list[Sample]:
-        """The next batch."""
-        length = self._lengths[int(self._rng.integers(len(self._lengths)))]
-        batch: list[Sample] = []
-        for task in self.tasks:
-            group = self._groups[task, length]
-            count = max(1, int(self._share(task) * (self._tokens // length)))
-            batch += [group[int(index)] for index in self._rng.permutation(len(group))[:count]]
-        return batch
-
-    def _share(self, task: str) -> float:
-        if QUESTIONS not in self.tasks or len(self.tasks) == 1:
-            return 1 / len(self.tasks)
-        return QUESTIONS_SHARE if task == QUESTIONS else (1 - QUESTIONS_SHARE) / (len(self.tasks) - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +10,15 @@ import torch
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import answer_logits
-from moa_lab.calibration.samples import Sample
+from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.dispatch import drawn_attention
 from moa_lab.kernels.mixture import BLOCK
+from moa_lab.learning.batches import Batches, batch_tokens
 from moa_lab.records import LossTable
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all)."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,32 @@ class SlopeSampler:
         wanted = windows[np.arange(len(chances)) // geometry.kv_heads, rules]
         whole = np.floor(wanted + self._rng.random(wanted.shape)).astype(np.int32)
         return torch.from_numpy(whole.reshape(count, geometry.layers, geometry.kv_heads).transpose(1, 0, 2).copy())
+
+
+def mean_slopes(
+    model: PreTrainedModel,
+    samples: SampleSet,
+    table: LossTable,
+    chances: np.ndarray,
+    *,
+    steps: int,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> np.ndarray:
+    """What every rule of every head loses under plans drawn from `chances` (heads, rules), to first order, as a mean of `steps` batches.
+
+    float64 (heads, rules), in nats per answer token, summed over tasks; only differences within a head count. Raises ValueError for a
+    task that lacks a length.
+    """
+    batches, sampler = Batches(samples, batch_tokens(model), seed), SlopeSampler(model, table, seed)
+    total = np.zeros(chances.shape)
+    for step in range(steps):
+        if progress:
+            progress(step, steps)
+        total += sampler(batches.draw(), chances).slope
+    if progress:
+        progress(steps, steps)
+    return total / steps
 
 
 def block_windows(table: LossTable, length: int) -> np.ndarray:

@@ -9,14 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from moa_lab.calibration.samples import SampleSet
-from moa_lab.evaluate.effects import MeasuredLosses
-from moa_lab.evaluate.intervals import Interval
-from moa_lab.pipeline import SCREEN_TOKENS, Run
+from moa_lab.pipeline import Run
 from moa_lab.plan import Plan, dense_plan
-from moa_lab.profiling import profile
 from moa_lab.profiling.gates import train_gates
-from moa_lab.records import Front, FrontPoint, InfluenceProfile, LossTable, Measurement
+from moa_lab.records import Front, FrontPoint, LossTable, Measurement
 from moa_lab.search import (
     BudgetSolver,
     Goal,
@@ -35,17 +31,16 @@ from moa_lab.search import (
 from moa_lab.search import search as searched
 from moa_lab.search.front import point, undominated
 from moa_lab.search.goals import QUESTIONS
-from moa_lab.studies.compare import difference, row_of, spearman
+from moa_lab.studies.compare import difference, row_of
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, equal_uniform, record_of, solved_plan
-from moa_lab.studies.predictors import merged, predictors, random_choices, regressed
+from moa_lab.studies.predictions import predictions
 from moa_lab.studies.record import StudyGoal, StudyRecord
 from moa_lab.studies.scale import Scale
 
 FLOOR_TOKENS = 192
 GATE_STEPS, GATE_TOKENS = 80, 131_072
-PLANS_PROFILED = 4
-PROFILED_TOKENS = 65_536
-"""Calibration tokens that are profiled again under each of `PLANS_PROFILED` random plans."""
+HALF = 0.5
+"""Predictors are tried at this density too: at a lower one, random plans are nearly all equally bad."""
 MEASURED_POINTS = 5
 """Plans of every front that validation measures."""
 
@@ -63,17 +58,17 @@ def search(run: Run, scale: Scale) -> StudyRecord:
         rows += run.measure([equal_uniform(plans[0], length, "uniform")], lengths=[length], tasks=tasks)
     volumes, chosen = _solvers(run, table, density, scale)
     rows += [*volumes, *run.measure(chosen, lengths=lengths, tasks=tasks)]
-    correlations = _predictions(run, density, scale)
+    correlations = [row for share in dict.fromkeys((scale.density, HALF)) for row in predictions(run, share, scale.random_plans)]
     rows += correlations
     best = max(correlations, key=lambda row: row.value)
-    goals = [StudyGoal(GOAL.format(best.plan), best.value, 0.8, low=best.low, high=best.high)]
+    goals = [StudyGoal(GOAL.format(best.task, best.plan), best.value, 0.8, low=best.low, high=best.high)]
     answer = search_answer([plan.name for plan in plans], rows, correlations)
     return record_of(run, "search", QUESTION, answer, rows, goals, density=scale.density, random_plans=scale.random_plans,
                      search_seconds=scale.search_seconds, floor_tokens=FLOOR_TOKENS, gate_steps=_gate_steps(scale))  # fmt: skip
 
 
 QUESTION = "Which objective, which solver, and does a better prediction mean a better plan?"
-GOAL = "rank correlation of predicted and measured loss, random plans of equal density, best predictor ({})"
+GOAL = "rank correlation of predicted and measured loss, {} of equal density, best predictor ({})"
 
 
 def search_answer(objectives: Sequence[str], rows: Sequence[Measurement], correlations: Sequence[Measurement]) -> str:
@@ -90,11 +85,12 @@ def search_answer(objectives: Sequence[str], rows: Sequence[Measurement], correl
     volumes = sorted((row for row in rows if row.metric == "hypervolume"), key=lambda row: -row.value)
     solvers = f"at equal time {volumes[0].plan} covers most ({', '.join(f'{row.plan} {row.value:.3f}' for row in volumes)})"
     ranked = sorted(correlations, key=lambda row: -row.value)
-    told = f"{ranked[0].plan} predicts best (rank correlation {ranked[0].value:.2f}), {ranked[-1].plan} worst ({ranked[-1].value:.2f})"
+    first, last = (f"{row.value:.2f}, {row.task}" for row in (ranked[0], ranked[-1]))
+    told = f"{ranked[0].plan} predicts best (rank correlation {first}), {ranked[-1].plan} worst ({last})"
     equals = "; ".join(name for name in objectives if name != best and found[name] == found[best])
     score = f"{found[best]:.2f}" + (f", as many as by {equals}" if equals else "")
-    first = f"Most needles are found by the plan of {best} ({score}), {against}" if found[best] else "No objective's plan finds a needle"
-    return f"{first}; {solvers}; {told}."
+    most = f"Most needles are found by the plan of {best} ({score}), {against}" if found[best] else "No objective's plan finds a needle"
+    return f"{most}; {solvers}; {told}."
 
 
 def _mean_score(rows: Sequence[Measurement], name: str, metric: str) -> float:
@@ -102,7 +98,7 @@ def _mean_score(rows: Sequence[Measurement], name: str, metric: str) -> float:
 
 
 def _objectives(run: Run, table: LossTable, density: Mapping[int, float], scale: Scale) -> list[Plan]:
-    """A plan for every idea of what to minimise; nothing measured chooses."""
+    """A plan for every idea of what to minimise, and the one that is learned; nothing measured chooses."""
     element = loss_table(run.profile(), table.rules, estimator="element")
     ways: dict[str, tuple[LossTable, Sequence[Goal]]] = {
         "element, sum": (element, paper_goals(element)),
@@ -120,7 +116,7 @@ def _objectives(run: Run, table: LossTable, density: Mapping[int, float], scale:
     )  # fmt: skip
     heads = WholeHeads(table, density, FLOOR_TOKENS)
     plans.append(table.plan(heads.choice(-gates.ravel()), "gates", search={"origin": "gates"}))
-    return plans
+    return [*plans, *(one.plan.renamed("learned") for one in run.at(scale.density).learned())]
 
 
 def _gate_steps(scale: Scale) -> int:
@@ -145,7 +141,7 @@ def _solvers(run: Run, table: LossTable, density: Mapping[int, float], scale: Sc
         took = time.perf_counter() - began
         # 1 in a goal: what the cheapest rule everywhere loses.
         volume = hypervolume(front_values(front.points, names), np.ones(len(names)))
-        rows.append(_point_row(name, "hypervolume", Interval(volume, len(front), volume, volume), {"seconds": took, "plans": len(front)}))
+        rows.append(_volume_row(name, volume, len(front), took))
         chosen.append(replace(run.validation(_thinned(front, names), name).best, name=name))
     run.progress("search: solvers", len(ways), len(ways))
     return rows, chosen
@@ -180,34 +176,5 @@ def _thinned(front: Front, names: Sequence[str]) -> Front:
     return replace(front, points=tuple(front.points[int(index)] for index in picks))
 
 
-def _predictions(run: Run, density: Mapping[int, float], scale: Scale) -> list[Measurement]:
-    """Rank correlation of every predictor with the measured loss of random plans of equal density."""
-    table = run.table()
-    choices = random_choices(table, density, scale.random_plans, run.settings.seed)
-    samples = SampleSet(tuple(run.suites.validation)).limited(SCREEN_TOKENS)
-    measured = MeasuredLosses(run.model, samples, run.parts_dir("random-plans"))
-    losses = []
-    for done, choice in enumerate(choices):
-        run.progress("search: random plans", done, len(choices))
-        losses.append(float(np.mean(list(measured(table.plan(choice, "random")).values()))))
-    run.progress("search: random plans", len(choices), len(choices))
-    found = {
-        name: [predict(choice) for choice in choices] for name, predict in predictors(run.profile(), _under_plans(run, density)).items()
-    }
-    found["regression on measured plans"] = list(regressed(table, choices, losses, run.settings.seed))
-    detail = {"measured": losses}
-    return [
-        _point_row(name, "rank_correlation", spearman(told, losses), {**detail, "predicted": list(told)}) for name, told in found.items()
-    ]
-
-
-def _under_plans(run: Run, density: Mapping[int, float]) -> InfluenceProfile:
-    """The profile again, with the model under random plans of the density."""
-    samples, table = run.samples().limited(PROFILED_TOKENS), run.table()
-    plans = [table.plan(choice, "random") for choice in random_choices(table, density, PLANS_PROFILED, run.settings.seed + 1)]
-    parts = run.parts_dir("profile")
-    return merged([profile(run.model, samples, plan=plan, parts_dir=parts) for plan in plans])
-
-
-def _point_row(name: str, metric: str, found: Interval, detail: Mapping[str, object]) -> Measurement:
-    return Measurement(name, metric, "random plans" if metric == "rank_correlation" else "front", 0, *found, 0.0, dict(detail))
+def _volume_row(name: str, volume: float, plans: int, seconds: float) -> Measurement:
+    return Measurement(name, "hypervolume", "front", 0, volume, plans, volume, volume, 0.0, {"seconds": seconds, "plans": plans})

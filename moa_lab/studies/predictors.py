@@ -31,6 +31,11 @@ def random_choices(table: LossTable, density: Density, count: int, seed: int = 0
     return [_within(limits.met_by, spans, order, np.exp(SPREAD * rng.standard_normal(_shape(table)))) for _ in range(count)]
 
 
+def chances_of(choices: Sequence[np.ndarray], rules: int) -> np.ndarray:
+    """How often each rule is chosen for each head: (heads, rules)."""
+    return np.asarray(np.mean([np.eye(rules)[choice.ravel()] for choice in choices], axis=0))
+
+
 def predictors(profile: InfluenceProfile, under_plans: InfluenceProfile | None = None) -> dict[str, Predictor]:
     """By name. under_plans: a profile of the same samples with the model under other plans."""
     span = loss_table(profile)

@@ -62,11 +62,11 @@ def test_the_sentence_says_whether_measuring_helped() -> None:
 
 
 def test_goals_are_missed_when_needles_are_lost_and_met_when_they_are_not() -> None:
-    lost, half_way = refine_goals(rows_of([1, 0] * 20, [1] * 40), [0.25], [LENGTH])
+    lost, half_way = refine_goals(rows_of([1, 0] * 20, [1] * 40), [0.25], [LENGTH], [LENGTH])
     assert not lost.meets
     assert half_way.value == pytest.approx(0.25)
     assert half_way.meets
-    assert refine_goals(rows_of([1] * 40, [1] * 40), [0.25], [LENGTH])[0].meets
+    assert refine_goals(rows_of([1] * 40, [1] * 40), [0.25], [LENGTH], [LENGTH])[0].meets
 
 
 def test_the_sentence_names_the_best_objective_and_says_when_it_is_not_decided() -> None:
@@ -81,7 +81,7 @@ def test_the_sentence_names_the_best_objective_and_says_when_it_is_not_decided()
     assert "plan of ranked (1.00)" in told
     assert "not decided" not in told
     assert "epsilon covers most" in told
-    assert "good predicts best (rank correlation 0.90), bad worst (0.10)" in told
+    assert "good predicts best (rank correlation 0.90, random plans), bad worst (0.10, random plans)" in told
     close = [needles("element, sum", [1] * 39 + [0]), needles("ranked", [1] * 40), *volumes]
     assert "not decided" in search_answer(["element, sum", "ranked"], close, correlations)
 

@@ -1,0 +1,68 @@
+"""Predictors held against what random plans of equal density lose when they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from moa_lab.calibration.samples import SampleSet
+from moa_lab.evaluate.effects import MeasuredLosses
+from moa_lab.learning import mean_slopes
+from moa_lab.pipeline import SCREEN_TOKENS, Run
+from moa_lab.profiling import profile
+from moa_lab.records import InfluenceProfile, Measurement
+from moa_lab.studies.compare import spearman
+from moa_lab.studies.predictors import chances_of, merged, predictors, random_choices, regressed
+
+MEASURED_TOKENS = 3 * SCREEN_TOKENS
+PLANS_PROFILED = 4
+PROFILED_TOKENS = 65_536
+"""Calibration tokens that are profiled again under each of `PLANS_PROFILED` random plans."""
+PLANS_DRAWN = 256
+"""Random plans whose rules say with what chance a head is drawn at each."""
+SLOPE_STEPS = 80
+
+
+def predictions(run: Run, density: float, plans: int) -> list[Measurement]:
+    """Rank correlation of every predictor with the measured loss of `plans` random plans of a density."""
+    table, limits, seed = run.table(), run.at(density).limits, run.settings.seed
+    choices = random_choices(table, limits, plans, seed)
+    measured = MeasuredLosses(run.model, SampleSet(tuple(run.suites.validation)).limited(MEASURED_TOKENS), run.parts_dir("random-plans"))
+    losses = []
+    for done, choice in enumerate(choices):
+        run.progress("search: random plans", done, plans)
+        losses.append(float(np.mean(list(measured(table.plan(choice, "random")).values()))))
+    run.progress("search: random plans", plans, plans)
+    found = {
+        name: [predict(choice) for choice in choices] for name, predict in predictors(run.profile(), _under_plans(run, limits)).items()
+    }
+    slopes = _slopes(run, limits, min(SLOPE_STEPS, plans))
+    heads = np.arange(len(slopes))
+    found["slopes under drawn plans"] = [float(slopes[heads, choice.ravel()].sum()) for choice in choices]
+    found["regression on measured plans"] = list(regressed(table, choices, losses, seed))
+    return [
+        Measurement(
+            name, "rank_correlation", f"random plans of {density:.0%}", 0, *spearman(told, losses), density,
+            {"measured": losses, "predicted": list(told)},
+        )
+        for name, told in found.items()
+    ]  # fmt: skip
+
+
+def _under_plans(run: Run, density: Mapping[int, float]) -> InfluenceProfile:
+    """The profile again, with the model under random plans of the density."""
+    samples, table = run.samples().limited(PROFILED_TOKENS), run.table()
+    plans = [table.plan(choice, "random") for choice in random_choices(table, density, PLANS_PROFILED, run.settings.seed + 1)]
+    parts = run.parts_dir("profile")
+    return merged([profile(run.model, samples, plan=plan, parts_dir=parts) for plan in plans])
+
+
+def _slopes(run: Run, density: Mapping[int, float], steps: int) -> np.ndarray:
+    """What every rule loses to first order, under plans as random as those that are predicted: (heads, rules)."""
+    table = run.table()
+    chances = chances_of(random_choices(table, density, PLANS_DRAWN, run.settings.seed + 2), len(table.rules))
+    return mean_slopes(
+        run.model, run.lessons(), table, chances, steps=steps, seed=run.settings.seed,
+        progress=lambda done, total: run.progress("search: slopes", done, total),
+    )  # fmt: skip
