@@ -61,7 +61,7 @@ def search(run: Run, scale: Scale) -> StudyRecord:
     correlations = [row for share in dict.fromkeys((scale.density, HALF)) for row in predictions(run, share, scale.random_plans)]
     rows += correlations
     best = max(correlations, key=lambda row: row.value)
-    goals = [StudyGoal(GOAL.format(best.task, best.plan), best.value, 0.8, low=best.low, high=best.high)]
+    goals = [StudyGoal(GOAL.format(best.task, best.plan), best.value, 0.8, low=best.low, high=best.high, n=best.n)]
     answer = search_answer([plan.name for plan in plans], rows, correlations)
     return record_of(run, "search", QUESTION, answer, rows, goals, density=scale.density, random_plans=scale.random_plans,
                      search_seconds=scale.search_seconds, floor_tokens=FLOOR_TOKENS, gate_steps=_gate_steps(scale))  # fmt: skip

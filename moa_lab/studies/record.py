@@ -20,7 +20,8 @@ STUDY_SCHEMA = "moa-lab/study/1"
 class StudyGoal:
     """A number that a study aims at: `value` reaches `goal`, or with `at_most` stays below it.
 
-    low, high: the 95% interval of the value, where there is one. A goal inside it is met or missed by chance.
+    low, high: the 95% interval of the value, of n samples, where there is one. A goal inside it is met or missed by chance, and one
+    sample decides nothing.
     """
 
     name: str
@@ -29,6 +30,7 @@ class StudyGoal:
     at_most: bool = False
     low: float | None = None
     high: float | None = None
+    n: int | None = None
     meets: bool = field(init=False)
 
     def __post_init__(self) -> None:
@@ -37,11 +39,13 @@ class StudyGoal:
     @classmethod
     def of(cls, name: str, found: Interval, goal: float, at_most: bool = False) -> StudyGoal:
         """A goal for a value with its interval."""
-        return cls(name, found.value, goal, at_most, found.low, found.high)
+        return cls(name, found.value, goal, at_most, found.low, found.high, found.n)
 
     @property
     def decided(self) -> bool:
         """Whether the whole interval says the same as the value; without an interval the value is all there is."""
+        if self.n is not None and self.n < 2:
+            return False
         if self.low is None or self.high is None:
             return True
         goal = Goal(self.goal, self.at_most)

@@ -78,7 +78,9 @@ def refine_goals(
         percent = f"{density:.0%}"
         if density in (0.25, 0.5):
             # Indistinguishable: the interval of what is lost reaches 0.
-            goals.append(StudyGoal(f"{percent}: needles lost against dense, lower end of the interval, worst length", lost.low, 0.0, True))
+            goals.append(
+                StudyGoal(f"{percent}: needles lost against dense, lower end of the interval, worst length", lost.low, 0.0, True, n=lost.n)
+            )
         if density == 0.25:
             worst = max(_half_way(rows, plan, density, n) for n in lengths)
             goals.append(
@@ -93,7 +95,7 @@ def refine_goals(
                 (excess_over_dense(rows, plan, task, n) for task in (DOCUMENTS, SUMMARIES) for n in lengths), key=lambda e: e.low
             )
             name = f"{percent}: perplexity above the dense model's, lower end of the interval, worst task and length"
-            goals.append(StudyGoal(name, worst_excess.low, 0.0, True))
+            goals.append(StudyGoal(name, worst_excess.low, 0.0, True, n=worst_excess.n))
     return goals
 
 

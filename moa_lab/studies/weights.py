@@ -18,12 +18,12 @@ from moa_lab.pipeline import Run
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Measurement
 from moa_lab.search import InfeasibleError
-from moa_lab.studies.bit_effects import bit_effects
-from moa_lab.studies.bit_scores import Side, Variant, difference_rows, rank_rows, untouched, variant_rows
-from moa_lab.studies.bits import ERROR, FIRST_ORDER, PREDICTORS, Effects, kv_costs, weight_costs
+from moa_lab.studies.bits.effects import bit_effects
+from moa_lab.studies.bits.quantise import GROUP_BYTES, UNTOUCHED, WEIGHT_GROUP, linear_modules
+from moa_lab.studies.bits.scores import Side, Variant, difference_rows, rank_rows, untouched, variant_rows
+from moa_lab.studies.bits.widths import ERROR, FIRST_ORDER, PREDICTORS, Effects, kv_costs, weight_costs
 from moa_lab.studies.compare import row_of
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, chosen_plans, record_of
-from moa_lab.studies.quantise import GROUP_BYTES, UNTOUCHED, WEIGHT_GROUP, linear_modules
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from commands import exit_code
 
+from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
 from moa_lab.storage import RecordError
 from moa_lab.studies import StudyGoal, StudyRecord, table
@@ -60,6 +61,13 @@ def test_studies_share_what_was_made_on_the_way(
     again = StudyRecord.load(tmp_path / "again.json")
     assert again.rows == records["retrieval"].rows
     assert again.answer == records["retrieval"].answer
+
+
+def test_one_sample_decides_nothing() -> None:
+    assert StudyGoal.of("found", Interval(1.0, 1, 1.0, 1.0), 0.95).meets
+    assert not StudyGoal.of("found", Interval(1.0, 1, 1.0, 1.0), 0.95).decided
+    assert not StudyGoal("lower end", 0.0, 0.0, at_most=True, n=1).decided
+    assert StudyGoal.of("found", Interval(1.0, 128, 1.0, 1.0), 0.95).decided
 
 
 def test_a_goal_is_met_by_its_numbers_and_not_by_what_a_file_says(records: dict[str, StudyRecord], tmp_path: Path) -> None:

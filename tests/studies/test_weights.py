@@ -22,9 +22,10 @@ from moa_lab.plan import Plan, SpanRule, dense_plan
 from moa_lab.records import Measurement
 from moa_lab.runtime import apply_plan
 from moa_lab.search import InfeasibleError
-from moa_lab.studies.bit_effects import bit_effects
-from moa_lab.studies.bit_scores import Variant, difference_rows, rank_rows, score_variant, untouched
-from moa_lab.studies.bits import (
+from moa_lab.studies.bits.effects import bit_effects
+from moa_lab.studies.bits.quantise import fake_quantise, linear_modules, quantised_cache, quantised_weights, stored_bytes
+from moa_lab.studies.bits.scores import Variant, difference_rows, rank_rows, score_variant, untouched
+from moa_lab.studies.bits.widths import (
     ERROR,
     FIRST_ORDER,
     PREDICTORS,
@@ -38,7 +39,6 @@ from moa_lab.studies.bits import (
     random_choices,
     weight_costs,
 )
-from moa_lab.studies.quantise import fake_quantise, linear_modules, quantised_cache, quantised_weights, stored_bytes
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.weights import KV_WIDTHS, Pair, best_predictor, kv_side, outcome, spans_and_bits, weights_answer
 
@@ -166,7 +166,7 @@ def test_each_head_has_its_own_bits(model: PreTrainedModel) -> None:
     plan = dense_plan(geometry_of(model))
     widths = untouched(plan)
     widths[0, 1, 0] = 2
-    import moa_lab.studies.quantise as module
+    import moa_lab.studies.bits.quantise as module
 
     def watch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: object) -> torch.Tensor:
         seen.append((key, value))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from scipy.sparse import csr_array, kron, vstack
 
 from moa_lab.plan import Plan
 from moa_lab.search import InfeasibleError
-from moa_lab.studies.quantise import UNTOUCHED, WEIGHT_GROUP, stored_bytes
+from moa_lab.studies.bits.quantise import UNTOUCHED, WEIGHT_GROUP, stored_bytes
 
 FIRST_ORDER, ROOT, SQUARES, ERROR = "first order", "root of squares", "squares", "error alone"
 PREDICTORS = (FIRST_ORDER, ROOT, SQUARES, ERROR)

@@ -16,8 +16,8 @@ from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.dispatch import span_attention
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan
-from moa_lab.studies.bits import Effects
-from moa_lab.studies.quantise import WEIGHT_GROUP, fake_quantise, linear_modules
+from moa_lab.studies.bits.quantise import WEIGHT_GROUP, fake_quantise, linear_modules
+from moa_lab.studies.bits.widths import Effects
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
