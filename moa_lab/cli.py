@@ -6,9 +6,10 @@ import logging
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from moa_lab.cli_bench import app as bench_app
 from moa_lab.cli_harness import harness
@@ -19,7 +20,16 @@ from moa_lab.storage import schema_of
 from moa_lab.terminal import Bars, ForceOption, free, lengths_of
 from moa_lab.text import one_line
 
+
+class _Commands(TyperGroup):
+    """`study harness` is `harness`, which takes tasks and not a study's settings."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args[1:] if args[:2] == ["study", "harness"] else args)
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="How much of each head's attention can be dropped, what it costs, and how much is saved.",
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
 )  # fmt: skip

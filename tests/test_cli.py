@@ -187,3 +187,11 @@ def test_doctor_names_what_it_looked_at(monkeypatch: pytest.MonkeyPatch, capsys:
     assert exit_code(monkeypatch, "doctor") in (0, 1)
     shown = capsys.readouterr().out
     assert all(word in shown for word in ("torch", "Triton", "Chromium", "model smollm2"))
+
+
+def test_study_harness_is_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["harness"], ["study", "harness"]):
+        assert exit_code(monkeypatch, *words, "--help") == 0
+        assert "--include-path" in capsys.readouterr().out
+    assert exit_code(monkeypatch, "study", "--help") == 0
+    assert "--include-path" not in capsys.readouterr().out
