@@ -199,7 +199,7 @@ LESSONS: tuple[Wording, ...] = (
     ),
     Wording(
         "parcel", "Parcel {value} was delivered to {key} this morning.", "Which parcel was delivered to {key}?",
-        "The parcel delivered to {key} was", (_STREETS, _WAYS), _code,
+        "The parcel delivered to {key} was parcel", (_STREETS, _WAYS), _code,
     ),
     Wording(
         "bus", "To get to {key}, take bus number {value}.", "Which bus do you take to get to {key}?",

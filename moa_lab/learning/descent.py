@@ -52,15 +52,15 @@ def learn_spans(
     The loss is the divergence of the answers of `samples` from the dense model's, in nats per answer token, the sum of the tasks'
     means; a step takes samples of one length. table: the rules to choose from, and what predicts the point's losses; nothing of what it
     predicts is used. `density`, its lengths and max_rules_per_layer, which only the last plan keeps, are as in `search`. rate: nats
-    that the evidence for a rule of usual slope gains in a step. Raises ValueError for fewer than one step, no samples, or a task that
-    lacks a length, and InfeasibleError as `search` does.
+    that the evidence for a rule of usual slope gains in a step. Raises ValueError for fewer than one step, no samples, a task that lacks a
+    length or samples that do not fit in memory, and InfeasibleError as `search` does.
     """
     if steps < 1 or not len(samples):
         raise ValueError(f"learning needs at least one step and one sample, got {steps} and {len(samples)}")
     targets = densities(table, density)
     mixtures = Mixtures(table, targets, rate)
     batches = Batches(samples, batch_tokens(model), seed)
-    sampler = SlopeSampler(model, table, seed)
+    sampler = SlopeSampler.fitting(model, table, samples, seed)
     history: list[dict[str, float]] = []
     for step in range(steps):
         if progress:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,12 @@ from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.dispatch import drawn_attention
 from moa_lab.kernels.mixture import BLOCK
 from moa_lab.learning.batches import Batches, batch_tokens
+from moa_lab.profiling.backward import checkpointed
+from moa_lab.profiling.estimate import SAFETY, estimate_cost
 from moa_lab.records import LossTable
+
+FREE_SHARE = 0.5
+"""Of the free memory, for what autograd saves: logits and the kernels' sums come on top."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -32,21 +38,56 @@ class DrawnSlope:
 class SlopeSampler:
     """Runs samples of one length under plans drawn from chances, a plan for each sample.
 
-    A rule's window is taken in whole blocks of 64 tokens, rounded up or down by chance so that its mean is right.
+    A rule's window is taken in whole blocks of 64 tokens, rounded up or down by chance so that its mean is right. tokens_in_flight: of
+    a batch at once, at least one sample; the others follow. checkpoint: recompute a layer's activations in backward.
     """
 
-    def __init__(self, model: PreTrainedModel, table: LossTable, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, table: LossTable, seed: int, tokens_in_flight: int = 0, checkpoint: bool = False) -> None:
         self._model, self._table = model, table
+        self._tokens, self._checkpoint = tokens_in_flight, checkpoint
         self._rng = np.random.default_rng(seed)
+
+    @classmethod
+    def fitting(cls, model: PreTrainedModel, table: LossTable, samples: SampleSet, seed: int) -> SlopeSampler:
+        """One that keeps as much of a batch of `samples` in flight as fits in memory; on a CPU, which that does not speed up, a sample.
+
+        Raises ValueError where not even one sample fits with its activations recomputed.
+        """
+        longest = max(samples, key=lambda sample: sample.length)
+        estimate = estimate_cost(model, [longest], sink_tokens=table.sink_tokens)
+        estimate.require_fit()
+        if model.device.type == "cpu":
+            return cls(model, table, seed)
+        tokens = int(FREE_SHARE * estimate.free_bytes / (SAFETY * estimate.bytes_per_token))
+        return cls(model, table, seed, tokens, checkpoint=tokens < longest.length)
 
     def __call__(self, batch: Sequence[Sample], chances: np.ndarray) -> DrawnSlope:
         """chances: (heads, rules). Raises ValueError as `route_attention` does."""
-        table, length = self._table, batch[0].length
-        geometry = table.geometry
-        windows = block_windows(table, length)
+        geometry, length = self._table.geometry, batch[0].length
+        windows = block_windows(self._table, length)
         counts = self._drawn(windows, chances, len(batch)).to(self._model.device)
+        share = Counter(sample.task for sample in batch)
+        divergence = dict.fromkeys(share, 0.0)
         blocks = -(-length // BLOCK)
-        shift = torch.zeros(geometry.layers, len(batch), geometry.kv_heads, blocks, device=self._model.device, requires_grad=True)
+        by_window = np.zeros((geometry.layers, geometry.kv_heads, blocks))
+        size = max(1, self._tokens // length)
+        for start in range(0, len(batch), size):
+            part = batch[start : start + size]
+            lost, slope = self._run(part, counts[:, start : start + size], [1 / share[sample.task] for sample in part])
+            by_window += slope
+            for sample, value in zip(part, lost, strict=True):
+                divergence[sample.task] += value / share[sample.task]
+        by_rule = np.stack([layer @ _shares(own, blocks).T for layer, own in zip(by_window, windows, strict=True)])
+        return DrawnSlope(divergence, by_rule.reshape(len(chances), -1))
+
+    def _run(self, batch: Sequence[Sample], counts: torch.Tensor, weights: Sequence[float]) -> tuple[list[float], np.ndarray]:
+        """Divergence of every sample, and the slope of their weighted sum in windows of 1, 2, .. blocks: (layers, kv_heads, blocks).
+
+        counts: int32 (layers, batch, kv_heads), blocks that each head sees.
+        """
+        table = self._table
+        blocks = -(-batch[0].length // BLOCK)
+        shift = torch.zeros(*counts.shape, blocks, device=counts.device, requires_grad=True)
 
         def handler(layer: int) -> Handler:
             def attend(call: AttentionCall) -> torch.Tensor:
@@ -58,17 +99,16 @@ class SlopeSampler:
 
         with torch.no_grad():
             wanted = _log_probabilities(self._model, batch)
-        with torch.enable_grad(), route_attention(self._model, handler):
+        with torch.enable_grad(), checkpointed(self._model, self._checkpoint), route_attention(self._model, handler):
             found = _log_probabilities(self._model, batch)
-            lost: dict[str, list[torch.Tensor]] = {}
-            for sample, ours, dense in zip(batch, found, wanted, strict=True):
-                divergence = torch.nn.functional.kl_div(ours, dense, reduction="batchmean", log_target=True)
-                lost.setdefault(sample.task, []).append(divergence)
-            means = {task: torch.stack(values).mean() for task, values in lost.items()}
-            (slope,) = torch.autograd.grad(torch.stack(list(means.values())).sum(), shift)
-        by_window = slope.sum(dim=1).double().cpu().numpy()
-        by_rule = np.stack([layer @ _shares(own, blocks).T for layer, own in zip(by_window, windows, strict=True)])
-        return DrawnSlope({task: float(mean.detach()) for task, mean in means.items()}, by_rule.reshape(len(chances), -1))
+            lost = torch.stack(
+                [
+                    torch.nn.functional.kl_div(ours, dense, reduction="batchmean", log_target=True)
+                    for ours, dense in zip(found, wanted, strict=True)
+                ]
+            )
+            (slope,) = torch.autograd.grad((lost * lost.new_tensor(weights)).sum(), shift)
+        return lost.tolist(), slope.sum(dim=1).double().cpu().numpy()
 
     def _drawn(self, windows: np.ndarray, chances: np.ndarray, count: int) -> torch.Tensor:
         """Blocks that each head sees: int32 (layers, count, kv_heads)."""
@@ -93,9 +133,9 @@ def mean_slopes(
     """What every rule of every head loses under plans drawn from `chances` (heads, rules), to first order, as a mean of `steps` batches.
 
     float64 (heads, rules), in nats per answer token, summed over tasks; only differences within a head count. Raises ValueError for a
-    task that lacks a length.
+    task that lacks a length, and for samples that do not fit in memory.
     """
-    batches, sampler = Batches(samples, batch_tokens(model), seed), SlopeSampler(model, table, seed)
+    batches, sampler = Batches(samples, batch_tokens(model), seed), SlopeSampler.fitting(model, table, samples, seed)
     total = np.zeros(chances.shape)
     for step in range(steps):
         if progress:

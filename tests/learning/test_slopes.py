@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from tiny import tiny_model
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import answer_logits
-from moa_lab.calibration.samples import Sample
+from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.mixture import BLOCK, mixed_windows
+from moa_lab.learning import mean_slopes
 from moa_lab.learning.slopes import SlopeSampler, block_windows
 from moa_lab.models import geometry_of
 from moa_lab.plan import DENSE, SpanRule
+from moa_lab.profiling.estimate import estimate_cost
 from moa_lab.records import LossTable, Objective
 
 LENGTH = 320
@@ -111,3 +114,44 @@ def test_whole_heads_lose_nothing() -> None:
     found = SlopeSampler(model, table_of(model), seed=0)(batch, np.tile([0.0, 0.0, 0.0, 1.0], (4, 1)))
     assert set(found.divergence) == {"questions", "summaries"}
     assert max(found.divergence.values()) < 1e-5
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_batch_in_parts_or_recomputed_has_the_same_slope(checkpoint: bool) -> None:
+    model = tiny_model("llama")
+    batch = [own_answer(model, task, LENGTH, seed) for task, seed in (("questions", 0), ("questions", 1), ("summaries", 0))]
+    chances, table = np.full((4, len(RULES)), 0.25), table_of(model)
+    whole = SlopeSampler(model, table, seed=3, tokens_in_flight=3 * LENGTH)(batch, chances)
+    parts = SlopeSampler(model, table, seed=3, tokens_in_flight=2 * LENGTH, checkpoint=checkpoint)(batch, chances)
+    assert parts.divergence == pytest.approx(whole.divergence, rel=1e-4)
+    np.testing.assert_allclose(parts.slope, whole.slope, atol=1e-5 * np.abs(whole.slope).max())
+    assert not model.training
+
+
+def test_as_much_is_in_flight_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    samples = SampleSet((own_answer(model, "questions", LENGTH, 0),))
+    sizes = []
+    for free in (10**6, 10**9):
+        estimate = replace(estimate_cost(model, list(samples)), free_bytes=free, device="cuda", checkpointed_bytes=0)
+        monkeypatch.setattr("moa_lab.learning.slopes.estimate_cost", lambda *_, estimate=estimate, **__: estimate)
+        monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
+        sampler = SlopeSampler.fitting(model, table_of(model), samples, seed=0)
+        monkeypatch.undo()
+        sizes.append((sampler._tokens, sampler._checkpoint))
+    assert sizes[0][0] < LENGTH < sizes[1][0]
+    assert [checkpoint for _, checkpoint in sizes] == [True, False]
+
+
+def test_slopes_at_fixed_chances_are_a_mean_over_batches() -> None:
+    model = tiny_model("llama")
+    samples = SampleSet(tuple(own_answer(model, "questions", LENGTH, seed) for seed in range(3)))
+    chances, table = np.full((4, len(RULES)), 0.25), table_of(model)
+    told: list[tuple[int, int]] = []
+    found = mean_slopes(model, samples, table, chances, steps=3, progress=lambda done, total: told.append((done, total)))
+    assert found.shape == chances.shape
+    assert told[-1] == (3, 3)
+    again = mean_slopes(model, samples, table, chances, steps=3)
+    np.testing.assert_array_equal(found, again)
+    # A head that sees less loses more, on the whole.
+    assert found[:, 0].sum() > found[:, -1].sum()
