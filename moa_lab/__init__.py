@@ -28,6 +28,7 @@ _HOMES = {
     "estimate_cost": "moa_lab.profiling",
     "loss_table": "moa_lab.search",
     "search": "moa_lab.search",
+    "learn_spans": "moa_lab.learning",
     "refine": "moa_lab.refinement",
     "apply_plan": "moa_lab.runtime",
     "generate": "moa_lab.runtime",

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from moa_lab.cli_bench import app as bench_app
 from moa_lab.cli_harness import harness
+from moa_lab.cli_learn import learn
 from moa_lab.cli_study import study
 from moa_lab.doctor import diagnose
 from moa_lab.presets import PRESETS, RunSettings
@@ -35,6 +36,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(bench_app, name="bench")
+app.command()(learn)
 app.command()(study)
 app.command()(harness)
 
@@ -92,6 +94,9 @@ def calibrate(
     model: ModelOption = "smollm2",
     questions: Annotated[int, typer.Option("--questions", help="question samples per length")] = 16,
     others: Annotated[int, typer.Option("--others", help="other samples per length")] = 6,
+    texts: Annotated[int, typer.Option("--texts", help="samples of plain text per length, of supervision `model`")] = 0,
+    per_sample: Annotated[int, typer.Option("--per-sample", min=1, help="questions in one text")] = 1,
+    lessons: Annotated[bool, typer.Option("--lessons", help="many kinds of questions, for `moa-lab learn`")] = False,
     supervision: Annotated[str, typer.Option("--supervision")] = "model",
     source: Annotated[str | None, typer.Option("--source")] = None,
     columns: Annotated[str | None, typer.Option("--columns")] = None,
@@ -102,10 +107,13 @@ def calibrate(
     from moa_lab.calibration import calibrate as make
     from moa_lab.calibration import requests
     from moa_lab.calibration.sources import ColumnMap, load_documents
+    from moa_lab.calibration.wordings import LESSONS
     from moa_lab.models import load_model
 
     free(out, force)
-    wanted = requests(supervision, questions=questions, others=others)
+    wanted = requests(
+        supervision, questions=questions, per_sample=per_sample, others=others, texts=texts, wordings=LESSONS if lessons else None
+    )
     documents = load_documents(source, columns=ColumnMap.parse(columns) if columns else None, seed=seed) if source else None
     loaded, tokenizer = load_model(model)
     with Bars() as bars:

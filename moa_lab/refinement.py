@@ -3,7 +3,8 @@
 A profile of the dense model says what each head is worth while all the others are whole. Under a plan others have gone, and what
 is left is worth more. So every round measures the heads under the plan itself, one at a time; asks for the best plans that
 differ in a few heads, as if their effects added up; measures those; and goes on from the best (a trust region: Conn, Gould and
-Toint, 2000). Gradients under the plan would be cheaper, but led to no better plan of SmolLM2-135M at 2k and 4k tokens.
+Toint, 2000). One profile under the plan would be cheaper, but led to no better plan of SmolLM2-135M at 2k and 4k tokens; `learning`
+takes slopes under many plans.
 """
 
 from __future__ import annotations

@@ -14,11 +14,13 @@ from moa_lab import storage
 from moa_lab.bench.record import GOALS, BenchRecord, judged
 from moa_lab.bench.record import table as bench_table
 from moa_lab.bench.search import search_table
+from moa_lab.calibration import SampleSet
 from moa_lab.evaluate.parity import Parity, ParityRow
 from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import uniform_plan
 from moa_lab.provenance import Provenance
+from moa_lab.records import Front
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,7 @@ def test_a_plan_of_another_geometry_is_refused_with_both_geometries(
     [
         ("profile", "FILE", "--out", "OUT"),
         ("search", "FILE", "--out", "OUT"),
+        ("learn", "FILE", "--profile", "FILE", "--out", "OUT"),
         ("refine", "FILE", "--samples", "FILE", "--profile", "FILE", "--out", "OUT"),
         ("validate", "FILE", "--length", "256", "--out", "OUT"),
         ("evaluate", "FILE", "--lengths", "256", "--out", "OUT"),
@@ -195,3 +198,23 @@ def test_study_harness_is_harness(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert "--include-path" in capsys.readouterr().out
     assert exit_code(monkeypatch, "study", "--help") == 0
     assert "--include-path" not in capsys.readouterr().out
+
+
+def test_spans_are_learned_from_files_stage_by_stage(
+    inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model, documents = inputs
+    samples, profiled, front = (tmp_path / name for name in ("samples.safetensors", "profile.safetensors", "front.json"))
+    counts = ("--questions", 2, "--per-sample", 1, "--others", 1, "--texts", 1, "--lessons")
+    source = ("--source", documents, "--columns", "text=text,summary=summary")
+    assert exit_code(monkeypatch, "calibrate", "--model", model, "--lengths", 640, *counts, *source, "--out", samples) == 0
+    assert [len(SampleSet.load(samples).select(task)) for task in ("questions", "summaries", "text")] == [2, 1, 1]
+    assert exit_code(monkeypatch, "profile", samples, "--model", model, "--out", profiled) == 0
+    command = ("learn", samples, "--profile", profiled, "--model", model, "--density", 0.6, "--steps", 2, "--out", front)
+    assert exit_code(monkeypatch, *command) == 0
+    assert "1 plan" in capsys.readouterr().out
+    (found,) = Front.load(front)
+    assert found.origin == "learned"
+    assert found.plan.density(640) <= 0.6
+    assert exit_code(monkeypatch, *command) == 2
+    assert "pass --force" in one_line_error(capsys)
