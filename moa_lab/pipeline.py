@@ -6,77 +6,46 @@ import logging
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from moa_lab.calibration import SampleSet, calibrate, requests
-from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
-from moa_lab.calibration.sources import ColumnMap, load_documents
+from moa_lab.calibration.dataset import Request
 from moa_lab.calibration.wordings import LESSONS
 from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.scoring import score_rows, score_samples
 from moa_lab.evaluate.store import ScoreStore
-from moa_lab.evaluate.suites import Suites
 from moa_lab.evaluate.summary import summarise
 from moa_lab.evaluate.validate import Validation, choose
-from moa_lab.geometry import ModelGeometry
 from moa_lab.learning import learn_spans
-from moa_lab.models import geometry_of, load_model, model_name, tokenizer_fingerprint, weights_fingerprint
+from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import MIN_SPAN, Plan, dense_plan, uniform_plan
-from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, Preset, RunSettings
 from moa_lab.profiling import profile
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements
 from moa_lab.refinement import refine
 from moa_lab.report import save_report
+from moa_lab.run_inputs import RunInputs
 from moa_lab.search import baseline_plan, limit_lengths, loss_table, search
-from moa_lab.storage import RecordError, parse, read_json, to_json, write_json
+from moa_lab.storage import RecordError, to_json, write_json
 
 Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, Measurements)
 
 logger = logging.getLogger(__name__)
 
-ANSWER_BATCH = 32
-"""Samples that a GPU answers at once: a step costs nearly the same for one."""
 SCREEN_TOKENS = 131_072
 """Calibration tokens that many plans are measured on."""
 QUESTIONS_PER_LESSON = 2
 """Facts asked in one text that is learned from: more slopes for the same tokens, but only the first question is asked as in a test."""
 
-Progress = Callable[[str, int, int], None]
-"""Called with (stage, steps done, steps in all)."""
 
-
-@dataclass
-class Run:
-    """A run in `folder`. Stages are methods; each reads its record where it is intact and makes it where it is not.
-
-    parts: where finished pieces of stages are kept; None for a folder inside. Raises ValueError when the folder belongs to a run with
-    other settings.
-    """
-
-    folder: Path
-    settings: RunSettings
-    progress: Progress = field(default=lambda stage, done, total: None)
-    parts: Path | None = None
-
-    def __post_init__(self) -> None:
-        path = self.folder / "settings.json"
-        if path.exists():
-            stored = {name: value for name, value in read_json(path, SETTINGS_SCHEMA).items() if name != "schema"}
-            before = parse(RunSettings, stored, path)
-            changed = [name for name, value in vars(self.settings).items() if value != getattr(before, name)]
-            if changed:
-                name = changed[0]
-                raise ValueError(
-                    f"{self.folder} holds a run with another {name} ({getattr(before, name)}, now {getattr(self.settings, name)}); "
-                    "choose another folder, or delete this one"
-                )
+class Run(RunInputs):
+    """A run in `folder`. Stages are methods; each reads its record where it is intact and makes it where it is not."""
 
     def everything(self) -> dict[str, Any]:
         """Run all stages and return the summary."""
@@ -88,11 +57,6 @@ class Run:
         self.plan()
         self.measurements()
         return self.report()
-
-    def begin(self) -> None:
-        """Check the lengths and note the settings: from now on the folder is this run's."""
-        self._check_lengths()
-        write_json(self.folder / "settings.json", {"schema": SETTINGS_SCHEMA, **to_json(self.settings)})
 
     def at(self, density: float) -> Run:
         """The same run at another density, in a folder inside: what does not depend on the density is made once, here."""
@@ -108,44 +72,6 @@ class Run:
         other.begin()
         return other
 
-    @cached_property
-    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        self.progress("load model", 0, 1)
-        loaded = load_model(self.settings.model)
-        self.progress("load model", 1, 1)
-        return loaded
-
-    @property
-    def model(self) -> PreTrainedModel:
-        """The dense model."""
-        return self._loaded[0]
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Its tokenizer."""
-        return self._loaded[1]
-
-    @property
-    def geometry(self) -> ModelGeometry:
-        """Its geometry."""
-        return geometry_of(self.model)
-
-    @property
-    def preset(self) -> Preset:
-        """The sizes of this run."""
-        return PRESETS[self.settings.preset]
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """The profiled lengths: the user's, or those of the preset that the model reaches."""
-        return self._chosen_lengths(self.settings.lengths, self.preset.lengths)
-
-    @property
-    def test_lengths(self) -> tuple[int, ...]:
-        """The tested lengths; the user's profiled lengths where only those were given."""
-        asked = self.settings.test_lengths or self.settings.lengths
-        return self._chosen_lengths(asked, self.preset.test_lengths)
-
     @property
     def limits(self) -> dict[int, float]:
         """The lengths at which plans keep to the density: the profiled ones, twice the longest, and shorter tested ones where the
@@ -154,42 +80,14 @@ class Run:
         short = {n for n in self.test_lengths if n < min(self.lengths) and MIN_SPAN / n <= density / 4}
         return dict.fromkeys(sorted({*limit_lengths(self.table()), *short}), density)
 
-    @cached_property
-    def documents(self) -> dict[Split, Sequence[Document] | None]:
-        """Documents per split: None means the embedded ones."""
-        if self.settings.source is None:
-            return dict.fromkeys(SPLITS)
-        columns = ColumnMap.parse(self.settings.columns) if self.settings.columns else None
-        loaded = load_documents(self.settings.source, columns=columns, seed=self.settings.seed)
-        return dict(split_documents(loaded, self.settings.seed))
-
-    @cached_property
-    def suites(self) -> Suites:
-        """What plans are chosen by and tested on."""
-        return Suites(
-            self.model, self.tokenizer, self.preset, self.lengths, self.documents, self.settings.seed,
-            answers_dir=self.parts_dir("answers"), answer_batch=self.answer_batch, progress=self.progress,
-        )  # fmt: skip
-
     def samples(self) -> SampleSet:
         """Stage calibrate."""
         preset = self.preset
         wanted = requests(
-            self.settings.supervision,
-            questions=preset.questions,
-            per_sample=preset.questions_per_sample,
-            others=preset.summaries,
-            texts=preset.texts,
-            answer_tokens=preset.answer_tokens,
-        )
-        return _stored(
-            self.folder / "samples.safetensors", SampleSet.load,
-            lambda: calibrate(
-                self.model, self.tokenizer, self.lengths, wanted=wanted, documents=self.documents["calibration"],
-                seed=self.settings.seed, batch_size=self.answer_batch, parts_dir=self.parts_dir("answers"),
-                progress=self._steps("calibrate"),
-            ),
+            self.settings.supervision, questions=preset.questions, per_sample=preset.questions_per_sample, others=preset.summaries,
+            texts=preset.texts, answer_tokens=preset.answer_tokens,
         )  # fmt: skip
+        return self._calibrated("samples", "calibrate", self.lengths, wanted)
 
     def lessons(self) -> SampleSet:
         """Samples that spans are learned from: more than are profiled, in more wordings, and at the shorter tested lengths too."""
@@ -198,12 +96,15 @@ class Run:
             questions=preset.learning_questions, per_sample=min(QUESTIONS_PER_LESSON, preset.learning_questions),
             others=preset.learning_others, texts=preset.learning_others, answer_tokens=preset.answer_tokens, wordings=LESSONS,
         )  # fmt: skip
+        lengths = sorted({*self.lengths, *(n for n in self.test_lengths if n < max(self.lengths))})
+        return self._calibrated("lessons", "lessons", lengths, wanted)
+
+    def _calibrated(self, name: str, stage: str, lengths: Sequence[int], wanted: Sequence[Request]) -> SampleSet:
         return _stored(
-            self.folder / "lessons.safetensors", SampleSet.load,
+            self.folder / f"{name}.safetensors", SampleSet.load,
             lambda: calibrate(
-                self.model, self.tokenizer, sorted({*self.lengths, *(n for n in self.test_lengths if n < max(self.lengths))}),
-                wanted=wanted, documents=self.documents["calibration"], seed=self.settings.seed, batch_size=self.answer_batch,
-                parts_dir=self.parts_dir("answers"), progress=self._steps("lessons"),
+                self.model, self.tokenizer, lengths, wanted=wanted, documents=self.documents["calibration"], seed=self.settings.seed,
+                batch_size=self.answer_batch, parts_dir=self.parts_dir("answers"), progress=self._steps(stage),
             ),
         )  # fmt: skip
 
@@ -321,19 +222,6 @@ class Run:
     def _evaluated(self, finished: int, _: int, *, before: int, total: int) -> None:
         self.progress("evaluate", before + finished, total)
 
-    def _chosen_lengths(self, asked: tuple[int, ...] | None, usual: tuple[int, ...]) -> tuple[int, ...]:
-        if asked:
-            return tuple(sorted(set(asked)))
-        reached = tuple(n for n in usual if n <= self.geometry.max_length)
-        if not reached:
-            raise ValueError(f"the model's maximum length is {self.geometry.max_length}; name shorter lengths than the preset's {usual}")
-        return reached
-
-    def _check_lengths(self) -> None:
-        for n in (*self.lengths, *self.test_lengths):
-            if not 1 <= n <= self.geometry.max_length:
-                raise ValueError(f"length {n} is beyond the model's maximum of {self.geometry.max_length} tokens")
-
     def origin(self) -> Provenance:
         """Where this run's numbers come from."""
         model = self.model
@@ -343,20 +231,8 @@ class Run:
         )  # fmt: skip
 
     @property
-    def answer_batch(self) -> int:
-        """Samples that the model answers at once."""
-        return 1 if self.model.device.type == "cpu" else ANSWER_BATCH
-
-    @property
     def _store(self) -> ScoreStore:
         return ScoreStore(self.parts_dir("scores"), weights_fingerprint(self.model))
-
-    def parts_dir(self, name: str) -> Path:
-        """Where finished pieces of that name are kept."""
-        return (self.parts or self.folder / "parts") / name
-
-    def _steps(self, stage: str) -> Callable[[int, int], None]:
-        return lambda done, total: self.progress(stage, done, total)
 
 
 def _stored(path: Path, load: Callable[[Path], Record], make: Callable[[], Record]) -> Record:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from commands import exit_code
 
-from moa_lab import pipeline
+from moa_lab import run_inputs
 from moa_lab.pipeline import Run
 from moa_lab.presets import RunSettings
 from moa_lab.studies import MODULES, StudyRecord
@@ -23,9 +23,9 @@ def sketch(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     settings = RunSettings(model=str(inputs[0]), preset="sketch", source=str(inputs[1]), columns="text=text,summary=summary")
     found = Sketch(folder / "records", Run(folder / "work", settings))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "load_model", cache(pipeline.load_model))
+        patch.setattr(run_inputs, "load_model", cache(run_inputs.load_model))
         assert exit_code(patch, *found.line("all", found.records)) == 0
-        assert found.run.model is pipeline.load_model(settings.model)[0]
+        assert found.run.model is run_inputs.load_model(settings.model)[0]
     return found
 
 

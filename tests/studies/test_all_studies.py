@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import exit_code
 
-from moa_lab import cli_study, pipeline
+from moa_lab import cli_study, run_inputs
 from moa_lab.figures.measurements import metric_label
 from moa_lab.studies import MODULES, StudyRecord, table
 from tests.studies.sketch import Sketch
@@ -59,7 +59,7 @@ def test_the_same_command_again_runs_nothing(
 
     before = {path: path.read_bytes() for path in sketch.records.iterdir()}
     assert set(before) == {sketch.records / f"{name}.json" for name in records}
-    monkeypatch.setattr(pipeline, "load_model", fails)
+    monkeypatch.setattr(run_inputs, "load_model", fails)
     assert exit_code(monkeypatch, *sketch.line("all", sketch.records)) == 0
     assert f"all {len(MODULES)} records are in {sketch.records}" in capsys.readouterr().out
     assert before == {path: path.read_bytes() for path in sketch.records.iterdir()}

@@ -1,0 +1,136 @@
+"""What a run starts from: its folder and settings, the model, lengths, documents and test samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
+from moa_lab.calibration.sources import ColumnMap, load_documents
+from moa_lab.evaluate.suites import Suites
+from moa_lab.geometry import ModelGeometry
+from moa_lab.models import geometry_of, load_model
+from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, Preset, RunSettings
+from moa_lab.storage import parse, read_json, to_json, write_json
+
+ANSWER_BATCH = 32
+"""Samples that a GPU answers at once: a step costs nearly the same for one."""
+
+Progress = Callable[[str, int, int], None]
+"""Called with (stage, steps done, steps in all)."""
+
+
+@dataclass
+class RunInputs:
+    """What the stages of a run share, before any of them has run.
+
+    parts: where finished pieces of stages are kept; None for a folder inside. Raises ValueError when the folder belongs to a run with
+    other settings.
+    """
+
+    folder: Path
+    settings: RunSettings
+    progress: Progress = field(default=lambda stage, done, total: None)
+    parts: Path | None = None
+
+    def __post_init__(self) -> None:
+        path = self.folder / "settings.json"
+        if path.exists():
+            stored = {name: value for name, value in read_json(path, SETTINGS_SCHEMA).items() if name != "schema"}
+            before = parse(RunSettings, stored, path)
+            changed = [name for name, value in vars(self.settings).items() if value != getattr(before, name)]
+            if changed:
+                name = changed[0]
+                raise ValueError(
+                    f"{self.folder} holds a run with another {name} ({getattr(before, name)}, now {getattr(self.settings, name)}); "
+                    "choose another folder, or delete this one"
+                )
+
+    def begin(self) -> None:
+        """Check the lengths and note the settings: from now on the folder is this run's."""
+        self._check_lengths()
+        write_json(self.folder / "settings.json", {"schema": SETTINGS_SCHEMA, **to_json(self.settings)})
+
+    @cached_property
+    def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        self.progress("load model", 0, 1)
+        loaded = load_model(self.settings.model)
+        self.progress("load model", 1, 1)
+        return loaded
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The dense model."""
+        return self._loaded[0]
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return self._loaded[1]
+
+    @property
+    def geometry(self) -> ModelGeometry:
+        """Its geometry."""
+        return geometry_of(self.model)
+
+    @property
+    def preset(self) -> Preset:
+        """The sizes of this run."""
+        return PRESETS[self.settings.preset]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The profiled lengths: the user's, or those of the preset that the model reaches."""
+        return self._chosen_lengths(self.settings.lengths, self.preset.lengths)
+
+    @property
+    def test_lengths(self) -> tuple[int, ...]:
+        """The tested lengths; the user's profiled lengths where only those were given."""
+        asked = self.settings.test_lengths or self.settings.lengths
+        return self._chosen_lengths(asked, self.preset.test_lengths)
+
+    @cached_property
+    def documents(self) -> dict[Split, Sequence[Document] | None]:
+        """Documents per split: None means the embedded ones."""
+        if self.settings.source is None:
+            return dict.fromkeys(SPLITS)
+        columns = ColumnMap.parse(self.settings.columns) if self.settings.columns else None
+        loaded = load_documents(self.settings.source, columns=columns, seed=self.settings.seed)
+        return dict(split_documents(loaded, self.settings.seed))
+
+    @cached_property
+    def suites(self) -> Suites:
+        """What plans are chosen by and tested on."""
+        return Suites(
+            self.model, self.tokenizer, self.preset, self.lengths, self.documents, self.settings.seed,
+            answers_dir=self.parts_dir("answers"), answer_batch=self.answer_batch, progress=self.progress,
+        )  # fmt: skip
+
+    @property
+    def answer_batch(self) -> int:
+        """Samples that the model answers at once."""
+        return 1 if self.model.device.type == "cpu" else ANSWER_BATCH
+
+    def parts_dir(self, name: str) -> Path:
+        """Where finished pieces of that name are kept."""
+        return (self.parts or self.folder / "parts") / name
+
+    def _steps(self, stage: str) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress(stage, done, total)
+
+    def _chosen_lengths(self, asked: tuple[int, ...] | None, usual: tuple[int, ...]) -> tuple[int, ...]:
+        if asked:
+            return tuple(sorted(set(asked)))
+        reached = tuple(n for n in usual if n <= self.geometry.max_length)
+        if not reached:
+            raise ValueError(f"the model's maximum length is {self.geometry.max_length}; name shorter lengths than the preset's {usual}")
+        return reached
+
+    def _check_lengths(self) -> None:
+        for n in (*self.lengths, *self.test_lengths):
+            if not 1 <= n <= self.geometry.max_length:
+                raise ValueError(f"length {n} is beyond the model's maximum of {self.geometry.max_length} tokens")
