@@ -38,8 +38,6 @@ Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, 
 
 logger = logging.getLogger(__name__)
 
-SCREEN_TOKENS = 131_072
-"""Calibration tokens that many plans are measured on."""
 QUESTIONS_PER_LESSON = 2
 """Facts asked in one text that is learned from: more slopes for the same tokens, but only the first question is asked as in a test."""
 
@@ -90,8 +88,13 @@ class Run(RunInputs):
         return self._calibrated("samples", "calibrate", self.lengths, wanted)
 
     def lessons(self) -> SampleSet:
-        """Samples that spans are learned from: more than are profiled, in more wordings, and at the shorter tested lengths too."""
+        """Samples that spans are learned from: more than are profiled, in more wordings, and at the shorter tested lengths too.
+
+        The profiled ones where the preset learns nothing.
+        """
         preset = self.preset
+        if not preset.learning_steps:
+            return self.samples()
         wanted = requests(
             questions=preset.learning_questions, per_sample=min(QUESTIONS_PER_LESSON, preset.learning_questions),
             others=preset.learning_others, texts=preset.learning_others, answer_tokens=preset.answer_tokens, wordings=LESSONS,
@@ -194,7 +197,9 @@ class Run(RunInputs):
         )  # fmt: skip
 
     def learned(self) -> Front:
-        """Stage learn: the plan that a descent ends at."""
+        """Stage learn: the plan that a descent ends at; no plan where the preset learns nothing."""
+        if not self.preset.learning_steps:
+            return Front((), ())
         return _stored(
             self.folder / "front-learned.json", Front.load,
             lambda: learn_spans(

@@ -31,6 +31,7 @@ RATE = 0.2
 FIRST_DENSITY = 0.95
 SHRINKING = 0.6
 """Share of the steps in which the budget shrinks."""
+
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 

@@ -178,7 +178,7 @@ def _ranked_and_learned(
         return None, []
     plans = [ranked]
     try:
-        plans.append(run.at(density).learned().points[0].plan.renamed(name_of("learned", density)))
+        plans += [one.plan.renamed(name_of("learned", density)) for one in run.at(density).learned()]
     except InfeasibleError as error:
         left_out[name_of("learned", density)] = str(error)
     return ranked, run.measure(plans, lengths=lengths, tasks=TASKS)

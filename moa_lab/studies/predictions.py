@@ -9,11 +9,12 @@ import numpy as np
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.evaluate.effects import MeasuredLosses
 from moa_lab.learning import mean_slopes
-from moa_lab.pipeline import SCREEN_TOKENS, Run
+from moa_lab.pipeline import Run
 from moa_lab.profiling import profile
 from moa_lab.records import InfluenceProfile, Measurement
 from moa_lab.studies.compare import spearman
 from moa_lab.studies.predictors import chances_of, merged, predictors, random_choices, regressed
+from moa_lab.studies.scale import SCREEN_TOKENS
 
 MEASURED_TOKENS = 3 * SCREEN_TOKENS
 PLANS_PROFILED = 4

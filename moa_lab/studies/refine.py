@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moa_lab.evaluate.intervals import Interval
-from moa_lab.pipeline import SCREEN_TOKENS, Run
+from moa_lab.pipeline import Run
 from moa_lab.plan import Plan
 from moa_lab.records import Front, FrontPoint, Measurement
 from moa_lab.refinement import refine as improve
@@ -14,7 +14,7 @@ from moa_lab.search import InfeasibleError
 from moa_lab.studies.compare import difference, excess_over_dense, ratio, row_of
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, dense_and_uniform, name_of, record_of
 from moa_lab.studies.record import StudyGoal, StudyRecord
-from moa_lab.studies.scale import Scale
+from moa_lab.studies.scale import SCREEN_TOKENS, Scale
 
 DENSITIES = (0.15, 0.2, 0.25, 0.5)
 LONGEST = 4096

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from commands import exit_code
 
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
+from moa_lab.presets import PRESETS
 from moa_lab.storage import RecordError
 from moa_lab.studies import StudyGoal, StudyRecord, table
 from tests.studies.sketch import Sketch
@@ -108,3 +110,10 @@ def test_a_run_at_another_density_keeps_its_own_settings(run: Run) -> None:
     assert run.settings.density == 0.5
     assert (other.folder / "profile.safetensors").read_bytes() == (run.folder / "profile.safetensors").read_bytes()
     assert other.plan().density(512) <= 0.75
+
+
+def test_a_preset_that_learns_nothing_has_no_learned_plan_and_no_lessons_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert len(run.at(0.5).learned()) == 1
+    monkeypatch.setitem(PRESETS, "sketch", replace(PRESETS["sketch"], learning_steps=0))
+    assert not len(run.at(0.5).learned())
+    assert run.lessons().identity == run.samples().identity
