@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.terminal import Bars, ForceOption, free
+from moa_lab.terminal import Bars, ForceOption, free, weights_of
 
 
 def learn(
@@ -19,6 +19,9 @@ def learn(
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="steps of the descent; on a GPU some 0.4 s each with the embedded model")
     ] = 400,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="of tasks in the loss, 1 each unless given: summaries=2,text=3 puts words first")
+    ] = None,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     force: ForceOption = False,
@@ -31,11 +34,13 @@ def learn(
     from moa_lab.search import loss_table
 
     free(out, force)
+    weighed = weights_of(weights)
     loaded_samples, table = SampleSet.load(samples), loss_table(InfluenceProfile.load(profile))
     loaded, _ = load_model(model)
     with Bars() as bars:
         front = learn_spans(
-            loaded, loaded_samples, table, density, steps=steps, max_rules_per_layer=max_rules, seed=seed, progress=bars.steps("learn")
-        )
+            loaded, loaded_samples, table, density, steps=steps, weights=weighed, max_rules_per_layer=max_rules, seed=seed,
+            progress=bars.steps("learn"),
+        )  # fmt: skip
     front.save(out)
     typer.echo(f"1 plan: {out}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,12 +32,15 @@ from moa_lab.refinement import refine
 from moa_lab.report import save_report
 from moa_lab.run_inputs import RunInputs
 from moa_lab.search import baseline_plan, limit_lengths, loss_table, search
-from moa_lab.storage import RecordError, to_json, write_json
+from moa_lab.storage import RecordError, atomic_path, to_json, write_json
 
 Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, Measurements)
 
 logger = logging.getLogger(__name__)
 
+WORDS_FIRST = {"summaries": 2.0, "text": 3.0}
+"""Weights of a second descent, which keeps what is said nearer to the dense model; validation chooses. Its answers have more tokens, so
+that half the steps do."""
 QUESTIONS_PER_LESSON = 2
 """Facts asked in one text that is learned from: more slopes for the same tokens, but only the first question is asked as in a test."""
 
@@ -65,7 +68,8 @@ class Run(RunInputs):
             shared.append((self.lessons, "lessons"))
         for record, name in shared:
             record()
-            shutil.copyfile(self.folder / f"{name}.safetensors", other.folder / f"{name}.safetensors")
+            with atomic_path(other.folder / f"{name}.safetensors") as copy:
+                shutil.copyfile(self.folder / f"{name}.safetensors", copy)
         other.__dict__.update(_loaded=self._loaded, documents=self.documents, suites=self.suites)
         other.begin()
         return other
@@ -197,14 +201,20 @@ class Run(RunInputs):
         )  # fmt: skip
 
     def learned(self) -> Front:
-        """Stage learn: the plan that a descent ends at; no plan where the preset learns nothing."""
-        if not self.preset.learning_steps:
+        """Stage learn: the plans of two descents, with all tasks alike and with words first; none where the preset learns nothing."""
+        steps = self.preset.learning_steps
+        if not steps:
             return Front((), ())
+        alike = self._descended("learned", steps, {})
+        words = self._descended("learned-words", max(1, steps // 2), WORDS_FIRST)
+        return replace(alike, points=(*alike.points, *words.points), settings={"learned": alike.settings, "learned-words": words.settings})
+
+    def _descended(self, name: str, steps: int, weights: Mapping[str, float]) -> Front:
         return _stored(
-            self.folder / "front-learned.json", Front.load,
+            self.folder / f"front-{name}.json", Front.load,
             lambda: learn_spans(
-                self.model, self.lessons(), self.table(), self.limits, steps=self.preset.learning_steps,
-                max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed, progress=self._steps("learn"),
+                self.model, self.lessons(), self.table(), self.limits, steps=steps, weights=weights, name=name,
+                max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed, progress=self._steps(f"learn {name}"),
             ),
         )  # fmt: skip
 

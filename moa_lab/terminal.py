@@ -56,6 +56,17 @@ def densities_of(text: str | None) -> tuple[float, ...] | None:
     return _separated(text, float, "densities must be numbers")
 
 
+def weights_of(text: str | None) -> dict[str, float] | None:
+    """Weights by task, from "summaries=2,text=3"; None for None."""
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    try:
+        return {name.strip(): float(weight) for name, _, weight in pairs}
+    except ValueError:
+        raise ValueError(f"weights must be task=number separated by commas, got {text!r}") from None
+
+
 def _separated(text: str | None, convert: Callable[[str], Number], wanted: str) -> tuple[Number, ...] | None:
     if text is None:
         return None

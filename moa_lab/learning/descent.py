@@ -10,7 +10,7 @@ and Warmuth, 1997). The budget begins at nearly the whole cache and shrinks, so 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from transformers import PreTrainedModel
@@ -44,24 +44,32 @@ def learn_spans(
     *,
     steps: int = STEPS,
     rate: float = RATE,
+    weights: Mapping[str, float] | None = None,
+    name: str = "learned",
     max_rules_per_layer: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Front:
-    """The plan that the descent ends at, as a front of one point, origin `learned`.
+    """The plan that the descent ends at, as a front of one point called `name`, origin `learned`.
 
     The loss is the divergence of the answers of `samples` from the dense model's, in nats per answer token, the sum of the tasks'
-    means; a step takes samples of one length. table: the rules to choose from, and what predicts the point's losses; nothing of what it
-    predicts is used. `density`, its lengths and max_rules_per_layer, which only the last plan keeps, are as in `search`. rate: nats
-    that the evidence for a rule of usual slope gains in a step. Raises ValueError for fewer than one step, no samples, a task that lacks a
-    length or samples that do not fit in memory, and InfeasibleError as `search` does.
+    means, each times its weight (1 unless `weights` says another); a step takes samples of one length. table: the rules to choose from,
+    and what predicts the point's losses; nothing of what it predicts is used. `density`, its lengths and
+    max_rules_per_layer, which only the last plan keeps, are as in `search`. rate: nats that the evidence for a rule of usual slope
+    gains in a step. Raises ValueError for fewer than one step, no samples, a task that lacks a
+    length, weights that are below 0 or of tasks there are none of, or samples that do not fit in memory, and InfeasibleError as `search`
+    does.
     """
     if steps < 1 or not len(samples):
         raise ValueError(f"learning needs at least one step and one sample, got {steps} and {len(samples)}")
+    weights = dict(weights or {})
+    tasks = {sample.task for sample in samples}
+    if weights.keys() - tasks or min(weights.values(), default=0.0) < 0:
+        raise ValueError(f"weights must be at least 0 and of the tasks {', '.join(sorted(tasks))}, got {weights}")
     targets = densities(table, density)
     mixtures = Mixtures(table, targets, rate)
     batches = Batches(samples, batch_tokens(model), seed)
-    sampler = SlopeSampler.fitting(model, table, samples, seed)
+    sampler = SlopeSampler.fitting(model, table, samples, seed, weights)
     history: list[dict[str, float]] = []
     for step in range(steps):
         if progress:
@@ -77,11 +85,11 @@ def learn_spans(
     divergence = {task: float(np.mean([told[task] for told in last])) for task in batches.tasks}
     logger.info("learned in %d steps: %s nats under plans drawn in the last ones", steps, divergence)
     learned = point(
-        table, mixtures.choice(max_rules_per_layer), name="learned", origin="learned", lengths=targets, goals=default_goals(table),
+        table, mixtures.choice(max_rules_per_layer), name=name, origin="learned", lengths=targets, goals=default_goals(table),
         search={"steps": steps, "drawn_divergence": divergence},
     )  # fmt: skip
     settings = {
-        "solver": "learn", "steps": steps, "rate": rate, "seed": seed,
+        "solver": "learn", "steps": steps, "rate": rate, "weights": weights, "seed": seed,
         "density": {str(n): d for n, d in targets.items()},
     }  # fmt: skip
     return Front((learned,), (*(objective.name for objective in table.objectives), DENSITY), settings, table.provenance)

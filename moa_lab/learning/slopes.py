@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +29,8 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DrawnSlope:
-    """divergence: of the answers from the dense model's, by task, in nats a token. slope: float64 (heads, rules), of the tasks' sum."""
+    """divergence: of the answers from the dense model's, by task, in nats a token. slope: float64 (heads, rules), of the tasks' weighted
+    sum."""
 
     divergence: dict[str, float]
     slope: np.ndarray
@@ -39,16 +40,22 @@ class SlopeSampler:
     """Runs samples of one length under plans drawn from chances, a plan for each sample.
 
     A rule's window is taken in whole blocks of 64 tokens, rounded up or down by chance so that its mean is right. tokens_in_flight: of
-    a batch at once, at least one sample; the others follow. checkpoint: recompute a layer's activations in backward.
+    a batch at once, at least one sample; the others follow. checkpoint: recompute a layer's activations in backward. weights: of the
+    tasks in the slope, 1 each unless given.
     """
 
-    def __init__(self, model: PreTrainedModel, table: LossTable, seed: int, tokens_in_flight: int = 0, checkpoint: bool = False) -> None:
-        self._model, self._table = model, table
+    def __init__(
+        self, model: PreTrainedModel, table: LossTable, seed: int, tokens_in_flight: int = 0, checkpoint: bool = False,
+        weights: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        self._model, self._table, self._weights = model, table, dict(weights or {})
         self._tokens, self._checkpoint = tokens_in_flight, checkpoint
         self._rng = np.random.default_rng(seed)
 
     @classmethod
-    def fitting(cls, model: PreTrainedModel, table: LossTable, samples: SampleSet, seed: int) -> SlopeSampler:
+    def fitting(
+        cls, model: PreTrainedModel, table: LossTable, samples: SampleSet, seed: int, weights: Mapping[str, float] | None = None
+    ) -> SlopeSampler:
         """One that keeps as much of a batch of `samples` in flight as fits in memory; on a CPU, which that does not speed up, a sample.
 
         Raises ValueError where not even one sample fits with its activations recomputed.
@@ -57,9 +64,9 @@ class SlopeSampler:
         estimate = estimate_cost(model, [longest], sink_tokens=table.sink_tokens)
         estimate.require_fit()
         if model.device.type == "cpu":
-            return cls(model, table, seed)
+            return cls(model, table, seed, weights=weights)
         tokens = int(FREE_SHARE * estimate.free_bytes / (SAFETY * estimate.bytes_per_token))
-        return cls(model, table, seed, tokens, checkpoint=tokens < longest.length)
+        return cls(model, table, seed, tokens, checkpoint=tokens < longest.length, weights=weights)
 
     def __call__(self, batch: Sequence[Sample], chances: np.ndarray) -> DrawnSlope:
         """chances: (heads, rules). Raises ValueError as `route_attention` does."""
@@ -73,7 +80,8 @@ class SlopeSampler:
         size = max(1, self._tokens // length)
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
-            lost, slope = self._run(part, counts[:, start : start + size], [1 / share[sample.task] for sample in part])
+            weights = [self._weights.get(sample.task, 1.0) / share[sample.task] for sample in part]
+            lost, slope = self._run(part, counts[:, start : start + size], weights)
             by_window += slope
             for sample, value in zip(part, lost, strict=True):
                 divergence[sample.task] += value / share[sample.task]

@@ -6,6 +6,7 @@ Plans here have whole heads over a constant floor; which heads, the profile says
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from moa_lab.evaluate.scoring import loss_rows, score_samples
 from moa_lab.pipeline import Run
@@ -178,7 +179,9 @@ def _ranked_and_learned(
         return None, []
     plans = [ranked]
     try:
-        plans += [one.plan.renamed(name_of("learned", density)) for one in run.at(density).learned()]
+        at = run.at(density)
+        learned = at.learned()
+        plans += [replace(at.validation(learned, "learned").best, name=name_of("learned", density))] if len(learned) else []
     except InfeasibleError as error:
         left_out[name_of("learned", density)] = str(error)
     return ranked, run.measure(plans, lengths=lengths, tasks=TASKS)

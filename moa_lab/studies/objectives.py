@@ -98,7 +98,7 @@ def _mean_score(rows: Sequence[Measurement], name: str, metric: str) -> float:
 
 
 def _objectives(run: Run, table: LossTable, density: Mapping[int, float], scale: Scale) -> list[Plan]:
-    """A plan for every idea of what to minimise, and the one that is learned; nothing measured chooses."""
+    """A plan for every idea of what to minimise, and those that are learned; nothing measured chooses."""
     element = loss_table(run.profile(), table.rules, estimator="element")
     ways: dict[str, tuple[LossTable, Sequence[Goal]]] = {
         "element, sum": (element, paper_goals(element)),
@@ -116,7 +116,7 @@ def _objectives(run: Run, table: LossTable, density: Mapping[int, float], scale:
     )  # fmt: skip
     heads = WholeHeads(table, density, FLOOR_TOKENS)
     plans.append(table.plan(heads.choice(-gates.ravel()), "gates", search={"origin": "gates"}))
-    return [*plans, *(one.plan.renamed("learned") for one in run.at(scale.density).learned())]
+    return [*plans, *(one.plan for one in run.at(scale.density).learned())]
 
 
 def _gate_steps(scale: Scale) -> int:

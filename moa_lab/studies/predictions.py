@@ -14,22 +14,22 @@ from moa_lab.profiling import profile
 from moa_lab.records import InfluenceProfile, Measurement
 from moa_lab.studies.compare import spearman
 from moa_lab.studies.predictors import chances_of, merged, predictors, random_choices, regressed
-from moa_lab.studies.scale import SCREEN_TOKENS
 
-MEASURED_TOKENS = 3 * SCREEN_TOKENS
 PLANS_PROFILED = 4
 PROFILED_TOKENS = 65_536
 """Calibration tokens that are profiled again under each of `PLANS_PROFILED` random plans."""
 PLANS_DRAWN = 256
 """Random plans whose rules say with what chance a head is drawn at each."""
-SLOPE_STEPS = 80
+SLOPE_STEPS = 240
+STEPS_PER_PLAN = 3
+"""Of the slopes' steps, at most, for every random plan that is predicted."""
 
 
 def predictions(run: Run, density: float, plans: int) -> list[Measurement]:
     """Rank correlation of every predictor with the measured loss of `plans` random plans of a density."""
     table, limits, seed = run.table(), run.at(density).limits, run.settings.seed
     choices = random_choices(table, limits, plans, seed)
-    measured = MeasuredLosses(run.model, SampleSet(tuple(run.suites.validation)).limited(MEASURED_TOKENS), run.parts_dir("random-plans"))
+    measured = MeasuredLosses(run.model, SampleSet(tuple(run.suites.validation)), run.parts_dir("random-plans"))
     losses = []
     for done, choice in enumerate(choices):
         run.progress("search: random plans", done, plans)
@@ -38,7 +38,7 @@ def predictions(run: Run, density: float, plans: int) -> list[Measurement]:
     found = {
         name: [predict(choice) for choice in choices] for name, predict in predictors(run.profile(), _under_plans(run, limits)).items()
     }
-    slopes = _slopes(run, limits, min(SLOPE_STEPS, plans))
+    slopes = _slopes(run, limits, min(SLOPE_STEPS, STEPS_PER_PLAN * plans))
     heads = np.arange(len(slopes))
     found["slopes under drawn plans"] = [float(slopes[heads, choice.ravel()].sum()) for choice in choices]
     found["regression on measured plans"] = list(regressed(table, choices, losses, seed))

@@ -92,6 +92,14 @@ def test_a_seed_says_what_is_learned_and_progress_is_told(model: PreTrainedModel
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
+def test_a_task_of_no_weight_says_nothing(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
+    first = learn_spans(model, samples, table, DENSITY, steps=4, weights={"summaries": 0.0}, name="asked")
+    assert first.points[0].plan.name == "asked"
+    assert first.settings["weights"] == {"summaries": 0.0}
+    # Both tasks are answers of the model's own here: what is drawn is the same, what is learned is not.
+    assert first.points[0].plan.search["drawn_divergence"].keys() == {"questions", "summaries"}
+
+
 def test_a_layer_may_be_held_to_one_rule(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
     plan = learn_spans(model, samples, table, DENSITY, steps=2, max_rules_per_layer=1).points[0].plan
     assert all(len(set(row)) == 1 for row in plan.rules)
@@ -112,5 +120,8 @@ def test_what_cannot_be_learned_is_refused_in_words(model: PreTrainedModel, samp
     lacking = tuple(sample for sample in samples if (sample.task, sample.length) != ("summaries", 448))
     with pytest.raises(ValueError, match="no samples of summaries at 448"):
         learn_spans(model, replace(samples, samples=lacking), table, DENSITY, steps=1)
+    for weights in ({"summary": 1.0}, {"summaries": -1.0}):
+        with pytest.raises(ValueError, match="of the tasks questions, summaries, got"):
+            learn_spans(model, samples, table, DENSITY, steps=1, weights=weights)
     with pytest.raises(InfeasibleError, match="infeasible"):
         learn_spans(model, samples, table, 0.05, steps=1)

@@ -128,6 +128,19 @@ def test_a_batch_in_parts_or_recomputed_has_the_same_slope(checkpoint: bool) -> 
     assert not model.training
 
 
+def test_a_task_counts_by_its_weight() -> None:
+    model = tiny_model("llama")
+    batch = [own_answer(model, task, LENGTH, seed) for task, seed in (("questions", 0), ("summaries", 1))]
+    chances, table = np.full((4, len(RULES)), 0.25), table_of(model)
+
+    def slope(questions: float, summaries: float) -> np.ndarray:
+        return SlopeSampler(model, table, seed=3, weights={"questions": questions, "summaries": summaries})(batch, chances).slope
+
+    np.testing.assert_allclose(slope(1, 3), slope(1, 0) + 3 * slope(0, 1), atol=1e-5)
+    np.testing.assert_allclose(slope(1, 1), SlopeSampler(model, table, seed=3)(batch, chances).slope, atol=1e-6)
+    assert not np.allclose(slope(1, 0), slope(0, 1), atol=1e-4)
+
+
 def test_as_much_is_in_flight_as_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model("llama")
     samples = SampleSet((own_answer(model, "questions", LENGTH, 0),))
