@@ -40,7 +40,7 @@ from moa_lab.provenance import provenance
 
 NEW_TOKENS, QUICK_NEW_TOKENS = 64, 16
 RESERVE_BYTES = 2 * 2**30
-"""For what is neither weights nor cache: activations of one token a row, graphs, the workspaces of libraries."""
+"""For what is neither weights nor cache nor logits: other activations of one token a row, graphs, the workspaces of libraries."""
 
 QUICK_BYTES = 2**20
 
@@ -163,7 +163,7 @@ def fitting_batch(model: PreTrainedModel, plan: Plan, side: str, n_tokens: int) 
     row = plan.kv_bytes(n_tokens, itemsize) + extra_bytes(plan.geometry, side, n_tokens, itemsize)
     if model.device.type != "cuda":
         return largest_batch(QUICK_BYTES, 0, row)
-    return largest_batch(free_bytes(model.device), RESERVE_BYTES, row)
+    return largest_batch(free_bytes(model.device), RESERVE_BYTES, row + logits_bytes(model))
 
 
 def measured_side(
@@ -192,6 +192,11 @@ def measured_side(
     rate = batch / found["ms"] * 1e3
     over = {"roofline_ms": roofline, "over_roofline": found["ms"] / roofline}
     return {**found, **over, "batch": batch, "rate": rate, "kept_bytes": kv, "tried": tried}
+
+
+def logits_bytes(model: PreTrainedModel) -> int:
+    """Bytes a row that the logits of a step take: in the model's type and in float32, inside a captured graph and before it."""
+    return 2 * model.config.get_text_config().vocab_size * (model.dtype.itemsize + torch.float32.itemsize)
 
 
 def extra_bytes(geometry: ModelGeometry, side: str, n_tokens: int, itemsize: int) -> int:

@@ -18,6 +18,7 @@ from moa_lab.studies.plans import (
     LINES,
     NEEDLES,
     SUMMARIES,
+    candidates_of,
     chosen_plans,
     dense_and_uniform,
     equal_uniform,
@@ -45,7 +46,7 @@ def retrieval(run: Run, scale: Scale) -> StudyRecord:
     answer = retrieval_answer(reach) + _peers(rows)
     return record_of(
         run, "retrieval", "How much can be dropped before what lies far back is not found any more?", answer, rows,
-        retrieval_goals(rows, reach), densities=list(scale.densities), left_out=left_out,
+        retrieval_goals(rows, reach), densities=list(scale.densities), left_out=left_out, chosen=candidates_of(plans.values()),
     )  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def quality(run: Run, scale: Scale) -> StudyRecord:
     answer += _agreement(rows, max(run.test_lengths))
     return record_of(
         run, "quality", "What does a density cost where nothing particular is looked for?", answer, rows, goals,
-        densities=list(scale.densities), left_out=left_out,
+        densities=list(scale.densities), left_out=left_out, chosen=candidates_of(plans.values()),
     )  # fmt: skip
 
 

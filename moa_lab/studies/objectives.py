@@ -40,7 +40,7 @@ from moa_lab.studies.scale import Scale
 FLOOR_TOKENS = 192
 GATE_STEPS, GATE_TOKENS = 80, 131_072
 HALF = 0.5
-"""Predictors are tried at this density too: at a lower one, random plans are nearly all equally bad."""
+"""Predictors are tried at this density too: at a lower one random plans lie closer together."""
 MEASURED_POINTS = 5
 """Plans of every front that validation measures."""
 
@@ -64,7 +64,8 @@ def search(run: Run, scale: Scale) -> StudyRecord:
     goals = [StudyGoal(GOAL.format(best.task, best.plan), best.value, 0.8, low=best.low, high=best.high, n=best.n)]
     answer = search_answer([plan.name for plan in plans], rows, correlations)
     return record_of(run, "search", QUESTION, answer, rows, goals, density=scale.density, random_plans=scale.random_plans,
-                     search_seconds=scale.search_seconds, floor_tokens=FLOOR_TOKENS, gate_steps=_gate_steps(scale))  # fmt: skip
+                     search_seconds=scale.search_seconds, floor_tokens=FLOOR_TOKENS, gate_steps=_gate_steps(scale),
+                     learning_steps=run.preset.learning_steps)  # fmt: skip
 
 
 QUESTION = "Which objective, which solver, and does a better prediction mean a better plan?"

@@ -35,6 +35,11 @@ def chosen_plans(run: Run, densities: Iterable[float]) -> tuple[dict[float, Plan
     return plans, left_out
 
 
+def candidates_of(plans: Iterable[Plan]) -> dict[str, str]:
+    """By the name of a plan that validation chose, the candidate that it was."""
+    return {plan.name: plan.search["candidate"] for plan in plans if "candidate" in plan.search}
+
+
 def solved_plan(table: LossTable, density: Density, name: str, goals: Sequence[Goal] | None = None) -> Plan:
     """What the slider answers: the mean of `goals` (None: the default ones) by Lagrangian relaxation, nothing measured."""
     answer = solve_budget(table, density, goal=mean_goal(default_goals(table) if goals is None else goals))

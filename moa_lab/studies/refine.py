@@ -12,7 +12,7 @@ from moa_lab.records import Front, FrontPoint, Measurement
 from moa_lab.refinement import refine as improve
 from moa_lab.search import InfeasibleError
 from moa_lab.studies.compare import difference, excess_over_dense, ratio, row_of
-from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, dense_and_uniform, name_of, record_of
+from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, candidates_of, dense_and_uniform, name_of, record_of
 from moa_lab.studies.record import StudyGoal, StudyRecord
 from moa_lab.studies.scale import SCREEN_TOKENS, Scale
 
@@ -41,7 +41,7 @@ def refine(run: Run, scale: Scale) -> StudyRecord:
     done = [density for density in densities if name_of("refined", density) not in left_out]
     return record_of(
         run, "refine", QUESTION, refine_answer(rows, done, lengths), rows,
-        refine_goals(rows, done, lengths, run.lengths), left_out=left_out, densities=densities, stages=list(STAGES),
+        refine_goals(rows, done, lengths, run.lengths), left_out=left_out, chosen=candidates_of(plans), densities=densities, stages=list(STAGES),
         refine_rounds=scale.refine_rounds, refine_heads=scale.refine_heads, learning_steps=run.preset.learning_steps,
     )  # fmt: skip
 

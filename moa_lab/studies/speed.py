@@ -25,7 +25,7 @@ from moa_lab.pipeline import Run
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Measurement
 from moa_lab.studies.compare import ratio, row_of
-from moa_lab.studies.plans import NEEDLES, chosen_plans, dense_and_uniform, equal_uniform, name_of, record_of
+from moa_lab.studies.plans import NEEDLES, candidates_of, chosen_plans, dense_and_uniform, equal_uniform, name_of, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
 
@@ -66,7 +66,7 @@ def speed(run: Run, scale: Scale) -> StudyRecord:
     run.progress("speed", len(every) + 1, len(every) + 1)
     return record_of(
         run, "speed", "How much faster is a density, and what does it still find?", speed_answer(rows, length, device_name(model.device)),
-        rows, densities=asked, left_out=left_out, failed=failed, length=length, new_tokens=scale.new_tokens, repeats=REPEATS,
+        rows, densities=asked, left_out=left_out, chosen=candidates_of(plans.values()), failed=failed, length=length, new_tokens=scale.new_tokens, repeats=REPEATS,
         most_rows=MOST_ROWS if model.device.type == "cuda" else CPU_ROWS, copy_gb_per_s=copy_bytes / 1e9, device=device_name(model.device),
         decode="random keys and values in the caches of all sides, as in `moa-lab bench generate`",
     )  # fmt: skip

@@ -99,6 +99,20 @@ def test_the_largest_batch_fills_what_is_free() -> None:
     assert [smaller_batch(batch) for batch in (1, 15, 64)] == [0, 14, 60]
 
 
+def test_a_batch_leaves_room_for_the_logits_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(TINY, 256, CPU, torch.float32)
+    plan = default_plans()[HALF]
+    stretched = plan_for(plan, geometry_of(model), 256)
+    logits = model(input_ids=torch.zeros(1, 1, dtype=torch.long)).logits
+    assert generate.logits_bytes(model) == 4 * logits.nbytes
+    free = generate.RESERVE_BYTES + 2**24
+    monkeypatch.setattr(generate, "free_bytes", lambda _: free)
+    monkeypatch.setattr(type(model), "device", property(lambda _: torch.device("cuda")))
+    rows = generate.fitting_batch(model, stretched, ours_name(HALF), 256)
+    row = stretched.kv_bytes(256, 4) + 4 * logits.nbytes
+    assert rows * row <= free - generate.RESERVE_BYTES < (rows + 1) * row
+
+
 def test_rows_hold_what_was_found_against_their_goals() -> None:
     state = Findings(torch.device("cuda"), torch.bfloat16, dict(default_plans()), jobs_of(["E1"], False, default_plans(), [4096]),
                      ["E1", "E3"], KINDS, 64, 1e12)  # fmt: skip

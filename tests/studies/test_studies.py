@@ -44,6 +44,14 @@ def test_quality_counts_the_tokens_that_dense_and_plan_agree_on(records: dict[st
     assert "the same next token is likeliest" in records["quality"].answer
 
 
+def test_a_record_says_which_candidate_validation_chose(records: dict[str, StudyRecord]) -> None:
+    for name in ("retrieval", "quality", "speed"):
+        chosen = records[name].settings["chosen"]
+        assert set(chosen) == {row.plan for row in records[name].rows if row.plan.startswith("moa-")}
+    assert set(records["refine"].settings["chosen"]) >= {"search-50", "learned-50", "refined-50"}
+    assert records["refine"].settings["chosen"]["learned-50"].startswith("learned")
+
+
 def test_a_density_below_the_floor_is_left_out_and_says_why(records: dict[str, StudyRecord]) -> None:
     assert "moa-10" in records["retrieval"].settings["left_out"]
     assert "densit" in records["retrieval"].settings["left_out"]["moa-10"]
