@@ -41,8 +41,9 @@ def refine(run: Run, scale: Scale) -> StudyRecord:
     done = [density for density in densities if name_of("refined", density) not in left_out]
     return record_of(
         run, "refine", QUESTION, refine_answer(rows, done, lengths), rows,
-        refine_goals(rows, done, lengths, run.lengths), left_out=left_out, chosen=candidates_of(plans), densities=densities, stages=list(STAGES),
-        refine_rounds=scale.refine_rounds, refine_heads=scale.refine_heads, learning_steps=run.preset.learning_steps,
+        refine_goals(rows, done, lengths, run.lengths), left_out=left_out, chosen=candidates_of(plans),
+        densities=densities, stages=list(STAGES), refine_rounds=scale.refine_rounds, refine_heads=scale.refine_heads,
+        learning_steps=run.preset.learning_steps,
     )  # fmt: skip
 
 

@@ -66,7 +66,8 @@ def speed(run: Run, scale: Scale) -> StudyRecord:
     run.progress("speed", len(every) + 1, len(every) + 1)
     return record_of(
         run, "speed", "How much faster is a density, and what does it still find?", speed_answer(rows, length, device_name(model.device)),
-        rows, densities=asked, left_out=left_out, chosen=candidates_of(plans.values()), failed=failed, length=length, new_tokens=scale.new_tokens, repeats=REPEATS,
+        rows, densities=asked, left_out=left_out, chosen=candidates_of(plans.values()),
+        failed=failed, length=length, new_tokens=scale.new_tokens, repeats=REPEATS,
         most_rows=MOST_ROWS if model.device.type == "cuda" else CPU_ROWS, copy_gb_per_s=copy_bytes / 1e9, device=device_name(model.device),
         decode="random keys and values in the caches of all sides, as in `moa-lab bench generate`",
     )  # fmt: skip
