@@ -216,5 +216,11 @@ def test_spans_are_learned_from_files_stage_by_stage(
     (found,) = Front.load(front)
     assert found.origin == "learned"
     assert found.plan.density(640) <= 0.6
+    assert exit_code(monkeypatch, *command, "--force", "--weights", "summaries=2,text=3") == 0
+    assert Front.load(front).settings["weights"] == {"summaries": 2.0, "text": 3.0}
+    for weights, said in (("summaries", "task=number"), ("documents=2", "of the tasks questions, summaries, text")):
+        assert exit_code(monkeypatch, *command, "--force", "--weights", weights) == 2
+        assert said in one_line_error(capsys)
+    capsys.readouterr()
     assert exit_code(monkeypatch, *command) == 2
     assert "pass --force" in one_line_error(capsys)

@@ -195,4 +195,8 @@ def test_the_readme_claims_of_low_densities_and_bits_follow_from_the_records() -
     assert all(
         row.low > 0 for metric in ("needles_gained", "nats_saved") for row in study("low_density").select(plan="learned-15", metric=metric)
     )
+    for task in ("needles", "documents", "summaries"):
+        found = gain(study("low_density").rows, "learned-15", "ranked-15-floor-128-sink-64", task, (2048, 4096))
+        assert found.verdict == "better"
+        assert found.density <= found.against_density
     assert "No family is better than linear" in study("rules").answer

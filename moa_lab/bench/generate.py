@@ -196,7 +196,7 @@ def measured_side(
 
 def logits_bytes(model: PreTrainedModel) -> int:
     """Bytes a row that the logits of a step take: in the model's type and in float32, inside a captured graph and before it."""
-    return 2 * model.config.get_text_config().vocab_size * (model.dtype.itemsize + torch.float32.itemsize)
+    return 2 * model.config.get_text_config(decoder=True).vocab_size * (model.dtype.itemsize + torch.float32.itemsize)
 
 
 def extra_bytes(geometry: ModelGeometry, side: str, n_tokens: int, itemsize: int) -> int:

@@ -79,7 +79,7 @@ def _forward_kernel(
     tl.store(
         output + head * size + rows[:, None] * HEAD_DIM + dims[None, :], (found / total[:, None]).to(output.dtype.element_ty), mask=real
     )
-    tl.store(normaliser + head * n_tokens + rows, highest + tl.log(tl.maximum(total, 1e-30)), mask=rows < n_tokens)
+    tl.store(normaliser + head * n_tokens + rows, highest + tl.log(total), mask=rows < n_tokens)
 
 
 @triton.jit

@@ -54,21 +54,18 @@ def learn_spans(
 
     The loss is the divergence of the answers of `samples` from the dense model's, in nats per answer token, the sum of the tasks'
     means, each times its weight (1 unless `weights` says another); a step takes samples of one length. table: the rules to choose from,
-    and what predicts the point's losses; nothing of what it predicts is used. `density`, its lengths and
-    max_rules_per_layer, which only the last plan keeps, are as in `search`. rate: nats that the evidence for a rule of usual slope
-    gains in a step. Raises ValueError for fewer than one step, no samples, a task that lacks a
-    length, weights that are below 0 or of tasks there are none of, or samples that do not fit in memory, and InfeasibleError as `search`
-    does.
+    and what predicts the point's losses; nothing of what it predicts is used. `density`, its lengths and max_rules_per_layer, which only
+    the last plan keeps, are as in `search`. rate: nats that the evidence for a rule of usual slope gains in a step. Raises ValueError for
+    fewer than one step, no samples, a task that lacks a length, weights that are below 0 or of tasks there are none of, or samples that
+    do not fit in memory, and InfeasibleError as `search` does.
     """
     if steps < 1 or not len(samples):
         raise ValueError(f"learning needs at least one step and one sample, got {steps} and {len(samples)}")
-    weights = dict(weights or {})
-    tasks = {sample.task for sample in samples}
-    if weights.keys() - tasks or min(weights.values(), default=0.0) < 0:
-        raise ValueError(f"weights must be at least 0 and of the tasks {', '.join(sorted(tasks))}, got {weights}")
+    weights, batches = dict(weights or {}), Batches(samples, batch_tokens(model), seed)
+    if weights.keys() - set(batches.tasks) or min(weights.values(), default=0.0) < 0:
+        raise ValueError(f"weights must be at least 0 and of the tasks {', '.join(batches.tasks)}, got {weights}")
     targets = densities(table, density)
     mixtures = Mixtures(table, targets, rate)
-    batches = Batches(samples, batch_tokens(model), seed)
     sampler = SlopeSampler.fitting(model, table, samples, seed, weights)
     history: list[dict[str, float]] = []
     for step in range(steps):

@@ -6,7 +6,6 @@ Plans here have whole heads over a constant floor; which heads, the profile says
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from moa_lab.evaluate.scoring import loss_rows, score_samples
 from moa_lab.pipeline import Run
@@ -15,7 +14,7 @@ from moa_lab.records import Measurement
 from moa_lab.search import InfeasibleError, ranked_plan
 from moa_lab.search.goals import QUESTIONS
 from moa_lab.studies.gains import Gain, counted, gain, listed
-from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, name_of, record_of
+from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, chosen_among, name_of, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
 from moa_lab.studies.whole_heads import NEAR, Cliff, cut_changes, find_cliff, fitted, ranked_heads
@@ -180,8 +179,8 @@ def _ranked_and_learned(
     plans = [ranked]
     try:
         at = run.at(density)
-        learned = at.learned()
-        plans += [replace(at.validation(learned, "learned").best, name=name_of("learned", density))] if len(learned) else []
+        if len(learned := at.learned()):
+            plans.append(chosen_among(at, learned, "learned", density))
     except InfeasibleError as error:
         left_out[name_of("learned", density)] = str(error)
     return ranked, run.measure(plans, lengths=lengths, tasks=TASKS)

@@ -9,7 +9,7 @@ import numpy as np
 
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan, SpanRule, dense_plan
-from moa_lab.records import LossTable, Measurement
+from moa_lab.records import Front, LossTable, Measurement
 from moa_lab.search import Goal, InfeasibleError, default_goals, mean_goal, solve_budget
 from moa_lab.search.problem import Density
 from moa_lab.studies.record import StudyGoal, StudyRecord
@@ -33,6 +33,11 @@ def chosen_plans(run: Run, densities: Iterable[float]) -> tuple[dict[float, Plan
         except InfeasibleError as error:
             left_out[name] = str(error)
     return plans, left_out
+
+
+def chosen_among(run: Run, front: Front, kind: str, density: float) -> Plan:
+    """The plan of `front` that loses least on validation samples, under the name of its kind and density."""
+    return replace(run.validation(front, kind).best, name=name_of(kind, density))
 
 
 def candidates_of(plans: Iterable[Plan]) -> dict[str, str]:

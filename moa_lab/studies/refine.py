@@ -8,18 +8,18 @@ from dataclasses import replace
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan
-from moa_lab.records import Front, FrontPoint, Measurement
+from moa_lab.records import FrontPoint, Measurement
 from moa_lab.refinement import refine as improve
 from moa_lab.search import InfeasibleError
 from moa_lab.studies.compare import difference, excess_over_dense, ratio, row_of
-from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, candidates_of, dense_and_uniform, name_of, record_of
+from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, candidates_of, chosen_among, dense_and_uniform, name_of, record_of
 from moa_lab.studies.record import StudyGoal, StudyRecord
-from moa_lab.studies.scale import SCREEN_TOKENS, Scale
+from moa_lab.studies.scale import Scale
 
 DENSITIES = (0.15, 0.2, 0.25, 0.5)
 LONGEST = 4096
 STAGES = ("ranked", "search", "learned", "refined")
-REFINED_ON = 2 * SCREEN_TOKENS
+REFINED_ON = 262_144
 """Tokens of the lessons that heads are moved by."""
 QUESTION = "How much better does a plan get when its spans are learned under the budget, and then moved by measured losses?"
 
@@ -53,19 +53,15 @@ def _stages(run: Run, density: float, scale: Scale) -> list[Plan]:
     parts: dict[str, list[FrontPoint]] = {name: [] for name in STAGES}
     for candidate in front:
         parts[candidate.origin if candidate.origin in STAGES else "search"].append(candidate)
-    chosen = {name: _chosen(run, front, points, name, density) for name, points in parts.items() if points}
-    start = _chosen(run, front, list(front), "draft", density)
+    chosen = {name: chosen_among(run, replace(front, points=tuple(points)), name, density) for name, points in parts.items() if points}
+    start = chosen_among(run, front, "draft", density)
     found = improve(
         run.model, start, run.lessons().limited(REFINED_ON), run.table(), run.limits, rounds=scale.refine_rounds,
         heads=scale.refine_heads, parts_dir=run.parts_dir("refine"),
         progress=lambda done, total: run.progress(f"refine {density:.0%}", done, total),
     )  # fmt: skip
-    chosen["refined"] = _chosen(run, front, [*front, *found], "refined", density)
+    chosen["refined"] = chosen_among(run, replace(front, points=(*front, *found)), "refined", density)
     return list(chosen.values())
-
-
-def _chosen(run: Run, front: Front, points: Sequence[FrontPoint], name: str, density: float) -> Plan:
-    return replace(run.validation(replace(front, points=tuple(points)), name).best, name=name_of(name, density))
 
 
 def refine_goals(

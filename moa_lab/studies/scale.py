@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-SCREEN_TOKENS = 131_072
-"""Tokens that many plans are measured on, where one more plan must not cost a second."""
-
 
 @dataclass(frozen=True)
 class Scale:
