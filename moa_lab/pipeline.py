@@ -38,6 +38,8 @@ Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, 
 
 logger = logging.getLogger(__name__)
 
+QUESTIONS_FIRST = {"questions": 3.0}
+"""Weights of the first descent: a token of an answer counts more than one of a text, as the answer is right or wrong as a whole."""
 WORDS_FIRST = {"summaries": 2.0, "text": 3.0}
 """Weights of a second descent, which keeps what is said nearer to the dense model; validation chooses. Its answers have more tokens, so
 that half the steps do."""
@@ -201,13 +203,13 @@ class Run(RunInputs):
         )  # fmt: skip
 
     def learned(self) -> Front:
-        """Stage learn: the plans of two descents, with all tasks alike and with words first; none where the preset learns nothing."""
+        """Stage learn: the plans of two descents, with questions first and with words first; none where the preset learns nothing."""
         steps = self.preset.learning_steps
         if not steps:
             return Front((), ())
-        alike = self._descended("learned", steps, {})
+        asked = self._descended("learned", steps, QUESTIONS_FIRST)
         words = self._descended("learned-words", max(1, steps // 2), WORDS_FIRST)
-        return replace(alike, points=(*alike.points, *words.points), settings={"learned": alike.settings, "learned-words": words.settings})
+        return replace(asked, points=(*asked.points, *words.points), settings={"learned": asked.settings, "learned-words": words.settings})
 
     def _descended(self, name: str, steps: int, weights: Mapping[str, float]) -> Front:
         return _stored(

@@ -16,11 +16,10 @@ class Preset:
 
     questions (questions_per_sample in one text), summaries, texts: calibration samples; answer_tokens: tokens of a summary.
     validation_*: samples at a length that is not profiled, and at the longest profiled one if validate_profiled. candidates: plans of
-    the search that are measured there. learning_steps: of the descent that finds one more (0: none), from
-    learning_questions, and learning_others of each other task; a second one, words first, takes half of them.
-    refine_rounds: how often the best candidate is improved (0: it is taken as it is). needles
-    (needles_per_text in one text), own_answers, lines, documents: test samples at every tested length. baselines: plans measured
-    beside dense, uniform and the chosen one.
+    the search that are measured there. learning_steps: of a descent that finds one more (0: none), questions first, from
+    learning_questions, and learning_others of each other task; a second one, words first, takes half of them. refine_rounds: how often
+    the best candidate is improved (0: it is taken as it is). needles (needles_per_text in one text), own_answers, lines, documents:
+    test samples at every tested length. baselines: plans measured beside dense, uniform and the chosen one.
     """
 
     lengths: tuple[int, ...]
@@ -69,7 +68,7 @@ PRESETS: Mapping[str, Preset] = {
     # Many densities and many plans from one profile: less is spent on each, plain text counts too, and more is tested.
     "study": Preset(
         lengths=(2048, 4096), questions=32, questions_per_sample=2, summaries=12, texts=12, answer_tokens=128,
-        candidates=8, learning_steps=640, learning_questions=128, learning_others=24, refine_rounds=0, refine_heads=0,
+        candidates=8, learning_steps=400, learning_questions=128, learning_others=24, refine_rounds=0, refine_heads=0,
         validation_questions=48, validation_summaries=8, validation_texts=8, validate_profiled=True,
         test_lengths=(1024, 2048, 4096, 8192), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=32,
         baselines=(), search_seconds=15.0,

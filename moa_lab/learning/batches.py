@@ -21,7 +21,8 @@ def batch_tokens(model: PreTrainedModel) -> int:
 class Batches:
     """Batches of one length and all tasks, as many samples as `tokens` hold and at least one of each; drawn at random.
 
-    Raises ValueError for a task that lacks a length.
+    A length is drawn in proportion to its tokens: what a span costs grows with them, and a short length, where many spans see all there
+    is, would ask for spans that are short at the others. Raises ValueError for a task that lacks a length.
     """
 
     def __init__(self, samples: SampleSet, tokens: int, seed: int) -> None:
@@ -36,7 +37,7 @@ class Batches:
 
     def draw(self) -> list[Sample]:
         """The next batch."""
-        length = self._lengths[int(self._rng.integers(len(self._lengths)))]
+        length = int(self._rng.choice(self._lengths, p=np.array(self._lengths) / sum(self._lengths)))
         batch: list[Sample] = []
         for task in self.tasks:
             group = self._groups[task, length]

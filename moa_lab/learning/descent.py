@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 STEPS = 400
 RATE = 0.2
 FIRST_DENSITY = 0.95
-SHRINKING = 0.6
-"""Share of the steps in which the budget shrinks."""
+SHRINKING = 0.3
+"""Share of the steps in which the budget shrinks: what is left is learned from plans of the density itself."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""

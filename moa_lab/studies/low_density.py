@@ -69,14 +69,14 @@ def settings_at(density: float, low: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def comparisons(rows: Sequence[Measurement], low: Sequence[float], lengths: Sequence[int]) -> list[Gain]:
-    """Floors against the usual floor, sinks against the usual sink, learned against ranked; over the lengths both were at."""
+    """Floors against the usual floor, sinks against the usual sink, learned spans against the usual two; at lengths both were at."""
     pairs = []
     for density in low:
         for floor, sink in settings_at(density, low):
             usual = (floor, SINK_TOKENS) if sink != SINK_TOKENS else (MIN_SPAN, SINK_TOKENS)
             if (floor, sink) != usual:
                 pairs.append((variant(density, floor, sink), variant(density, *usual)))
-    pairs.append((name_of("learned", max(low)), name_of("ranked", max(low))))
+    pairs.append((name_of("learned", max(low)), variant(max(low), MIN_SPAN, SINK_TOKENS)))
     found = []
     for plan, against in pairs:
         for task in TASKS:

@@ -134,6 +134,13 @@ def test_settings_are_compared_one_at_a_time_where_both_were_measured() -> None:
     assert found.found.value == pytest.approx(1 / 3)
 
 
+def test_learned_spans_are_held_against_whole_heads_of_equal_bytes() -> None:
+    learned, fitted_one = floored(GEOMETRY, [], 128, 64, "learned-15"), floored(GEOMETRY, [], 128, 64, variant(0.15, 128, 64))
+    rows = [scored(plan, "needles", 2048, hits) for plan, hits in ((learned, [1, 1, 1]), (fitted_one, [1, 0, 1]))]
+    (found,) = comparisons(rows, (0.1, 0.15), (2048,))
+    assert (found.plan, found.against) == ("learned-15", fitted_one.name)
+
+
 def better(plan: str, against: str, low: float, high: float) -> Gain:
     return Gain(plan, against, "needles_gained", "needles", (2048,), Interval((low + high) / 2, 9, low, high), 0.15, 0.15)
 
@@ -142,7 +149,7 @@ def test_the_answer_names_the_cliff_what_moves_it_and_what_does_not() -> None:
     usual = variant(0.15, 128, 64)
     compared = [
         better(variant(0.15, 96, 64), usual, 0.1, 0.2), better(variant(0.15, 128, 4), usual, -0.1, 0.2),
-        better("learned-15", "ranked-15", -0.3, -0.1),
+        better("learned-15", usual, -0.3, -0.1),
     ]  # fmt: skip
     changes = [
         Measurement("learned-15", "loss_change", f"layer {n} head 0", 0, v, 9, v - 0.2, v + 0.2, 0.15) for n, v in ((1, 0.3), (2, 0.1))

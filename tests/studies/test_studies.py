@@ -121,7 +121,9 @@ def test_a_run_at_another_density_keeps_its_own_settings(run: Run) -> None:
 
 
 def test_a_preset_that_learns_nothing_has_no_learned_plan_and_no_lessons_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [point.plan.name for point in run.at(0.5).learned()] == ["learned", "learned-words"]
+    learned = run.at(0.5).learned()
+    assert [point.plan.name for point in learned] == ["learned", "learned-words"]
+    assert learned.settings["learned"]["weights"] == {"questions": 3.0}
     monkeypatch.setitem(PRESETS, "sketch", replace(PRESETS["sketch"], learning_steps=0))
     assert not len(run.at(0.5).learned())
     assert run.lessons().identity == run.samples().identity
