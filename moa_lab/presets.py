@@ -68,7 +68,7 @@ PRESETS: Mapping[str, Preset] = {
     # Many densities and many plans from one profile: less is spent on each, plain text counts too, and more is tested.
     "study": Preset(
         lengths=(2048, 4096), questions=32, questions_per_sample=2, summaries=12, texts=12, answer_tokens=128,
-        candidates=8, learning_steps=400, learning_questions=128, learning_others=24, refine_rounds=0, refine_heads=0,
+        candidates=8, learning_steps=640, learning_questions=128, learning_others=24, refine_rounds=0, refine_heads=0,
         validation_questions=48, validation_summaries=8, validation_texts=8, validate_profiled=True,
         test_lengths=(1024, 2048, 4096, 8192), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=32,
         baselines=(), search_seconds=15.0,
