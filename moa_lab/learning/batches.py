@@ -29,15 +29,15 @@ class Batches:
         self._groups, self._tokens = group_by_shape(samples), tokens
         self._rng = np.random.default_rng(seed)
         self.tasks = sorted({task for task, _ in self._groups})
-        self._lengths = sorted({length for _, length in self._groups})
+        self.lengths = sorted({length for _, length in self._groups})
         for task in self.tasks:
-            for length in self._lengths:
+            for length in self.lengths:
                 if (task, length) not in self._groups:
                     raise ValueError(f"there are no samples of {task} at {length} tokens, where other tasks have some")
 
     def draw(self) -> list[Sample]:
         """The next batch."""
-        length = int(self._rng.choice(self._lengths, p=np.array(self._lengths) / sum(self._lengths)))
+        length = int(self._rng.choice(self.lengths, p=np.array(self.lengths) / sum(self.lengths)))
         batch: list[Sample] = []
         for task in self.tasks:
             group = self._groups[task, length]

@@ -81,12 +81,10 @@ def learn_spans(
     last = history[-max(1, steps // 10) :]
     divergence = {task: float(np.mean([told[task] for told in last])) for task in batches.tasks}
     logger.info("learned in %d steps: %s nats under plans drawn in the last ones", steps, divergence)
+    how = {"steps": steps, "rate": rate, "shrinking": SHRINKING, "weights": weights, "lesson_lengths": batches.lengths}
     learned = point(
         table, mixtures.choice(max_rules_per_layer), name=name, origin="learned", lengths=targets, goals=default_goals(table),
-        search={"steps": steps, "drawn_divergence": divergence},
+        search={**how, "drawn_divergence": divergence},
     )  # fmt: skip
-    settings = {
-        "solver": "learn", "steps": steps, "rate": rate, "weights": weights, "seed": seed,
-        "density": {str(n): d for n, d in targets.items()},
-    }  # fmt: skip
+    settings = {**how, "solver": "learn", "seed": seed, "density": {str(n): d for n, d in targets.items()}}
     return Front((learned,), (*(objective.name for objective in table.objectives), DENSITY), settings, table.provenance)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from moa_lab.calibration.answers import answer_logits
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.learning import learn_spans
+from moa_lab.learning.descent import SHRINKING
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, uniform_plan
 from moa_lab.profiling import profile
@@ -61,6 +62,7 @@ def test_the_head_that_carries_all_keeps_most_and_the_density_holds(front: Front
         assert spans[1, 0] > 0.9 * length
         assert learned.plan.density(length) <= DENSITY
     assert front.settings["steps"] == 24
+    assert learned.plan.search["lesson_lengths"] == list(LENGTHS)
     assert set(learned.plan.search["drawn_divergence"]) == {"questions", "summaries"}
 
 
@@ -96,6 +98,7 @@ def test_a_task_of_no_weight_says_nothing(model: PreTrainedModel, samples: Sampl
     first = learn_spans(model, samples, table, DENSITY, steps=4, weights={"summaries": 0.0}, name="asked")
     assert first.points[0].plan.name == "asked"
     assert first.settings["weights"] == {"summaries": 0.0}
+    assert first.points[0].plan.search.items() >= {"weights": {"summaries": 0.0}, "shrinking": SHRINKING}.items()
     # Both tasks are answers of the model's own here: what is drawn is the same, what is learned is not.
     assert first.points[0].plan.search["drawn_divergence"].keys() == {"questions", "summaries"}
 
