@@ -71,7 +71,7 @@ def refine_goals(
     goals: list[StudyGoal] = []
     for density in densities:
         plan = name_of("refined", density)
-        lost = max((_lost_needles(rows, plan, n) for n in lengths), key=lambda found: found.value)
+        lost = max((_lost_needles(rows, plan, n) for n in lengths), key=lambda found: found.low)
         percent = f"{density:.0%}"
         if density in (0.25, 0.5):
             # Indistinguishable: the interval of what is lost reaches 0.

@@ -69,6 +69,14 @@ def test_goals_are_missed_when_needles_are_lost_and_met_when_they_are_not() -> N
     assert refine_goals(rows_of([1] * 40, [1] * 40), [0.25], [LENGTH], [LENGTH])[0].meets
 
 
+def test_the_worst_length_is_the_one_where_a_loss_is_surest_not_where_noise_is_largest() -> None:
+    rows = rows_of([0] * 6 + [1] * 34, [1] * 40)
+    rows += [needles("dense", [1] * 20 + [0] * 20, 4096), needles("refined-25", [0] * 14 + [1] * 12 + [0] * 14, 4096)]
+    rows += [nats(plan, 1.0, "summaries", 4096) for plan in ("dense", "refined-25", "uniform-25")]
+    assert refine_goals(rows, [0.25], [4096], [4096])[0].meets
+    assert not refine_goals(rows, [0.25], [LENGTH, 4096], [LENGTH, 4096])[0].meets
+
+
 def test_the_sentence_names_the_best_objective_and_says_when_it_is_not_decided() -> None:
     volumes = [
         Measurement(name, "hypervolume", "front", 0, value, 3, value, value, 0.0) for name, value in (("epsilon", 0.9), ("pymoo", 0.8))
