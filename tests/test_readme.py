@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,26 @@ def test_the_readme_quotes_what_the_studies_found_of_densities() -> None:
     for name, before in (("dense", "(dense"), ("uniform-25", "uniform")):
         assert f"{before} {pairs[name][0]} and {pairs[name][1]}" in line
     assert f"sees the question, {pairs['snapkv-25'][0]} and {pairs['snapkv-25'][1]})" in line
+    for length in retrieval.settings["test_lengths"]:
+        assert gain(retrieval.rows, "moa-25", "dense", "needles", (length,)).verdict == "not decided"
+        assert gain(retrieval.rows, "moa-25", "snapkv-25", "needles", (length,)).verdict == "better"
     half, reach = retrieval.goals
-    assert f"{half.value:.2f} of what the dense model finds at the worst length to 4k (goal {half.goal}: met)" in line
+    assert f"{half.value:.3f} of what the dense model finds at the worst length to 4k (goal {half.goal}: missed, not decided)" in line
+    assert half.low < half.value < half.goal < half.high
     assert f"{reach.value:.1f} times the mean span" in line
-    goals = study("quality").goals
-    documents, summaries = (f"{100 * goal.value:+.1f}%" for goal in goals)
-    assert f"{documents} on documents, {summaries} on own answers, at the worst length to 4k (goal 2%: met)" in row_of("quality")
-    assert all(goal.meets and goal.goal == 0.02 for goal in goals)
-    assert half.meets
     assert reach.meets
+    quality, line = study("quality"), row_of("quality")
+    documents, answers = quality.goals
+    assert f"{100 * documents.value:+.1f}% on documents (goal 2%: met)" in line
+    assert f"{100 * answers.value:+.1f}% on own answers (missed, not decided), at the worst length to 4k" in line
+    assert documents.meets
+    assert answers.low < 0.02 == documents.goal == answers.goal < answers.value
+    lost = [
+        math.expm1(value(quality, plan, "documents", 8192, "cross_entropy") - value(quality, "dense", "documents", 8192, "cross_entropy"))
+        for plan in ("moa-20", "uniform-20")
+    ]
+    assert f"at 8k, twice the longest lesson, learned spans of 20% cost {100 * lost[0]:.0f}%, uniform ones {100 * lost[1]:.0f}%" in line
+    assert 2 * max(Plan.load(ROOT / "data/studies/plans/moa-20.json").search["lesson_lengths"]) == 8192
     speed = study("speed")
     times = [
         value(speed, f"moa-{d}", "decode", 4096, "tokens_per_s") / value(speed, "dense", "decode", 4096, "tokens_per_s")
@@ -153,21 +165,29 @@ def test_the_readme_quotes_what_learning_spans_gains() -> None:
             gain(refine.rows, f"learned-{density}", f"search-{density}", task, lengths) for task in ("needles", "documents")
         )
         assert abs(needles.density - needles.against_density) < 0.01
-        assert documents.verdict == ("not decided" if density == 25 else "worse")
-        assert documents.found.low > -0.025
+        assert documents.verdict == "worse"
+        assert documents.found.low > -0.05
         assert needles.verdict == ("not decided" if density == 50 else "better")
-        moved = gain(refine.rows, f"refined-{density}", f"learned-{density}", "needles", lengths)
-        assert moved.found.value < 0.02
+        for task in ("needles", "documents", "summaries"):
+            moved = gain(refine.rows, f"refined-{density}", f"learned-{density}", task, lengths)
+            helped = "better" if task != "needles" else "not decided"
+            assert moved.verdict == (helped if density == 25 else "no difference")
+            assert moved.found.value < 0.02
     dense = value(refine, "dense", length=4096)
-    learned = {(d, n): value(refine, f"learned-{d}", length=n) for d in (20, 25) for n in (2048, 4096)}
-    assert f"{learned[25, 4096]:.2f} of them at 4k (dense {dense:.2f}; goal missed)" in line
-    assert f"20%: {learned[20, 2048]:.2f} at 2k, {learned[20, 4096]:.2f} at 4k (goal missed)" in line
-    met = {goal.name.partition(",")[0]: goal.meets for goal in refine.goals if not goal.name.startswith("25%: cross")}
-    assert met == {
-        "20%: needles found": False, "25%: needles lost against dense": False,
-        "50%: needles lost against dense": True, "50%: perplexity above the dense model's": False,
+    learned = {(d, n): value(refine, f"learned-{d}", length=n) for d in (20, 50) for n in (2048, 4096)}
+    assert (
+        f"20%: {learned[20, 2048]:.2f} at 2k, {learned[20, 4096]:.2f} at 4k, {learned[20, 4096] / dense:.2f} of dense (goal 0.9: met"
+        in line
+    )
+    assert f"Kept 50%: {learned[50, 4096]:.2f} at 4k (dense {dense:.2f}) and perplexity above dense (goals missed)" in line
+    goals = {goal.name.partition(",")[0]: goal for goal in refine.goals}
+    assert {name: goal.meets for name, goal in goals.items()} == {
+        "20%: needles found": True, "25%: needles lost against dense": True, "25%: cross-entropy of own answers": True,
+        "50%: needles lost against dense": False, "50%: perplexity above the dense model's": False,
     }  # fmt: skip
-    assert all(gain(refine.rows, "learned-25", "dense", "needles", (n,)).verdict == "not decided" for n in (1024, 2048))
+    assert goals["20%: needles found"].low < 0.9
+    assert 0.2 < goals["25%: cross-entropy of own answers"].value < 0.3
+    assert all(gain(refine.rows, "learned-25", "dense", "needles", (n,)).verdict == "not decided" for n in (1024, 2048, 4096))
 
 
 def test_the_plans_of_the_densities_are_the_measured_ones() -> None:
@@ -180,8 +200,8 @@ def test_the_plans_of_the_densities_are_the_measured_ones() -> None:
 
 def test_the_readme_claims_of_low_densities_and_bits_follow_from_the_records() -> None:
     weights = study("weights")
-    for row in (*weights.select(plan="50% spans in 8 bits", metric="retrieval_difference"),):
-        assert row.low > 0
+    (found,) = weights.select(plan="50% spans in 8 bits", metric="retrieval_difference")
+    assert found.low < 0 < found.high < 0.05
     ahead = ("weights mixed 4 bits", "weights mixed 3 bits", "kv mixed 4 bits, K and V apart", "kv mixed 3 bits, K and V apart")
     for name in ahead:
         assert all(row.low > 0 for row in weights.select(plan=name, metric="retrieval_difference"))
@@ -198,5 +218,5 @@ def test_the_readme_claims_of_low_densities_and_bits_follow_from_the_records() -
     for task in ("needles", "documents", "summaries"):
         found = gain(study("low_density").rows, "learned-15", "ranked-15-floor-128-sink-64", task, (2048, 4096))
         assert found.verdict == "better"
-        assert found.density <= found.against_density
+        assert abs(found.density - found.against_density) < 0.001
     assert "No family is better than linear" in study("rules").answer
