@@ -67,6 +67,7 @@ def run(
     test_lengths: Annotated[str | None, typer.Option("--test-lengths", help="tested lengths in tokens")] = None,
     preset: Annotated[str, typer.Option("--preset", help=f"how much of everything: {', '.join(PRESETS)}")] = "quick",
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    test_seed: Annotated[int, typer.Option("--test-seed", help="draws the test samples; what is chosen stays")] = 0,
     supervision: Annotated[str, typer.Option("--supervision", help="who answers the calibration samples: model, human or text")] = "model",
     source: Annotated[str | None, typer.Option("--source", help="documents: a JSONL, CSV or Parquet file, or a hub dataset")] = None,
     columns: Annotated[str | None, typer.Option("--columns", help="column mapping, for instance text=article,summary=highlights")] = None,
@@ -79,7 +80,7 @@ def run(
 
     settings = RunSettings(
         model=model, density=density, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
-        supervision=supervision, source=source, columns=columns, max_rules_per_layer=max_rules,
+        test_seed=test_seed, supervision=supervision, source=source, columns=columns, max_rules_per_layer=max_rules,
     )  # fmt: skip
     with Bars() as bars:
         summary = Run(out, settings, bars).everything()

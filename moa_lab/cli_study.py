@@ -32,6 +32,7 @@ def study(
     source: Annotated[str | None, typer.Option("--source", help="documents: a JSONL, CSV or Parquet file, or a hub dataset")] = None,
     columns: Annotated[str | None, typer.Option("--columns", help="column mapping, for instance text=article,summary=highlights")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    test_seed: Annotated[int, typer.Option("--test-seed", help="draws the test samples; what is chosen stays")] = 0,
     force: ForceOption = False,
 ) -> None:
     """Answer questions with error bars, a record each; of several studies, those whose record exists are not run again."""
@@ -45,8 +46,8 @@ def study(
     if len(paths) == 1:
         free(out, force)
     settings = RunSettings(
-        model=model, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed, source=source,
-        columns=columns,
+        model=model, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
+        test_seed=test_seed, source=source, columns=columns,
     )  # fmt: skip
     scale = scale_of(preset)
     if asked := densities_of(densities):

@@ -94,7 +94,10 @@ PRESETS: Mapping[str, Preset] = {
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that decides a run's numbers. source: documents (see `load_documents`); None takes the embedded texts."""
+    """Everything that decides a run's numbers. source: documents (see `load_documents`); None takes the embedded texts.
+
+    test_seed: draws the test samples and nothing else; what was developed on one draw is tested on another.
+    """
 
     model: str = "smollm2"
     density: float = 0.5
@@ -102,6 +105,7 @@ class RunSettings:
     test_lengths: tuple[int, ...] | None = None
     preset: str = "quick"
     seed: int = 0
+    test_seed: int = 0
     supervision: str = "model"
     source: str | None = None
     columns: str | None = None

@@ -106,7 +106,7 @@ class RunInputs:
     def suites(self) -> Suites:
         """What plans are chosen by and tested on."""
         return Suites(
-            self.model, self.tokenizer, self.preset, self.lengths, self.documents, self.settings.seed,
+            self.model, self.tokenizer, self.preset, self.lengths, self.documents, self.settings.seed, self.settings.test_seed,
             answers_dir=self.parts_dir("answers"), answer_batch=self.answer_batch, progress=self.progress,
         )  # fmt: skip
 

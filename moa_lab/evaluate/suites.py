@@ -25,8 +25,8 @@ Progress = Callable[[str, int, int], None]
 class Suites:
     """Samples of the validation and test splits, in the numbers of `preset`.
 
-    lengths: the profiled ones. documents: per split, None for the embedded ones. answers_dir: where the dense model's own answers are
-    kept; answer_batch: how many it writes at once.
+    lengths: the profiled ones. documents: per split, None for the embedded ones. seed draws the validation samples, test_seed those of
+    the test. answers_dir: where the dense model's own answers are kept; answer_batch: how many it writes at once.
     """
 
     model: PreTrainedModel
@@ -35,6 +35,7 @@ class Suites:
     lengths: Sequence[int]
     documents: Mapping[Split, Sequence[Document] | None]
     seed: int
+    test_seed: int
     answers_dir: Path
     answer_batch: int
     progress: Progress
@@ -66,7 +67,7 @@ class Suites:
         return [self._tested[task, length] for task in makers if tasks is None or task in tasks]
 
     def _makers(self, length: int) -> dict[str, Callable[[], list[Sample]]]:
-        preset, seed = self.preset, self.seed
+        preset, seed = self.preset, self.test_seed
         shared: dict[str, Any] = {"seed": seed, "documents": self.documents["test"]}
         makers: dict[str, tuple[int, Callable[[], list[Sample]]]] = {
             "needles": (preset.needles, lambda: needle_samples(
@@ -80,7 +81,8 @@ class Suites:
 
     def _own_answers(self, length: int, count: int, split: Split, stage: str) -> list[Sample]:
         return own_answer_samples(
-            self.model, self.tokenizer, length, count, split=split, seed=self.seed, answer_tokens=self.preset.answer_tokens,
+            self.model, self.tokenizer, length, count, split=split, answer_tokens=self.preset.answer_tokens,
+            seed=self.test_seed if split == "test" else self.seed,
             documents=self.documents[split], batch_size=self.answer_batch, parts_dir=self.answers_dir,
             progress=lambda done, total: self.progress(f"{stage}: own answers", done, total),
         )  # fmt: skip

@@ -152,7 +152,7 @@ def _measured(run: Run, plans: Mapping[str, Plan], documents: Mapping[str, Seque
 
 
 def _tests(run: Run, documents: Sequence[Document], length: int) -> tuple[list[Sample], list[Sample]]:
-    sizes, seed = _sizes(run), run.settings.seed
+    sizes, seed = _sizes(run), run.settings.test_seed
     streamed = _enough(documents, sizes["needles"] + sizes["documents"], [length])
     return (
         needle_samples(run.tokenizer, length, sizes["needles"], seed=seed, documents=streamed),
