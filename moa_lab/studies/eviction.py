@@ -95,19 +95,14 @@ class Prefix:
     sums: Mapping[Method, torch.Tensor]
 
 
-def evicted_scores(model: PreTrainedModel, samples: Sequence[Sample], density: float, method: Method) -> list[list[AnswerScore]]:
-    """Loss and exact match of every sample's answer after keys are dropped, as `evaluate.scoring.score_samples` gives them.
-
-    Raises ValueError for a sample with several answers, or with a prompt of one token.
-    """
-    eviction = Eviction(method, density)
-    return scores_after(model, samples, [eviction])[eviction]
-
-
 def scores_after(
     model: PreTrainedModel, samples: Sequence[Sample], evictions: Sequence[Eviction], progress: Callable[[int, int], None] | None = None
 ) -> dict[Eviction, list[list[AnswerScore]]]:
-    """`evicted_scores` of several evictions, in the order of the samples: the prompts are read once for all of them."""
+    """Loss and exact match of every sample's answer after keys are dropped, as `evaluate.scoring.score_samples` gives them, in the order
+    of the samples: the prompts are read once for all evictions.
+
+    Raises ValueError for a sample with several answers, or with a prompt of one token.
+    """
     groups: dict[tuple[int, tuple[tuple[int, int], ...]], list[int]] = {}
     for index, sample in enumerate(samples):
         if len(sample.answers) != 1 or sample.answers[0][0] < 2:
@@ -132,15 +127,11 @@ def scores_after(
 
 
 def eviction_rows(
-    run: Run, densities: Iterable[float], lengths: Sequence[int] | None = None, *,
-    tasks: Sequence[str] = (NEEDLES, LINES, SUMMARIES), samples: int | None = None,
+    run: Run, densities: Iterable[float], *, tasks: Sequence[str] = (NEEDLES, LINES, SUMMARIES)
 ) -> list[Measurement]:  # fmt: skip
-    """Rows of `h2o-25`, `snapkv-25` and so on, on the test samples of `run`; `density` is the share of the cache that is left.
-
-    lengths: None for every tested one. samples: so many of each task and length, spread over what there is (None: all).
-    """
+    """Rows of `h2o-25`, `snapkv-25` and so on, on the test samples of `run`; `density` is the share of the cache that is left."""
     evictions = [Eviction(method, density) for density in densities for method in METHODS]
-    sets = [_spread(found, samples) for n in lengths or run.test_lengths for found in run.suites.test(n, tasks)]
+    sets = [found for n in run.test_lengths for found in run.suites.test(n, tasks)]
     every = [sample for found in sets for sample in found]
     scores = scores_after(run.model, every, evictions, lambda done, total: run.progress("evict", done, total))
     rows = []
@@ -257,10 +248,3 @@ def _answerer(layer: int, prefixes: Mapping[int, Prefix], method: Method, kept: 
         batch, heads, tokens = prefix.key.shape[:3]
         positions = torch.arange(tokens, device=prefix.key.device).expand(batch, heads, tokens)
     return lambda call: tail_attention(call, prefix, positions)
-
-
-def _spread(samples: Sequence[Sample], wanted: int | None) -> list[Sample]:
-    """As many of the samples as are wanted, evenly: needles lie in the order of their depths."""
-    if wanted is None or wanted >= len(samples):
-        return list(samples)
-    return [samples[int(index)] for index in (np.arange(wanted) + 0.5) * len(samples) / wanted]

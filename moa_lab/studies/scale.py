@@ -28,7 +28,7 @@ class Scale:
 
 
 FULL = Scale(
-    densities=(0.125, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75), density=0.25, low=(0.08, 0.1, 0.125, 0.15), samples=(4, 16, 32),
+    densities=(0.125, 0.15, 0.2, 0.25, 0.35, 0.5, 0.75), density=0.25, low=(0.08, 0.1, 0.125, 0.15), samples=(4, 16),
     random_plans=80, refine_rounds=1, refine_heads=32, search_seconds=20.0, new_tokens=64,
 )  # fmt: skip
 SKETCH = Scale(

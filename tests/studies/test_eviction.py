@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from tiny import VOCABULARY, tiny_model
 from transformers import PreTrainedModel
 
-from moa_lab.calibration.answers import answer_logits, fill_greedily, score_answers
+from moa_lab.calibration.answers import AnswerScore, answer_logits, fill_greedily, score_answers
 from moa_lab.calibration.samples import Sample
 from moa_lab.interface import AttentionCall
 from moa_lab.masks import KeyMask
@@ -27,7 +28,6 @@ from moa_lab.studies.eviction import (
     Method,
     Prefix,
     attention_sums,
-    evicted_scores,
     eviction_rows,
     kept_positions,
     scores_after,
@@ -45,6 +45,11 @@ def model() -> PreTrainedModel:
 def sample(n_tokens: int = 90, start: int = 82, seed: int = 0, task: str = "needles") -> Sample:
     tokens = np.random.default_rng(seed).integers(5, VOCABULARY, n_tokens)
     return Sample(task, tokens, ((start, n_tokens),))
+
+
+def evicted_scores(model: PreTrainedModel, samples: Sequence[Sample], density: float, method: Method) -> list[list[AnswerScore]]:
+    eviction = Eviction(method, density)
+    return scores_after(model, samples, [eviction])[eviction]
 
 
 def heads(count: int, tokens: int, seed: int, width: int = 8) -> torch.Tensor:
@@ -227,7 +232,3 @@ def test_rows_of_a_run_have_the_names_tasks_and_samples_of_its_plans(inputs: tup
                 assert row.detail["per_sample"] == pytest.approx(expected.detail["per_sample"], rel=1e-4)
             else:
                 assert 0.25 < row.density < 0.35
-    fewer = eviction_rows(run, (0.25,), samples=1, tasks=("needles",))
-    assert [row.n for row in fewer] == [1, 1]
-    (all_of_them,) = [row for row in rows if (row.plan, row.task) == ("h2o-25", "needles")]
-    assert fewer[0].detail["per_sample"] == all_of_them.detail["per_sample"][1:2]
