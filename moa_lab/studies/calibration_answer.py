@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from moa_lab.records import Measurement
-from moa_lab.studies.gains import RETRIEVAL, Gain, gain, overall
+from moa_lab.studies.gains import RETRIEVAL, Gain, gain, listed, overall, unequal
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES
 
 HUMAN, MODEL, WHOLE_TEXT = "human", "model", "whole-text"
@@ -39,7 +39,8 @@ def compared(rows: Sequence[Measurement], lengths: Sequence[int]) -> list[Gain]:
 
 def calibration_answer(rows: Sequence[Measurement], found: Iterable[Gain], lengths: Sequence[int], density: float) -> str:
     """What was found with each supervision, whether the paper's order is reproduced in its own way and in ours, and what else mattered."""
-    pooled = overall(found, lengths)
+    every = list(found)
+    pooled = overall(every, lengths)
     if not any(one.plan == MODEL + PAPER for one in pooled):
         return f"No plan is feasible at {density:.1%}."
     published = ", ".join(f"{PUBLISHED[name][0]:.2f}" for name in SUPERVISIONS)
@@ -51,13 +52,32 @@ def calibration_answer(rows: Sequence[Measurement], found: Iterable[Gain], lengt
         f"Needles, {'; '.join(_pair(one) for one in papers if one.task == NEEDLES)}.",
         f"With this project's objectives they find {_scores(rows, '')}; the order is {_verdicts(ours)}.",
     ]
-    fewer = [one for one in pooled if one.plan == LONG_RANGE and one.against.startswith(("samples-", "length-"))]
+    fewer = [one for one in every if one.plan == LONG_RANGE and one.against.startswith(("samples-", "length-"))]
     if fewer:
-        decided = [f"{one.verdict} than {one.against} in {one.task} ({one.numbers})" for one in fewer if one.decided]
+        decided = [
+            f"{one.verdict} than {one.against} in {one.task} ({one.numbers}{_where(one, lengths)})"
+            for one in fair(fewer, lengths)
+            if one.decided
+        ]
         sentences.append(
             f"All samples and lengths of the long-range tasks are {'; '.join(decided) or 'not decided to be better than fewer'}."
         )
-    return " ".join(sentences)
+    return " ".join(filter(None, [*sentences, unequal(fewer)]))
+
+
+def fair(found: Iterable[Gain], lengths: Sequence[int]) -> list[Gain]:
+    """All of `lengths` together for pairs that keep the same at each of them, for others those single lengths at which they do.
+
+    A profile of one length says nothing of what another needs: its plan may leave most of the budget there.
+    """
+    every = list(found)
+    same = {(one.plan, one.against, one.lengths[0]) for one in every if len(one.lengths) == 1 and one.equal}
+    whole = {(one.plan, one.against) for one in every if all((one.plan, one.against, n) in same for n in lengths)}
+    return [
+        one for one in every
+        if (one.lengths == tuple(lengths) if (one.plan, one.against) in whole else
+            len(one.lengths) == 1 and (one.plan, one.against, one.lengths[0]) in same)
+    ]  # fmt: skip
 
 
 def verdict(found: Sequence[Gain]) -> str:
@@ -74,6 +94,10 @@ def verdict(found: Sequence[Gain]) -> str:
 def _verdicts(found: Sequence[Gain]) -> str:
     tasks = (NEEDLES, DOCUMENTS, SUMMARIES)
     return ", ".join(f"{verdict([one for one in found if one.task == task])} in {task}" for task in tasks)
+
+
+def _where(one: Gain, lengths: Sequence[int]) -> str:
+    return "" if one.lengths == tuple(lengths) else f", at {listed(one.lengths)}"
 
 
 def _pair(one: Gain) -> str:

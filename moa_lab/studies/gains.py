@@ -53,6 +53,11 @@ class Gain:
         return self.verdict in ("better", "worse")
 
     @property
+    def equal(self) -> bool:
+        """Whether the two keep the same share, to a point."""
+        return abs(self.density - self.against_density) <= UNEQUAL
+
+    @property
     def numbers(self) -> str:
         """Value and interval, for instance `+0.031 [0.010, 0.052]`, with their unit where it is not a share of needles."""
         unit = " nats saved" if self.metric == NATS_SAVED else ""
@@ -98,7 +103,7 @@ def unequal(found: Iterable[Gain]) -> str:
     """A sentence that names the plans compared at one length that do not keep the same there; empty where all do."""
     told: dict[str, None] = {}
     for one in found:
-        if len(one.lengths) == 1 and abs(one.density - one.against_density) > UNEQUAL:
+        if len(one.lengths) == 1 and not one.equal:
             told[f"{one.plan} {one.density:.1%} and {one.against} {one.against_density:.1%} at {one.lengths[0]:,} tokens"] = None
     return f"Not all keep the same: {'; '.join(told)}." if told else ""
 

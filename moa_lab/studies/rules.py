@@ -1,7 +1,8 @@
 """Rules that are bounded or bend (left open by arXiv 2406.14909), against linear ones, where they were not profiled.
 
 A family of rules is a grid to choose from; all hold whole heads and the floor. One plan per family is solved for the same goal and the same
-densities. At a given length any rule is a number of tokens, so what is measured there is a plan of constant spans.
+densities; a family that leaves some of that is also held against linear rules that are limited to what it keeps. At a given length any rule
+is a number of tokens, so what is measured there is a plan of constant spans.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ from moa_lab.pipeline import Run
 from moa_lab.plan import DENSE, MIN_SPAN, Plan, SpanRule, dense_plan
 from moa_lab.records import InfluenceProfile, LossTable, Measurement
 from moa_lab.search import BudgetAnswer, InfeasibleError, limit_lengths, loss_table, rule_grid, solve_budget
-from moa_lab.studies.gains import Gain, gains, overall, unequal
+from moa_lab.studies.gains import UNEQUAL, Gain, gains, overall, unequal
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
 
 LINEAR = "linear"
+FAMILIES = ("capped", "power", "logarithmic")
+"""What linear rules are compared with."""
 EXPONENTS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 STEPS = 8
 """Spans at the longest profiled length from which a power's coefficient is made, per exponent."""
@@ -97,24 +100,42 @@ def rules(run: Run, scale: Scale) -> StudyRecord:
     limits = dict.fromkeys(sorted({*limit_lengths(run.table()), *lengths}), scale.density)
     tables = family_tables(run.profile(), lengths)
     rows: list[Measurement] = run.measure([dense_plan(run.geometry)], lengths=lengths, tasks=(NEEDLES, DOCUMENTS, SUMMARIES))
-    solved, left_out = {}, {}
-    for name, table in tables.items():
-        try:
-            solved[name] = solve_budget(table, limits)
-        except InfeasibleError as error:
-            left_out[name] = str(error)
-            continue
+    solved, twins, left_out = solved_families(tables, limits)
+    tables |= dict.fromkeys(twins.values(), tables[LINEAR])
+    for name, answer in solved.items():
         for length in lengths:
-            plan = at_length(table, solved[name].choice, length, name)
+            plan = at_length(tables[name], answer.choice, length, name)
             rows += run.measure([plan], lengths=[length], tasks=(NEEDLES, DOCUMENTS, SUMMARIES))
-    others = [name for name in solved if name != LINEAR] if LINEAR in solved else []
-    found = gains(rows, [(name, LINEAR) for name in others], lengths)
+    others = [name for name in FAMILIES if name in solved] if LINEAR in solved else []
+    found = gains(rows, [(name, LINEAR) for name in others] + list(twins.items()), lengths)
     return record_of(
         run, "rules", "Do bounded or bending rules extrapolate better than linear ones?",
         rules_answer(found, longest, max(run.lengths)), [*rows, *(one.row() for one in found)],
         density=scale.density, limit_lengths=list(limits), left_out=left_out,
         families={name: _described(tables[name], answer) for name, answer in solved.items()},
     )  # fmt: skip
+
+
+def solved_families(
+    tables: Mapping[str, LossTable], limits: Mapping[int, float]
+) -> tuple[dict[str, BudgetAnswer], dict[str, str], dict[str, str]]:
+    """Answers by name within `limits` (density by length); of families that keep less than linear rules the name of the answer of linear
+    rules that keep no more than they do; and why a family has no answer."""
+    solved: dict[str, BudgetAnswer] = {}
+    left_out: dict[str, str] = {}
+    for name, table in tables.items():
+        try:
+            solved[name] = solve_budget(table, limits)
+        except InfeasibleError as error:
+            left_out[name] = str(error)
+    twins: dict[str, str] = {}
+    if LINEAR in solved:
+        for name in (name for name in FAMILIES if name in solved):
+            kept = solved[name].density
+            if any(solved[LINEAR].density[n] - share > UNEQUAL for n, share in kept.items()):
+                twins[name] = f"{LINEAR} as {name}"
+                solved[twins[name]] = solve_budget(tables[LINEAR], kept)
+    return solved, twins, left_out
 
 
 def families(lengths: Sequence[int], longest: int, min_span: int = MIN_SPAN) -> dict[str, tuple[SpanRule, ...]]:
@@ -156,11 +177,12 @@ def at_length(table: LossTable, choice: np.ndarray, length: int, name: str) -> P
 
 
 def rules_answer(found: Sequence[Gain], longest: int, profiled: int) -> str:
-    """Whether a family beats linear rules at `longest` tokens; what is kept there where that differs."""
-    there = overall(found, (longest,))
-    if not there:
+    """Whether a family beats linear rules at `longest` tokens, at equal bytes where that was measured; what is kept where it differs."""
+    all_there = overall(found, (longest,))
+    if not all_there:
         return "No family of rules could be compared with linear ones."
-    names = list(dict.fromkeys(one.plan for one in there))
+    names = list(dict.fromkeys(one.plan for one in all_there))
+    there = [one for name in names for one in _fairest([each for each in all_there if each.plan == name])]
     scores = {name: [one.verdict for one in there if one.plan == name] for name in names}
     wins = [name for name in names if "better" in scores[name] and "worse" not in scores[name]]
     mixed = [name for name in names if "better" in scores[name] and "worse" in scores[name]]
@@ -177,7 +199,12 @@ def rules_answer(found: Sequence[Gain], longest: int, profiled: int) -> str:
     told = "; ".join(
         f"{name}: {', '.join(f'{one.task} {one.verdict} ({one.numbers})' for one in there if one.plan == name)}" for name in names
     )
-    return " ".join(filter(None, [f"{verdict}, at {longest:,} tokens{beyond}. {told[:1].upper()}{told[1:]}.", unequal(there)]))
+    return " ".join(filter(None, [f"{verdict}, at {longest:,} tokens{beyond}. {told[:1].upper()}{told[1:]}.", unequal(all_there)]))
+
+
+def _fairest(found: Sequence[Gain]) -> Sequence[Gain]:
+    """Those at equal bytes, or all where there are none."""
+    return [one for one in found if one.equal] or found
 
 
 def _distinct(grid: Iterable[SpanRule], lengths: Sequence[int], min_span: int) -> tuple[SpanRule, ...]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from moa_lab.records import InfluenceProfile, Measurement
 from moa_lab.search import loss_table, paper_goals, rule_grid
 from moa_lab.studies import StudyRecord
 from moa_lab.studies.calibration import Variant, supervised_samples, supervision_variants, task_variants, variant_plans
-from moa_lab.studies.calibration_answer import LONG_RANGE, ORDER, PAPER, calibration_answer, compared, verdict
+from moa_lab.studies.calibration_answer import LONG_RANGE, ORDER, PAPER, calibration_answer, compared, fair, verdict
 from moa_lab.studies.gains import NEEDLES_GAINED, Gain
 from moa_lab.studies.plans import solved_plan
 from tests.search.tables import random_profile
@@ -119,6 +120,17 @@ def test_the_order_is_reproduced_where_every_pair_is_better_and_the_nearly_equal
     assert verdict([gain_of("model", "human", -0.2, -0.1), *far]) == "not reproduced"
     assert verdict([gain_of("model/paper", "human/paper", -0.1, 0.1), gain_of("human/paper", "whole-text/paper", 0, 0)]) == "not decided"
     assert verdict([]) == "not measured"
+
+
+def test_a_plan_that_leaves_bytes_where_it_was_not_profiled_is_compared_where_it_leaves_none() -> None:
+    def against(lengths: tuple[int, ...], kept: float, low: float = 0.1) -> Gain:
+        found = gain_of(LONG_RANGE, f"length-{LENGTHS[0]}", low, low + 0.1)
+        return replace(found, lengths=lengths, density=0.25, against_density=kept)
+
+    alone, other, both = against(LENGTHS[:1], 0.25, -0.3), against(LENGTHS[1:], 0.125), against(LENGTHS, 0.19)
+    assert fair([alone, other, both], LENGTHS) == [alone]
+    even = replace(other, against_density=0.25)
+    assert fair([alone, even, both], LENGTHS) == [both]
 
 
 @pytest.mark.parametrize(("text_hits", "words"), [(0, "reproduced"), (1, "not reproduced"), (2, "not decided")])

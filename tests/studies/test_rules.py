@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +10,19 @@ from moa_lab.evaluate.intervals import Interval
 from moa_lab.plan import DENSE, SpanRule
 from moa_lab.search import rule_grid, solve_budget
 from moa_lab.studies import StudyRecord
-from moa_lab.studies.gains import Gain
-from moa_lab.studies.rules import CappedRule, Curve, LogarithmicRule, PowerRule, at_length, families, family_tables, rules_answer
+from moa_lab.studies.gains import UNEQUAL, Gain
+from moa_lab.studies.rules import (
+    FAMILIES,
+    CappedRule,
+    Curve,
+    LogarithmicRule,
+    PowerRule,
+    at_length,
+    families,
+    family_tables,
+    rules_answer,
+    solved_families,
+)
 from tests.search.tables import random_profile, small_geometry
 
 LENGTHS = (2048, 4096)
@@ -100,10 +112,34 @@ def test_the_answer_says_yes_mixed_and_undecided() -> None:
     assert "power 20.0% and linear 25.0% at 8,192 tokens" in text
     win = rules_answer([*even, found("capped", "documents", 0.1, 0.2)], 8192, 4096)
     assert win.startswith("Better than linear rules: capped (1 of 2 comparisons won, none lost)")
-    mixed = rules_answer([*even, found("power", "documents", 0.1, 0.2)], 8192, 8192)
+    mixed = rules_answer([*even, found("power", "documents", 0.1, 0.2, 0.2)], 8192, 8192)
     assert mixed.startswith("No family is better than linear rules throughout (power")
     assert "no longer than the profiled" in mixed
     assert "could be compared" in rules_answer([], 8192, 4096)
+
+
+def test_linear_rules_of_as_many_bytes_decide_where_there_are_some() -> None:
+    short = [found("power", task, -0.3, -0.1, 0.2) for task in ("needles", "documents")]
+    twins = [
+        replace(found("power", task, 0.1, 0.3, 0.2), against="linear as power", against_density=0.2) for task in ("needles", "documents")
+    ]
+    text = rules_answer([*short, *twins], 8192, 4096)
+    assert text.startswith("Better than linear rules: power (2 of 2 comparisons won, none lost)")
+    assert "power 20.0% and linear 25.0% at 8,192 tokens" in text
+    assert "-0.2" not in text
+
+
+def test_a_family_that_leaves_bytes_gets_linear_rules_that_keep_no_more() -> None:
+    tables = family_tables(random_profile(1, geometry=small_geometry(layers=6)), (512, 1024, 2048))
+    solved, twins, left_out = solved_families(tables, {512: 0.5, 1024: 0.5, 2048: 0.5})
+    assert not left_out
+    short = {name for name in FAMILIES if any(solved["linear"].density[n] - kept > UNEQUAL for n, kept in solved[name].density.items())}
+    assert "logarithmic" in short
+    assert twins == {name: f"linear as {name}" for name in FAMILIES if name in short}
+    for name, twin in twins.items():
+        assert all(solved[twin].density[n] <= kept + 1e-9 for n, kept in solved[name].density.items())
+    assert set(solved) == {"linear", *FAMILIES, *twins.values()}
+    assert set(solved_families(tables, {512: 0.01})[2]) == {"linear", *FAMILIES}
 
 
 def test_the_study_measures_every_family_at_every_length(record: StudyRecord) -> None:
