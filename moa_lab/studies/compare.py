@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from scipy.stats import rankdata
@@ -32,12 +32,25 @@ def ratio(row: Measurement, against: Measurement, seed: int = 0) -> Interval:
 
     1 where both are 0; infinite where only `against` is.
     """
-    ours, theirs = (np.asarray(values, dtype=np.float64) for values in _pairs(row, against))
-    picks = np.random.default_rng(seed).integers(len(ours), size=(RESAMPLES, len(ours)))
-    drawn = [_divided(a, b) for a, b in zip(ours[picks].mean(axis=1), theirs[picks].mean(axis=1), strict=True)]
-    # Draws themselves, not what lies between them: some may be infinite.
-    low, high = np.quantile(drawn, (0.025, 0.975), method="inverted_cdf")
-    return Interval(_divided(float(ours.mean()), float(theirs.mean())), len(ours), float(low), float(high))
+    return _ratio(*_pairs(row, against), seed, _divided)
+
+
+def share_of_the_way(row: Measurement, start: Measurement, end: Measurement, seed: int = 0) -> Interval:
+    """How far `row` is from `start` (0) to `end` (1), as means over the same samples; interval as in `ratio`.
+
+    Where `end` is not above `start` there is no way to go: 0 if `row` is not above it either, else infinite.
+    """
+    gone, way = ([a - b for a, b in zip(*_pairs(one, start), strict=True)] for one in (row, end))
+    return _ratio(gone, way, seed, _along)
+
+
+def worst(found: Iterable[Interval], at_most: bool = False) -> Interval:
+    """Of several lengths or tasks, for a goal that none may miss: the worst value (at_most: the largest) and the worst of each end, so that
+    it is decided only where all are. n is the smallest."""
+    every, pick = list(found), max if at_most else min
+    return Interval(
+        pick(one.value for one in every), min(one.n for one in every), pick(one.low for one in every), pick(one.high for one in every)
+    )
 
 
 def excess_perplexity(row: Measurement, dense: Measurement) -> Interval:
@@ -77,7 +90,22 @@ def _pairs(row: Measurement, against: Measurement) -> tuple[list[float], list[fl
     return ours, theirs
 
 
+def _ratio(ours: Sequence[float], theirs: Sequence[float], seed: int, divided: Callable[[float, float], float]) -> Interval:
+    a, b = (np.asarray(values, dtype=np.float64) for values in (ours, theirs))
+    picks = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
+    drawn = [divided(float(x), float(y)) for x, y in zip(a[picks].mean(axis=1), b[picks].mean(axis=1), strict=True)]
+    # Draws themselves, not what lies between them: some may be infinite.
+    low, high = np.quantile(drawn, (0.025, 0.975), method="inverted_cdf")
+    return Interval(divided(float(a.mean()), float(b.mean())), len(a), float(low), float(high))
+
+
 def _divided(a: float, b: float) -> float:
     if b:
         return a / b
     return 1.0 if not a else math.inf
+
+
+def _along(gone: float, way: float) -> float:
+    if way > 0:
+        return gone / way
+    return 0.0 if gone <= 0 else math.inf

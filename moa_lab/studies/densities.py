@@ -6,12 +6,13 @@ Plans are searched and chosen on calibration and validation texts and wordings; 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
 from moa_lab.evaluate.agreement import agreement_rows
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
 from moa_lab.records import Measurement
-from moa_lab.studies.compare import excess_over_dense, ratio, row_of
+from moa_lab.studies.compare import excess_over_dense, ratio, row_of, worst
 from moa_lab.studies.eviction import eviction_rows
 from moa_lab.studies.plans import (
     DOCUMENTS,
@@ -56,11 +57,14 @@ def retrieval_goals(rows: Sequence[Measurement], reach: Mapping[str, tuple[int, 
     found = [ratio(row, row_of(rows, "dense", NEEDLES, row.length)) for row in half]
     goals = []
     if found:
-        worst = min(found, key=lambda interval: interval.value)
-        goals.append(StudyGoal.of("50%: needles found, of those the dense model finds, worst length to 4k", worst, 0.95))
-    furthest = max((ratio for name, (_, ratio) in reach.items() if name.startswith("moa")), default=None)
-    if furthest is not None:
-        goals.append(StudyGoal("effective context over mean span, best density", furthest, PUBLISHED_REACH))
+        goals.append(StudyGoal.of("50%: needles found, of those the dense model finds, worst length to 4k", worst(found), 0.95))
+    searched = {name: found[1] for name, found in reach.items() if name.startswith("moa")}
+    if searched:
+        # What is sure, and what may be: all of an interval above the threshold, and some of it.
+        low, high = (max(_reach(name, rows, end)[1] for name in searched) for end in ("low", "high"))
+        count = min(row.n for row in rows if row.task == NEEDLES and row.plan in searched)
+        named = "effective context over mean span, best density"
+        goals.append(StudyGoal(named, max(searched.values()), PUBLISHED_REACH, low=low, high=high, n=count))
     return goals
 
 
@@ -105,8 +109,7 @@ def quality(run: Run, scale: Scale) -> StudyRecord:
 
     def excess(plan: str, task: str, lengths: Iterable[int]) -> Interval:
         """Perplexity above the dense model's, as a fraction, at the worst length."""
-        found = [excess_over_dense(rows, plan, task, n) for n in lengths]
-        return max(found, key=lambda interval: interval.value)
+        return worst((excess_over_dense(rows, plan, task, n) for n in lengths), at_most=True)
 
     for length in run.test_lengths:
         own = [sample for found in run.suites.test(length, (SUMMARIES,)) for sample in found]
@@ -117,8 +120,7 @@ def quality(run: Run, scale: Scale) -> StudyRecord:
     goals = []
     if HALF in plans and lengths:
         named = "50%: perplexity of {} above the dense model's, worst length to 4k"
-        worst = {task: excess(name_of("moa", HALF), task, lengths) for task in measured}
-        goals = [StudyGoal.of(named.format(task), found, 0.02, at_most=True) for task, found in worst.items()]
+        goals = [StudyGoal.of(named.format(task), excess(name_of("moa", HALF), task, lengths), 0.02, at_most=True) for task in measured]
     parts = []
     for density in plans:
         costs = [
@@ -143,11 +145,14 @@ def _agreement(rows: Sequence[Measurement], length: int) -> str:
     return f" Of the dense model's own answers at {length:,} tokens the same next token is likeliest for {', '.join(told)}." if told else ""
 
 
-def _reach(plan: str, rows: Sequence[Measurement]) -> tuple[int, float]:
-    """The longest length up to which every tested one keeps its needles, and that length over the mean span; zeros where none does."""
+def _reach(plan: str, rows: Sequence[Measurement], end: Literal["low", "value", "high"] = "value") -> tuple[int, float]:
+    """The longest length up to which every tested one keeps its needles, and that length over the mean span; zeros where none does.
+
+    end: of the score's interval, which is held against the threshold.
+    """
     longest = (0, 0.0)
     for row in sorted((row for row in rows if row.plan == plan and row.task == NEEDLES), key=lambda row: row.length):
-        if row.value < EFFECTIVE:
+        if getattr(row, end) < EFFECTIVE:
             break
         longest = (row.length, 1 / row.density)
     return longest

@@ -11,7 +11,7 @@ from moa_lab.plan import Plan
 from moa_lab.records import FrontPoint, Measurement
 from moa_lab.refinement import refine as improve
 from moa_lab.search import InfeasibleError
-from moa_lab.studies.compare import difference, excess_over_dense, ratio, row_of
+from moa_lab.studies.compare import difference, excess_over_dense, ratio, row_of, share_of_the_way, worst
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, candidates_of, chosen_among, dense_and_uniform, name_of, record_of
 from moa_lab.studies.record import StudyGoal, StudyRecord
 from moa_lab.studies.scale import Scale
@@ -71,34 +71,30 @@ def refine_goals(
     goals: list[StudyGoal] = []
     for density in densities:
         plan = name_of("refined", density)
-        lost = max((_lost_needles(rows, plan, n) for n in lengths), key=lambda found: found.low)
+        lost = worst((_lost_needles(rows, plan, n) for n in lengths), at_most=True)
         percent = f"{density:.0%}"
         if density in (0.25, 0.5):
-            # Indistinguishable: the interval of what is lost reaches 0.
-            goals.append(
-                StudyGoal(f"{percent}: needles lost against dense, lower end of the interval, worst length", lost.low, 0.0, True, n=lost.n)
-            )
+            # Indistinguishable: the interval of what is lost reaches 0. That nothing is lost no interval can decide.
+            name = f"{percent}: needles lost against dense, lower end of the interval, worst length"
+            goals.append(StudyGoal(name, lost.low, 0.0, True, lost.low, lost.high, lost.n))
         if density == 0.25:
-            worst = max(_half_way(rows, plan, density, n) for n in lengths)
-            goals.append(
-                StudyGoal(f"{percent}: cross-entropy of own answers, from dense (0) to uniform (1), worst length", worst, 0.5, True)
-            )
+            gone = worst((_half_way(rows, plan, density, n) for n in lengths), at_most=True)
+            name = f"{percent}: cross-entropy of own answers, from dense (0) to uniform (1), worst length"
+            goals.append(StudyGoal.of(name, gone, 0.5, at_most=True))
         if density == 0.2:
             among = [n for n in lengths if n in profiled] or lengths
-            found = min((ratio(row_of(rows, plan, NEEDLES, n), row_of(rows, "dense", NEEDLES, n)) for n in among), key=lambda f: f.value)
+            found = worst(ratio(row_of(rows, plan, NEEDLES, n), row_of(rows, "dense", NEEDLES, n)) for n in among)
             goals.append(StudyGoal.of(f"{percent}: needles found, of those the dense model finds, worst profiled length", found, 0.9))
         if density == 0.5:
-            worst_excess = max(
-                (excess_over_dense(rows, plan, task, n) for task in (DOCUMENTS, SUMMARIES) for n in lengths), key=lambda e: e.low
-            )
+            excess = worst((excess_over_dense(rows, plan, task, n) for task in (DOCUMENTS, SUMMARIES) for n in lengths), at_most=True)
             name = f"{percent}: perplexity above the dense model's, lower end of the interval, worst task and length"
-            goals.append(StudyGoal(name, worst_excess.low, 0.0, True, n=worst_excess.n))
+            goals.append(StudyGoal(name, excess.low, 0.0, True, excess.low, excess.high, excess.n))
     return goals
 
 
-def _half_way(rows: Sequence[Measurement], plan: str, density: float, length: int) -> float:
-    dense, uniform, ours = (row_of(rows, name, SUMMARIES, length).value for name in ("dense", name_of("uniform", density), plan))
-    return (ours - dense) / (uniform - dense) if uniform > dense else 0.0
+def _half_way(rows: Sequence[Measurement], plan: str, density: float, length: int) -> Interval:
+    dense, uniform, ours = (row_of(rows, name, SUMMARIES, length) for name in ("dense", name_of("uniform", density), plan))
+    return share_of_the_way(ours, dense, uniform)
 
 
 def _lost_needles(rows: Sequence[Measurement], plan: str, length: int) -> Interval:

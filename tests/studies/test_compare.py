@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from moa_lab.evaluate.intervals import Interval
 from moa_lab.records import Measurement
-from moa_lab.studies.compare import difference, excess_perplexity, ratio, row_of, spearman
+from moa_lab.studies.compare import difference, excess_perplexity, ratio, row_of, share_of_the_way, spearman, worst
 
 
 def row(plan: str, values: list[float], task: str = "needles", length: int = 2048, metric: str = "retrieval") -> Measurement:
@@ -43,6 +44,22 @@ def test_a_ratio_holds_the_ratio_of_means_inside_its_interval() -> None:
     rare = ratio(row("a", [1, 1, 1, 1]), row("b", [1, 0, 0, 0]))
     assert rare.value == 4.0
     assert rare.low <= 4.0 <= rare.high == math.inf
+
+
+def test_the_share_of_a_way_has_the_interval_of_its_samples_and_no_way_is_never_short() -> None:
+    dense, uniform, ours = row("dense", [1.0, 2.0, 3.0]), row("uniform", [2.0, 4.0, 3.5]), row("ours", [1.5, 2.5, 3.25])
+    found = share_of_the_way(ours, dense, uniform)
+    assert found.value == pytest.approx(1.25 / 3.5)
+    assert found.low < found.value < found.high <= 0.5 + 1e-9
+    assert math.isinf(share_of_the_way(ours, dense, dense).value)
+    assert share_of_the_way(dense, dense, dense).value == 0.0
+    assert share_of_the_way(row("better", [0.9, 1.9, 2.9]), dense, dense).value == 0.0
+
+
+def test_the_worst_of_several_is_sure_only_where_all_are() -> None:
+    near, wide = Interval(0.9, 40, 0.88, 0.92), Interval(0.95, 30, 0.8, 1.0)
+    assert worst([near, wide]) == Interval(0.9, 30, 0.8, 0.92)
+    assert worst([near, wide], at_most=True) == Interval(0.95, 30, 0.88, 1.0)
 
 
 def test_excess_perplexity_is_the_exponential_of_the_difference_in_nats() -> None:

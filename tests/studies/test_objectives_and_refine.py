@@ -6,7 +6,7 @@ import pytest
 
 from moa_lab.records import Measurement
 from moa_lab.studies import StudyRecord
-from moa_lab.studies.objectives import search_answer
+from moa_lab.studies.objectives import search_answer, search_goals
 from moa_lab.studies.refine import STAGES, refine_answer, refine_goals
 
 LENGTH = 2048
@@ -30,7 +30,8 @@ def test_search_measures_every_objective_every_solver_and_every_predictor(record
     correlations = record.select(metric="rank_correlation")
     assert all(-1 <= row.low <= row.value <= row.high <= 1 for row in correlations)
     assert {"span under plans, sum", "regression on measured plans"} <= {row.plan for row in correlations}
-    assert record.goals[0].value == max(row.value for row in correlations)
+    lower = {name: min(row.value for row in correlations if row.plan == name) for name in {row.plan for row in correlations}}
+    assert record.goals[0].value == max(lower.values())
     limit = 0.5
     assert all(row.density <= limit + 1e-9 for row in record.rows if row.plan not in ("dense",) and row.length)
 
@@ -64,17 +65,29 @@ def test_the_sentence_says_whether_measuring_helped() -> None:
 def test_goals_are_missed_when_needles_are_lost_and_met_when_they_are_not() -> None:
     lost, half_way = refine_goals(rows_of([1, 0] * 20, [1] * 40), [0.25], [LENGTH], [LENGTH])
     assert not lost.meets
+    assert lost.value == lost.low < lost.high
     assert half_way.value == pytest.approx(0.25)
+    assert half_way.low == pytest.approx(0.25) == half_way.high
     assert half_way.meets
     assert refine_goals(rows_of([1] * 40, [1] * 40), [0.25], [LENGTH], [LENGTH])[0].meets
 
 
-def test_the_worst_length_is_the_one_where_a_loss_is_surest_not_where_noise_is_largest() -> None:
+def test_noise_at_one_length_does_not_hide_a_sure_loss_at_another() -> None:
     rows = rows_of([0] * 6 + [1] * 34, [1] * 40)
     rows += [needles("dense", [1] * 20 + [0] * 20, 4096), needles("refined-25", [0] * 14 + [1] * 12 + [0] * 14, 4096)]
     rows += [nats(plan, 1.0, "summaries", 4096) for plan in ("dense", "refined-25", "uniform-25")]
     assert refine_goals(rows, [0.25], [4096], [4096])[0].meets
     assert not refine_goals(rows, [0.25], [LENGTH, 4096], [LENGTH, 4096])[0].meets
+
+
+def test_a_predictor_is_as_good_as_at_its_worse_density() -> None:
+    def row(plan: str, task: str, value: float) -> Measurement:
+        return Measurement(plan, "rank_correlation", task, 0, value, 80, value - 0.1, value + 0.1, 0.25)
+
+    rows = [row("lucky", "25%", 0.99), row("steady", "25%", 0.9), row("lucky", "50%", 0.5), row("steady", "50%", 0.85)]
+    (goal,) = search_goals(rows)
+    assert (goal.value, goal.low, goal.n) == (0.85, 0.75, 80)
+    assert "steady" in goal.name
 
 
 def test_the_sentence_names_the_best_objective_and_says_when_it_is_not_decided() -> None:

@@ -8,10 +8,13 @@ import pytest
 from commands import exit_code
 
 from moa_lab.evaluate.intervals import Interval
+from moa_lab.evaluate.suites import Suites
 from moa_lab.pipeline import Run
 from moa_lab.presets import PRESETS
+from moa_lab.records import Measurement
 from moa_lab.storage import RecordError
 from moa_lab.studies import StudyGoal, StudyRecord, table
+from moa_lab.studies.densities import retrieval_goals
 from tests.studies.sketch import Sketch
 
 
@@ -118,6 +121,32 @@ def test_a_run_at_another_density_keeps_its_own_settings(run: Run) -> None:
     assert run.settings.density == 0.5
     assert (other.folder / "profile.safetensors").read_bytes() == (run.folder / "profile.safetensors").read_bytes()
     assert other.plan().density(512) <= 0.75
+
+
+def test_another_test_seed_draws_other_tests_and_nothing_else(run: Run) -> None:
+    other = replace(run.suites, test_seed=1, _tested={})
+    length = max(run.test_lengths)
+
+    def drawn(suites: Suites) -> list[list[str]]:
+        return [[sample.identity for sample in found] for found in suites.test(length)]
+
+    tasks = [found[0].task for found in run.suites.test(length)]
+    assert {"needles", "lines", "documents", "summaries"} == set(tasks)
+    assert all(set(before).isdisjoint(after) for before, after in zip(drawn(run.suites), drawn(other), strict=True))
+    assert drawn(replace(run.suites, _tested={})) == drawn(run.suites)
+    assert [one.identity for one in other.validation] == [one.identity for one in run.suites.validation]
+
+
+def test_how_far_a_plan_reaches_is_sure_only_where_whole_intervals_are() -> None:
+    def row(length: int, low: float, value: float, high: float) -> Measurement:
+        return Measurement("moa-25", "retrieval", "needles", length, value, 40, low, high, 0.25)
+
+    rows = [row(1024, 0.92, 0.95, 0.98), row(2048, 0.85, 0.92, 0.95), row(4096, 0.8, 0.85, 0.91)]
+    rows = [replace(one, density=share) for one, share in zip(rows, (0.5, 0.25, 0.2), strict=True)]
+    (goal,) = retrieval_goals(rows, {"moa-25": (2048, 4.0)})
+    assert (goal.low, goal.value, goal.high) == (2.0, 4.0, 5.0)
+    assert goal.meets
+    assert not goal.decided
 
 
 def test_a_preset_that_learns_nothing_has_no_learned_plan_and_no_lessons_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
