@@ -105,8 +105,9 @@ class RunInputs:
     @cached_property
     def suites(self) -> Suites:
         """What plans are chosen by and tested on."""
+        seeds: dict[Split, int] = {"validation": self.settings.seed, "test": self.settings.test_seed}
         return Suites(
-            self.model, self.tokenizer, self.preset, self.lengths, self.documents, self.settings.seed, self.settings.test_seed,
+            self.model, self.tokenizer, self.preset, self.lengths, self.documents, seeds,
             answers_dir=self.parts_dir("answers"), answer_batch=self.answer_batch, progress=self.progress,
         )  # fmt: skip
 

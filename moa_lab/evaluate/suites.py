@@ -25,8 +25,8 @@ Progress = Callable[[str, int, int], None]
 class Suites:
     """Samples of the validation and test splits, in the numbers of `preset`.
 
-    lengths: the profiled ones. documents: per split, None for the embedded ones. seed draws the validation samples, test_seed those of
-    the test. answers_dir: where the dense model's own answers are kept; answer_batch: how many it writes at once.
+    lengths: the profiled ones. documents, seeds: per split; None for the embedded documents. answers_dir: where the dense model's own
+    answers are kept; answer_batch: how many it writes at once.
     """
 
     model: PreTrainedModel
@@ -34,8 +34,7 @@ class Suites:
     preset: Preset
     lengths: Sequence[int]
     documents: Mapping[Split, Sequence[Document] | None]
-    seed: int
-    test_seed: int
+    seeds: Mapping[Split, int]
     answers_dir: Path
     answer_batch: int
     progress: Progress
@@ -47,7 +46,7 @@ class Suites:
         the profiled ones where the preset says so."""
         preset = self.preset
         between = validation_length(self.lengths, geometry_of(self.model).max_length)
-        shared: dict[str, Any] = {"split": "validation", "seed": self.seed, "documents": self.documents["validation"]}
+        shared: dict[str, Any] = {"split": "validation", "seed": self.seeds["validation"], "documents": self.documents["validation"]}
         samples = []
         for length in sorted({between, *(self.lengths if preset.validate_profiled else ())}):
             per_sample = min(preset.needles_per_text, preset.validation_questions)
@@ -67,7 +66,7 @@ class Suites:
         return [self._tested[task, length] for task in makers if tasks is None or task in tasks]
 
     def _makers(self, length: int) -> dict[str, Callable[[], list[Sample]]]:
-        preset, seed = self.preset, self.test_seed
+        preset, seed = self.preset, self.seeds["test"]
         shared: dict[str, Any] = {"seed": seed, "documents": self.documents["test"]}
         makers: dict[str, tuple[int, Callable[[], list[Sample]]]] = {
             "needles": (preset.needles, lambda: needle_samples(
@@ -81,8 +80,7 @@ class Suites:
 
     def _own_answers(self, length: int, count: int, split: Split, stage: str) -> list[Sample]:
         return own_answer_samples(
-            self.model, self.tokenizer, length, count, split=split, answer_tokens=self.preset.answer_tokens,
-            seed=self.test_seed if split == "test" else self.seed,
+            self.model, self.tokenizer, length, count, split=split, seed=self.seeds[split], answer_tokens=self.preset.answer_tokens,
             documents=self.documents[split], batch_size=self.answer_batch, parts_dir=self.answers_dir,
             progress=lambda done, total: self.progress(f"{stage}: own answers", done, total),
         )  # fmt: skip

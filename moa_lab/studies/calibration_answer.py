@@ -71,13 +71,14 @@ def fair(found: Iterable[Gain], lengths: Sequence[int]) -> list[Gain]:
     A profile of one length says nothing of what another needs: its plan may leave most of the budget there.
     """
     every = list(found)
-    same = {(one.plan, one.against, one.lengths[0]) for one in every if len(one.lengths) == 1 and one.equal}
-    whole = {(one.plan, one.against) for one in every if all((one.plan, one.against, n) in same for n in lengths)}
-    return [
-        one for one in every
-        if (one.lengths == tuple(lengths) if (one.plan, one.against) in whole else
-            len(one.lengths) == 1 and (one.plan, one.against, one.lengths[0]) in same)
-    ]  # fmt: skip
+    unlike = {(one.plan, one.against) for one in every if len(one.lengths) == 1 and not one.equal}
+
+    def fits(one: Gain) -> bool:
+        if (one.plan, one.against) in unlike:
+            return len(one.lengths) == 1 and one.equal
+        return one.lengths == tuple(lengths)
+
+    return [one for one in every if fits(one)]
 
 
 def verdict(found: Sequence[Gain]) -> str:

@@ -71,12 +71,10 @@ def refine_goals(
     goals: list[StudyGoal] = []
     for density in densities:
         plan = name_of("refined", density)
-        lost = worst((_lost_needles(rows, plan, n) for n in lengths), at_most=True)
         percent = f"{density:.0%}"
         if density in (0.25, 0.5):
-            # Indistinguishable: the interval of what is lost reaches 0. That nothing is lost no interval can decide.
-            name = f"{percent}: needles lost against dense, lower end of the interval, worst length"
-            goals.append(StudyGoal(name, lost.low, 0.0, True, lost.low, lost.high, lost.n))
+            lost = worst((_lost_needles(rows, plan, n) for n in lengths), at_most=True)
+            goals.append(_nothing_lost(f"{percent}: needles lost against dense, lower end of the interval, worst length", lost))
         if density == 0.25:
             gone = worst((_half_way(rows, plan, density, n) for n in lengths), at_most=True)
             name = f"{percent}: cross-entropy of own answers, from dense (0) to uniform (1), worst length"
@@ -87,9 +85,15 @@ def refine_goals(
             goals.append(StudyGoal.of(f"{percent}: needles found, of those the dense model finds, worst profiled length", found, 0.9))
         if density == 0.5:
             excess = worst((excess_over_dense(rows, plan, task, n) for task in (DOCUMENTS, SUMMARIES) for n in lengths), at_most=True)
-            name = f"{percent}: perplexity above the dense model's, lower end of the interval, worst task and length"
-            goals.append(StudyGoal(name, excess.low, 0.0, True, excess.low, excess.high, excess.n))
+            goals.append(
+                _nothing_lost(f"{percent}: perplexity above the dense model's, lower end of the interval, worst task and length", excess)
+            )
     return goals
+
+
+def _nothing_lost(name: str, lost: Interval) -> StudyGoal:
+    """Indistinguishable: the interval of what is lost reaches 0. That nothing is lost no interval can decide."""
+    return StudyGoal(name, lost.low, 0.0, True, lost.low, lost.high, lost.n)
 
 
 def _half_way(rows: Sequence[Measurement], plan: str, density: float, length: int) -> Interval:

@@ -124,7 +124,7 @@ def test_a_run_at_another_density_keeps_its_own_settings(run: Run) -> None:
 
 
 def test_another_test_seed_draws_other_tests_and_nothing_else(run: Run) -> None:
-    other = replace(run.suites, test_seed=1, _tested={})
+    other = replace(run.suites, seeds={**run.suites.seeds, "test": 1}, _tested={})
     length = max(run.test_lengths)
 
     def drawn(suites: Suites) -> list[list[str]]:
