@@ -70,7 +70,7 @@ PRESETS: Mapping[str, Preset] = {
         lengths=(2048, 4096), questions=32, questions_per_sample=2, summaries=12, texts=12, answer_tokens=128,
         candidates=8, learning_steps=640, learning_questions=128, learning_others=24, refine_rounds=0, refine_heads=0,
         validation_questions=48, validation_summaries=8, validation_texts=8, validate_profiled=True,
-        test_lengths=(1024, 2048, 4096, 8192), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=32,
+        test_lengths=(1024, 2048, 4096, 8192), needles=512, needles_per_text=1, own_answers=64, lines=64, documents=32,
         baselines=(), search_seconds=15.0,
     ),
     # The same on a laptop's two cores, in minutes and for the look of it alone: no interval is narrow enough to decide anything.
