@@ -177,7 +177,7 @@ def at_length(table: LossTable, choice: np.ndarray, length: int, name: str) -> P
 
 
 def rules_answer(found: Sequence[Gain], longest: int, profiled: int) -> str:
-    """Whether a family beats linear rules at `longest` tokens, at equal bytes where that was measured; what is kept where it differs."""
+    """Whether a family beats linear rules at `longest` tokens, and what it keeps there; at equal bytes where that was measured."""
     all_there = overall(found, (longest,))
     if not all_there:
         return "No family of rules could be compared with linear ones."
@@ -193,13 +193,14 @@ def rules_answer(found: Sequence[Gain], longest: int, profiled: int) -> str:
         verdict = f"No family is better than linear rules throughout ({', '.join(mixed)}: won in one thing, lost in another)"
     else:
         verdict = "No family is shown to beat linear rules"
-    beyond = (
-        f", {longest / profiled:g} times the longest profiled length" if longest > profiled else ", which is no longer than the profiled"
-    )
+    beyond = f" ({longest / profiled:g} times the longest profiled length)" if longest > profiled else " (no longer than the profiled)"
+    kept = {one.plan: one.density for one in there}
     told = "; ".join(
-        f"{name}: {', '.join(f'{one.task} {one.verdict} ({one.numbers})' for one in there if one.plan == name)}" for name in names
+        f"{name} ({kept[name]:.1%} kept): {', '.join(f'{one.task} {one.verdict} ({one.numbers})' for one in there if one.plan == name)}"
+        for name in names
     )
-    return " ".join(filter(None, [f"{verdict}, at {longest:,} tokens{beyond}. {told[:1].upper()}{told[1:]}.", unequal(all_there)]))
+    fair = " and equal bytes" if all(one.equal for one in there) else ""
+    return " ".join(filter(None, [f"{verdict}, at {longest:,} tokens{beyond}{fair}. {told[:1].upper()}{told[1:]}.", unequal(there)]))
 
 
 def _fairest(found: Sequence[Gain]) -> Sequence[Gain]:
