@@ -82,7 +82,8 @@ class StudyRecord:
 
 
 def table(record: StudyRecord) -> str:
-    """The record as lines of text: the question, a table per metric (a row per plan, a column per task and length), goals, answer."""
+    """The record as lines of text: the question, a table per metric (a row per plan or pair of plans, a column per task and length), goals,
+    answer."""
     parts = [[record.question]]
     parts += [_scores(record, metric) for metric in dict.fromkeys(row.metric for row in record.rows)]
     if record.goals:
@@ -98,9 +99,14 @@ def table(record: StudyRecord) -> str:
 def _scores(record: StudyRecord, metric: str) -> list[str]:
     rows = record.select(metric=metric)
     columns = sorted({(row.task, row.length) for row in rows})
-    found = {(row.plan, row.task, row.length): row for row in rows}
+    found = {(_compared(row), row.task, row.length): row for row in rows}
     lines = [[metric.replace("_", " "), *(f"{task} @{length}" if length else task for task, length in columns)]]
-    for plan in dict.fromkeys(row.plan for row in rows):
-        cells = [found.get((plan, *column)) for column in columns]
-        lines.append([plan, *("-" if row is None else f"{row.value:.3f} [{row.low:.2f}, {row.high:.2f}]" for row in cells)])
+    for name in dict.fromkeys(map(_compared, rows)):
+        cells = [found.get((name, *column)) for column in columns]
+        lines.append([name, *("-" if row is None else f"{row.value:.3f} [{row.low:.2f}, {row.high:.2f}]" for row in cells)])
     return aligned(lines)
+
+
+def _compared(row: Measurement) -> str:
+    """What a row is about: a plan, or a plan against another one."""
+    return f"{row.plan} against {row.detail['against']}" if "against" in row.detail else row.plan

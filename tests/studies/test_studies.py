@@ -101,8 +101,19 @@ def test_the_table_shows_every_plan_goal_and_the_answer(records: dict[str, Study
         assert record.question in text
         assert record.answer in text
         assert all(row.plan in text for row in record.rows)
+        assert all(f"{row.value:.3f} [{row.low:.2f}, {row.high:.2f}]" in text for row in record.rows)
         assert all(goal.name in text for goal in record.goals)
     assert all(records[name].goals for name in ("retrieval", "quality", "search", "refine"))
+
+
+def test_a_plan_held_against_two_others_has_two_lines_in_the_table() -> None:
+    rows = [
+        Measurement("capped", "nats_saved", "documents", 512, value, 4, value, value, 0.5, {"against": name})
+        for value, name in ((0.125, "linear"), (0.25, "uniform"))
+    ]
+    lines = table(StudyRecord("rules", "Which?", "Both.", tuple(rows), ())).splitlines()
+    assert [line.split("  ")[0] for line in lines if "0.125" in line] == ["capped against linear"]
+    assert [line.split("  ")[0] for line in lines if "0.250" in line] == ["capped against uniform"]
 
 
 def test_an_unknown_study_and_a_foreign_file_are_refused(
