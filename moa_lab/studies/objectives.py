@@ -31,7 +31,7 @@ from moa_lab.search import (
 from moa_lab.search import search as searched
 from moa_lab.search.front import point, undominated
 from moa_lab.search.goals import QUESTIONS
-from moa_lab.studies.compare import difference, row_of
+from moa_lab.studies.gains import gain, listed
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, equal_uniform, record_of, solved_plan
 from moa_lab.studies.predictions import predictions
 from moa_lab.studies.record import StudyGoal, StudyRecord
@@ -85,11 +85,11 @@ def search_answer(objectives: Sequence[str], rows: Sequence[Measurement], correl
     found = {name: _mean_score(rows, name, "retrieval") for name in objectives}
     best = max(found, key=lambda name: found[name])
     paper = next(name for name in objectives if name.startswith("element"))
-    length = max(row.length for row in rows if row.plan == best and row.task == NEEDLES)
-    gain = difference(row_of(rows, best, NEEDLES, length), row_of(rows, paper, NEEDLES, length))
+    lengths = sorted({row.length for row in rows if row.plan == best and row.task == NEEDLES})
+    ahead = gain(rows, best, paper, NEEDLES, lengths)
     against = "which is the paper's own" if best == paper else (
-        f"against {found[paper]:.2f} of the paper's ({paper}), a difference of {gain.value:+.2f} [{gain.low:+.2f}, {gain.high:+.2f}] "
-        f"at {length:,} tokens{'' if gain.low > 0 else ', not decided'}"
+        f"against {found[paper]:.2f} of the paper's ({paper}), a difference of {ahead.numbers} over {listed(lengths)}"
+        f"{'' if ahead.decided else ', not decided'}"
     )  # fmt: skip
     volumes = sorted((row for row in rows if row.metric == "hypervolume"), key=lambda row: -row.value)
     solvers = f"at equal time {volumes[0].plan} covers most ({', '.join(f'{row.plan} {row.value:.3f}' for row in volumes)})"
