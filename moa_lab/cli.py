@@ -18,7 +18,7 @@ from moa_lab.cli_study import study
 from moa_lab.doctor import diagnose
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.storage import schema_of
-from moa_lab.terminal import Bars, ForceOption, free, lengths_of
+from moa_lab.terminal import Bars, ForceOption, TestSeedOption, free, lengths_of
 from moa_lab.text import one_line
 
 
@@ -67,7 +67,7 @@ def run(
     test_lengths: Annotated[str | None, typer.Option("--test-lengths", help="tested lengths in tokens")] = None,
     preset: Annotated[str, typer.Option("--preset", help=f"how much of everything: {', '.join(PRESETS)}")] = "quick",
     seed: Annotated[int, typer.Option("--seed")] = 0,
-    test_seed: Annotated[int, typer.Option("--test-seed", help="draws the test samples; what is chosen stays")] = 0,
+    test_seed: TestSeedOption = 0,
     supervision: Annotated[str, typer.Option("--supervision", help="who answers the calibration samples: model, human or text")] = "model",
     source: Annotated[str | None, typer.Option("--source", help="documents: a JSONL, CSV or Parquet file, or a hub dataset")] = None,
     columns: Annotated[str | None, typer.Option("--columns", help="column mapping, for instance text=article,summary=highlights")] = None,

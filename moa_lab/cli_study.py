@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from moa_lab.presets import PRESETS, RunSettings
-from moa_lab.terminal import Bars, ForceOption, densities_of, free, lengths_of
+from moa_lab.terminal import Bars, ForceOption, TestSeedOption, densities_of, free, lengths_of
 from moa_lab.text import one_line
 
 EVERY = "all"
@@ -32,7 +32,7 @@ def study(
     source: Annotated[str | None, typer.Option("--source", help="documents: a JSONL, CSV or Parquet file, or a hub dataset")] = None,
     columns: Annotated[str | None, typer.Option("--columns", help="column mapping, for instance text=article,summary=highlights")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
-    test_seed: Annotated[int, typer.Option("--test-seed", help="draws the test samples; what is chosen stays")] = 0,
+    test_seed: TestSeedOption = 0,
     force: ForceOption = False,
 ) -> None:
     """Answer questions with error bars, a record each; of several studies, those whose record exists are not run again."""

@@ -12,6 +12,7 @@ from tqdm import tqdm
 Number = TypeVar("Number", int, float)
 
 ForceOption = Annotated[bool, typer.Option("--force", help="replace the output file if it exists")]
+TestSeedOption = Annotated[int, typer.Option("--test-seed", help="draws the test samples; what is chosen stays")]
 
 
 class Bars:

@@ -126,9 +126,7 @@ def scores_after(
     return scores
 
 
-def eviction_rows(
-    run: Run, densities: Iterable[float], *, tasks: Sequence[str] = (NEEDLES, LINES, SUMMARIES)
-) -> list[Measurement]:  # fmt: skip
+def eviction_rows(run: Run, densities: Iterable[float], *, tasks: Sequence[str] = (NEEDLES, LINES, SUMMARIES)) -> list[Measurement]:
     """Rows of `h2o-25`, `snapkv-25` and so on, on the test samples of `run`; `density` is the share of the cache that is left."""
     evictions = [Eviction(method, density) for density in densities for method in METHODS]
     sets = [found for n in run.test_lengths for found in run.suites.test(n, tasks)]
