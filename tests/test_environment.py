@@ -11,7 +11,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from moa_lab.doctor import MIN_PYTHON, NEEDED_VERSIONS
+from moa_lab.commands.doctor import MIN_PYTHON, NEEDED_VERSIONS
 from moa_lab.presets import PRESETS
 from moa_lab.studies.scale import SKETCH, scale_of
 

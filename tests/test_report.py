@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from figure_records import SMOL, make_baselines, make_front, make_measurements, make_plan, make_profile
 
-from moa_lab.doctor import find_chromium
+from moa_lab.commands.doctor import find_chromium
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement, Measurements

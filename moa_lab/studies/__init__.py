@@ -10,17 +10,17 @@ from moa_lab.studies.scale import Scale, scale_of
 Study = Callable[[Run, Scale], StudyRecord]
 
 MODULES: Mapping[str, str] = {
-    "retrieval": "densities",
-    "quality": "densities",
-    "calibration": "calibration",
-    "space": "space",
-    "search": "objectives",
-    "refine": "refine",
-    "rules": "rules",
-    "low_density": "low_density",
-    "transfer": "transfer",
-    "weights": "weights",
-    "speed": "speed",
+    "retrieval": "densities.costs",
+    "quality": "densities.costs",
+    "calibration": "calibrating.ablation",
+    "space": "searching.space",
+    "search": "predicting.objectives",
+    "refine": "searching.refine",
+    "rules": "searching.rules",
+    "low_density": "densities.low_density",
+    "transfer": "calibrating.transfer",
+    "weights": "bits.weights",
+    "speed": "densities.speed",
 }
 """Studies by name, and the module here that holds the function of that name."""
 

@@ -16,7 +16,7 @@ from moa_lab.bench.generate_rows import rows_of
 from moa_lab.bench.models import LLAMA2_7B, TINY, largest_batch, plan_for, random_model, smaller_batch, stretched_plan
 from moa_lab.bench.record import BenchRecord
 from moa_lab.bench.shapes import default_plans
-from moa_lab.cli import app
+from moa_lab.commands.app import app
 from moa_lab.models import geometry_of
 
 torch.set_num_threads(1)

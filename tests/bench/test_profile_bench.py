@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from moa_lab.bench.profile import SAMPLES, bench_profile
 from moa_lab.bench.record import BenchRecord
-from moa_lab.cli import app
+from moa_lab.commands.app import app
 
 
 def test_a_quick_run_times_every_sample_but_the_first_and_meets_nothing() -> None:

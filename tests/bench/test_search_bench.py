@@ -14,7 +14,7 @@ from moa_lab.bench import search as bench
 from moa_lab.bench.lifelike import lifelike_table
 from moa_lab.bench.record import BenchRecord
 from moa_lab.bench.search import SearchBench, bench_search, exact_row, front_row, open_search, search_table, slider_rows
-from moa_lab.cli import app
+from moa_lab.commands.app import app
 from moa_lab.records import Front, FrontPoint, LossTable
 from moa_lab.search import BudgetAnswer, BudgetSolver, Goal, limit_lengths, search, solve_milp
 

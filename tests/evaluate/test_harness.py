@@ -17,7 +17,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
-from moa_lab.cli_harness import harness as command
+from moa_lab.commands.harness import harness as command
 from moa_lab.evaluate.harness import MISSING, harness, harness_rows
 from moa_lab.evaluate.intervals import Z, proportion
 from moa_lab.models import geometry_of

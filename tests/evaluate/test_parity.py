@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import exit_code
+from command_line import exit_code
 from tiny import tiny_model, tiny_tokenizer
 from tiny_plans import small_plan
 from transformers import PreTrainedModel

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import exit_code
+from command_line import exit_code
 
 from moa_lab import figures
 from moa_lab.bench import BenchRecord

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import exit_code
+from command_line import exit_code
 
 from moa_lab import run_inputs
 from moa_lab.pipeline import Run

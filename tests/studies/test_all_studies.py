@@ -8,9 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import exit_code
+from command_line import exit_code
 
-from moa_lab import cli_study, run_inputs
+from moa_lab import run_inputs
+from moa_lab.commands import study as study_command
 from moa_lab.figures.measurements import metric_label
 from moa_lab.studies import MODULES, StudyRecord, table
 from tests.studies.sketch import Sketch
@@ -18,7 +19,7 @@ from tests.studies.sketch import Sketch
 
 def test_the_help_names_every_study() -> None:
     # Named there a second time, so that a help text costs no import of torch.
-    assert tuple(MODULES) == tuple(cli_study.NAMES.split(", "))
+    assert tuple(MODULES) == tuple(study_command.NAMES.split(", "))
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -71,7 +72,7 @@ def test_a_missing_record_alone_is_made_again_and_a_study_that_fails_is_named_an
     def breaks(*_: object) -> StudyRecord:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("moa_lab.studies.space.space", breaks)
+    monkeypatch.setattr("moa_lab.studies.searching.space.space", breaks)
     records["speed"].save(tmp_path / "speed.json")
     assert exit_code(monkeypatch, *sketch.line("space,rules,speed", tmp_path)) == 2
     shown = capsys.readouterr()

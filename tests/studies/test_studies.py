@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from commands import exit_code
+from command_line import exit_code
 
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.evaluate.suites import Suites
@@ -14,7 +14,7 @@ from moa_lab.presets import PRESETS
 from moa_lab.records import Measurement
 from moa_lab.storage import RecordError
 from moa_lab.studies import StudyGoal, StudyRecord, table
-from moa_lab.studies.densities import retrieval_goals
+from moa_lab.studies.densities.costs import retrieval_goals
 from tests.studies.sketch import Sketch
 
 

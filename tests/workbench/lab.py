@@ -16,7 +16,7 @@ from typing import Any
 
 import nbformat
 
-from moa_lab.doctor import find_chromium
+from moa_lab.commands.doctor import find_chromium
 from moa_lab.workbench import launch
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -11,7 +11,7 @@ import nbformat
 import plotly.graph_objects as go
 import pytest
 
-from moa_lab.doctor import find_chromium
+from moa_lab.commands.doctor import find_chromium
 from moa_lab.workbench.notebooks import PLOTLY, WIDTH, execute, mime_bundle
 
 PROJECT = Path(__file__).resolve().parents[2]

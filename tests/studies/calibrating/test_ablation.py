@@ -11,8 +11,8 @@ from moa_lab.pipeline import Run
 from moa_lab.records import InfluenceProfile, Measurement
 from moa_lab.search import loss_table, paper_goals, rule_grid
 from moa_lab.studies import StudyRecord
-from moa_lab.studies.calibration import Variant, supervised_samples, supervision_variants, task_variants, variant_plans
-from moa_lab.studies.calibration_answer import LONG_RANGE, ORDER, PAPER, calibration_answer, compared, fair, verdict
+from moa_lab.studies.calibrating.ablation import Variant, supervised_samples, supervision_variants, task_variants, variant_plans
+from moa_lab.studies.calibrating.answer import LONG_RANGE, ORDER, PAPER, calibration_answer, compared, fair, verdict
 from moa_lab.studies.gains import NEEDLES_GAINED, Gain
 from moa_lab.studies.plans import solved_plan
 from tests.search.tables import random_profile
@@ -53,7 +53,7 @@ def test_the_model_answers_the_very_prompts_of_the_human_in_as_many_tokens_and_o
     def fails(*_: object) -> None:
         raise AssertionError("answered again")
 
-    monkeypatch.setattr("moa_lab.studies.calibration.fill_greedily", fails)
+    monkeypatch.setattr("moa_lab.studies.calibrating.ablation.fill_greedily", fails)
     samples = supervised_samples(run)
     for human, model in zip(samples.select("human"), samples.select("model"), strict=True):
         ((start, stop),) = human.answers

@@ -12,8 +12,8 @@ from moa_lab.geometry import ModelGeometry
 from moa_lab.pipeline import Run
 from moa_lab.records import InfluenceProfile, Measurement
 from moa_lab.studies import StudyRecord
+from moa_lab.studies.calibrating.transfer import FOREIGN, cost, cost_answer, ranks_answer
 from moa_lab.studies.ranks import CORRELATION, SHARED, WIDTH, confidence_rows, correlation_rows, shared_top
-from moa_lab.studies.transfer import FOREIGN, cost, cost_answer, ranks_answer
 
 LENGTHS = (512,)
 GEOMETRY = ModelGeometry(layers=3, query_heads=4, kv_heads=4, head_dim=16, max_length=1024)

@@ -9,7 +9,7 @@ from moa_lab.evaluate.intervals import Interval
 from moa_lab.search import default_goals, limit_lengths, loss_table, mean_goal
 from moa_lab.studies import StudyRecord
 from moa_lab.studies.gains import Gain
-from moa_lab.studies.space import STEPS, ratio_table, space_answer, space_plans, step_pairs
+from moa_lab.studies.searching.space import STEPS, ratio_table, space_answer, space_plans, step_pairs
 from tests.search.tables import goal_values, keeps, random_profile, small_geometry
 
 

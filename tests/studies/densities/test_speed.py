@@ -13,8 +13,19 @@ from scipy.stats import t
 from moa_lab.pipeline import Run
 from moa_lab.records import ALLOCATED, Measurement
 from moa_lab.studies import StudyRecord, scale_of
-from moa_lab.studies import speed as module
-from moa_lab.studies.speed import CPU_ROWS, DECODE, DECODE_ONE, PREFILL, REPEATS, TOKENS_PER_S, TRANSFORMERS, speed, speed_answer, speedup
+from moa_lab.studies.densities import speed as module
+from moa_lab.studies.densities.speed import (
+    CPU_ROWS,
+    DECODE,
+    DECODE_ONE,
+    PREFILL,
+    REPEATS,
+    TOKENS_PER_S,
+    TRANSFORMERS,
+    speed,
+    speed_answer,
+    speedup,
+)
 
 torch.set_num_threads(1)
 

@@ -13,7 +13,7 @@ from moa_lab.pipeline import Run
 from moa_lab.profiling import profile
 from moa_lab.records import InfluenceProfile, Measurement
 from moa_lab.studies.compare import spearman
-from moa_lab.studies.predictors import chances_of, merged, predictors, random_choices, regressed
+from moa_lab.studies.predicting.predictors import chances_of, merged, predictors, random_choices, regressed
 
 PLANS_PROFILED = 4
 PROFILED_TOKENS = 65_536

@@ -26,7 +26,7 @@ from moa_lab.profiling.subset import profile_part
 from moa_lab.records import InfluenceProfile
 from moa_lab.search import InfeasibleError, limit_lengths, loss_table, paper_goals, rule_grid
 from moa_lab.storage import is_intact
-from moa_lab.studies.calibration_answer import HUMAN, LONG_RANGE, MODEL, PAPER, PUBLISHED, TEXT, WHOLE_TEXT, calibration_answer, compared
+from moa_lab.studies.calibrating.answer import HUMAN, LONG_RANGE, MODEL, PAPER, PUBLISHED, TEXT, WHOLE_TEXT, calibration_answer, compared
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, dense_and_uniform, name_of, record_of, solved_plan
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale

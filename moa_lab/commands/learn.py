@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.terminal import Bars, ForceOption, free, weights_of
+from moa_lab.commands.terminal import Bars, ForceOption, free, weights_of
 
 
 def learn(

@@ -19,8 +19,8 @@ from moa_lab.masks import KeyMask
 from moa_lab.models import geometry_of
 from moa_lab.pipeline import Run
 from moa_lab.presets import RunSettings
-from moa_lab.studies import eviction as studied
-from moa_lab.studies.eviction import (
+from moa_lab.studies.densities import eviction as studied
+from moa_lab.studies.densities.eviction import (
     KERNEL,
     METHODS,
     OBSERVED,

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from moa_lab import doctor, models
-from moa_lab.doctor import Finding, diagnose, find_chromium
+from moa_lab import models
+from moa_lab.commands import doctor
+from moa_lab.commands.doctor import Finding, diagnose, find_chromium
 from moa_lab.models import EmbeddedModel
 
 

@@ -11,7 +11,7 @@ from moa_lab.plan import DENSE, SpanRule
 from moa_lab.search import rule_grid, solve_budget
 from moa_lab.studies import StudyRecord
 from moa_lab.studies.gains import UNEQUAL, Gain
-from moa_lab.studies.rules import (
+from moa_lab.studies.searching.rules import (
     FAMILIES,
     CappedRule,
     Curve,

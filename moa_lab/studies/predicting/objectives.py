@@ -33,7 +33,7 @@ from moa_lab.search.front import point, undominated
 from moa_lab.search.goals import QUESTIONS
 from moa_lab.studies.gains import gain, listed
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, equal_uniform, record_of, solved_plan
-from moa_lab.studies.predictions import predictions
+from moa_lab.studies.predicting.predictions import predictions
 from moa_lab.studies.record import StudyGoal, StudyRecord
 from moa_lab.studies.scale import Scale
 

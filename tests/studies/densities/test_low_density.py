@@ -15,9 +15,20 @@ from moa_lab.presets import RunSettings
 from moa_lab.records import Measurement
 from moa_lab.search import InfeasibleError, head_scores
 from moa_lab.studies import StudyRecord, scale_of
+from moa_lab.studies.densities.low_density import FLOORS, SINKS, comparisons, low_density, low_density_answer, settings_at, variant
+from moa_lab.studies.densities.whole_heads import (
+    Cliff,
+    counts,
+    cut,
+    cut_changes,
+    find_cliff,
+    fitted,
+    floor_of,
+    floored,
+    ranked_heads,
+    whole_of,
+)
 from moa_lab.studies.gains import Gain
-from moa_lab.studies.low_density import FLOORS, SINKS, comparisons, low_density, low_density_answer, settings_at, variant
-from moa_lab.studies.whole_heads import Cliff, counts, cut, cut_changes, find_cliff, fitted, floor_of, floored, ranked_heads, whole_of
 from tests.search.tables import random_table, small_geometry
 
 GEOMETRY = small_geometry(layers=10, kv_heads=3)

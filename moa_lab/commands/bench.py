@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moa_lab.terminal import Bars, ForceOption, free, lengths_of
+from moa_lab.commands.terminal import Bars, ForceOption, free, lengths_of
 
 if TYPE_CHECKING:
     from moa_lab.bench import BenchRecord

@@ -13,11 +13,11 @@ from moa_lab.plan import MIN_SPAN, SINK_TOKENS, Plan, dense_plan
 from moa_lab.records import Measurement
 from moa_lab.search import InfeasibleError, ranked_plan
 from moa_lab.search.goals import QUESTIONS
+from moa_lab.studies.densities.whole_heads import NEAR, Cliff, cut_changes, find_cliff, fitted, ranked_heads
 from moa_lab.studies.gains import Gain, counted, gain, listed
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, chosen_among, name_of, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
-from moa_lab.studies.whole_heads import NEAR, Cliff, cut_changes, find_cliff, fitted, ranked_heads
 
 CLIFF_FLOORS = (128, 256)
 FLOORS = (96, 128, 192, 256)

@@ -13,7 +13,7 @@ from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
 from moa_lab.records import Measurement
 from moa_lab.studies.compare import excess_over_dense, ratio, row_of, worst
-from moa_lab.studies.eviction import eviction_rows
+from moa_lab.studies.densities.eviction import eviction_rows
 from moa_lab.studies.plans import (
     DOCUMENTS,
     LINES,

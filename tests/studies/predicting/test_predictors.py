@@ -8,7 +8,7 @@ from scipy import stats
 
 from moa_lab.records import InfluenceProfile, LossTable
 from moa_lab.search import loss_table
-from moa_lab.studies.predictors import merged, predictors, random_choices, regressed
+from moa_lab.studies.predicting.predictors import merged, predictors, random_choices, regressed
 from tests.search.instances import skewed_profile
 from tests.search.tables import random_profile, small_geometry
 

@@ -6,8 +6,8 @@ import pytest
 
 from moa_lab.records import Measurement
 from moa_lab.studies import StudyRecord
-from moa_lab.studies.objectives import search_answer, search_goals
-from moa_lab.studies.refine import STAGES, refine_answer, refine_goals
+from moa_lab.studies.predicting.objectives import search_answer, search_goals
+from moa_lab.studies.searching.refine import STAGES, refine_answer, refine_goals
 
 LENGTH = 2048
 

@@ -11,14 +11,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from moa_lab.cli_bench import app as bench_app
-from moa_lab.cli_harness import harness
-from moa_lab.cli_learn import learn
-from moa_lab.cli_study import study
-from moa_lab.doctor import diagnose
+from moa_lab.commands.bench import app as bench_app
+from moa_lab.commands.doctor import diagnose
+from moa_lab.commands.harness import harness
+from moa_lab.commands.learn import learn
+from moa_lab.commands.study import study
+from moa_lab.commands.terminal import Bars, ForceOption, TestSeedOption, free, lengths_of
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.storage import schema_of
-from moa_lab.terminal import Bars, ForceOption, TestSeedOption, free, lengths_of
 from moa_lab.text import one_line
 
 
@@ -307,7 +307,7 @@ def show(
     force: ForceOption = False,
 ) -> None:
     """Describe a record."""
-    from moa_lab.show import describe, draw
+    from moa_lab.commands.show import describe, draw
 
     schema = schema_of(file)
     if figure is not None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.terminal import ForceOption, free
+from moa_lab.commands.terminal import ForceOption, free
 from moa_lab.text import aligned
 
 

@@ -25,6 +25,7 @@ from moa_lab.search import InfeasibleError
 from moa_lab.studies.bits.effects import bit_effects
 from moa_lab.studies.bits.quantise import fake_quantise, linear_modules, quantised_cache, quantised_weights, stored_bytes
 from moa_lab.studies.bits.scores import Variant, difference_rows, rank_rows, score_variant, untouched
+from moa_lab.studies.bits.weights import KV_WIDTHS, Pair, best_predictor, kv_side, outcome, spans_and_bits, weights_answer
 from moa_lab.studies.bits.widths import (
     ERROR,
     FIRST_ORDER,
@@ -40,7 +41,6 @@ from moa_lab.studies.bits.widths import (
     weight_costs,
 )
 from moa_lab.studies.record import StudyRecord
-from moa_lab.studies.weights import KV_WIDTHS, Pair, best_predictor, kv_side, outcome, spans_and_bits, weights_answer
 
 TOKENS = 200
 
@@ -454,5 +454,5 @@ def test_the_study_leaves_the_model_and_its_scores_as_they_were(run: Run, record
 
 
 def test_densities_that_are_not_feasible_are_left_out_with_their_reason(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moa_lab.studies.weights.chosen_plans", lambda run, densities: ({}, {"moa-25": "too short for this"}))
+    monkeypatch.setattr("moa_lab.studies.bits.weights.chosen_plans", lambda run, densities: ({}, {"moa-25": "too short for this"}))
     assert spans_and_bits(run, effects_of(8, KV_WIDTHS), FIRST_ORDER) == ([], [], {"moa-25": "too short for this"})

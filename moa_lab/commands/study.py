@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
+from moa_lab.commands.terminal import Bars, ForceOption, TestSeedOption, densities_of, free, lengths_of
 from moa_lab.presets import PRESETS, RunSettings
-from moa_lab.terminal import Bars, ForceOption, TestSeedOption, densities_of, free, lengths_of
 from moa_lab.text import one_line
 
 EVERY = "all"

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from commands import exit_code
+from command_line import exit_code
 from texts import bpe_tokenizer
 from tiny import tiny_model
 

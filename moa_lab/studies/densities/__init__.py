@@ -1,0 +1,1 @@
+"""What a density costs and buys: loss, needles, speed, and where it breaks."""

@@ -1,0 +1,1 @@
+"""What says beforehand how much a plan will lose."""

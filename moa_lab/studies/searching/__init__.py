@@ -1,0 +1,1 @@
+"""What the search chooses from, and the stages after it."""
