@@ -1,0 +1,90 @@
+"""What is solved: a goal, limits on densities and on other goals, and the rules that each head may have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moa_lab.search.goals import Goal
+from moa_lab.search.problem import Limits, Terms
+
+
+@dataclass(frozen=True)
+class Cap:
+    """An epsilon constraint: a goal's value must not exceed `most`."""
+
+    terms: Terms
+    most: float
+
+    @property
+    def forgiving(self) -> float:
+        """`most` with room for the rounding of a limit that was itself a computed value."""
+        return self.most * (1 + 1e-6) + 1e-7
+
+    def met_by(self, choice: np.ndarray) -> bool:
+        """Whether a choice (heads,) keeps within it."""
+        return self.terms.value(choice) <= self.forgiving
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One problem: minimise `goal` within `limits` and `caps`.
+
+    allowed: bool (heads, rules), heads of all layers in order. max_rules: distinct rules that a layer may have, None for any number.
+    """
+
+    goal: Terms
+    limits: Limits
+    caps: tuple[Cap, ...]
+    allowed: np.ndarray
+    layers: int
+    max_rules: int | None
+
+    def met_by(self, choice: np.ndarray) -> bool:
+        """Whether a choice (heads,) keeps within everything but `allowed`."""
+        if self.max_rules is not None and max(len(set(row)) for row in choice.reshape(self.layers, -1).tolist()) > self.max_rules:
+            return False
+        return self.limits.met_by(choice) and all(cap.met_by(choice) for cap in self.caps)
+
+
+def highest_value(problem: Instance) -> float:
+    """What no allowed choice can exceed."""
+    linear = np.where(problem.allowed, problem.goal.linear, -np.inf).max(axis=1).sum()
+    worst = (term.weight * np.where(problem.allowed, term.rows, -np.inf).max(axis=2).sum(axis=1).max() for term in problem.goal.worst)
+    return float(linear + sum(worst))
+
+
+def with_caps(problem: Instance) -> Limits:
+    """The density limits plus one row per cap, in which worst rows are averaged: a weaker limit, so its bound stays proven."""
+    limits = problem.limits
+    if not problem.caps:
+        return limits
+    rows, most = [], []
+    for cap in problem.caps:
+        row = cap.terms.linear + sum((term.weight * term.rows.mean(axis=0) for term in cap.terms.worst), 0.0)
+        unit = cap.most if cap.most > 1e-6 else 1.0
+        rows.append(row / unit)
+        most.append(cap.forgiving / unit)
+    slack = np.concatenate([limits.slack, np.full(len(most), 1e-9)])
+    return replace(limits, usage=np.concatenate([limits.usage, rows]), limit=np.concatenate([limits.limit, most]), slack=slack)
+
+
+def limit_pairs(limits: Sequence[tuple[Goal, float]] | Mapping[str, float] | None) -> list[tuple[Goal, float]]:
+    """Epsilon constraints as (goal, bound) pairs; a mapping names objectives."""
+    if limits is None:
+        return []
+    if isinstance(limits, Mapping):
+        return [(Goal(name, {name: 1.0}), most) for name, most in limits.items()]
+    return list(limits)
+
+
+def what_binds(targets: Mapping[int, float], caps: tuple[Cap, ...], max_rules: int | None) -> str:
+    """One line: which limits together no plan can meet."""
+    asked = ", ".join(f"{density:.4g} at {n}" for n, density in targets.items())
+    others = [f"{len(caps)} limits on goals"] if caps else []
+    others += [f"max_rules_per_layer {max_rules}"] if max_rules is not None else []
+    return (
+        f"density {asked} together{' with ' + ' and '.join(others) if others else ''} is infeasible; raise the density or loosen the limits"
+    )

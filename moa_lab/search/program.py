@@ -1,0 +1,91 @@
+"""An instance as the sparse mixed-integer program that HiGHS reads."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.sparse import csr_array
+
+from moa_lab.search import highs
+from moa_lab.search.instance import Instance
+
+
+def program(problem: Instance, keep: np.ndarray, scale: float) -> tuple[highs.Model, np.ndarray]:
+    """Variables: one binary per kept (head, rule), then one per (layer, rule) for the rule limit, then one per worst objective.
+
+    Losses are multiplied by `scale` (HiGHS stops at an absolute gap of 1e-6: the answer should be about 10), spans counted
+    in floors, so that its tolerances stay far below one token.
+    """
+    heads, rules = np.nonzero(keep)
+    count = len(heads)
+    worst = {term.objective: term for goal in (problem.goal, *(cap.terms for cap in problem.caps)) for term in goal.worst}
+    pairs = (
+        np.unique((heads // (len(keep) // problem.layers)) * keep.shape[1] + rules)
+        if problem.max_rules is not None
+        else np.array([], dtype=int)
+    )
+    columns = count + len(pairs) + len(worst)
+    top = {name: count + len(pairs) + index for index, name in enumerate(worst)}
+    rows = _Rows(columns)
+
+    rows.add_many(heads, np.arange(count), np.ones(count), low=1.0, high=1.0)
+    unit = problem.limits.usage.min(axis=(1, 2))
+    for usage, limit, slack, floor in zip(problem.limits.usage, problem.limits.limit, problem.limits.slack, unit, strict=True):
+        rows.add(np.arange(count), usage[heads, rules] / floor, (limit + slack) / floor)
+    for name, term in worst.items():
+        for row in term.rows:
+            rows.add(np.append(np.arange(count), top[name]), np.append(scale * row[heads, rules], -1.0), 0.0)
+    for cap in problem.caps:
+        tops = [top[term.objective] for term in cap.terms.worst]
+        coefficients = np.append(scale * cap.terms.linear[heads, rules], [term.weight for term in cap.terms.worst])
+        rows.add(np.append(np.arange(count), tops).astype(int), coefficients, scale * cap.most)
+    if problem.max_rules is not None:
+        layer_rule = (heads // (len(keep) // problem.layers)) * keep.shape[1] + rules
+        used = count + np.searchsorted(pairs, layer_rule)
+        each = np.arange(count)
+        rows.add_many(np.append(each, each), np.append(each, used), np.append(np.ones(count), -np.ones(count)), low=-np.inf, high=0.0)
+        rows.add_many(
+            pairs // keep.shape[1], count + np.arange(len(pairs)), np.ones(len(pairs)), low=-np.inf, high=float(problem.max_rules)
+        )
+
+    objective = np.zeros(columns)
+    objective[:count] = scale * problem.goal.linear[heads, rules]
+    for term in problem.goal.worst:
+        objective[top[term.objective]] = term.weight
+    matrix, low, high = rows.build()
+    return highs.Model(objective, count + len(pairs), matrix, low, high), np.stack([heads, rules])
+
+
+class _Rows:
+    """Collects sparse constraint rows."""
+
+    def __init__(self, columns: int) -> None:
+        self._columns = columns
+        self._count = 0
+        self._parts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._low: list[float] = []
+        self._high: list[float] = []
+
+    def add(self, columns: np.ndarray, values: np.ndarray, high: float) -> None:
+        """One row: values . x[columns] <= high."""
+        self.add_many(np.zeros(len(columns), dtype=int), columns, values, low=-np.inf, high=high)
+
+    def add_many(self, rows: np.ndarray, columns: np.ndarray, values: np.ndarray, *, low: float, high: float) -> None:
+        """Rows numbered from 0, all with the same bounds."""
+        count = int(rows.max()) + 1 if len(rows) else 0
+        self._parts.append((rows + self._count, columns, values))
+        self._low += [low] * count
+        self._high += [high] * count
+        self._count += count
+
+    def build(self) -> tuple[csr_array, np.ndarray, np.ndarray]:
+        rows, columns, values = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        matrix = csr_array((values, (rows, columns)), shape=(self._count, self._columns))
+        return matrix, np.array(self._low), np.array(self._high)
+
+
+def decode(x: np.ndarray, entries: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The choice (heads,) that the solver's `x` stands for; `entries` and `shape` are those of the program."""
+    heads, rules = entries
+    weight = np.full(shape, -1.0)
+    weight[heads, rules] = x[: len(heads)]
+    return weight.argmax(axis=1)

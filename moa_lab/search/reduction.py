@@ -1,0 +1,80 @@
+"""Fewer entries for the solver: what the relaxation's bound rules out, and what a layer that shares its rules can use."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from moa_lab.search.budget import Relaxation, relax, weighted
+from moa_lab.search.cuts import polish
+from moa_lab.search.instance import Instance, with_caps
+from moa_lab.search.lagrange import Dual
+from moa_lab.search.layers import EXACT, LayerRelaxed, rule_excess, rules_of_layers
+from moa_lab.search.problem import Limits
+
+CORE_PER_HEAD = 4
+
+
+def promising(relaxed: Relaxation, heads: int) -> np.ndarray:
+    """The entries of least reduced-cost excess, `CORE_PER_HEAD` per head on average, every head's best among them."""
+    excess = relaxed.dual.reduced - relaxed.dual.reduced.min(axis=1, keepdims=True)
+    return excess <= np.partition(excess, CORE_PER_HEAD * heads, axis=None)[CORE_PER_HEAD * heads]
+
+
+def few_rules(problem: Instance, limits: Limits, relaxed: Relaxation, ceiling: float) -> tuple[Dual, list[np.ndarray]]:
+    """Price the limits for heads that share their layer's rules; then solve within the rules of a few prices around that."""
+    most = problem.max_rules or 1
+    cost = _weighted_cost(problem, relaxed)
+    dual = polish(LayerRelaxed(cost, limits.usage, limits.limit, problem.layers, most), relaxed.dual.multipliers, ceiling=ceiling)
+    found: list[np.ndarray] = []
+    heads = len(cost) // problem.layers
+    for price in (0.97, 1.0, 1.03, 1.1, 1.25, 1.6, 2.5, 8.0, 64.0, 1e4):
+        # A price above none for every limit, so that at the highest the shortest rules win whatever binds.
+        priced = cost + np.tensordot(price * (dual.multipliers + 1e-9), limits.usage, axes=1)
+        kept = np.repeat(rules_of_layers(priced.reshape(problem.layers, heads, -1), most), heads, axis=0)
+        allowed = problem.allowed & kept
+        least = np.where(allowed, limits.usage, np.inf).min(axis=2).sum(axis=1)
+        if (least <= limits.limit + limits.slack).all():
+            choice = relax(problem.goal, limits, allowed).choice
+            found += [choice] if choice is not None else []
+        if len(found) == 5:
+            break
+    return dual, found
+
+
+def _weighted_cost(problem: Instance, relaxed: Relaxation) -> np.ndarray:
+    """The goal's cost (heads, R) with its worst rows weighed as in the relaxation; infinite where a rule is not allowed."""
+    return np.where(problem.allowed, problem.goal.linear + weighted(problem.goal, relaxed.weights), np.inf)
+
+
+def worth_keeping(problem: Instance, relaxed: Relaxation, shared: Dual | None, value: float) -> np.ndarray:
+    """Boolean (heads, R): entries that some choice no worse than the known `value` may still need."""
+    keep = problem.allowed.copy()
+    most = value * (1 + 1e-9) + 1e-12
+    if np.isfinite(value):
+        reduced = relaxed.dual.reduced
+        keep &= relaxed.dual.bound + reduced - reduced.min(axis=1, keepdims=True) <= most
+    if problem.max_rules is None:
+        return keep & ~_dominated(problem, keep)
+    # A dominated rule may still be the one that a layer shares.
+    if np.isfinite(value) and shared is not None and problem.max_rules <= EXACT:
+        priced = _weighted_cost(problem, relaxed) + np.tensordot(shared.multipliers, with_caps(problem).usage, axes=1)
+        heads = len(keep) // problem.layers
+        fits = shared.bound + rule_excess(priced.reshape(problem.layers, heads, -1), problem.max_rules) <= most
+        keep &= np.repeat(fits, heads, axis=0)
+    return keep
+
+
+def _dominated(problem: Instance, keep: np.ndarray) -> np.ndarray:
+    """Entries for which the same head has another kept rule that is no worse in every cost and limit row."""
+    goals = (problem.goal, *(cap.terms for cap in problem.caps))
+    rows = [*problem.limits.usage, *(goal.linear for goal in goals), *(row for goal in goals for term in goal.worst for row in term.rows)]
+    stacked = np.stack(rows)
+    beaten = np.zeros_like(keep)
+    for rule in range(keep.shape[1]):
+        other = stacked[:, :, rule, None]
+        no_worse = (other <= stacked).all(axis=0)
+        better = (other < stacked).any(axis=0)
+        # Of equal rules the first stays.
+        better |= np.arange(keep.shape[1])[None, :] > rule
+        beaten |= no_worse & better & (keep & ~beaten)[:, rule, None]
+    return beaten
