@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.commands.terminal import ForceOption, free
+from moa_lab.commands.terminal import ForceOption, free, lengths_of
 from moa_lab.text import aligned
 
 
@@ -25,6 +25,9 @@ def harness(
     ] = None,
     chat_template: Annotated[bool, typer.Option("--chat-template", help="prompts as turns of a chat")] = False,
     few_shot: Annotated[int | None, typer.Option("--few-shot", min=0, help="examples in a prompt; default as the task says")] = None,
+    lengths: Annotated[
+        str | None, typer.Option("--lengths", help="tokens of the texts of tasks that make their own (RULER), for instance 4096,8192")
+    ] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     force: ForceOption = False,
 ) -> None:
@@ -42,11 +45,12 @@ def harness(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found = measure(
         loaded, tokenizer, card, [name.strip() for name in tasks.split(",") if name.strip()], limit=limit, include_path=include_path,
-        batch_size=batch_size, n_tokens=n_tokens, chat_template=chat_template, few_shot=few_shot, seed=seed,
+        batch_size=batch_size, n_tokens=n_tokens, chat_template=chat_template, few_shot=few_shot, lengths=lengths_of(lengths), seed=seed,
     )  # fmt: skip
     found.save(out)
-    lines = [["task", "metric", "value", "95% interval", "n", "density"]]
+    lines = [["task", "length", "metric", "value", "95% interval", "n", "density"]]
     for row in found:
-        lines.append([row.task, row.metric, f"{row.value:.3f}", f"[{row.low:.3f}, {row.high:.3f}]", str(row.n), f"{row.density:.1%}"])
+        scores = (f"{row.value:.3f}", f"[{row.low:.3f}, {row.high:.3f}]", str(row.n), f"{row.density:.1%}")
+        lines.append([row.task, str(row.length), row.metric, *scores])
     typer.echo("\n".join(aligned(lines)))
     typer.echo(f"measurements: {out}")

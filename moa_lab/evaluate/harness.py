@@ -18,56 +18,66 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moa_lab.evaluate.intervals import Interval, Z, proportion
-from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
+from moa_lab.evaluate.harness_tasks import HarnessTasks, installed
+from moa_lab.evaluate.intervals import Interval, Z, mean, proportion
+from moa_lab.models import chat_ids, geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
 from moa_lab.runtime import apply_plan
 
-MISSING = 'the evaluation harness is not installed: pip install "moa-lab[eval]"'
-NAMES_SHOWN = 5
+STRING_MATCH = "string_match"
+"""RULER's score: the share of the answers asked for that a reply holds. The harness names it after the length."""
 
 
 def harness(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None, tasks: Sequence[str], *,
     limit: int | None = None, include_path: str | Path | None = None, batch_size: int = 1, n_tokens: int | None = None,
-    chat_template: bool = False, few_shot: int | None = None, seed: int = 0,
+    chat_template: bool = False, few_shot: int | None = None, lengths: Sequence[int] | None = None, seed: int = 0,
 ) -> Measurements:  # fmt: skip
     """A row for every metric of every task (and group of tasks, with its members) under `plan`; None: the model as it is.
 
     tasks: names of the harness, or of the YAML files in the folder `include_path`. limit: documents a task at most. few_shot: examples
     in the prompt (None: as the task says). chat_template: prompts as turns of a chat, as models tuned for it expect.
+    lengths: in tokens, of the texts of tasks that make their own (RULER; prompt and answer together), a row for each; `seed` draws them.
     n_tokens: the length that elastic rules are evaluated at. None: that of each prompt, with the answer where the harness scores
     given ones, without it where the model writes its own; in a batch, the length its rows are padded to.
-    A row's length and density are means over the task's prompts; its interval is Wilson's where the scores are hits and misses, else
-    1.96 of the harness's standard errors, or nothing but the value where the harness has none; `per_sample`, in the detail, holds
-    the scores of the documents in order, for paired comparisons of plans.
-    Raises ValueError where the harness is missing, for no task or an unknown one, and for what `apply_plan` refuses.
+    A row's density, and its length where the texts are given, are means over the task's prompts. Its interval is Wilson's where the
+    scores are hits and misses, else 1.96 of the harness's standard errors, or Student's of the documents' scores where the harness has
+    none; `per_sample`, in the detail, holds the scores of the documents in order, for paired comparisons of plans.
+    Raises ValueError where the harness is missing, for no task or an unknown one, for lengths that cannot be had, for a task whose texts
+    cannot be loaded, and for what `apply_plan` refuses.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 document, got {limit}")
-    simple_evaluate, manager_type, wrapped_type = _installed()
-    manager = _manager(manager_type, tasks, include_path)
+    simple_evaluate, manager_type, wrapped_type = installed()
+    named = HarnessTasks(manager_type, tasks, include_path, tokenizer)
+    added = len(chat_ids(tokenizer, [{"role": "user", "content": ""}])) if chat_template else 0
+    named.check_lengths(lengths, geometry_of(model).max_length - added)
     # A copy: the harness gives a tokenizer without a padding token one.
     wrapped = wrapped_type(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
     rows: list[Measurement] = []
     versions: dict[str, Any] = {}
     for task in tasks:
-        lengths: Counter[int] = Counter()
-        with contextlib.nullcontext() if plan is None else apply_plan(model, plan, n_tokens), _prompt_lengths(model, lengths):
-            results = simple_evaluate(
-                model=wrapped, tasks=[task], task_manager=manager, limit=limit, num_fewshot=few_shot, batch_size=batch_size,
-                apply_chat_template=chat_template, log_samples=True, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
-                fewshot_random_seed=seed,
-            )  # fmt: skip
-        versions |= results["versions"]
-        rows += harness_rows(results, plan or dense_plan(geometry_of(model)), lengths, n_tokens)
+        for asked in (lengths or ()) if named.makes_texts(task) else (None,):
+            counted: Counter[int] = Counter()
+            with (
+                named.loaded(task, asked, seed) as (manager, loaded),
+                contextlib.nullcontext() if plan is None else apply_plan(model, plan, n_tokens),
+                _prompt_lengths(model, counted),
+            ):
+                results = simple_evaluate(
+                    model=wrapped, tasks=loaded, task_manager=manager, limit=limit, num_fewshot=few_shot, batch_size=batch_size,
+                    apply_chat_template=chat_template, log_samples=True, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
+                    fewshot_random_seed=seed,
+                )  # fmt: skip
+            versions |= results["versions"]
+            rows += harness_rows(results, plan or dense_plan(geometry_of(model)), counted, n_tokens, asked)
     settings = {
         "tasks": list(tasks), "limit": limit, "batch_size": batch_size, "n_tokens": n_tokens, "chat_template": chat_template,
-        "few_shot": few_shot, "task_versions": versions, "lm_eval": version("lm_eval"),
+        "few_shot": few_shot, "lengths": list(lengths) if lengths else None, "task_versions": versions, "lm_eval": version("lm_eval"),
     }  # fmt: skip
     origin = provenance(
         model=model_name(model), weights=weights_fingerprint(model), tokenizer=tokenizer_fingerprint(tokenizer), seed=seed,
@@ -76,8 +86,14 @@ def harness(
     return Measurements(tuple(rows), settings, origin)
 
 
-def harness_rows(results: Mapping[str, Any], plan: Plan, lengths: Mapping[int, int], n_tokens: int | None = None) -> list[Measurement]:
-    """Rows of what `lm_eval.simple_evaluate` returned. lengths: how many prompts had a length in tokens."""
+def harness_rows(
+    results: Mapping[str, Any], plan: Plan, lengths: Mapping[int, int], n_tokens: int | None = None, asked: int | None = None
+) -> list[Measurement]:
+    """Rows of what `lm_eval.simple_evaluate` returned. lengths: how many prompts had a length in tokens.
+
+    asked: the length that the texts were made to, which is the rows' then; what the harness says of other lengths is left out. Some
+    tasks make shorter ones (`ruler_cwe` counts a worked example that it leaves out): `prompt_tokens`, in the detail, is their mean.
+    """
     counts = list(lengths.values())
     length = round(np.average(list(lengths), weights=counts)) if counts else 0
     density = float(np.average([plan.density(n_tokens or n) for n in lengths], weights=counts)) if counts else 1.0
@@ -88,45 +104,17 @@ def harness_rows(results: Mapping[str, Any], plan: Plan, lengths: Mapping[int, i
             name, comma, by = key.partition(",")
             if not comma or name.endswith("_stderr") or not isinstance(value, Real):
                 continue
+            if asked is not None and name.isdigit() and int(name) != asked:
+                continue
             stderr = scores.get(f"{name}_stderr,{by}")
             stderr = float(stderr) if isinstance(stderr, Real) else None
             per_sample = _per_sample(results.get("samples", {}).get(task, ()), name, by)
             interval = _interval(float(value), _documents(results, task), stderr, per_sample)
             detail = {"filter": by, "stderr": stderr, "per_sample": per_sample}
-            rows.append(Measurement(plan.name, name if by == "none" else f"{name}_{by}", task, length, *interval, density, detail))
+            detail |= {} if asked is None else {"prompt_tokens": length}
+            metric = STRING_MATCH if asked is not None and name.isdigit() else name if by == "none" else f"{name}_{by}"
+            rows.append(Measurement(plan.name, metric, task, asked or length, *interval, density, detail))
     return rows
-
-
-def _installed() -> tuple[Any, Any, Any]:
-    """`simple_evaluate`, `TaskManager` and `HFLM`."""
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ValueError(f"{MISSING} ({error})") from error
-    return simple_evaluate, TaskManager, HFLM
-
-
-def _manager(manager_type: Any, tasks: Sequence[str], include_path: str | Path | None) -> Any:
-    """A `TaskManager` that knows all of `tasks`."""
-    if isinstance(tasks, str) or not tasks:
-        raise ValueError(f"tasks must be a list of at least one name of a task, got {tasks!r}")
-    if include_path is not None:
-        if not Path(include_path).is_dir():
-            raise ValueError(f"include_path {include_path} is not a folder of task files (.yaml)")
-        own = manager_type(include_path=str(include_path), include_defaults=False)
-        # The harness's own files are many and take seconds to read; groups may name tasks that are among them.
-        if set(tasks) <= set(own.all_subtasks):
-            return own
-    manager = manager_type(include_path=None if include_path is None else str(include_path))
-    known = manager.all_tasks
-    for task in tasks:
-        if task not in known:
-            close = [name for name in known if task.lower() in name.lower()][:NAMES_SHOWN]
-            hint = f"; names like it: {', '.join(close)}" if close else ""
-            raise ValueError(f"the harness knows no task {task!r}{hint}; a task of your own needs its folder as include_path")
-    return manager
 
 
 @contextlib.contextmanager
@@ -165,5 +153,7 @@ def _interval(value: float, n: int, stderr: float | None, per_sample: Sequence[f
     if per_sample and set(per_sample) <= {0.0, 1.0} and np.isclose(np.mean(per_sample), value):
         # The harness's standard error is 0 where all are hits, which no sample can tell.
         return proportion(int(sum(per_sample)), len(per_sample))
+    if per_sample and stderr is None and np.isclose(np.mean(per_sample), value):
+        return mean(per_sample)
     reach = Z * (stderr or 0.0)
     return Interval(value, n, value - reach, value + reach)

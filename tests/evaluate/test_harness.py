@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from moa_lab.commands.harness import harness as command
-from moa_lab.evaluate.harness import MISSING, harness, harness_rows
+from moa_lab.evaluate.harness import harness, harness_rows
+from moa_lab.evaluate.harness_tasks import MISSING
 from moa_lab.evaluate.intervals import Z, proportion
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, SpanRule, dense_plan, uniform_plan
@@ -68,7 +69,7 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
         whole = lm_eval.tasks.TaskManager
-        patch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, include_defaults=False: whole(None, include_path, False))
+        patch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, metadata=None, **_: whole(None, include_path, False, metadata))
         yield
 
 
