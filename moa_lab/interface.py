@@ -119,8 +119,12 @@ def key_mask(
 ) -> KeyMask:
     """Mask function for transformers: says what is hidden instead of writing it out, query by key."""
     device = torch.device(device)
+    came = (q_offset if isinstance(q_offset, int) else int(q_offset)) + q_length
+    if kv_offset == 0 and came < kv_length and (attention_mask is None or attention_mask.shape[-1] < kv_length):
+        # A static cache, with room for tokens to come: its keys beyond those that came are nobody's (see `_dispatch`).
+        kv_length = came
     causal, reach = _own_window(settings.get("mask_function", causal_mask_function))
-    if causal and kv_offset == 0 and q_offset + q_length == kv_length:
+    if causal and kv_offset == 0 and came == kv_length:
         real = None if attention_mask is None else attention_mask[:, :kv_length].to(device, torch.bool)
         return KeyMask(batch_size, q_length, kv_length, device, real=real, reach=reach)
     settings["allow_is_causal_skip"] = False
@@ -161,9 +165,12 @@ def _dispatch(
         if settings.get(name) is not None:
             raise ValueError(f"{type(module).__name__} passes {name} to its attention, which moa_lab cannot represent")
     scale = settings.get("scaling")
+    mask = _mask(attention_mask, query, key)
+    if key.shape[2] > mask.n_keys:
+        key, value = key[:, :, : mask.n_keys], value[:, :, : mask.n_keys]
     call = AttentionCall(
         query, key, value,
-        mask=_mask(attention_mask, query, key),
+        mask=mask,
         scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
         softcap=settings.get("softcap"),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from moa_lab.interface import route_attention
 from moa_lab.models import geometry_of, weights_fingerprint
 from moa_lab.plan import Plan
 from moa_lab.runtime.attention import SpanAttention
+from moa_lab.runtime.caches import check_cache, check_generation
 from moa_lab.runtime.hf_cache import RingCache
 
 PREPARE = "_prepare_cache_for_generation"
@@ -31,7 +32,8 @@ def apply_plan(model: PreTrainedModel, plan: Plan, n_tokens: int | None = None) 
     new prompt, so pass it when a prompt is fed in chunks or when generation is long.
     Every query of a head sees the sink and its window, in prefill as in decoding. Wherever transformers would make a cache, in a
     forward pass or in `generate`, a `RingCache` is made, which keeps nothing else; a cache that is passed in is used as it is, and
-    masked.
+    masked. `generate` refuses another kind by name (`cache_implementation`), and static caches altogether, with ValueError.
+    Blocks may be nested: the inner plan alone is in force, and takes no cache of the outer one.
     Raises ValueError for a plan of another geometry, a length beyond the model, or a model that cannot be routed.
     """
     geometry = geometry_of(model)
@@ -66,17 +68,25 @@ def _ring_caches(model: PreTrainedModel, spans: SpanAttention) -> Iterator[None]
     """Put a `RingCache` where a forward pass or `generate` would make a cache."""
 
     def before(_: torch.nn.Module, arguments: tuple[Any, ...], settings: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        spans.forget()
+        # Within an inner `apply_plan` the outer one rests.
+        if _in_force.get(model) is not spans:
+            return arguments, settings
+        past = settings.get("past_key_values")
+        check_cache(past, spans)
+        spans.begin(past)
         wanted = settings.get("use_cache", model.config.get_text_config(decoder=True).use_cache)
         # Attention modules that are trained may be run twice (checkpointing), and keep nothing.
-        if wanted and settings.get("past_key_values") is None and not model.training:
+        if wanted and past is None and not model.training:
             settings = {**settings, "past_key_values": RingCache(spans)}
         return arguments, settings
 
     prepare: Callable[..., Any] = getattr(model, PREPARE)
 
     def prepared(generation_config: Any, model_kwargs: dict[str, Any], *arguments: Any, **settings: Any) -> Any:
+        if _in_force.get(model) is not spans:
+            return prepare(generation_config, model_kwargs, *arguments, **settings)
         given = model_kwargs.get("past_key_values")
+        check_generation(generation_config, given)
         answer = prepare(generation_config, model_kwargs, *arguments, **settings)
         if given is None and type(model_kwargs.get("past_key_values")) is DynamicCache:
             bound = inspect.signature(prepare).bind(generation_config, model_kwargs, *arguments, **settings).arguments

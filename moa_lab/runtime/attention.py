@@ -6,10 +6,18 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from transformers.cache_utils import Cache
 
 from moa_lab.interface import AttentionCall, Handler
 from moa_lab.kernels.dispatch import span_attention
 from moa_lab.plan import Plan
+
+LENGTH = "_moa_lab_n_tokens"
+"""Where a cache that keeps everything carries the length N its spans are taken at: copies of the cache take it along."""
+ELSEWHERE = (
+    "this cache is used where its plan is not in force: by another model, or inside another `apply_plan`; "
+    "make a cache there with `ring_cache(model)`, or run the prompt again"
+)
 
 
 class SpanCache(Protocol):
@@ -22,7 +30,7 @@ class SpanCache(Protocol):
 class SpanAttention:
     """Attention handlers of a model under `plan`, one per layer, that agree on the length N the spans are taken at.
 
-    n_tokens: N for elastic rules (prompt and new tokens together); None: the length of the newest prompt, kept while
+    n_tokens: N for elastic rules (prompt and new tokens together); None: the length of the first prompt in the cache, kept while
     tokens are generated after it, since a cache that dropped a token cannot bring it back.
     """
 
@@ -33,16 +41,27 @@ class SpanAttention:
         self._windows: dict[int, np.ndarray] = {}
         self._current = n_tokens
         self._arrived: tuple[SpanCache, torch.Tensor] | None = None
+        self._past: Cache | None = None
 
     def arrive(self, cache: SpanCache, key: torch.Tensor) -> None:
         """Told by a cache that gives nothing but the new tokens' `key` to the attention that comes next."""
-        if not self.active:
-            raise RuntimeError("this cache belongs to a plan that is no longer applied: use it within the same `apply_plan`")
+        self.check_active()
+        if self._arrived is not None:
+            # The layer before handed its keys over, and its attention was another's: it saw nothing but the new tokens.
+            self._arrived = None
+            raise RuntimeError(ELSEWHERE)
         self._arrived = (cache, key)
 
-    def forget(self) -> None:
-        """A new forward pass begins: what an earlier one left when it failed is void."""
+    def check_active(self) -> None:
+        """Raises RuntimeError where the plan is no longer applied."""
+        if not self.active:
+            raise RuntimeError("this cache belongs to a plan that is no longer applied: use it within the same `apply_plan`")
+
+    def begin(self, past: Cache | None) -> None:
+        """A new forward pass begins, over the cache `past`: what an earlier one left when it failed is void."""
         self._arrived = None
+        if self.fixed is None:
+            self._past, self._current = past, getattr(past, LENGTH, None)
 
     def handler(self, layer: int) -> Handler:
         """The attention of one layer."""
@@ -54,12 +73,22 @@ class SpanAttention:
                 if key is not call.key:
                     raise ValueError("the model changes keys between its cache and its attention: pass past_key_values=DynamicCache()")
                 return cache.attend(layer, call)
+            if call.key.shape[2] < call.mask.n_keys:
+                raise RuntimeError(ELSEWHERE)
             if self.fixed is None and (call.is_prefill or self._current is None):
-                self._current = call.mask.n_keys
+                self._settle(call)
             windows = self.windows(self._current or call.mask.n_keys)[layer]
             return span_attention(call.query, call.key, call.value, call.mask, self.plan.sink_tokens, windows, call.scale, call.softcap)
 
         return attend
+
+    def _settle(self, call: AttentionCall) -> None:
+        """Take the tokens that there are for N. A cache tells them: layers hand out fewer keys, or room that is yet to be filled."""
+        there = 0 if self._past is None else int(self._past.get_seq_length())
+        self._current = call.mask.n_keys if call.is_prefill else there or call.mask.n_keys
+        # The cache of an earlier pass, if this one went round the model's own door, has nothing to do with it.
+        if self._past is not None and there == self._current:
+            setattr(self._past, LENGTH, self._current)
 
     def windows(self, n_tokens: int) -> np.ndarray:
         """Window tokens at length N, or at `n_tokens` where no N is fixed: int64 (layers, kv_heads)."""

@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from moa_lab.cache import LayerLayout, RingLayer, layer_layouts
 from moa_lab.interface import AttentionCall
 from moa_lab.kernels.dispatch import new_schedule, ring_attention, ring_write, span_attention
 from moa_lab.kernels.schedule import DecodeSchedule
-from moa_lab.masks import KeyMask
-from moa_lab.runtime.attention import SpanAttention
+from moa_lab.runtime.attention import ELSEWHERE, SpanAttention
+from moa_lab.runtime.cache_layers import LayerView, WholeCache
+from moa_lab.runtime.columns import ordered, padding_of
 
 ROOM = 256
 """Tokens that there is room for beyond what came, where nothing says how many will come."""
 
 
-class RingCache(Cache):
+class RingCache(WholeCache):
     """The KV cache of one batch under a plan; made inside `apply_plan` wherever transformers would make a cache, or by `ring_cache`.
 
     spans: the plan in force. capacity: tokens that rows will reach, prompt and new; more are taken, and
     cost a copy. Spans of elastic rules are those of the plan's length N, or else of the first prompt's, and stay.
 
-    Rows may be padded anywhere: padding is never stored, so a row holds what it would alone. Raises RuntimeError when used outside
-    the plan that made it, ValueError when it goes on after a mask of one's own, or with one.
+    Rows may be padded anywhere: padding is never stored, so a row holds what it would alone. `copy.copy` and `copy.deepcopy` make a
+    cache of its own under the same plan. Raises RuntimeError when used outside the plan that made it, after a pass that failed half-way,
+    when copied in the middle of a pass, and when pickled or offloaded; ValueError when it goes on after a mask of one's own, or with
+    one, or with another number of rows.
     """
 
     def __init__(self, spans: SpanAttention, capacity: int | None = None) -> None:
@@ -44,7 +47,11 @@ class RingCache(Cache):
         self._is_first, self._is_void, self._counts = True, False, True
         self._recorded: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._seen = 0
-        super().__init__(layers=[_Layer(self, layer) for layer in range(spans.plan.geometry.layers)])
+        # The layer whose attention comes next: anything but 0 between two passes means that one failed.
+        self._next = 0
+        # Padding of every row before its first token, where that is all the padding it has; -1 where it is not.
+        self._front = torch.zeros(0, dtype=torch.int32)
+        super().__init__(layers=[LayerView(self, layer) for layer in range(spans.plan.geometry.layers)])
 
     @property
     def allocated_bytes(self) -> int:
@@ -92,19 +99,25 @@ class RingCache(Cache):
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Attention of one layer to all that its heads keep and to the new tokens, which are kept from here on."""
-        tokens = call.query.shape[2]
         if layer == 0:
-            self._begin(call, tokens)
+            self._begin(call, call.query.shape[2])
+        self._next = layer + 1
+        found = self._attend(layer, call)
+        self._next %= len(self.layers)
+        return found
+
+    def _attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
+        tokens = call.query.shape[2]
         if self._is_first:
             layout = self._layouts[layer]
             windows = np.array(layout.windows)
             found = span_attention(call.query, call.key, call.value, call.mask, layout.sink_tokens, windows, call.scale, call.softcap)
             if not self._is_void:
                 self._allocate(layer, call)
-                self._keep(layer, _ordered(call.key, self._order), _ordered(call.value, self._order))
+                self._keep(layer, ordered(call.key, self._order), ordered(call.value, self._order))
             return found
         ring = self.rings[layer]
-        query, key, value = (_ordered(x, self._order) for x in (call.query, call.key, call.value))
+        query, key, value = (ordered(x, self._order) for x in (call.query, call.key, call.value))
         keep = self._recorded is None
         if self._recorded is not None:
             self._keep(layer, key, value)
@@ -113,16 +126,50 @@ class RingCache(Cache):
         # A model may be spread over several devices, a layer here and a layer there.
         lengths, padding = (x.to(query.device) for x in (self.lengths, self._padding))
         found = ring_attention(query, key, value, ring, lengths, padding, call.scale, call.softcap, schedule=schedule, keep=keep)
-        return found if self._order is None else _ordered(found, self._order.argsort(dim=1))
+        return found if self._order is None else ordered(found, self._order.argsort(dim=1))
+
+    def check_owner(self, spans: SpanAttention) -> None:
+        """Raises RuntimeError where `spans` is not what this cache was made under."""
+        self._spans.check_active()
+        if self._spans is not spans:
+            raise RuntimeError(ELSEWHERE)
+
+    # --- copies
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RingCache:
+        """A cache that goes on as this one would; neither changes the other. Only the plan in force is shared."""
+        if self._next or not self._counts:
+            raise RuntimeError("a ring cache cannot be copied in the middle of a pass or of a decode loop: copy it before or afterwards")
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        memo[id(self._spans)] = self._spans
+        # Schedules are never written, and a recorded key may hang on a graph, which no deep copy follows.
+        shared: dict[str, Any] = {"_schedules": dict(self._schedules), "_dealt": list(self._dealt)}
+        if self._recorded is not None:
+            shared["_recorded"] = [(key.detach().clone(), value.detach().clone()) for key, value in self._recorded]
+        vars(twin).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name not in shared} | shared)
+        return twin
+
+    def __copy__(self) -> RingCache:
+        """As a deep copy: two caches that share rings would overwrite each other's tokens."""
+        return copy.deepcopy(self)
 
     # --- rows
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep, drop, repeat or reorder rows."""
-        rows = indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+        if not self._seen:
+            return
+        rows = torch.as_tensor(indices).flatten()
+        if rows.dtype == torch.bool:
+            rows = torch.arange(len(self.lengths), device=rows.device)[rows]
+        # Counted from the end, without a host synchronisation.
+        rows = torch.where(rows < 0, rows + len(self.lengths), rows)
         for ring in self.rings:
             ring.select(rows)
-        self.lengths, self._padding = (x.index_select(0, rows.to(x.device)) for x in (self.lengths, self._padding))
+        self.lengths, self._padding, self._front = (
+            x.index_select(0, rows.to(x.device)) for x in (self.lengths, self._padding, self._front)
+        )
         if self._recorded is not None:
             chosen = [tuple(x.index_select(0, rows.to(x.device)) for x in pair) for pair in self._recorded]
             self._recorded = [(key, value) for key, value in chosen]
@@ -137,8 +184,8 @@ class RingCache(Cache):
 
     def reset(self) -> None:
         """Forget everything."""
-        self.rings, self._recorded, self._seen, self._is_void = [], None, 0, False
-        self.lengths = torch.zeros(0, dtype=torch.int32)
+        self.rings, self._recorded, self._seen, self._is_void, self._next = [], None, 0, False, 0
+        self.lengths, self._front = (torch.zeros(0, dtype=torch.int32) for _ in range(2))
 
     # --- taking tokens back
 
@@ -149,19 +196,24 @@ class RingCache(Cache):
     def crop(self, tokens_to_remove: int | torch.Tensor) -> None:
         """Take the newest -`tokens_to_remove` tokens back; a positive number is the number of tokens to keep.
 
-        Raises RuntimeError where they have overwritten older ones: where a ring is full and nothing was recorded.
+        Raises RuntimeError where they have overwritten older ones: where a ring is full and nothing was recorded; and where padding
+        lies between tokens, so that a row has fewer to take back than another.
         """
         # Prompt lookup counts in tensors.
         kept = int(tokens_to_remove)
-        remove = -kept if kept <= 0 else max(self._seen - kept, 0)
+        remove = min(-kept, self._seen) if kept <= 0 else max(self._seen - kept, 0)
+        if remove and not torch.equal(self.lengths + self._front, torch.full_like(self.lengths, self._seen)):
+            raise RuntimeError("tokens cannot be taken back where rows have padding between their tokens: run the rows one by one")
         if self._recorded:
             self._commit(remove)
         elif remove and any(self._seen > int(ring.layout.slots.min()) for ring in self.rings):
             raise RuntimeError(
                 "tokens were overwritten in a full ring and cannot be taken back; call activate_past_recording() before they come"
             )
-        self.lengths -= remove
+        # A row that began later has fewer.
+        self.lengths.sub_(remove).clamp_(min=0)
         self._seen -= remove
+        self._front.clamp_(max=self._seen)
 
     def _commit(self, remove: int) -> None:
         assert self._recorded is not None
@@ -182,24 +234,31 @@ class RingCache(Cache):
             self.lengths += 1
             return
         mask, batch, device = call.mask, len(call.query), call.query.device
+        if self._next:
+            raise RuntimeError("a pass over this cache failed half-way, and layers differ in what they hold: reset() it, or make a new one")
         self._is_first = self._seen == 0
         if self._is_void or (mask.explicit is not None and not self._is_first):
             raise ValueError("a mask of one's own needs a cache that keeps everything: pass past_key_values=DynamicCache()")
-        # A single pass may have one; what it would leave here cannot be gone on from.
-        self._is_void = mask.explicit is not None
         if self._is_first:
             self._capacity = max(self._capacity, self._spans.fixed or 0, tokens)
             self._capacity += 0 if self._capacity > tokens or self._spans.fixed else ROOM
             self._layouts = layer_layouts(self._spans.plan, self._spans.fixed or tokens, self._capacity)
             self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
             self.rings = []
-        self._seen += tokens
-        padding, self._order = _padding(mask, tokens, self.lengths)
+        elif batch != len(self.lengths):
+            raise ValueError(f"{batch} rows over a cache of {len(self.lengths)}: batch_repeat_interleave or batch_select_indices it first")
+        # A single pass may have one; what it would leave here cannot be gone on from.
+        self._is_void = mask.explicit is not None
+        padding, order = padding_of(mask, tokens, self.lengths)
         if self._recorded:
             if mask.real is not None and bool(padding.any()):
                 raise ValueError("padding between recorded tokens: assisted generation takes rows without padding")
         else:
             self._padding = padding
+        if self._is_first:
+            self._front = padding.clone() if order is None else torch.full_like(padding, -1)
+        self._order = order
+        self._seen += tokens
         # In place, so that a captured graph counts on by itself.
         self.lengths += tokens - padding
         if self._seen > self._capacity:
@@ -230,49 +289,3 @@ class RingCache(Cache):
         if name not in self._schedules:
             self._schedules[name] = new_schedule(self.rings[layer], len(self.lengths))
         return self._schedules[name]
-
-
-class _Layer(CacheLayerMixin):
-    """What transformers asks a layer of a cache; the cache answers."""
-
-    is_sliding = False
-    is_croppable = True
-
-    def __init__(self, cache: RingCache, layer: int) -> None:
-        super().__init__()
-        self._cache, self._layer = cache, layer
-
-    @property
-    def batch_size(self) -> int:
-        return self._cache.batch_size
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        pass
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._cache.update(key_states, value_states, self._layer)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._cache.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self._cache.get_seq_length()
-
-    def get_max_length(self) -> int:
-        return -1
-
-
-def _padding(mask: KeyMask, tokens: int, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """How many of the new columns are padding, int32 (batch,), and the order that brings it to the left, None where it is there."""
-    if mask.real is None:
-        return torch.zeros_like(lengths), None
-    real = mask.real[:, -tokens:]
-    padding = (tokens - real.sum(dim=1)).to(torch.int32)
-    if tokens == 1 or not bool((real[:, :-1] & ~real[:, 1:]).any()):
-        return padding, None
-    return padding, real.int().argsort(dim=1, stable=True)
-
-
-def _ordered(x: torch.Tensor, order: torch.Tensor | None) -> torch.Tensor:
-    """`x` (batch, heads, tokens, head_dim) with each row's tokens in `order` (batch, tokens)."""
-    return x if order is None else x.gather(2, order.to(x.device)[:, None, :, None].expand_as(x))

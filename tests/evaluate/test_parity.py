@@ -116,7 +116,7 @@ def wrong_slot_in_the_second_turn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def padding_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
     rings = sys.modules[RingCache.__module__]
-    monkeypatch.setattr(rings, "_padding", lambda mask, tokens, lengths: (torch.zeros_like(lengths), None))
+    monkeypatch.setattr(rings, "padding_of", lambda mask, tokens, lengths: (torch.zeros_like(lengths), None))
 
 
 def rows_mixed_up(monkeypatch: pytest.MonkeyPatch) -> None:
