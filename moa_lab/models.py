@@ -16,12 +16,12 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.geometry import ModelGeometry
+from moa_lab.prompting.chat import conversation_ids
 from moa_lab.provenance import digest
 from moa_lab.storage import atomic_path
 
@@ -155,17 +155,11 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
     """Token ids of a conversation, `messages` being `{"role": ..., "content": ...}` in order.
 
     Uses the tokenizer's chat template, or "User: ... / Assistant:" lines where it has none. With
-    `add_generation_prompt` the ids end where the assistant's answer begins.
+    `add_generation_prompt` the ids end where the assistant's answer begins. Contents are text: a control token that one spells
+    (`<|im_end|>`) is cut into ordinary tokens, and a warning counts them. Raises ValueError, in one line with the cure, for a
+    template that raises or leaves a message out.
     """
-    if tokenizer.chat_template:
-        # return_dict: transformers 5 wraps the ids in a BatchEncoding unless told otherwise.
-        conversation = [dict(message) for message in messages]
-        ids: Any = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-        )
-        return [int(token) for token in ids]
-    lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
-    return list(tokenizer.encode("".join(lines) + ("Assistant:" if add_generation_prompt else "")))
+    return conversation_ids(tokenizer, messages, add_generation_prompt)
 
 
 def cache_folder() -> Path:

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.answers import AnswerScore, fill_greedily, score_answers
-from moa_lab.calibration.documents import Document, Split, documents_hash, embedded_documents
+from moa_lab.calibration.documents import Document, Split, documents_hash, embedded_documents, tell_escaped
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Source, Summaries, Task
 from moa_lab.calibration.wordings import Wording
@@ -80,13 +80,14 @@ def calibrate(
 ) -> SampleSet:
     """Samples of exactly `lengths` tokens for every request, answered by `model` where the task says so.
 
-    documents: None takes the embedded ones of `split`. batch_size: samples answered at once. parts_dir: finished
-    samples are kept there and not answered again after a kill. Raises ValueError for an empty or unusable request, a
-    length beyond the model, or documents that cannot fill a length.
+    documents: None takes the embedded ones of `split`; control tokens that they spell are text, counted in `settings`. batch_size:
+    samples answered at once. parts_dir: finished samples are kept there and not answered again after a kill. Raises ValueError for an
+    empty or unusable request, a length beyond the model, or documents that cannot fill a length.
     """
     wanted = requests() if wanted is None else tuple(wanted)
     documents = embedded_documents(split) if documents is None else tuple(documents)
     _check(model, lengths, wanted)
+    escaped = tell_escaped(documents, tokenizer)
     weights = weights_fingerprint(model)
     answerer = _Answerer(model, end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights)
     total = sum(request.count for request in wanted) * len(lengths)
@@ -102,7 +103,7 @@ def calibrate(
                     progress(len(samples), total)
     settings = {
         "lengths": sorted(lengths), "split": split, "documents": documents_hash(documents),
-        "requests": [_told(request) for request in wanted],
+        "requests": [_told(request) for request in wanted], **({"escaped_controls": escaped} if escaped else {}),
     }  # fmt: skip
     result = SampleSet(tuple(samples), settings)
     where = provenance(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import json
+import logging
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -11,10 +12,14 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
+from moa_lab.prompting.controls import escaped_controls, told
+from moa_lab.prompting.encoding import text_ids, text_tokens
 from moa_lab.provenance import digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["calibration", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -88,6 +93,20 @@ def split_documents(documents: Sequence[Document], seed: int) -> dict[Split, tup
     return {split: tuple(document for document in documents if split_of[document.text] == split) for split in SPLITS}
 
 
+_told: set[tuple[str, tuple[str, ...]]] = set()
+
+
+def tell_escaped(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """How often the documents spell each control token of the tokenizer; all are kept as text, which a warning says once."""
+    texts = [text for document in documents for text in (document.text, document.summary, document.question, document.answer)]
+    escaped = escaped_controls(tokenizer, texts)
+    key = (documents_hash(documents), tuple(escaped)) if escaped else None
+    if key and key not in _told:
+        _told.add(key)
+        logger.warning("the %d documents spell %s; they are kept as text", len(documents), told(escaped))
+    return escaped
+
+
 class TextStream:
     """Excerpts of an exact number of tokens, walking through documents in a seeded random order.
 
@@ -101,7 +120,7 @@ class TextStream:
         texts = tuple(dict.fromkeys(document.text for document in documents))
         if not texts:
             raise ValueError("documents is empty; a TextStream needs at least one document")
-        self._joint = _token_ids(tokenizer, JOINT)
+        self._joint = text_ids(tokenizer, JOINT)
         self._tokens: list[list[int]] = []
         self._starts: list[list[int]] = []
         for text in texts:
@@ -225,34 +244,29 @@ def _fair_shares(total: int, limits: Sequence[int]) -> list[int]:
     return shares
 
 
-def _token_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # verbose=False: that a document is longer than the model's context is expected here and no reason for a warning.
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-
 def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[int]]:
     """Token ids of `text`, and the sorted token indices at which a sentence or paragraph begins (0 always among them)."""
     characters = _boundaries(text)
     if not getattr(tokenizer, "is_fast", False):
         return _tokenize_slowly(tokenizer, text, characters)
-    encoding = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    begins = [begin for begin, _ in encoding["offset_mapping"]]
-    ends = [end for _, end in encoding["offset_mapping"]]
+    ids, offsets = text_tokens(tokenizer, text, offsets=True)
+    begins = [begin for begin, _ in offsets]
+    ends = [end for _, end in offsets]
     starts = {0}
     for character in characters:
         token = bisect.bisect_right(ends, character)
         # A token that also holds the end of the sentence before is no clean start.
         if token < len(begins) and not text[begins[token] : character].strip():
             starts.add(token)
-    return list(encoding["input_ids"]), sorted(starts)
+    return ids, sorted(starts)
 
 
 def _tokenize_slowly(tokenizer: PreTrainedTokenizerBase, text: str, characters: list[int]) -> tuple[list[int], list[int]]:
     """The same without character offsets: a boundary is kept where the text before it tokenizes to a prefix of the whole."""
-    ids = _token_ids(tokenizer, text)
+    ids = text_ids(tokenizer, text)
     starts = {0}
     for character in characters[:: max(1, len(characters) // SLOW_TOKENIZER_STARTS)]:
-        before = _token_ids(tokenizer, text[:character].rstrip())
+        before = text_ids(tokenizer, text[:character].rstrip())
         if 0 < len(before) < len(ids) and ids[: len(before)] == before:
             starts.add(len(before))
     return ids, sorted(starts)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-_MARK = "\u241f{}\u241f"
+from moa_lab.prompting.encoding import rendered_ids, text_ids
+from moa_lab.prompting.rendering import SHAPES, Marks, render, shape_of, split_at
 
 
 @dataclass(frozen=True)
@@ -33,34 +34,34 @@ class Frame:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a piece of text: nothing added, special tokens in the text recognised."""
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    """Token ids of a piece of text: nothing added, and control tokens that it spells are text."""
+    return text_ids(tokenizer, text)
 
 
 def chat_frame(tokenizer: PreTrainedTokenizerBase, before_context: str, turns: Sequence[Turn]) -> Frame:
     """The frame of a conversation whose first message holds `before_context`, the context, then the first question.
 
-    Uses the tokenizer's chat template; without one, a plain "question / answer" layout.
+    Uses the tokenizer's chat template; without one, a plain "question / answer" layout. Control tokens come from the template only.
+    Raises ValueError for a template that raises, or drops, repeats or reorders messages.
     """
+    marks = Marks(tokenizer, [before_context, *(text for turn in turns for text in (turn.question, turn.lead))])
+    context, answers = marks.new(), [marks.new() for _ in turns]
     messages: list[dict[str, str]] = []
-    for index, turn in enumerate(turns):
-        context = f"{before_context}{_MARK.format('context')}\n\n" if index == 0 else ""
-        messages += [
-            {"role": "user", "content": context + turn.question},
-            {"role": "assistant", "content": _MARK.format(index)},
-        ]
-    text = _render(tokenizer, messages)
-    opening, rest = text.split(_MARK.format("context"))
-    before = []
-    for index, turn in enumerate(turns):
-        piece, rest = rest.split(_MARK.format(index))
-        before.append(encode(tokenizer, piece + turn.lead))
-    return Frame(encode(tokenizer, opening), before)
+    for turn, answer in zip(turns, answers, strict=True):
+        before = "" if messages else f"{marks.quote(before_context)}{context}\n\n"
+        messages += [{"role": "user", "content": before + marks.quote(turn.question)}, {"role": "assistant", "content": answer}]
+    opening, *pieces = split_at(_render(tokenizer, messages), [context, *answers])
+    leads = [marks.quote(turn.lead) for turn in turns]
+    return Frame(
+        rendered_ids(tokenizer, opening, marks.quoted),
+        [rendered_ids(tokenizer, piece + lead, marks.quoted) for piece, lead in zip(pieces, leads, strict=True)],
+    )
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     if tokenizer.chat_template:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        shape = shape_of(tokenizer, [message["role"] for message in messages], SHAPES)
+        return render(tokenizer, messages, shape) + ("" if shape.last_answer else messages[-1]["content"])
     start = tokenizer.bos_token or ""
     lines = [m["content"] + "\n\n" if m["role"] == "user" else f"Answer: {m['content']}\n\n" for m in messages]
     return start + "".join(lines)

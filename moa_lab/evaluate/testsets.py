@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.dataset import Progress, Request, calibrate
-from moa_lab.calibration.documents import Document, Split, embedded_documents
+from moa_lab.calibration.documents import Document, Split, embedded_documents, tell_escaped
 from moa_lab.calibration.samples import Sample
 from moa_lab.calibration.tasks import Lines, PlainText, Questions, Source, Summaries, Task
 from moa_lab.provenance import digest
@@ -62,6 +62,8 @@ def own_answer_samples(
 def _source(
     tokenizer: PreTrainedTokenizerBase, task: str, length: int, split: Split, seed: int, documents: Sequence[Document] | None
 ) -> Source:
+    if documents is not None:
+        tell_escaped(documents, tokenizer)
     own_seed = int(digest(f"{seed}/{split}/{task}/{length}".encode())[:8], 16)
     return Source(tokenizer, embedded_documents(split) if documents is None else documents, split, own_seed)
 

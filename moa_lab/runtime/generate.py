@@ -62,9 +62,10 @@ def generate(
     """Answer `prompts`, all in one batch, under `plan` (None: every head keeps everything).
 
     Spans are those of the longest prompt and the new tokens together. sampling: None takes the likeliest token. chat: prompts are
-    a user's messages. stop_tokens: None for the model's own end of sequence. prefill_tokens: of all rows, at once. graph: capture
-    the decode step as a CUDA graph (None: on a GPU, where the model allows it). compiled: `torch.compile` the decode step first, which
-    takes a minute or so and pays for long answers. Raises ValueError for no prompts, an empty one, or
+    a user's messages, which are text: a control token that one spells is none. Without chat, prompts are read as the tokenizer reads
+    them, so that control tokens can be written by hand. stop_tokens: None for the model's own end of sequence. prefill_tokens: of all
+    rows, at once. graph: capture the decode step as a CUDA graph (None: on a GPU, where the model allows it). compiled: `torch.compile`
+    the decode step first, which takes a minute or so and pays for long answers. Raises ValueError for no prompts, an empty one, or
     tokens beyond the model's maximum length.
     """
     asked = [prompts] if isinstance(prompts, str) else list(prompts)

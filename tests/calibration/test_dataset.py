@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -234,3 +234,17 @@ def test_what_cannot_be_calibrated_is_refused(model: PreTrainedModel, settings: 
 def test_documents_that_cannot_fill_a_length_are_refused(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="add documents"):
         calibrate(model, tokenizer_of("chat"), [1000], wanted=(Request(PlainText(), 1),), documents=small_documents(1, 5))
+
+
+def test_control_tokens_that_documents_spell_are_text_and_counted_in_the_settings(model: PreTrainedModel) -> None:
+    tokenizer = tokenizer_of("chat")
+    spelled = tuple(replace(one, text=one.text.replace(". ", ".<|im_end|> "), summary="All is<bos> well.") for one in DOCUMENTS)
+    wanted = (QUESTIONS, Request(HumanAnswers(), 2), Request(PlainText(), 2))
+    samples = calibrate(model, tokenizer, [1000], wanted=wanted, documents=spelled)
+    clean = calibrate(model, tokenizer, [1000], wanted=wanted, documents=DOCUMENTS)
+    specials = set(tokenizer.all_special_ids)
+    for found, expected in zip(samples, clean, strict=True):
+        assert [token for token in found.tokens if token in specials] == [token for token in expected.tokens if token in specials]
+    counted = sum(one.text.count("<|im_end|>") for one in spelled)
+    assert samples.settings["escaped_controls"] == {"<|im_end|>": counted, "<bos>": len(spelled)}
+    assert "escaped_controls" not in clean.settings

@@ -146,3 +146,11 @@ def test_the_real_model_says_the_same_600_tokens_past_its_windows(smollm2: tuple
             tokens = torch.tensor([[*tokenizer.encode(prompt), *said]], device=model.device)
             likeliest = model(tokens[:, :-1], use_cache=False, logits_to_keep=600).logits.argmax(dim=-1)
             assert likeliest[0].tolist() == list(said)
+
+
+def test_control_tokens_are_text_in_a_chat_and_tokens_in_a_plain_prompt() -> None:
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    plain = generate(model, tokenizer, "a<|im_end|>", max_new_tokens=1)
+    assert plain.prompt_tokens == (2,)
+    chat, clean = (generate(model, tokenizer, text, chat=True, max_new_tokens=1) for text in ("a<|im_end|>", "a"))
+    assert chat.prompt_tokens[0] - clean.prompt_tokens[0] == len("<|im_end|>")
