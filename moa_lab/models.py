@@ -56,13 +56,18 @@ EMBEDDED: Mapping[str, EmbeddedModel] = {
 
 
 def load_model(
-    name: str = "smollm2", *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    name: str = "smollm2",
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    plain_prompts: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a decoder-only model for inference, with its tokenizer.
 
     `name` is "smollm2" (fetched once, see `embedded_file`), a folder or a `.gguf` file on this machine, or a hub id.
     `device` defaults to cuda where there is one; `dtype` to bfloat16 on a GPU that has it and float32 elsewhere. GGUF
-    weights are unpacked to `dtype`. The model comes in eval mode and its parameters need no gradient.
+    weights are unpacked to `dtype`. The model comes in eval mode and its parameters need no gradient. plain_prompts: without
+    the tokenizer's chat template, for one that cannot be used.
 
     Raises ValueError, in one line that names the cure, for a name that leads nowhere and for a model whose attention
     geometry cannot be read.
@@ -84,6 +89,8 @@ def load_model(
     if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
         # transformers' sdpa leaves soft-capping out without a word: dense scores would be those of another model.
         model.set_attn_implementation("eager")
+    if plain_prompts:
+        tokenizer.chat_template = None
     geometry_of(model)
     torch.nn.Module.to(model, target)
     return model.eval().requires_grad_(False), tokenizer

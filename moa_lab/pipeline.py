@@ -25,6 +25,7 @@ from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.learning import learn_spans
 from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import MIN_SPAN, Plan, dense_plan, uniform_plan
+from moa_lab.presets import QUESTIONS_PER_LESSON
 from moa_lab.profiling import profile
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements
@@ -43,8 +44,6 @@ QUESTIONS_FIRST = {"questions": 3.0}
 WORDS_FIRST = {"summaries": 2.0, "text": 3.0}
 """Weights of a second descent, which keeps what is said nearer to the dense model; validation chooses. Its answers have more tokens, so
 that half the steps do."""
-QUESTIONS_PER_LESSON = 2
-"""Facts asked in one text that is learned from: more slopes for the same tokens, but only the first question is asked as in a test."""
 
 
 class Run(RunInputs):

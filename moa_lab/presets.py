@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from moa_lab.plan import check_density
 
 SETTINGS_SCHEMA = "moa-lab/run/1"
+QUESTIONS_PER_LESSON = 2
+"""Facts asked in one text that is learned from: more slopes for the same tokens, but only the first question is asked as in a test."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,12 @@ class Preset:
     documents: int
     baselines: tuple[str, ...]
     search_seconds: float
+
+    @property
+    def turns(self) -> int:
+        """The most questions that are asked about one text."""
+        lesson = min(QUESTIONS_PER_LESSON, self.learning_questions) if self.learning_steps else 1
+        return max(self.questions_per_sample, self.needles_per_text, lesson)
 
 
 PRESETS: Mapping[str, Preset] = {
@@ -96,7 +104,8 @@ PRESETS: Mapping[str, Preset] = {
 class RunSettings:
     """Everything that decides a run's numbers. source: documents (see `load_documents`); None takes the embedded texts.
 
-    test_seed: draws the test samples and nothing else; what was developed on one draw is tested on another.
+    test_seed: draws the test samples and nothing else; what was developed on one draw is tested on another. plain_prompts: questions
+    and answers are plain text, whatever chat template the tokenizer has.
     """
 
     model: str = "smollm2"
@@ -109,6 +118,7 @@ class RunSettings:
     supervision: str = "model"
     source: str | None = None
     columns: str | None = None
+    plain_prompts: bool = False
     max_rules_per_layer: int | None = None
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from moa_lab.evaluate.suites import Suites
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, load_model
 from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, Preset, RunSettings
+from moa_lab.prompting.rendering import check_turns
 from moa_lab.storage import parse, read_json, to_json, write_json
 
 ANSWER_BATCH = 32
@@ -51,14 +52,15 @@ class RunInputs:
                 )
 
     def begin(self) -> None:
-        """Check the lengths and note the settings: from now on the folder is this run's."""
+        """Check the lengths and the chat template, and note the settings: from now on the folder is this run's."""
         self._check_lengths()
+        check_turns(self.tokenizer, self.preset.turns)
         write_json(self.folder / "settings.json", {"schema": SETTINGS_SCHEMA, **to_json(self.settings)})
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         self.progress("load model", 0, 1)
-        loaded = load_model(self.settings.model)
+        loaded = load_model(self.settings.model, plain_prompts=self.settings.plain_prompts)
         self.progress("load model", 1, 1)
         return loaded
 

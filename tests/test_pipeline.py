@@ -4,10 +4,12 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import tiny_model, tiny_tokenizer
 
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan
@@ -78,3 +80,13 @@ def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> No
     with pytest.raises(ValueError, match=r"holds a run with another density \(0.6, now 0.5\)"):
         Run(tmp_path, RunSettings(density=0.5))
     assert (tmp_path / "settings.json").read_text() == before
+
+
+def test_a_run_asks_the_chat_template_before_anything_else(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path / "model")
+    tiny_tokenizer("{{ raise_exception('no chats here') }}").save_pretrained(tmp_path / "model")
+    settings = RunSettings(model=str(tmp_path / "model"), preset="sketch", lengths=(512,))
+    with pytest.raises(ValueError, match=r"no chats here; use plain prompts instead: --plain-prompts"):
+        Run(tmp_path / "run", settings).begin()
+    assert not (tmp_path / "run" / "settings.json").exists()
+    Run(tmp_path / "run", replace(settings, plain_prompts=True)).begin()

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa_lab.calibration.answers import AnswerScore, fill_greedily, score_answers
 from moa_lab.calibration.documents import Document, Split, documents_hash, embedded_documents, tell_escaped
 from moa_lab.calibration.samples import Sample, SampleSet
-from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Source, Summaries, Task
+from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Source, Summaries, Task, turns_of
 from moa_lab.calibration.wordings import Wording
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
+from moa_lab.prompting.rendering import check_turns
 from moa_lab.provenance import digest, provenance
 from moa_lab.storage import is_intact, to_json
 
@@ -82,11 +83,12 @@ def calibrate(
 
     documents: None takes the embedded ones of `split`; control tokens that they spell are text, counted in `settings`. batch_size:
     samples answered at once. parts_dir: finished samples are kept there and not answered again after a kill. Raises ValueError for an
-    empty or unusable request, a length beyond the model, or documents that cannot fill a length.
+    empty or unusable request, a length beyond the model, a chat template that cannot be used, or documents that cannot fill a length.
     """
     wanted = requests() if wanted is None else tuple(wanted)
     documents = embedded_documents(split) if documents is None else tuple(documents)
     _check(model, lengths, wanted)
+    check_turns(tokenizer, max(turns_of(request.task) for request in wanted if request.count))
     escaped = tell_escaped(documents, tokenizer)
     weights = weights_fingerprint(model)
     answerer = _Answerer(model, end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights)

@@ -189,6 +189,11 @@ class Lines:
         return Sample(self.name, tokens, ranges, {"facts": [fact]})
 
 
+def turns_of(task: Task) -> int:
+    """Questions and answers in one sample's chat; 0 for plain text."""
+    return task.per_sample if isinstance(task, Questions) else 0 if isinstance(task, PlainText) else 1
+
+
 def _fact_detail(fact: Fact, depth: float) -> dict[str, object]:
     return {"wording": fact.wording, "key": fact.key, "answer": fact.answer, "depth": depth}
 

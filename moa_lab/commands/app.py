@@ -41,6 +41,7 @@ app.command()(study)
 app.command()(harness)
 
 ModelOption = Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")]
+PlainOption = Annotated[bool, typer.Option("--plain-prompts", help="questions as plain text, without the model's chat template")]
 LengthsOption = Annotated[str | None, typer.Option("--lengths", help="profiled lengths in tokens, for instance 1024,2048")]
 
 
@@ -72,6 +73,7 @@ def run(
     source: Annotated[str | None, typer.Option("--source", help="documents: a JSONL, CSV or Parquet file, or a hub dataset")] = None,
     columns: Annotated[str | None, typer.Option("--columns", help="column mapping, for instance text=article,summary=highlights")] = None,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer", help="at most so many distinct rules in a layer")] = None,
+    plain_prompts: PlainOption = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """All stages: calibrate, profile, search, validate, evaluate, report."""
@@ -80,7 +82,8 @@ def run(
 
     settings = RunSettings(
         model=model, density=density, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
-        test_seed=test_seed, supervision=supervision, source=source, columns=columns, max_rules_per_layer=max_rules,
+        test_seed=test_seed, supervision=supervision, source=source, columns=columns, plain_prompts=plain_prompts,
+        max_rules_per_layer=max_rules,
     )  # fmt: skip
     with Bars() as bars:
         summary = Run(out, settings, bars).everything()
@@ -102,6 +105,7 @@ def calibrate(
     source: Annotated[str | None, typer.Option("--source")] = None,
     columns: Annotated[str | None, typer.Option("--columns")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    plain_prompts: PlainOption = False,
     force: ForceOption = False,
 ) -> None:
     """Make samples with long-range dependence, answered by the dense model."""
@@ -116,7 +120,7 @@ def calibrate(
         supervision, questions=questions, per_sample=per_sample, others=others, texts=texts, wordings=LESSONS if lessons else None
     )
     documents = load_documents(source, columns=ColumnMap.parse(columns) if columns else None, seed=seed) if source else None
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, plain_prompts=plain_prompts)
     with Bars() as bars:
         samples = make(
             loaded, tokenizer, lengths_of(lengths) or (), wanted=wanted, documents=documents, seed=seed,
@@ -216,6 +220,7 @@ def validate(
     questions: Annotated[int, typer.Option("--questions")] = 32,
     summaries: Annotated[int, typer.Option("--summaries")] = 8,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    plain_prompts: PlainOption = False,
     force: ForceOption = False,
 ) -> None:
     """Measure the plans of a front and keep the one that loses least."""
@@ -225,7 +230,7 @@ def validate(
 
     free(out, force)
     candidates = Front.load(front)
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, plain_prompts=plain_prompts)
     with Bars() as bars:
         best = measure(
             loaded, tokenizer, candidates, length=length, questions=questions, summaries=summaries, seed=seed,
@@ -244,6 +249,7 @@ def evaluate(
     model: ModelOption = "smollm2",
     n: Annotated[int, typer.Option("--n", help="needles per length")] = 32,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    plain_prompts: PlainOption = False,
     force: ForceOption = False,
 ) -> None:
     """Measure retrieval and document perplexity of a plan."""
@@ -253,7 +259,7 @@ def evaluate(
 
     free(out, force)
     card = Plan.load(plan)
-    loaded, tokenizer = load_model(model)
+    loaded, tokenizer = load_model(model, plain_prompts=plain_prompts)
     card.check_model(geometry_of(loaded))
     chosen = lengths_of(lengths) or ()
     with Bars() as bars:
@@ -278,6 +284,7 @@ def parity(
     needles: Annotated[int, typer.Option("--needles", min=0, help="needles to ask for as well, in texts of --n-tokens")] = 0,
     out: Annotated[Path | None, typer.Option("--out", help="record of the comparison (.json)")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    plain_prompts: PlainOption = False,
     force: ForceOption = False,
 ) -> None:
     """Hold the ring cache and the kernels against masks written out in full; exits with code 1 when a case fails."""
@@ -290,7 +297,7 @@ def parity(
         free(out, force)
     wanted = dtype_of(dtype)
     card = Plan.load(plan)
-    loaded, tokenizer = load_model(model, dtype=wanted)
+    loaded, tokenizer = load_model(model, dtype=wanted, plain_prompts=plain_prompts)
     with Bars() as bars:
         found = compare(loaded, tokenizer, card, n_tokens=n_tokens, needles=needles, seed=seed, progress=bars.steps("parity"))
     if out is not None:

@@ -33,6 +33,7 @@ def study(
     columns: Annotated[str | None, typer.Option("--columns", help="column mapping, for instance text=article,summary=highlights")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     test_seed: TestSeedOption = 0,
+    plain_prompts: Annotated[bool, typer.Option("--plain-prompts", help="questions as plain text, without the chat template")] = False,
     force: ForceOption = False,
 ) -> None:
     """Answer questions with error bars, a record each; of several studies, those whose record exists are not run again."""
@@ -47,7 +48,7 @@ def study(
         free(out, force)
     settings = RunSettings(
         model=model, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
-        test_seed=test_seed, source=source, columns=columns,
+        test_seed=test_seed, source=source, columns=columns, plain_prompts=plain_prompts,
     )  # fmt: skip
     scale = scale_of(preset)
     if asked := densities_of(densities):

@@ -22,6 +22,7 @@ from moa_lab.evaluate.harness_tasks import HarnessTasks, installed
 from moa_lab.evaluate.intervals import Interval, Z, mean, proportion
 from moa_lab.models import chat_ids, geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, dense_plan
+from moa_lab.prompting.rendering import Shape, shape_of
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
 from moa_lab.runtime import apply_plan
@@ -52,6 +53,8 @@ def harness(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 document, got {limit}")
+    if chat_template:
+        _check_chat(tokenizer)
     simple_evaluate, manager_type, wrapped_type = installed()
     named = HarnessTasks(manager_type, tasks, include_path, tokenizer)
     added = len(chat_ids(tokenizer, [{"role": "user", "content": ""}])) if chat_template else 0
@@ -115,6 +118,17 @@ def harness_rows(
             metric = STRING_MATCH if asked is not None and name.isdigit() else name if by == "none" else f"{name}_{by}"
             rows.append(Measurement(plan.name, metric, task, asked or length, *interval, density, detail))
     return rows
+
+
+def _check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError where the harness, which hands over one user message as a string, cannot use the chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError("chat_template: the tokenizer has none; leave the option out")
+    try:
+        shape_of(tokenizer, ["user"], [Shape()], add_generation_prompt=True, in_order=False)
+    except ValueError as error:
+        reason = str(error).partition(";")[0]
+        raise ValueError(f"chat_template: {reason}; leave the option out") from error
 
 
 @contextlib.contextmanager
