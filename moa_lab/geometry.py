@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
+
+MAX_TOKENS = 2**31 - 1
+"""Kernels count positions in 32 bits."""
+MAX_COUNT = 2**16
+"""Of layers, of heads, of numbers in a head: far beyond any model, and small enough to count with."""
 
 
 @dataclass(frozen=True)
@@ -22,15 +28,18 @@ class ModelGeometry:
     layer_windows: tuple[int | None, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("layers", "query_heads", "kv_heads", "head_dim", "max_length"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("layers", "query_heads", "kv_heads", "head_dim"):
+            check_whole(name, getattr(self, name), 1, MAX_COUNT)
+        check_whole("max_length", self.max_length, 1, MAX_TOKENS)
         if self.query_heads % self.kv_heads:
             raise ValueError(f"query_heads ({self.query_heads}) must be a multiple of kv_heads ({self.kv_heads})")
         if not self.layer_windows:
             object.__setattr__(self, "layer_windows", (None,) * self.layers)
         if len(self.layer_windows) != self.layers:
             raise ValueError(f"layer_windows has {len(self.layer_windows)} entries for {self.layers} layers")
+        for layer, window in enumerate(self.layer_windows):
+            if window is not None:
+                check_whole(f"layer_windows[{layer}], where it is not None,", window, 1, MAX_TOKENS)
 
     @property
     def group_size(self) -> int:
@@ -73,6 +82,16 @@ class ModelGeometry:
             max_length=_required(config, "max_position_embeddings"),
             layer_windows=_layer_windows(config, layers),
         )
+
+
+def check_whole(name: str, value: object, low: int, high: int = MAX_TOKENS) -> None:
+    """Raise ValueError that names `name` where `value` is no whole number from `low` to `high`."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    if int(value) < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    if int(value) > high:
+        raise ValueError(f"{name} must be at most {high}, got {value}")
 
 
 def _required(config: Any, name: str) -> int:

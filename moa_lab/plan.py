@@ -1,4 +1,4 @@
-"""SpanRule and Plan: how many tokens every KV head keeps, at any length."""
+"""Plan: how many tokens every KV head keeps, at any length."""
 
 from __future__ import annotations
 
@@ -12,46 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from moa_lab.geometry import ModelGeometry
+from moa_lab.geometry import ModelGeometry, check_whole
 from moa_lab.provenance import Provenance, digest
-from moa_lab.storage import RecordError, parse, read_json, to_json, write_json
+from moa_lab.rules import DENSE, GRIDS, MIN_SPAN, PUBLISHED_MULTIPLE, SpanRule, is_published, published_rules, read_rules
+from moa_lab.storage import HAND_CURE, RecordError, check_schema, parse, read_plain, to_json, write_json
 
 PLAN_SCHEMA = "moa-lab/plan/1"
 SINK_TOKENS = 64
-MIN_SPAN = 128
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, order=True)
-class SpanRule:
-    """How a span grows with the input length N: `clip(alpha + beta * N, min_span, N)` tokens (arXiv 2406.14909, eq. 2)."""
-
-    alpha: float
-    beta: float
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and math.isfinite(self.beta)):
-            raise ValueError(f"alpha and beta must be finite numbers, got {self.alpha} and {self.beta}")
-
-    def span_tokens(self, n_tokens: int, min_span: int = MIN_SPAN, multiple: int = 1) -> int:
-        """Span in tokens at length `n_tokens`: rounded down to a token, or up to `multiple` tokens when that is above 1."""
-        return min(self.uncapped_tokens(n_tokens, min_span, multiple), n_tokens)
-
-    def uncapped_tokens(self, n_tokens: int, min_span: int = MIN_SPAN, multiple: int = 1) -> int:
-        """The same without the cap at N: what the rule still keeps when tokens are generated beyond N."""
-        raw = self.alpha + self.beta * n_tokens
-        # 1e-6: alpha + beta * N of a rule made from a ratio must not lose a token to binary fractions.
-        tokens = math.floor(raw + 1e-6) if multiple == 1 else math.ceil(raw / multiple - 1e-9) * multiple
-        return max(tokens, min_span)
-
-    @property
-    def keeps_everything(self) -> bool:
-        """True when the span is N at every length N."""
-        return self.beta >= 1 and self.alpha >= 0
-
-
-DENSE = SpanRule(alpha=0.0, beta=1.0)
 
 
 @dataclass(frozen=True)
@@ -81,10 +50,14 @@ class Plan:
                 f"rules must be {self.geometry.layers} layers x {self.geometry.kv_heads} KV heads, "
                 f"got {shape[0]} layers of {sorted(shape[1])} heads"
             )
-        if self.sink_tokens < 0 or self.min_span <= self.sink_tokens:
-            raise ValueError(f"min_span ({self.min_span}) must exceed sink_tokens ({self.sink_tokens}), which must be at least 0")
-        if self.span_multiple < 1:
-            raise ValueError(f"span_multiple must be at least 1, got {self.span_multiple}")
+        for name in ("sink_tokens", "min_span", "span_multiple"):
+            check_whole(name, getattr(self, name), 0 if name == "sink_tokens" else 1)
+        if self.min_span <= self.sink_tokens:
+            raise ValueError(f"min_span ({self.min_span}) must exceed sink_tokens ({self.sink_tokens})")
+        for n_tokens in self.lengths:
+            check_whole("lengths", n_tokens, 1)
+        if not self.name.isprintable() or not self.name.strip():
+            raise ValueError(f"name must be a line of text, got {self.name!r}")
 
     def spans(self, n_tokens: int) -> np.ndarray:
         """Tokens kept per head at length `n_tokens`: int64 (layers, kv_heads), capped by a layer's own window."""
@@ -167,21 +140,28 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path, geometry: ModelGeometry | None = None) -> Plan:
         """Read a config card. Raises RecordError for a broken or foreign file, ValueError when `geometry` differs."""
-        plan = cls.from_card(read_json(path, PLAN_SCHEMA), path)
+        data = read_plain(path, "a config card", HAND_CURE)
+        if is_published(data):
+            raise RecordError(f"{path}: one of the authors' plans, which names no geometry: Plan.from_published(path, geometry) reads it")
+        plan = cls.from_card(check_schema(path, data, PLAN_SCHEMA), path)
         if geometry is not None:
             plan.check_model(geometry)
         return plan
 
     @classmethod
     def from_card(cls, data: Mapping[str, Any], path: str | Path = "plan") -> Plan:
-        """Build a Plan from the data of a config card; `path` is named in errors."""
+        """Build a Plan from the data of a config card; `path` is named in errors. Raises RecordError."""
+        for name in (*GRIDS, "geometry", "sink_tokens", "min_span", "span_multiple", "name"):
+            if name not in data:
+                raise RecordError(f"{path}: config card lacks {name!r}")
+        # Densities and bytes follow from the rules: what a card says of them is not believed.
+        known = {"schema", *GRIDS, "density", "kv_bytes"}
+        head = parse(_CardHead, {name: value for name, value in data.items() if name not in known}, path)
+        rules = read_rules(data["alphas"], data["betas"], path)
         try:
-            fields = {name: data[name] for name in ("geometry", "sink_tokens", "min_span", "span_multiple", "name")}
-            rules = _rules(data["alphas"], data["betas"], path)
-        except KeyError as error:
-            raise RecordError(f"{path}: config card lacks {error}") from error
-        optional = {name: data[name] for name in ("lengths", "search", "scores", "provenance") if name in data}
-        return parse(cls, {**fields, "rules": rules, **optional}, path)
+            return cls(rules=rules, **vars(head))
+        except ValueError as error:
+            raise RecordError(f"{path}: {error}") from error
 
     @classmethod
     def from_published(cls, path: str | Path, geometry: ModelGeometry) -> Plan:
@@ -190,18 +170,16 @@ class Plan:
         A per-query-head file of a GQA model is pooled to KV heads rule by rule: of a group, the rule with the largest
         span at the model's maximum length stays. The cost is logged. Raises RecordError for a file of another shape.
         """
-        try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
-            rules = _rules(data["alphas"], data["betas"], path)
-        except (OSError, KeyError, TypeError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise RecordError(f'{path}: not a published plan; expected JSON {{"alphas": [[...]], "betas": [[...]]}} ({error!r})') from error
+        rules = published_rules(path)
         heads = {len(row) for row in rules}
         if len(rules) != geometry.layers or heads not in ({geometry.kv_heads}, {geometry.query_heads}):
             raise RecordError(f"{path}: plan has {len(rules)} layers of {sorted(heads)} heads; model has {geometry}")
         plan_rules = rules
         if heads != {geometry.kv_heads}:
             plan_rules = tuple(_pool_groups(row, geometry) for row in rules)
-        plan = cls(geometry=geometry, rules=plan_rules, span_multiple=64, name=Path(path).stem, search={"origin": "published"})
+        plan = cls(
+            geometry=geometry, rules=plan_rules, span_multiple=PUBLISHED_MULTIPLE, name=Path(path).stem, search={"origin": "published"}
+        )
         if plan_rules is not rules:
             asked = _mean_span_ratio(rules, plan, geometry.max_length)
             got = plan.density(geometry.max_length)
@@ -270,14 +248,19 @@ def _same_everywhere(geometry: ModelGeometry, rule: SpanRule, name: str, lengths
     return Plan(geometry=geometry, rules=rules, name=name, lengths=tuple(lengths), search={"origin": name}, **settings)
 
 
-def _rules(alphas: Any, betas: Any, path: str | Path) -> tuple[tuple[SpanRule, ...], ...]:
-    try:
-        return tuple(
-            tuple(SpanRule(float(a), float(b)) for a, b in zip(row_a, row_b, strict=True))
-            for row_a, row_b in zip(alphas, betas, strict=True)
-        )
-    except (TypeError, ValueError) as error:
-        raise RecordError(f"{path}: alphas and betas must be two equal grids of numbers, layers x heads ({error})") from error
+@dataclass(frozen=True)
+class _CardHead:
+    """A config card without its rules."""
+
+    geometry: ModelGeometry
+    sink_tokens: int
+    min_span: int
+    span_multiple: int
+    name: str
+    lengths: tuple[int, ...] = ()
+    search: dict[str, Any] = field(default_factory=dict)
+    scores: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=Provenance)
 
 
 def _pool_groups(row: tuple[SpanRule, ...], geometry: ModelGeometry) -> tuple[SpanRule, ...]:

@@ -9,10 +9,10 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moa_lab.geometry import ModelGeometry
+from moa_lab.geometry import ModelGeometry, check_whole
 from moa_lab.plan import Plan, SpanRule
 from moa_lab.provenance import Provenance
-from moa_lab.storage import RecordError, parse, read_json, read_tensors, to_json, write_json, write_tensors
+from moa_lab.storage import STAGE_CURE, RecordError, parse, read_json, read_tensors, to_json, write_json, write_tensors
 
 PROFILE_SCHEMA = "moa-lab/profile/1"
 TABLE_SCHEMA = "moa-lab/loss-table/1"
@@ -97,6 +97,9 @@ class InfluenceProfile:
         if set(grids["blocks"]) != set(grids["distances"]) or set(grids["span_effects"]) - set(grids["distances"]):
             raise RecordError(f"{path}: blocks, distances and span effects cover different (task, length) pairs; run its stage again")
         head = parse(_ProfileHead, {name: value for name, value in data.items() if name != "schema"}, path)
+        for kind, arrays in grids.items():
+            for pair, array in arrays.items():
+                _check_grid(path, head.geometry, kind, pair, array)
         return cls(head.geometry, head.sink_tokens, grids["blocks"], grids["distances"], head.provenance, grids["span_effects"])
 
 
@@ -105,6 +108,19 @@ class _ProfileHead:
     geometry: ModelGeometry
     sink_tokens: int
     provenance: Provenance
+
+    def __post_init__(self) -> None:
+        check_whole("sink_tokens", self.sink_tokens, 0)
+
+
+def _check_grid(path: str | Path, geometry: ModelGeometry, kind: str, key: ProfileKey, array: np.ndarray) -> None:
+    """Refuse a tensor of a profile that is not of the profile's model or length, or holds what is no number."""
+    heads, bins = (geometry.layers, geometry.query_heads), -(-key[1] // BLOCK_TOKENS)
+    expected = (*heads, bins, bins) if kind == "blocks" else (*array.shape[:1], *heads, bins)
+    if array.shape != expected or not array.size:
+        raise RecordError(f"{path}: {kind} of {key[0]}@{key[1]} must be {expected}, got {array.shape}; {STAGE_CURE}")
+    if array.dtype.kind != "f" or not np.isfinite(array).all():
+        raise RecordError(f"{path}: {kind} of {key[0]}@{key[1]} must be finite numbers, got {array.dtype}; {STAGE_CURE}")
 
 
 @dataclass(frozen=True)
@@ -120,6 +136,11 @@ class Objective:
     length: int
     form: Form
     rows: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        check_whole("length", self.length, 1)
+        if not 0 <= self.rows[0] < self.rows[1]:
+            raise ValueError(f"rows must be a range that is not empty, [first, behind the last], got {self.rows}")
 
     @property
     def name(self) -> str:
@@ -143,10 +164,14 @@ class LossTable:
     provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
+        check_whole("sink_tokens", self.sink_tokens, 0)
+        check_whole("min_span", self.min_span, self.sink_tokens + 1)
         rows = max((objective.rows[1] for objective in self.objectives), default=0)
         expected = (rows, self.geometry.layers, self.geometry.kv_heads, len(self.rules))
         if self.losses.shape != expected:
             raise ValueError(f"losses must be (rows, layers, kv_heads, rules) = {expected}, got {self.losses.shape}")
+        if self.losses.dtype.kind != "f" or not np.isfinite(self.losses).all():
+            raise ValueError(f"losses must be finite numbers, got {self.losses.dtype}")
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -251,6 +276,12 @@ class Front:
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
 
+    def __post_init__(self) -> None:
+        for number, point in enumerate(self.points):
+            unknown = set(self.objectives) - {"density"} - set(point.predicted)
+            if unknown:
+                raise ValueError(f"points.{number}: predicted lacks {sorted(unknown)[0]!r}, an objective of the front")
+
     def __len__(self) -> int:
         return len(self.points)
 
@@ -267,12 +298,31 @@ class Front:
     def load(cls, path: str | Path) -> Front:
         """Read a front; raises RecordError for a broken or foreign file."""
         data = read_json(path, FRONT_SCHEMA)
+        head = parse(_FrontHead, {name: value for name, value in data.items() if name != "schema"}, path)
         try:
-            points = [{**point, "plan": Plan.from_card(point["plan"], path)} for point in data["points"]]
-            fields = {name: data[name] for name in ("objectives", "settings", "provenance")}
-        except (KeyError, TypeError) as error:
-            raise RecordError(f"{path}: front lacks {error}") from error
-        return parse(cls, {**fields, "points": points}, path)
+            points = [FrontPoint(**{**vars(point), "plan": Plan.from_card(point.plan, path)}) for point in head.points]
+            return cls(tuple(points), head.objectives, head.settings, head.provenance)
+        except ValueError as error:
+            raise error if isinstance(error, RecordError) else RecordError(f"{path}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _PointHead:
+    """A point of a front whose plan is still a card."""
+
+    plan: dict[str, Any]
+    predicted: dict[str, float]
+    density: dict[str, float]
+    origin: str
+    gap: float | None = None
+
+
+@dataclass(frozen=True)
+class _FrontHead:
+    points: tuple[_PointHead, ...]
+    objectives: tuple[str, ...]
+    settings: dict[str, Any]
+    provenance: Provenance
 
 
 def _without_plan(point: FrontPoint) -> dict[str, Any]:
@@ -301,6 +351,12 @@ class Measurement:
     high: float
     density: float
     detail: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_whole("length", self.length, 0)
+        check_whole("n", self.n, 1)
+        if not 0 <= self.density <= 1:
+            raise ValueError(f"density must be a share of the cache, 0 to 1, got {self.density}")
 
 
 @dataclass(frozen=True)

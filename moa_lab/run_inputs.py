@@ -41,7 +41,9 @@ class RunInputs:
     def __post_init__(self) -> None:
         path = self.folder / "settings.json"
         if path.exists():
-            stored = {name: value for name, value in read_json(path, SETTINGS_SCHEMA).items() if name != "schema"}
+            # Not to be deleted: the records beside it are of these settings.
+            read = read_json(path, SETTINGS_SCHEMA, "choose another folder, or write again what it said")
+            stored = {name: value for name, value in read.items() if name != "schema"}
             before = parse(RunSettings, stored, path)
             changed = [name for name, value in vars(self.settings).items() if value != getattr(before, name)]
             if changed:

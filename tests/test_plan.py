@@ -212,7 +212,7 @@ def without(name: str) -> dict[str, object]:
         ({**grown_plan(MHA).card(), "min_span": 10}, "must exceed sink_tokens"),
         ({**grown_plan(MHA).card(), "geometry": {"layers": 2}}, "field geometry"),
         ({**grown_plan(MHA).card(), "schema": "moa-lab/plan/99"}, "schema is 'moa-lab/plan/99'"),
-        ({"alphas": [[0]], "betas": [[0]]}, "schema is None"),
+        ({"alphas": [[0]], "betas": [[0]]}, "one of the authors' plans.*from_published"),
         ([], "schema is None"),
     ],
 )

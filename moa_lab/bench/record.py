@@ -157,6 +157,8 @@ def _cells(row: BenchRow) -> list[str]:
 
 
 def _shape(shape: dict[str, Any]) -> str:
+    if not {"batch", "n_tokens", "plan", "density", "skew"} <= set(shape):
+        return ", ".join(f"{name} {value}" for name, value in shape.items())
     heads = shape.get("model") or f"{shape['query_heads']}/{shape['kv_heads']} d{shape['head_dim']}"
     heads = f"{heads} b{shape['batch']} {shape['n_tokens']}"
     return f"{heads} {shape['plan']} ({shape['density']:.0%}, skew {shape['skew']:.1f})"

@@ -30,6 +30,8 @@ class Sample:
     detail: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.tokens.ndim != 1 or self.tokens.dtype.kind not in "iu" or (self.tokens < 0).any():
+            raise ValueError(f"tokens must be one row of token ids, got {self.tokens.dtype} of shape {self.tokens.shape}")
         if not self.answers or any(not 0 < start < stop <= self.length for start, stop in self.answers):
             raise ValueError(f"answers must be ranges inside 1..{self.length}, got {self.answers}")
 
@@ -95,14 +97,28 @@ class SampleSet:
     def load(cls, path: str | Path) -> SampleSet:
         """Read a sample set; raises RecordError for a broken or foreign file."""
         tensors, data = read_tensors(path, SAMPLES_SCHEMA)
+        head = parse(_SetHead, {name: value for name, value in data.items() if name != "schema"}, path)
         try:
-            samples = tuple(
-                Sample(row["task"], tensors[f"tokens/{index}"], tuple((a, b) for a, b in row["answers"]), row["detail"])
-                for index, row in enumerate(data["samples"])
-            )
-            return cls(samples, data["settings"], parse(Provenance, data["provenance"], path))
-        except (KeyError, TypeError, ValueError) as error:
+            samples = tuple(Sample(row.task, tensors[f"tokens/{index}"], row.answers, row.detail) for index, row in enumerate(head.samples))
+        except (KeyError, ValueError) as error:
             raise RecordError(f"{path}: sample set lacks or garbles {error}; delete it and calibrate again") from error
+        return cls(samples, head.settings, head.provenance)
+
+
+@dataclass(frozen=True)
+class _SampleHead:
+    """A sample without its tokens."""
+
+    task: str
+    answers: tuple[tuple[int, int], ...]
+    detail: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _SetHead:
+    samples: tuple[_SampleHead, ...]
+    settings: dict[str, Any]
+    provenance: Provenance
 
 
 def group_by_shape(samples: Iterable[Sample]) -> dict[tuple[str, int], list[Sample]]:

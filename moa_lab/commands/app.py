@@ -16,9 +16,8 @@ from moa_lab.commands.doctor import diagnose
 from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
 from moa_lab.commands.study import study
-from moa_lab.commands.terminal import Bars, ForceOption, TestSeedOption, free, lengths_of
+from moa_lab.commands.terminal import Bars, ForceOption, TestSeedOption, folder_free, free, lengths_of
 from moa_lab.presets import PRESETS, RunSettings
-from moa_lab.storage import schema_of
 from moa_lab.text import one_line
 
 
@@ -80,6 +79,7 @@ def run(
     from moa_lab.evaluate.summary import table
     from moa_lab.pipeline import Run
 
+    folder_free(out)
     settings = RunSettings(
         model=model, density=density, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
         test_seed=test_seed, supervision=supervision, source=source, columns=columns, plain_prompts=plain_prompts,
@@ -115,7 +115,7 @@ def calibrate(
     from moa_lab.calibration.wordings import LESSONS
     from moa_lab.models import load_model
 
-    free(out, force)
+    free(out, force, ".safetensors")
     wanted = requests(
         supervision, questions=questions, per_sample=per_sample, others=others, texts=texts, wordings=LESSONS if lessons else None
     )
@@ -142,7 +142,7 @@ def profile(
     from moa_lab.models import load_model
     from moa_lab.profiling import profile as measure
 
-    free(out, force)
+    free(out, force, ".safetensors")
     loaded_samples = SampleSet.load(samples)
     loaded, _ = load_model(model)
     with Bars() as bars:
@@ -314,11 +314,11 @@ def show(
     force: ForceOption = False,
 ) -> None:
     """Describe a record."""
-    from moa_lab.commands.show import describe, draw
+    from moa_lab.commands.show import describe, draw, kind_of
 
-    schema = schema_of(file)
+    schema = kind_of(file)
     if figure is not None:
-        free(figure, force)
+        free(figure, force, ".html")
         draw(file, schema, figure)
     typer.echo(describe(file, schema))
 

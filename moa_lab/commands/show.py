@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from moa_lab.bench.record import BENCH_SCHEMA, BenchRecord
 from moa_lab.bench.record import table as bench_table
@@ -12,7 +14,9 @@ from moa_lab.bench.search import search_table
 from moa_lab.calibration.samples import SAMPLES_SCHEMA, SampleSet
 from moa_lab.evaluate.parity import PARITY_SCHEMA, Parity
 from moa_lab.evaluate.parity import table as parity_table
+from moa_lab.evaluate.summary import table as summary_table
 from moa_lab.figures import CONFIG, goal_ratios
+from moa_lab.json_text import short
 from moa_lab.plan import PLAN_SCHEMA, Plan
 from moa_lab.provenance import Provenance
 from moa_lab.records import (
@@ -25,7 +29,8 @@ from moa_lab.records import (
     LossTable,
     Measurements,
 )
-from moa_lab.storage import RecordError
+from moa_lab.rules import MIN_SPAN, PUBLISHED_MULTIPLE, Rules, is_published, published_rules
+from moa_lab.storage import RecordError, parse, read_description, read_plain, schema_of
 from moa_lab.studies import StudyRecord
 from moa_lab.studies import table as study_table
 from moa_lab.studies.record import STUDY_SCHEMA
@@ -38,29 +43,77 @@ def draw(path: Path, schema: str, out: Path) -> None:
     goal_ratios(BenchRecord.load(path)).write_html(out, include_plotlyjs=True, config={**CONFIG})  # a copy: plotly takes entries out
 
 
+PUBLISHED = "alphas and betas"
+"""What `kind_of` calls the authors' files, which name no schema."""
+PUBLISHED_LENGTHS = (2048, 4096, 8192, 16384)
+
+
+SUMMARY = "summary of a run"
+"""What `kind_of` calls the summary.json of a run, which names no schema either."""
+
+
+def kind_of(path: Path) -> str:
+    """The schema of a record, PUBLISHED or SUMMARY. Raises RecordError for another file."""
+    data = read_description(path)
+    if isinstance(data, dict) and "schema" not in data and {"plans", "n_tokens"} <= set(data):
+        return SUMMARY
+    return PUBLISHED if is_published(data) else schema_of(path)
+
+
 def describe(path: Path, schema: str) -> str:
-    """Describe the record at `path`; raises RecordError for a schema that is not ours."""
+    """Describe the record at `path`; raises RecordError for a schema that is not ours, and for what cannot be shown."""
     if schema not in _DESCRIPTIONS:
-        raise RecordError(f"{path}: {schema} is none of {', '.join(_DESCRIPTIONS)}")
-    return _DESCRIPTIONS[schema](path)
+        raise RecordError(f"{path}: {short(schema)} is none of {', '.join(_DESCRIPTIONS)}")
+    try:
+        return _DESCRIPTIONS[schema](path)
+    except RecordError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        # What a benchmark tells of its shapes, for instance, is free: nobody has checked it before it is printed.
+        raise RecordError(f"{path}: {schema} lacks or garbles {short(error, 120)}") from error
 
 
 def _plan(path: Path) -> str:
     plan = Plan.load(path)
-    lengths = plan.lengths or (plan.geometry.max_length,)
-    rules: dict[str, int] = {}
-    for row in plan.rules:
-        for rule in row:
-            rules[f"{rule.alpha:g} + {rule.beta:g} N"] = rules.get(f"{rule.alpha:g} + {rule.beta:g} N", 0) + 1
+    lengths = dict.fromkeys(plan.lengths) or (plan.geometry.max_length,)
     lines = [f"plan {plan.name!r} for {plan.geometry}", f"sink {plan.sink_tokens}, min span {plan.min_span}"]
     lines += [
         f"at {n} tokens: density {plan.density(n):.1%}, KV {plan.kv_bytes(n) / 2**20:.1f} MiB at 2 bytes (predicted)" for n in lengths
     ]
-    lines += [f"{count} heads: span = {rule}" for rule, count in sorted(rules.items(), key=lambda item: -item[1])]
-    lines += [
-        f"{name}: {score['value']:.3f} [{score['low']:.3f}, {score['high']:.3f}] (n = {score['n']})" for name, score in plan.scores.items()
-    ]
-    return "\n".join([*lines, _origin(plan.provenance)])
+    return "\n".join([*lines, *_counted(plan.rules), *_scores(plan.scores), _origin(plan.provenance)])
+
+
+def _published(path: Path) -> str:
+    rules = published_rules(path)
+    heads = " or ".join(str(count) for count in sorted({len(row) for row in rules}))
+    lines = [f"one of the authors' plans: {len(rules)} layers of {heads} heads, for a model that the file does not name"]
+    for n in PUBLISHED_LENGTHS:
+        spans = [rule.span_tokens(n, MIN_SPAN, PUBLISHED_MULTIPLE) for row in rules for rule in row]
+        lines.append(f"at {n} tokens: heads keep {sum(spans) / len(spans) / n:.1%} on average")
+    return "\n".join([*lines, *_counted(rules), "for your model: moa_lab.Plan.from_published(path, geometry), then .save(card)"])
+
+
+def _summary(path: Path) -> str:
+    data = read_plain(path)
+    return "\n".join([summary_table(data), _origin(parse(Provenance, data["provenance"], path))])
+
+
+def _counted(rules: Rules) -> list[str]:
+    counts = Counter(f"{rule.alpha:g} + {rule.beta:g} N" for row in rules for rule in row)
+    return [f"{count} heads: span = {rule}" for rule, count in counts.most_common()]
+
+
+def _scores(scores: Mapping[str, Any]) -> list[str]:
+    """A line for every score; a card's owner may have written one in any form, for instance as a number alone."""
+    lines = []
+    for name, score in scores.items():
+        numbers = [score.get(part) for part in ("value", "low", "high", "n")] if isinstance(score, dict) else []
+        if numbers and all(isinstance(number, int | float) for number in numbers):
+            value, low, high, n = numbers
+            lines.append(f"{name}: {value:.3f} [{low:.3f}, {high:.3f}] (n = {n})")
+        else:
+            lines.append(f"{name}: {short(score, 120)} (as the card has it, without interval or n)")
+    return lines
 
 
 def _samples(path: Path) -> str:
@@ -125,6 +178,8 @@ def _origin(origin: Provenance) -> str:
 
 _DESCRIPTIONS: Mapping[str, Callable[[Path], str]] = {
     PLAN_SCHEMA: _plan,
+    PUBLISHED: _published,
+    SUMMARY: _summary,
     SAMPLES_SCHEMA: _samples,
     PROFILE_SCHEMA: _profile,
     TABLE_SCHEMA: _table,

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.commands.terminal import Bars, ForceOption, TestSeedOption, densities_of, free, lengths_of
+from moa_lab.commands.terminal import Bars, ForceOption, TestSeedOption, densities_of, folder_free, free, lengths_of
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.text import one_line
 
@@ -46,6 +46,8 @@ def study(
     paths = {one: out / f"{one}.json" for one in names} if name == EVERY or len(names) > 1 else {names[0]: out}
     if len(paths) == 1:
         free(out, force)
+    else:
+        folder_free(out)
     settings = RunSettings(
         model=model, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
         test_seed=test_seed, source=source, columns=columns, plain_prompts=plain_prompts,

@@ -41,10 +41,23 @@ class Bars:
         return lambda done, total: self(stage, done, total)
 
 
-def free(out: Path, force: bool) -> None:
-    """Raise ValueError where `out` exists and is not to be replaced."""
+def free(out: Path, force: bool, suffix: str = ".json") -> None:
+    """Raise ValueError where `out` exists and is not to be replaced, is a folder, or is named as another kind of file.
+
+    suffix: of what will be written. A name without one is taken as it is.
+    """
+    if out.suffix.lower() not in ("", suffix):
+        raise ValueError(f"{out}: what is written there is {suffix[1:]}; name it {out.stem}{suffix}")
+    if out.is_dir():
+        raise ValueError(f"{out} is a folder; name a file, for instance {out / f'record{suffix}'}")
     if out.exists() and not force:
         raise ValueError(f"{out} exists; choose another file, or pass --force to replace it")
+
+
+def folder_free(out: Path) -> None:
+    """Raise ValueError where `out` is to be a folder, and is a file or named like one."""
+    if out.is_file() or out.suffix.lower() in (".json", ".safetensors", ".html"):
+        raise ValueError(f"{out}: several files are written; name a folder")
 
 
 def lengths_of(text: str | None) -> tuple[int, ...] | None:

@@ -77,8 +77,12 @@ class StudyRecord:
         """Read a record; raises RecordError for a broken or foreign file."""
         data = {name: value for name, value in read_json(path, STUDY_SCHEMA).items() if name != "schema"}
         # Whether a goal is met follows from its numbers: what a file says of it is not believed.
-        goals = [{name: value for name, value in goal.items() if name != "meets"} for goal in data.get("goals", ())]
-        return parse(cls, {**data, "goals": goals}, path)
+        goals = data.get("goals")
+        if isinstance(goals, list):
+            data["goals"] = [
+                {name: value for name, value in goal.items() if name != "meets"} if isinstance(goal, dict) else goal for goal in goals
+            ]
+        return parse(cls, data, path)
 
 
 def table(record: StudyRecord) -> str:
