@@ -19,14 +19,14 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_overlay
 
 from moa_lab.geometry import ModelGeometry
+from moa_lab.geometry.of_model import geometry_of
 from moa_lab.kernels.reference import masked_attention
 from moa_lab.masks import KeyMask
-from moa_lab.models import geometry_of
 
 ATTENTION_NAME = "moa_lab"
 
 # Arguments that change the scores or the softmax in ways a (query, key, value, mask, scale, softcap) call cannot express.
-UNSUPPORTED_ARGUMENTS = ("s_aux", "position_bias", "sinks", "attention_bias", "head_mask")
+UNSUPPORTED_ARGUMENTS = ("position_bias", "sinks", "attention_bias", "head_mask")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,9 @@ class AttentionCall:
     """One layer's attention, as transformers asks for it.
 
     query: (batch, query_heads, query_tokens, head_dim); key, value: (batch, kv_heads, key_tokens, head_dim). mask: what the model
-    hides. Over a cache that hands out nothing but the new tokens' keys, the mask still counts all tokens.
+    hides. Over a cache that hands out nothing but the new tokens' keys, the mask still counts all tokens. sink_logits: (query_heads, 1, 1),
+    the score of one more key per query head, which every query sees and which has no value (gpt-oss, there called `s_aux`); None: there
+    is none.
     """
 
     query: torch.Tensor
@@ -43,6 +45,7 @@ class AttentionCall:
     mask: KeyMask
     scale: float
     softcap: float | None
+    sink_logits: torch.Tensor | None = None
 
     @property
     def positions(self) -> torch.Tensor:
@@ -99,8 +102,8 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     """Find the attention module of every layer by running the model on a few tokens, once per model.
 
     Raises ValueError naming the reason when a layer's attention cannot be routed: it does not use transformers'
-    attention interface, has other shapes than the config says, or computes something else than masked softmax attention
-    (its output through our route differs from its own).
+    attention interface, has other shapes or another window than the config says, does not attend causally, or computes something
+    else than masked softmax attention (its output through our route differs from its own).
     """
     if model not in _sites:
         _sites[model] = _find_sites(model, geometry_of(model))
@@ -127,9 +130,9 @@ def key_mask(
     if causal and kv_offset == 0 and came == kv_length:
         real = None if attention_mask is None else attention_mask[:, :kv_length].to(device, torch.bool)
         return KeyMask(batch_size, q_length, kv_length, device, real=real, reach=reach)
-    settings["allow_is_causal_skip"] = False
+    settings["allow_is_causal_skip"] = settings["allow_is_bidirectional_skip"] = False
     shown = sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, device=device, **settings)
-    assert shown is not None, "only a causal skip leaves the mask out"
+    assert shown is not None, "only a skip leaves the mask out"
     position = torch.arange(kv_length, device=device, dtype=torch.int32) + kv_offset
     if attention_mask is None:
         codes = torch.where(shown[:1], position, -1)
@@ -173,6 +176,7 @@ def _dispatch(
         mask=mask,
         scale=float(scale) if scale is not None else query.shape[-1] ** -0.5,
         softcap=settings.get("softcap"),
+        sink_logits=_sink_logits(module, settings.get("s_aux"), query.shape[1]),
     )  # fmt: skip
     handler = _handlers.get(module)
     if handler is not None:
@@ -181,6 +185,17 @@ def _dispatch(
     if watcher is None:
         raise ValueError(f"{type(module).__name__} attended, but was not seen when the model was first inspected")
     return watcher(module, call).transpose(1, 2), None
+
+
+def _sink_logits(module: torch.nn.Module, logits: torch.Tensor | None, query_heads: int) -> torch.Tensor | None:
+    if logits is None:
+        return None
+    if logits.shape != (query_heads,):
+        raise ValueError(
+            f"{type(module).__name__} passes s_aux of shape {tuple(logits.shape)} to its attention; one logit for each of its "
+            f"{query_heads} query heads is supported"
+        )
+    return logits[:, None, None]
 
 
 def _mask(attention_mask: KeyMask | torch.Tensor | None, query: torch.Tensor, key: torch.Tensor) -> KeyMask:
@@ -230,37 +245,76 @@ def _find_sites(model: PreTrainedModel, geometry: ModelGeometry) -> tuple[Attent
 
     def watch(module: torch.nn.Module, call: AttentionCall) -> torch.Tensor:
         seen.append((module, call))
-        return masked_attention(call.query, call.key, call.value, call.positions >= 0, call.scale, call.softcap)
+        return masked_attention(call.query, call.key, call.value, call.positions >= 0, call.scale, call.softcap, call.sink_logits)
 
-    # From the middle of the vocabulary: special tokens drive some models to activations that half precision cannot repeat.
-    vocabulary = _attention_config(model).vocab_size
-    tokens = (torch.arange(8, device=model.device)[None] * 37 + vocabulary // 2) % vocabulary
-    unrouted = f"{name} does not use transformers' attention interface: its attention cannot be routed"
-    try:
-        with _routed(model, {}, watch):
-            ours = model(input_ids=tokens, use_cache=False).logits
-    except (TypeError, AttributeError) as error:
-        # A layer of its own kind that takes our mask for a tensor.
-        raise ValueError(unrouted) from error
-    # transformers' sdpa leaves out soft-capping without a word; eager is what such a family defines itself.
-    capped = any(call.softcap is not None for _, call in seen)
-    with _implementation(model, "eager" if capped else _attention_config(model)._attn_implementation):
-        own = model(input_ids=tokens, use_cache=False).logits
+    with _in_evaluation(model):
+        try:
+            own = _probe_logits(model)
+        except Exception as error:  # whatever the model raises
+            raise ValueError(f"{name} does not run on tokens alone: {' '.join(str(error).split()):.200}") from error
+        try:
+            with _routed(model, {}, watch):
+                ours = _probe_logits(model)
+        except (ValueError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # a layer of its own kind that takes our mask for a tensor
+            raise ValueError(_unrouted(name)) from error
+        if any(call.softcap is not None or call.sink_logits is not None for _, call in seen):
+            # transformers' sdpa leaves these out without a word; eager is what such a family defines itself.
+            with _implementation(model, "eager"):
+                own = _probe_logits(model)
     if not seen:
-        raise ValueError(unrouted)
-    sites = []
-    for layer, (module, call) in enumerate(seen):
-        shape = (call.query.shape[1], call.key.shape[1], call.query.shape[3])
-        if shape != (geometry.query_heads, geometry.kv_heads, geometry.head_dim) or call.value.shape != call.key.shape:
-            raise ValueError(
-                f"{name} layer {layer} attends with {shape[0]} query heads, {shape[1]} KV heads of {shape[2]} "
-                f"(values {call.value.shape[1]} x {call.value.shape[3]}); its config says {geometry}"
-            )
-        sites.append(AttentionSite(module, getattr(module, "layer_idx", layer), *shape))
+        raise ValueError(_unrouted(name))
+    sites = tuple(_site(name, at, module, call, geometry) for at, (module, call) in enumerate(seen))
     if [site.layer for site in sites] != list(range(geometry.layers)):
         raise ValueError(f"{name}: {len(sites)} attention calls for {geometry.layers} layers; every layer must attend exactly once")
+    for window, (_, call) in zip(geometry.layer_windows, seen, strict=True):
+        _check_mask(name, call, window)
     difference = (own.float() - ours.float()).norm() / own.float().norm().clamp(min=1e-6)
     # In half precision two right orders of summation drift apart over the layers; another formula is still further off.
     if not difference < (0.02 if own.dtype.itemsize >= 4 else 0.5):
         raise ValueError(f"{name}: its attention is not plain masked softmax attention (logits differ by {difference:.0%}); not supported")
-    return tuple(sites)
+    return sites
+
+
+def _unrouted(name: str) -> str:
+    return f"{name} does not use transformers' attention interface: its attention cannot be routed"
+
+
+def _probe_logits(model: PreTrainedModel) -> torch.Tensor:
+    # From the middle of the vocabulary: special tokens drive some models to activations that half precision cannot repeat.
+    vocabulary = _attention_config(model).vocab_size
+    tokens = (torch.arange(8, device=model.device)[None] * 37 + vocabulary // 2) % vocabulary
+    logits: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: PreTrainedModel) -> Iterator[None]:
+    """Without dropout, which would make two runs differ; every module as it was on exit."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _site(name: str, at: int, module: torch.nn.Module, call: AttentionCall, geometry: ModelGeometry) -> AttentionSite:
+    shape = (call.query.shape[1], call.key.shape[1], call.query.shape[3])
+    if shape != (geometry.query_heads, geometry.kv_heads, geometry.head_dim) or call.value.shape != call.key.shape:
+        raise ValueError(
+            f"{name} layer {at} attends with {shape[0]} query heads, {shape[1]} KV heads of {shape[2]} "
+            f"(values {call.value.shape[1]} x {call.value.shape[3]}); its config says {geometry}"
+        )
+    return AttentionSite(module, getattr(module, "layer_idx", at), *shape)
+
+
+def _check_mask(name: str, call: AttentionCall, window: int | None) -> None:
+    """A cache that drops tokens must know what a layer will still see: all before the query, or its window of the config."""
+    if call.mask.explicit is not None:
+        raise ValueError(f"{name} does not attend causally, to all tokens before a query or to a window of them; not supported")
+    if call.mask.reach != window:
+        found, said = (f"a window of {tokens} tokens" if tokens else "all tokens before a query" for tokens in (call.mask.reach, window))
+        raise ValueError(f"{name} attends to {found}, its config says {said}; not supported")

@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from moa_lab.geometry import ModelGeometry
+from moa_lab.geometry.config import attribute
+from moa_lab.geometry.of_model import geometry_of as geometry_of
+from moa_lab.interface import attention_sites
 from moa_lab.prompting.chat import conversation_ids
 from moa_lab.provenance import digest
 from moa_lab.storage import atomic_path
@@ -69,8 +71,8 @@ def load_model(
     weights are unpacked to `dtype`. The model comes in eval mode and its parameters need no gradient. plain_prompts: without
     the tokenizer's chat template, for one that cannot be used.
 
-    Raises ValueError, in one line that names the cure, for a name that leads nowhere and for a model whose attention
-    geometry cannot be read.
+    Raises ValueError, in one line that names the cure, for a name that leads nowhere and for a model that no plan can be
+    applied to (see `moa_lab.interface.attention_sites`).
     """
     target = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted = dtype or (torch.bfloat16 if target.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32)
@@ -86,14 +88,16 @@ def load_model(
     except Exception as error:  # a damaged file: every reader (config, tokenizer, safetensors, GGUF) has errors of its own
         raise ValueError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
     model.name_or_path = name
-    if getattr(model.config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+    if attribute(model.config.get_text_config(decoder=True), "attn_logit_softcapping"):
         # transformers' sdpa leaves soft-capping out without a word: dense scores would be those of another model.
         model.set_attn_implementation("eager")
     if plain_prompts:
         tokenizer.chat_template = None
-    geometry_of(model)
     torch.nn.Module.to(model, target)
-    return model.eval().requires_grad_(False), tokenizer
+    model.eval().requires_grad_(False)
+    # What no plan can be applied to is refused here, before anything is made of it.
+    attention_sites(model)
+    return model, tokenizer
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -101,31 +105,6 @@ def dtype_of(name: str | None) -> torch.dtype | None:
     if name is not None and name not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     return None if name is None else DTYPES[name]
-
-
-def geometry_of(model: PreTrainedModel) -> ModelGeometry:
-    """Read the geometry from the model's config and hold it against what its attention modules say.
-
-    Raises ValueError that names the missing config attribute, or the module and attribute that contradict the config
-    (heads that differ between layers, keys and values of different widths, layers that share their KV cache).
-    """
-    geometry = ModelGeometry.from_config(model.config)
-    expected = {
-        "head_dim": geometry.head_dim, "qk_head_dim": geometry.head_dim, "v_head_dim": geometry.head_dim,
-        "num_key_value_groups": geometry.group_size, "is_kv_shared_layer": False,
-    }  # fmt: skip
-    for path, module in _decoder(model).named_modules():
-        # transformers numbers every module that writes to the KV cache.
-        if not hasattr(module, "layer_idx"):
-            continue
-        for attribute, value in expected.items():
-            found = getattr(module, attribute, value)
-            if found != value:
-                raise ValueError(
-                    f"{type(model).__name__}: {path}.{attribute} is {found}, its config says {value}; "
-                    "layers whose KV heads differ from the config's are not supported"
-                )
-    return geometry
 
 
 def model_name(model: PreTrainedModel) -> str:
@@ -272,12 +251,6 @@ def _check_hub(name: str) -> None:
             f"unknown model {name!r}: not one of {sorted(EMBEDDED)}, not a folder or .gguf file here, and the hub does not give it "
             f"({_one_line(error)}); check the spelling, the network, or HF_TOKEN for a gated model"
         ) from error
-
-
-def _decoder(model: PreTrainedModel) -> PreTrainedModel:
-    """The text decoder of a model that may also see or hear: the other towers have heads of their own."""
-    get_decoder = getattr(model, "get_decoder", None)
-    return (get_decoder() if get_decoder else None) or model
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ class Plan:
 
     def check_model(self, geometry: ModelGeometry, weights: str | None = None) -> None:
         """Refuse a model of another geometry (ValueError naming both); warn when the weights are not the profiled ones."""
-        if geometry != self.geometry:
+        if not self.geometry.fits(geometry):
             raise ValueError(f"plan {self.name!r} is for another geometry: plan has {self.geometry}; model has {geometry}")
         made_on = self.provenance.weights
         if weights and made_on and weights != made_on:

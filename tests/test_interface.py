@@ -19,7 +19,7 @@ torch.set_num_threads(1)
 
 def plain(layer: int) -> Callable[[AttentionCall], torch.Tensor]:
     """Handlers that compute what the model itself would."""
-    return lambda call: masked_attention(call.query, call.key, call.value, call.positions >= 0, call.scale, call.softcap)
+    return lambda call: masked_attention(call.query, call.key, call.value, call.positions >= 0, call.scale, call.softcap, call.sink_logits)
 
 
 def zeros(layer: int) -> Callable[[AttentionCall], torch.Tensor]:
@@ -242,6 +242,19 @@ def test_sites_name_every_layer_once_and_are_found_once() -> None:
     assert attention_sites(model) is sites
 
 
+def without_window(model: PreTrainedModel, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """`forward` that makes its masks as if the config had no window."""
+
+    def run(*arguments: Any, **settings: Any) -> Any:
+        window, model.config.sliding_window = model.config.sliding_window, None
+        try:
+            return forward(*arguments, **settings)
+        finally:
+            model.config.sliding_window = window
+
+    return run
+
+
 # --- what cannot be routed is refused by name
 
 
@@ -253,14 +266,44 @@ def refused(model: PreTrainedModel) -> str:
     return str(caught.value)
 
 
-def test_attention_sinks_are_refused_by_name() -> None:
-    config = CONFIG_MAPPING["gpt_oss"](
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=8, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=128, sliding_window=16,
-    )  # fmt: skip
-    message = refused(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
-    assert "GptOss" in message
-    assert "s_aux" in message
+def test_sink_logits_that_are_not_one_to_a_query_head_are_refused_by_name() -> None:
+    model = tiny_model("gpt_oss")
+    attention = model.model.layers[1].self_attn
+    attention.sinks = torch.nn.Parameter(torch.ones(4, 2))
+    # The model's own attention cannot read them either: it only has to run.
+    model.config._attn_implementation = "sdpa"
+    message = refused(model)
+    assert "GptOssAttention" in message
+    assert "s_aux of shape (4, 2)" in message
+
+
+def test_a_window_that_the_model_does_not_keep_to_is_refused_by_name() -> None:
+    model = tiny_model("mistral")
+    # Stands for a family (Moshi) whose config names a window that its attention does not know.
+    model.model.forward = without_window(model, model.model.forward)
+    message = refused(model)
+    assert "MistralForCausalLM attends to all tokens before a query, its config says a window of 48 tokens" in message
+
+
+def test_attention_that_is_not_causal_is_refused_by_name() -> None:
+    config = CONFIG_MAPPING["bert"](vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    message = refused(AutoModelForCausalLM.from_config(config).eval())
+    assert "BertLMHeadModel does not attend causally" in message
+
+
+def test_a_model_that_does_not_run_is_refused_with_what_it_says() -> None:
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    message = refused(model)
+    assert "LlamaForCausalLM does not run on tokens alone: division by zero" in message
+
+
+def test_a_model_in_training_is_looked_at_without_dropout_and_left_in_training() -> None:
+    model = tiny_model("llama", attention_dropout=0.5).train()
+    model.model.layers[1].eval()
+    before = [module.training for module in model.modules()]
+    assert len(attention_sites(model)) == 2
+    assert [module.training for module in model.modules()] == before
 
 
 def test_a_model_outside_the_attention_interface_is_refused_by_name() -> None:

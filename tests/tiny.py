@@ -31,6 +31,7 @@ DESIGNS: dict[str, tuple[str, int, int, int]] = {
     "gemma3": ("gemma3_text", 4, 2, 24),  # q/k norm; own window in every other layer, with its own rotary base
     "phi3": ("phi3", 4, 2, 16),  # one fused qkv projection
     "olmo2": ("olmo2", 4, 4, 16),  # MHA; q/k norm over all heads at once
+    "gpt_oss": ("gpt_oss", 4, 2, 16),  # a sink logit per query head; own window in every other layer; experts
     "gpt_neox": ("gpt_neox", 4, 4, 16),  # MHA; parallel residual, rotary on part of head_dim
 }
 FAMILIES = tuple(DESIGNS)
@@ -66,7 +67,13 @@ def tiny_model(
     # The caller's random numbers stay where they were.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        # Grouped matrix products of experts know no double precision.
+        experts = {"experts_implementation": "eager"} if hasattr(config, "num_experts_per_tok") else {}
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **experts)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".sinks"):
+                # Large enough to take a good part of a row's weight.
+                torch.nn.init.normal_(parameter, mean=1.0)
     return model.eval().requires_grad_(False)
 
 
@@ -83,6 +90,13 @@ def _own(family: str, layers: int, head_dim: int) -> dict[str, Any]:
             "attn_logit_softcapping": 2.0,
         },
         "gemma3": {"sliding_window": WINDOW_TOKENS, "layer_types": alternating, "query_pre_attn_scalar": head_dim},
+        "gpt_oss": {
+            "sliding_window": WINDOW_TOKENS,
+            "layer_types": alternating,
+            "num_local_experts": 2,
+            "num_experts_per_tok": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
         "gpt_neox": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
     }
     return own.get(family, {})

@@ -15,6 +15,7 @@ from moa_lab.calibration.documents import Document, Split, documents_hash, embed
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Source, Summaries, Task, turns_of
 from moa_lab.calibration.wordings import Wording
+from moa_lab.interface import attention_sites
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.prompting.rendering import check_turns
 from moa_lab.provenance import digest, provenance
@@ -190,6 +191,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def _check(model: PreTrainedModel, lengths: Sequence[int], wanted: Sequence[Request]) -> None:
+    # A model that no plan can be applied to is not worth its answers.
+    attention_sites(model)
     longest = geometry_of(model).max_length
     for length in lengths:
         if not 1 <= length <= longest:

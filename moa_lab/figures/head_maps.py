@@ -57,7 +57,7 @@ def difference_map(
 
     `other` may be the same profile, at another key. Raises ValueError for a profile of another model.
     """
-    if profile.geometry != other.geometry:
+    if not profile.geometry.fits(other.geometry):
         raise ValueError("the two profiles are of models of different geometry: their heads cannot be compared")
     here = long_range_influence(profile, *key, beyond_tokens, pool)
     there = long_range_influence(other, *other_key, beyond_tokens, pool)

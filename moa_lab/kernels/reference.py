@@ -19,21 +19,39 @@ def masked_attention(
     shown: torch.Tensor,
     scale: float,
     softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention over the keys that `shown` allows: (batch, query_heads, query_tokens, head_dim).
 
     query: (batch, query_heads, query_tokens, head_dim); key, value: (batch, kv_heads, key_tokens, head_dim), where query
     head h reads KV head h // group. shown: bool, broadcastable to (batch, query_heads, query_tokens, key_tokens).
-    softcap: scores become `softcap * tanh(score / softcap)` before masking (Gemma 2).
+    softcap: scores become `softcap * tanh(score / softcap)` before masking (Gemma 2). sink_logits:
+    broadcastable to (batch, query_heads, query_tokens, 1), the score of a key that all see and that has no value, so that a row's
+    weights sum to less than 1 (gpt-oss); not capped.
     """
     group = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(group, dim=1)
     value = value.repeat_interleave(group, dim=1)
-    if softcap is None:
+    if softcap is None and sink_logits is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=shown, scale=scale)
-    scores = softcap * torch.tanh(query @ key.transpose(-1, -2) * (scale / softcap))
-    weights = scores.masked_fill(~shown, float("-inf")).softmax(dim=-1, dtype=torch.float32)
+    scores = query @ key.transpose(-1, -2) * (scale if softcap is None else scale / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores)
+    scores = scores.masked_fill(~shown, float("-inf"))
+    if sink_logits is None:
+        return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ value
+    weights, _ = softmax_with_sink(scores, sink_logits)
     return weights.to(query.dtype) @ value
+
+
+def softmax_with_sink(scores: torch.Tensor, sink_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax over the keys and one more of score `sink_logits`: the keys' weights, and that one's (..., queries, 1).
+
+    At least float32. Source: gpt-oss (OpenAI, 2025), after StreamingLLM's sink of zero (Xiao et al., 2023).
+    """
+    last = sink_logits.to(scores.dtype).expand(*scores.shape[:-1], 1)
+    weights = torch.cat([scores, last], dim=-1).softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+    return weights[..., :-1], weights[..., -1:]
 
 
 def windowed_attention(
@@ -47,13 +65,14 @@ def windowed_attention(
     scale: float,
     softcap: float | None = None,
     gaps: bool = False,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`masked_attention` in which KV head g sees the sink and its own `windows[g]` tokens: int (kv_heads,).
 
     query_positions: int32 (batch or 1, 1, query_tokens, 1); positions: int32 (batch or 1, 1, query_tokens, key_tokens), the
     key's position, -1 where the model itself hides the key. In a row, keys and their positions are in the same order and, but for
     padding between tokens (gaps), equally far apart. Heads of one window share a mask, and without gaps a block of queries reads the
-    sink and the window's keys alone, so work and memory fall with the windows.
+    sink and the window's keys alone, so work and memory fall with the windows. sink_logits: (query_heads, 1, 1).
     """
     group = query.shape[1] // key.shape[1]
     tokens, keys = query.shape[2], key.shape[2]
@@ -65,6 +84,7 @@ def windowed_attention(
         kv_heads = torch.from_numpy(np.flatnonzero(windows == window)).to(query.device)
         query_heads = (kv_heads[:, None] * group + torch.arange(group, device=kv_heads.device)).flatten()
         asked, known, values = query[:, query_heads], key[:, kv_heads], value[:, kv_heads]
+        sinks = None if sink_logits is None else sink_logits[query_heads]
         blocks = []
         for start in range(0, tokens, QUERY_BLOCK):
             stop = min(start + QUERY_BLOCK, tokens)
@@ -73,7 +93,7 @@ def windowed_attention(
             at = torch.cat([rows[..., part] for part in read], dim=-1)
             shown = visible(query_positions[:, :, start:stop], at, sink_tokens, int(window)) & (at >= 0)
             near_keys, near_values = (torch.cat([x[:, :, part] for part in read], dim=2) for x in (known, values))
-            blocks.append(masked_attention(asked[:, :, start:stop], near_keys, near_values, shown, scale, softcap))
+            blocks.append(masked_attention(asked[:, :, start:stop], near_keys, near_values, shown, scale, softcap, sinks))
         output[:, query_heads] = torch.cat(blocks, dim=2)
     return output
 

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,7 +41,8 @@ def apply_plan(model: PreTrainedModel, plan: Plan, n_tokens: int | None = None) 
     plan.check_model(geometry, weights_fingerprint(model) if plan.provenance.weights else None)
     if n_tokens is not None and not 1 <= n_tokens <= geometry.max_length:
         raise ValueError(f"n_tokens must lie in 1..{geometry.max_length} (the model's maximum length), got {n_tokens}")
-    spans = SpanAttention(plan, n_tokens)
+    # A head that keeps everything keeps as much as this model takes, whatever length the card was written with.
+    spans = SpanAttention(replace(plan, geometry=geometry), n_tokens)
     with route_attention(model, spans.handler), _ring_caches(model, spans):
         outer = _in_force.get(model)
         _in_force[model] = spans

@@ -73,11 +73,12 @@ def generate(
     if not rows or not all(rows):
         raise ValueError("generation needs at least one prompt, and a token in every prompt")
     n_tokens = max(map(len, rows)) + max_new_tokens
-    plan = plan or dense_plan(geometry_of(model))
-    if max_new_tokens < 1 or n_tokens > plan.geometry.max_length:
+    geometry = geometry_of(model)
+    plan = plan or dense_plan(geometry)
+    if max_new_tokens < 1 or n_tokens > geometry.max_length:
         raise ValueError(
             f"{max(map(len, rows))} prompt and {max_new_tokens} new tokens: new tokens must be at least 1, and all together at most "
-            f"{plan.geometry.max_length}, the model's maximum length"
+            f"{geometry.max_length}, the model's maximum length"
         )
     stops = _end_of_sequence(model) if stop_tokens is None else list(stop_tokens)
     with apply_plan(model, plan, n_tokens):

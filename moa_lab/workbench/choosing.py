@@ -73,7 +73,7 @@ class Choosing:
         Only where the loss table says what they lose; a name that a plan of the front has is left to that plan.
         """
         table = self.state.table
-        if table is None or not self.points or self.points[0].plan.geometry != table.geometry:
+        if table is None or not self.points or not self.points[0].plan.geometry.fits(table.geometry):
             return ()
         shape = (table.geometry.layers, table.geometry.kv_heads)
         lengths = sorted({int(n) for point in self.points for n in point.density}) or list(table.lengths)

@@ -24,7 +24,7 @@ def rank_stability(
 
     NaN where either says the same of all heads. Raises ValueError for profiles of other models.
     """
-    if first.geometry != second.geometry:
+    if not first.geometry.fits(second.geometry):
         raise ValueError("the two profiles are of models of different geometry: their heads cannot be compared")
     values = [long_range_influence(profile, *where, beyond_tokens, pool) for profile, where in ((first, key), (second, other))]
     if any(np.ptp(each) == 0 for each in values):
@@ -132,7 +132,7 @@ class Heads:
 
     def add(self, name: str, profile: InfluenceProfile) -> None:
         """One more profile to compare with. Raises ValueError for one of another model, and for a name that is taken."""
-        if profile.geometry != self.profile.geometry:
+        if not profile.geometry.fits(self.profile.geometry):
             raise ValueError(f"{name} is of a model of different geometry: its heads cannot be compared")
         if name in self.profiles:
             raise ValueError(f"a profile named {name!r} is there already")

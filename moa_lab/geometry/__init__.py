@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
+
+from moa_lab.geometry.config import read_geometry
 
 MAX_TOKENS = 2**31 - 1
 """Kernels count positions in 32 bits."""
@@ -17,7 +19,8 @@ class ModelGeometry:
     """Layers, heads and lengths of a decoder-only model.
 
     `layer_windows[layer]` is the model's own sliding window in tokens, or None where the layer attends to everything.
-    Query head h reads KV head `h // group_size`.
+    Query head h reads KV head `h // group_size`. `max_length`: tokens that the model takes, RoPE scaling counted (see
+    `moa_lab.geometry.length`).
     """
 
     layers: int
@@ -55,6 +58,13 @@ class ModelGeometry:
         """Bytes of K and V of one token in one KV head."""
         return 2 * self.head_dim * dtype_bytes
 
+    def fits(self, other: ModelGeometry) -> bool:
+        """Whether a plan or a record for one is right for the other: all is the same but for the length that tokens may reach.
+
+        How long a model's texts may be decides nothing about its heads, and is read anew from the model that is used.
+        """
+        return replace(other, max_length=self.max_length) == self
+
     def __str__(self) -> str:
         own = sum(window is not None for window in self.layer_windows)
         windows = f", {own} layers with their own window" if own else ""
@@ -67,21 +77,10 @@ class ModelGeometry:
     def from_config(cls, config: Any) -> ModelGeometry:
         """Read the geometry from any Hugging Face decoder config (nested text configs included).
 
-        Raises ValueError naming the attribute that is missing, or the layer type that keeps no plain KV cache.
+        Raises ValueError naming the attribute that is missing, that the config answers with an error of its own, or that
+        differs between layers; or the layer type that keeps no plain KV cache.
         """
-        config = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-        if getattr(config, "is_encoder_decoder", False):
-            raise ValueError(f"{type(config).__name__}: encoder-decoder models are not supported; use a decoder-only model")
-        layers = _required(config, "num_hidden_layers")
-        query_heads = _required(config, "num_attention_heads")
-        return cls(
-            layers=layers,
-            query_heads=query_heads,
-            kv_heads=getattr(config, "num_key_value_heads", None) or query_heads,
-            head_dim=getattr(config, "head_dim", None) or _required(config, "hidden_size") // query_heads,
-            max_length=_required(config, "max_position_embeddings"),
-            layer_windows=_layer_windows(config, layers),
-        )
+        return cls(**read_geometry(config))
 
 
 def check_whole(name: str, value: object, low: int, high: int = MAX_TOKENS) -> None:
@@ -92,28 +91,3 @@ def check_whole(name: str, value: object, low: int, high: int = MAX_TOKENS) -> N
         raise ValueError(f"{name} must be at least {low}, got {value}")
     if int(value) > high:
         raise ValueError(f"{name} must be at most {high}, got {value}")
-
-
-def _required(config: Any, name: str) -> int:
-    value = getattr(config, name, None)
-    if value is None:
-        raise ValueError(f"{type(config).__name__} has no {name}: its attention geometry cannot be read")
-    return int(value)
-
-
-def _layer_windows(config: Any, layers: int) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        # Mistral and Phi-3 slide in every layer; Qwen2 carries a window that `use_sliding_window` switches off.
-        uses = getattr(config, "use_sliding_window", True)
-        return ((int(window) if window and uses else None),) * layers
-    windows: list[int | None] = []
-    for layer, kind in enumerate(kinds):
-        if kind == "full_attention":
-            windows.append(None)
-        elif kind == "sliding_attention" and window:
-            windows.append(int(window))
-        else:
-            raise ValueError(f"layer {layer} is of type {kind!r}, which keeps no plain KV cache per position; not supported")
-    return tuple(windows)
