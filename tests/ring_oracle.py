@@ -30,12 +30,14 @@ class Sequences:
 
     def __init__(
         self, layout: LayerLayout, batch: int, *, group: int = 2, head_dim: int = HEAD_DIM, dtype: torch.dtype = torch.float32,
-        device: str = "cpu", seed: int = 0, softcap: float | None = None,
+        device: str = "cpu", seed: int = 0, softcap: float | None = None, sinks: bool = False,
     ) -> None:  # fmt: skip
         self.layout, self.group, self.softcap, self.scale = layout, group, softcap, head_dim**-0.5
         self.ring = RingLayer(layout, batch, head_dim, dtype, torch.device(device))
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._random = torch.Generator().manual_seed(seed)
+        query_heads = len(layout.windows) * group
+        self.sink_logits = (1 + torch.randn(query_heads, 1, 1, generator=self._random)).to(self.ring.keys) if sinks else None
         self._keys: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self._values: list[list[torch.Tensor]] = [[] for _ in range(batch)]
 
@@ -62,7 +64,7 @@ class Sequences:
             asked = known[key.shape[2] - (chunk.query.shape[2] - padding) :, None]
             shown = visible(asked, known, self.layout.sink_tokens, windows) & (asked - known < (self.layout.reach or key.shape[2] + 1))
             query = chunk.query[row : row + 1, :, padding:].float()
-            output[row, :, padding:] = masked_attention(query, key, value, shown[None], self.scale, self.softcap)[0]
+            output[row, :, padding:] = masked_attention(query, key, value, shown[None], self.scale, self.softcap, self.sink_logits)[0]
         return output
 
     def poison(self, unwritten: Chunk | None = None) -> None:

@@ -77,8 +77,8 @@ def _decode_kernel(
 
 @triton.jit
 def _merge_kernel(
-    part_output, part_max, part_sum, firsts, output, output_batch, output_head, query_heads,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    part_output, part_max, part_sum, firsts, sink_logits, output, output_batch, output_head, query_heads,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
     """Put the segments of one row and query head together, in their order: the same sum every time."""
     batch = tl.program_id(0) // query_heads
@@ -87,6 +87,10 @@ def _merge_kernel(
     dims = tl.arange(0, PADDED_DIM)
     scores_max = tl.full([], float("-inf"), tl.float32)
     scores_sum = tl.full([], 0.0, tl.float32)
+    if SINK_LOGITS:
+        # One key of this score, in base 2, whose value is 0: here, where it is counted once, not in every segment.
+        scores_max = tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634
+        scores_sum += 1.0
     total = tl.zeros([PADDED_DIM], tl.float32)
     stop = tl.load(firsts + owner + 1)
     for segment in range(tl.load(firsts + owner), stop, BLOCK):
@@ -145,11 +149,13 @@ def decode_attention(
     schedule: DecodeSchedule,
     scale: float,
     softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every row's newest token, already in the ring: (batch, query_heads, 1, head_dim), as `newest_attention`.
 
     query: (batch, query_heads, 1, head_dim), float16, bfloat16 or float32; lengths: int32 (batch,), at least 1. schedule: for this
-    batch and the ring's slots. Sums are in float32 and in the same order every time.
+    batch and the ring's slots. sink_logits: (query_heads, 1, 1).
+    Sums are in float32 and in the same order every time.
     Source: split-KV decoding as in Flash-Decoding (Dao et al., 2023), over heads of unequal spans.
     """
     batch, kv_heads = len(query), len(ring.layout.windows)
@@ -157,7 +163,7 @@ def decode_attention(
         raise ValueError(f"the schedule and the ring must be for {batch} rows and {kv_heads} KV heads")
     return _decode(
         query, ring.keys, ring.values, ring.table, lengths, schedule.segments, schedule.bounds, schedule.firsts, schedule.tile,
-        ring.layout.sink_tokens, ring.layout.reach or 0, scale, softcap or 0.0,
+        ring.layout.sink_tokens, ring.layout.reach or 0, scale, softcap or 0.0, sink_logits,
     )  # fmt: skip
 
 
@@ -180,7 +186,7 @@ def _write(
 def _decode(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor, lengths: torch.Tensor,
     segments: torch.Tensor, bounds: torch.Tensor, firsts: torch.Tensor, tile: int,
-    sink_tokens: int, reach: int, scale: float, softcap: float,
+    sink_tokens: int, reach: int, scale: float, softcap: float, sink_logits: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """reach, softcap: 0 for none."""
     query = query if query.stride(-1) == 1 else query.contiguous()
@@ -200,8 +206,9 @@ def _decode(
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _merge_kernel[(batch * query_heads,)](
-        part_output, part_max, part_sum, firsts, output, output.stride(0), output.stride(1), query_heads,
-        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK=16, num_warps=4,
+        part_output, part_max, part_sum, firsts, part_max if sink_logits is None else sink_logits.contiguous(),
+        output, output.stride(0), output.stride(1), query_heads,
+        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK=16, SINK_LOGITS=sink_logits is not None, num_warps=4,
     )  # fmt: skip
     return output
 

@@ -59,6 +59,7 @@ def span_attention(
     windows: np.ndarray,
     scale: float,
     softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention in which KV head g sees the sink and its own `windows[g]` tokens, by the fastest way that is right.
 
@@ -68,11 +69,13 @@ def span_attention(
         # Imported here: Triton is not everywhere.
         from moa_lab.kernels.prefill import prefill_attention
 
-        return prefill_attention(query, key, value, windows, sink_tokens, scale, first=mask.first, reach=mask.reach, softcap=softcap)
+        return prefill_attention(
+            query, key, value, windows, sink_tokens, scale, first=mask.first, reach=mask.reach, softcap=softcap, sink_logits=sink_logits
+        )
     positions = mask.positions
     query_positions = positions.amax(dim=-1, keepdim=True)
     gaps = mask.explicit is None and not mask.padded_on_the_left
-    return windowed_attention(query, key, value, query_positions, positions, sink_tokens, windows, scale, softcap, gaps)
+    return windowed_attention(query, key, value, query_positions, positions, sink_tokens, windows, scale, softcap, gaps, sink_logits)
 
 
 def drawn_attention(
@@ -85,15 +88,16 @@ def drawn_attention(
     sink_tokens: int,
     scale: float,
     softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`drawn_windows`, by its kernel where it runs and nothing is padded; elsewhere by `mixed_windows`, recomputed in backward."""
     if _fits(query) and mask.explicit is None and mask.real is None:
         from moa_lab.kernels.drawn import drawn_windows
 
-        return drawn_windows(query, key, value, shift, counts, sink_tokens, scale, softcap, mask.reach)
+        return drawn_windows(query, key, value, shift, counts, sink_tokens, scale, softcap, mask.reach, sink_logits)
     weights = torch.nn.functional.one_hot(counts.long() - 1, shift.shape[-1]).to(shift.dtype) + shift
     shown = mask.positions >= 0
-    return checkpoint(mixed_windows, query, key, value, shown, weights, sink_tokens, scale, softcap, use_reentrant=False)
+    return checkpoint(mixed_windows, query, key, value, shown, weights, sink_tokens, scale, softcap, sink_logits, use_reentrant=False)
 
 
 def ring_attention(
@@ -105,6 +109,7 @@ def ring_attention(
     padding: torch.Tensor,
     scale: float,
     softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
     *,
     schedule: DecodeSchedule | None = None,
     keep: bool = True,
@@ -115,16 +120,16 @@ def ring_attention(
     writes nothing.
     """
     if query.shape[2] > 1 or not keep:
-        found = _chunk_attention(query, key, value, ring, lengths, padding, scale, softcap)
+        found = _chunk_attention(query, key, value, ring, lengths, padding, scale, softcap, sink_logits)
         if keep:
             ring_write(key, value, ring, lengths, padding)
         return found
     ring_write(key, value, ring, lengths, padding)
     if schedule is None or not kernel_applies(query, key, value):
-        return newest_attention(query, ring, lengths, scale, softcap)
+        return newest_attention(query, ring, lengths, scale, softcap, sink_logits)
     from moa_lab.kernels.decode import decode_attention
 
-    return decode_attention(query, ring, lengths, schedule, scale, softcap)
+    return decode_attention(query, ring, lengths, schedule, scale, softcap, sink_logits)
 
 
 def _chunk_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:

@@ -44,9 +44,9 @@ def _scores(
 
 @triton.jit
 def _forward_kernel(
-    query, key, value, counts, output, normaliser, n_tokens, sink_blocks, reach, scale, softcap,
+    query, key, value, counts, sink_logits, output, normaliser, n_tokens, sink_blocks, reach, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
@@ -57,6 +57,10 @@ def _forward_kernel(
     sinks = tl.minimum(sink_blocks, first)
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
+    if SINK_LOGITS:
+        # As if every query had seen a key of this score whose value is 0.
+        highest = tl.zeros((BLOCK,), tl.float32) + tl.load(sink_logits + head)
+        total += 1.0
     found = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
     for index in range(0, sinks + block + 1 - first):
         near = tl.where(index < sinks, index, first + index - sinks)
@@ -172,21 +176,22 @@ def drawn_windows(
     scale: float,
     softcap: float | None = None,
     reach: int | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`mixed_windows` whose weights are 1 for the last `counts` blocks, int32 (batch, kv_heads), plus `shift`: as `query`.
 
     shift: (batch, kv_heads, blocks), all zeros, there for its slope: what each other window would have changed. query:
     (batch, query_heads, tokens, head_dim); key, value: (batch, kv_heads, tokens, head_dim), without padding. reach: the model's own
-    window in tokens.
+    window in tokens. sink_logits: (query_heads, 1, 1), as in `masked_attention`.
     """
-    return _Drawn.apply(query, key, value, shift, counts, sink_tokens, scale, softcap, reach)
+    return _Drawn.apply(query, key, value, shift, counts, sink_tokens, scale, softcap, reach, sink_logits)
 
 
 class _Drawn(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shift: torch.Tensor, counts: torch.Tensor,
-        sink_tokens: int, scale: float, softcap: float | None, reach: int | None,
+        sink_tokens: int, scale: float, softcap: float | None, reach: int | None, sink_logits: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         batch, heads, n_tokens, head_dim = query.shape
@@ -200,14 +205,19 @@ class _Drawn(torch.autograd.Function):
         numbers = (-(-sink_tokens // BLOCK), reach or NO_REACH, scale, softcap or 1.0)
         grid = (shift.shape[-1], batch * heads)
         counts = counts.to(query.device, torch.int32).contiguous()
-        _forward_kernel[grid](query, key, value, counts, output, normaliser, n_tokens, *numbers, **settings)
-        ctx.save_for_backward(query, key, value, counts, output, normaliser)
+        # Of every row and head, as the kernels count them.
+        logits = None if sink_logits is None else sink_logits.float().flatten().repeat(batch)
+        _forward_kernel[grid](
+            query, key, value, counts, normaliser if logits is None else logits, output, normaliser, n_tokens, *numbers,
+            SINK_LOGITS=logits is not None, **settings,
+        )  # fmt: skip
+        ctx.save_for_backward(query, key, value, counts, output, normaliser, logits)
         ctx.grid, ctx.numbers, ctx.settings = grid, numbers, settings
         return output
 
     @staticmethod
     def backward(ctx: Any, *slopes: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, counts, output, normaliser = ctx.saved_tensors
+        query, key, value, counts, output, normaliser, logits = ctx.saved_tensors
         slope = slopes[0].contiguous()
         batch, heads, n_tokens, _ = query.shape
         blocks, group = ctx.grid[0], ctx.settings["GROUP"]
@@ -220,16 +230,19 @@ class _Drawn(torch.autograd.Function):
         _columns_kernel[ctx.grid](*shared, key_slope, value_slope, n_tokens, blocks, *ctx.numbers, **ctx.settings)
         per_group = (batch, heads // group, group)
         key_slope, value_slope = (x.unflatten(1, per_group[1:]).sum(dim=2) for x in (key_slope, value_slope))
-        found = _slope_of_windows(masses, gains, ctx.numbers[0]).unflatten(1, per_group[1:]).sum(dim=2)
-        return query_slope, key_slope, value_slope, found, None, None, None, None, None
+        logits = None if logits is None else logits.reshape(batch, heads, 1, 1)
+        found = _slope_of_windows(masses, gains, ctx.numbers[0], logits).unflatten(1, per_group[1:]).sum(dim=2)
+        return query_slope, key_slope, value_slope, found, None, None, None, None, None, None
 
 
-def _slope_of_windows(masses: torch.Tensor, gains: torch.Tensor, sink_blocks: int) -> torch.Tensor:
+def _slope_of_windows(masses: torch.Tensor, gains: torch.Tensor, sink_blocks: int, sink_logits: torch.Tensor | None) -> torch.Tensor:
     """(batch, query_heads, blocks): slope . output, summed over queries, for a window of 1, 2, .. blocks.
 
-    masses, gains: (batch, query_heads, tokens, blocks), of the keys 0, 1, .. blocks back.
+    masses, gains: (batch, query_heads, tokens, blocks), of the keys 0, 1, .. blocks back. sink_logits: (batch, query_heads, 1, 1).
     """
-    mass = (masses - masses.amax(dim=-1, keepdim=True)).exp()
+    highest = masses.amax(dim=-1, keepdim=True)
+    highest = highest if sink_logits is None else highest.maximum(sink_logits)
+    mass = (masses - highest).exp()
     gain = mass * gains
     index = torch.arange(masses.shape[-1], device=masses.device)
     own = index.repeat_interleave(BLOCK)[: masses.shape[2], None]
@@ -237,4 +250,6 @@ def _slope_of_windows(masses: torch.Tensor, gains: torch.Tensor, sink_blocks: in
     kept_mass, kept_gain = (
         torch.where(sink, 0.0, x).cumsum(dim=-1) + torch.where(sink, x, 0.0).sum(dim=-1, keepdim=True) for x in (mass, gain)
     )
+    if sink_logits is not None:
+        kept_mass = kept_mass + (sink_logits - highest).exp()
     return (kept_gain / kept_mass.clamp(min=LEAST)).sum(dim=2)

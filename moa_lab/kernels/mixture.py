@@ -19,13 +19,14 @@ def mixed_windows(
     sink_tokens: int,
     scale: float,
     softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`sum over n of weights[..., n - 1] * (attention to the sink and the last n blocks)`: as `query`.
 
     query: (batch, query_heads, tokens, head_dim); key, value: (batch, kv_heads, tokens, head_dim); shown: bool, broadcastable to
     (batch, query_heads, tokens, tokens), what the model itself shows. weights: (batch, kv_heads, blocks), where blocks are those of
     `tokens`, the last one begun counted. A block of queries sees the same blocks of keys, so a window of n blocks holds
-    64 (n - 1) to 64 n tokens; the sink is rounded up to whole blocks.
+    64 (n - 1) to 64 n tokens; the sink is rounded up to whole blocks. sink_logits: (query_heads, 1, 1), as in `masked_attention`.
 
     A query's softmax over its last n blocks is `exp(score) / Z_n`, so the mean over n weighs a key d blocks away by
     `exp(score) * sum over n > d of weights[n] / Z_n`: the scores are taken once for all windows.
@@ -43,6 +44,8 @@ def mixed_windows(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~shown, torch.finfo(scores.dtype).min)
     highest = scores.detach().amax(dim=-1, keepdim=True)
+    if sink_logits is not None:
+        highest = highest.maximum(sink_logits.detach().to(highest.dtype))
     mass = (scores - highest).exp().masked_fill(~shown, 0).unflatten(-1, (blocks, BLOCK))
     per_block = mass.sum(dim=-1, dtype=torch.float32)
 
@@ -54,6 +57,9 @@ def mixed_windows(
     far = torch.where(sink, 0.0, per_block)
     by_distance = F.pad(far, (0, 1)).gather(-1, distance.clamp(max=blocks).expand(batch, query_heads, -1, -1))
     held = torch.where(sink, per_block, 0.0).sum(dim=-1, keepdim=True) + by_distance.cumsum(dim=-1)
+    if sink_logits is not None:
+        # Every window's sum has it: it is seen by all.
+        held = held + (sink_logits - highest).exp().float()
     share = weights.float().repeat_interleave(group, dim=1)[:, :, None] / held.clamp(min=LEAST)
     beyond = F.pad(share.flip(-1).cumsum(dim=-1).flip(-1), (0, 1))
     nearest = torch.where(sink, 0, distance)

@@ -18,12 +18,13 @@ def chunk_attention(
     padding: torch.Tensor,
     scale: float,
     softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of new tokens to what the ring holds from before and to one another: (batch, query_heads, query_tokens, head_dim).
 
     query: (batch, query_heads, query_tokens, head_dim), the last of the new tokens; key, value: (batch, kv_heads, tokens, head_dim),
     not yet written to the ring. lengths: int32 (batch,), tokens of each row with the new ones; padding: int32 (batch,), how many of
-    a row's first columns are no tokens. What they get has no meaning.
+    a row's first columns are no tokens. What they get has no meaning. sink_logits: (query_heads, 1, 1), as in `masked_attention`.
     """
     tokens, group = key.shape[2], query.shape[1] // key.shape[1]
     layout = ring.layout
@@ -42,16 +43,23 @@ def chunk_attention(
         shown = _shown(asked[:, None, :, None], known, layout.sink_tokens, window, layout.reach)
         # A padding query sees nothing, and its softmax would be 0/0: it may see all.
         shown = shown | ~real[:, None, :, None]
-        output[:, heads] = masked_attention(query[:, heads], near_key, near_value, shown, scale, softcap)
+        sinks = None if sink_logits is None else sink_logits[heads]
+        output[:, heads] = masked_attention(query[:, heads], near_key, near_value, shown, scale, softcap, sinks)
     return output
 
 
 def newest_attention(
-    query: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, scale: float, softcap: float | None = None
+    query: torch.Tensor,
+    ring: RingLayer,
+    lengths: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of every row's newest token, already in the ring: (batch, query_heads, 1, head_dim).
 
-    query: (batch, query_heads, 1, head_dim); lengths: int32 (batch,), at least 1.
+    query: (batch, query_heads, 1, head_dim); lengths: int32 (batch,), at least 1; sink_logits: (query_heads, 1, 1), as in
+    `masked_attention`.
     """
     layout, heads = ring.layout, query.shape[1]
     group = heads // len(layout.windows)
@@ -67,7 +75,9 @@ def newest_attention(
         rows = slice(head * group, (head + 1) * group)
         # One KV head: its query heads stand where queries would.
         asked = query[:, rows].transpose(1, 2)
-        found = masked_attention(asked, ring.keys[:, None, part], ring.values[:, None, part], shown[:, None, None], scale, softcap)
+        sinks = None if sink_logits is None else sink_logits[rows].transpose(0, 1)
+        held = (ring.keys[:, None, part], ring.values[:, None, part])
+        found = masked_attention(asked, *held, shown[:, None, None], scale, softcap, sinks)
         output[:, rows] = found.transpose(1, 2)
     return output
 

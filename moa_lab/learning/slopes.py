@@ -100,7 +100,16 @@ class SlopeSampler:
         def handler(layer: int) -> Handler:
             def attend(call: AttentionCall) -> torch.Tensor:
                 return drawn_attention(
-                    call.query, call.key, call.value, call.mask, shift[layer], counts[layer], table.sink_tokens, call.scale, call.softcap
+                    call.query,
+                    call.key,
+                    call.value,
+                    call.mask,
+                    shift[layer],
+                    counts[layer],
+                    table.sink_tokens,
+                    call.scale,
+                    call.softcap,
+                    call.sink_logits,
                 )
 
             return attend

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from moa_lab.interface import AttentionCall, Handler
-from moa_lab.kernels.reference import masked_attention, windowed_attention
+from moa_lab.kernels.reference import masked_attention, softmax_with_sink, windowed_attention
 from moa_lab.masks import visible
 from moa_lab.profiling.influence import LayerInfluence, influence, reduce_rows, span_effect
 from moa_lab.records import BLOCK_TOKENS
@@ -56,21 +56,30 @@ class _CapturedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall, wanted: _Wanted
     ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value, call.positions, call.query_positions)
+        ctx.save_for_backward(query, key, value, call.positions, call.query_positions, call.sink_logits)
         ctx.scale, ctx.softcap, ctx.wanted = call.scale, call.softcap, wanted
         if wanted.windows is None:
-            return masked_attention(query, key, value, call.positions >= 0, call.scale, call.softcap)
+            return masked_attention(query, key, value, call.positions >= 0, call.scale, call.softcap, call.sink_logits)
         return windowed_attention(
-            query, key, value, call.query_positions, call.positions, wanted.sink_tokens, wanted.windows, call.scale, call.softcap
+            query,
+            key,
+            value,
+            call.query_positions,
+            call.positions,
+            wanted.sink_tokens,
+            wanted.windows,
+            call.scale,
+            call.softcap,
+            sink_logits=call.sink_logits,
         )
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, positions, query_positions = ctx.saved_tensors
+        query, key, value, positions, query_positions, sink_logits = ctx.saved_tensors
         work_dtype = torch.promote_types(query.dtype, torch.float32)
         gradients, reduced = _backward_by_row_blocks(
             query.to(work_dtype), key.to(work_dtype), value.to(work_dtype), output_gradients[0].to(work_dtype),
-            positions, query_positions, ctx.scale, ctx.softcap, ctx.wanted,
+            positions, query_positions, ctx.scale, ctx.softcap, sink_logits, ctx.wanted,
         )  # fmt: skip
         ctx.wanted.receive(ctx.wanted.layer, reduced)
         return (*(gradient.to(query.dtype) for gradient in gradients), None, None)
@@ -85,6 +94,7 @@ def _backward_by_row_blocks(
     query_positions: torch.Tensor,
     scale: float,
     softcap: float | None,
+    sink_logits: torch.Tensor | None,
     wanted: _Wanted,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], LayerInfluence]:
     batch, heads, n, head_dim = query.shape
@@ -96,6 +106,8 @@ def _backward_by_row_blocks(
     window = None
     if wanted.windows is not None:
         window = torch.from_numpy(wanted.windows).to(query.device, torch.int32)[:, None, None, None]
+    # As wide as scores are: (kv_heads, group, 1, 1).
+    sinks = None if sink_logits is None else sink_logits.reshape(kv_heads, heads // kv_heads, 1, 1)
     tiles = -(-n // BLOCK_TOKENS)
     result = LayerInfluence(
         blocks=query.new_zeros(batch, heads, tiles, tiles),
@@ -114,17 +126,17 @@ def _backward_by_row_blocks(
             scores, slope = softcap * capped, 1 - capped**2
         key_positions = positions[:, :, None, start:stop, :stop]
         scores = scores.masked_fill(key_positions < 0, float("-inf"))
-        dense = scores.softmax(dim=-1)
+        dense, rest = _weights(scores, sinks)
         weights = dense
         if window is not None:
             seen = visible(query_positions[:, :, None, start:stop], key_positions, wanted.sink_tokens, window)
-            weights = scores.masked_fill(~seen, float("-inf")).softmax(dim=-1)
+            weights, _ = _weights(scores.masked_fill(~seen, float("-inf")), sinks)
         weights_gradient = gradient @ values.transpose(-1, -2)
         magnitude = influence(weights, weights_gradient).abs_().reshape(batch, heads, stop - start, stop)
         reduce_rows(result, _pad_to_tiles(magnitude), start, wanted.sink_tokens)
 
         expected = (weights * weights_gradient).sum(dim=-1, keepdim=True)
-        effect = span_effect(dense, weights_gradient, start, wanted.sink_tokens, tiles)
+        effect = span_effect(dense, weights_gradient, start, wanted.sink_tokens, tiles, rest)
         result.span_effects += effect.reshape(batch, heads, tiles)
         scores_gradient = (weights_gradient - expected).mul_(weights).mul_(scale)
         if slope is not None:
@@ -133,6 +145,11 @@ def _backward_by_row_blocks(
         key_gradient[:, :, :stop] += (scores_gradient.transpose(-1, -2) @ rows).sum(dim=2)
         value_gradient[:, :, :stop] += (weights.transpose(-1, -2) @ gradient).sum(dim=2)
     return (query_gradient.reshape(batch, heads, n, head_dim), key_gradient, value_gradient), result
+
+
+def _weights(scores: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The keys' weights, and what a sink logit leaves them short of 1: (..., rows, 1), None where there is none."""
+    return (scores.softmax(dim=-1), None) if sinks is None else softmax_with_sink(scores, sinks)
 
 
 def _row_blocks(n: int, heads: int, device: str) -> list[tuple[int, int]]:

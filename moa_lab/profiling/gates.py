@@ -75,9 +75,18 @@ def _gated(gates: torch.Tensor, sink_tokens: int, windows: np.ndarray) -> Handle
     """The attention of one layer; gates: (kv_heads,)."""
 
     def attend(call: AttentionCall) -> torch.Tensor:
-        whole = masked_attention(call.query, call.key, call.value, call.positions >= 0, call.scale, call.softcap)
+        whole = masked_attention(call.query, call.key, call.value, call.positions >= 0, call.scale, call.softcap, call.sink_logits)
         near = windowed_attention(
-            call.query, call.key, call.value, call.query_positions, call.positions, sink_tokens, windows, call.scale, call.softcap
+            call.query,
+            call.key,
+            call.value,
+            call.query_positions,
+            call.positions,
+            sink_tokens,
+            windows,
+            call.scale,
+            call.softcap,
+            sink_logits=call.sink_logits,
         )
         group = call.query.shape[1] // call.key.shape[1]
         return torch.lerp(near, whole, gates.repeat_interleave(group)[None, :, None, None].to(whole.dtype))

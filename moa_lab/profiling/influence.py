@@ -3,6 +3,9 @@
 With A the softmax weights of a head and L the loss,
     E[i, j] = A[i, j] / (1 - A[i, j]) * (sum_n dL/dA[i, n] A[i, n] - dL/dA[i, j]),
 the first-order change of L when the logit (i, j) goes to minus infinity.
+
+A sink logit (gpt-oss) is one more key n of value 0, which masking never takes away: dL/dA is 0 there, so the sum over n stays one over
+the keys, and all that it changes is that A sums to less than 1. A row's only key can then be masked as well.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ class LayerInfluence:
 def influence(weights: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Influence E of masking each attention value; `weights` A and `gradient` dL/dA are (..., queries, keys).
 
-    0 where A is 0 (already hidden) and where A is 1 (a row with one key has nothing to renormalise to).
+    0 where A is 0 (already hidden) and where A is 1 (a row with one key and no sink logit has nothing to renormalise to).
     """
     expected = (weights * gradient).sum(dim=-1, keepdim=True)
     rest = (1 - weights).clamp_(min=torch.finfo(weights.dtype).eps)
@@ -58,14 +61,16 @@ def reduce_rows(result: LayerInfluence, rows: torch.Tensor, first_row: int, sink
         result.distances.index_add_(2, (distance - 1).clamp(min=0), far[:, :, row, :count])
 
 
-def span_effect(weights: torch.Tensor, gradient: torch.Tensor, first_row: int, sink_tokens: int, steps: int) -> torch.Tensor:
+def span_effect(
+    weights: torch.Tensor, gradient: torch.Tensor, first_row: int, sink_tokens: int, steps: int, rest: torch.Tensor | None = None
+) -> torch.Tensor:
     """Loss change when a head that sees everything gets a window of 64 b tokens, for b = 0 .. steps - 1: (..., steps).
 
     With the keys beyond a window lost, a row renormalises: o = sum_kept A v / sum_kept A, so to first order in the output the
     loss changes by dL/do . (o - o_dense). Rows add up with their signs: unlike in a sum of |E| over the masked values, a row's
     many small values cancel here as they do in the output, which leaves the heads that carry something.
     weights A and gradient dL/dA = dL/do . v: (..., rows, keys), the dense causal ones of the rows from `first_row` on; dL/do
-    may be that of a model under a plan.
+    may be that of a model under a plan. rest: (..., rows, 1), the weight of a sink logit, which no window loses.
     """
     pairs = weights * gradient
     expected = pairs.sum(dim=-1, keepdim=True)
@@ -74,6 +79,7 @@ def span_effect(weights: torch.Tensor, gradient: torch.Tensor, first_row: int, s
     lost = (row - BLOCK_TOKENS * torch.arange(steps, device=row.device) + 1 - sink_tokens).clamp(0, max(weights.shape[-1] - sink_tokens, 0))
     # Kept sums are added up, never taken as 1 - lost: a head with nearly all its weight on one far key is the one to measure best.
     kept_weight, kept_pairs = (_kept(x, lost, sink_tokens) for x in (weights, pairs))
+    kept_weight = kept_weight if rest is None else kept_weight + rest
     change = kept_pairs / kept_weight.clamp(min=torch.finfo(weights.dtype).tiny) - expected
     return torch.where(lost > 0, change, 0.0).sum(dim=-2)
 
@@ -86,10 +92,19 @@ def _kept(values: torch.Tensor, lost: torch.Tensor, sink_tokens: int) -> torch.T
 
 
 def naive_influence(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output_gradient: torch.Tensor, shown: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output_gradient: torch.Tensor,
+    shown: torch.Tensor,
+    scale: float,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """E of all entries at once, (batch, query_heads, N, N): the twin that tests hold the block-wise path against."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
-    weights = (query @ key.transpose(-1, -2) * scale).masked_fill(~shown, float("-inf")).softmax(dim=-1)
+    scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~shown, float("-inf"))
+    if sink_logits is not None:
+        scores = torch.cat([scores, sink_logits.expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
     return influence(weights, output_gradient @ value.transpose(-1, -2))

@@ -78,7 +78,9 @@ class SpanAttention:
             if self.fixed is None and (call.is_prefill or self._current is None):
                 self._settle(call)
             windows = self.windows(self._current or call.mask.n_keys)[layer]
-            return span_attention(call.query, call.key, call.value, call.mask, self.plan.sink_tokens, windows, call.scale, call.softcap)
+            return span_attention(
+                call.query, call.key, call.value, call.mask, self.plan.sink_tokens, windows, call.scale, call.softcap, call.sink_logits
+            )
 
         return attend
 

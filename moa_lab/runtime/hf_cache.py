@@ -111,7 +111,9 @@ class RingCache(WholeCache):
         if self._is_first:
             layout = self._layouts[layer]
             windows = np.array(layout.windows)
-            found = span_attention(call.query, call.key, call.value, call.mask, layout.sink_tokens, windows, call.scale, call.softcap)
+            found = span_attention(
+                call.query, call.key, call.value, call.mask, layout.sink_tokens, windows, call.scale, call.softcap, call.sink_logits
+            )
             if not self._is_void:
                 self._allocate(layer, call)
                 self._keep(layer, ordered(call.key, self._order), ordered(call.value, self._order))
@@ -125,7 +127,9 @@ class RingCache(WholeCache):
         schedule = self._schedule_of(layer) if keep and tokens == 1 else None
         # A model may be spread over several devices, a layer here and a layer there.
         lengths, padding = (x.to(query.device) for x in (self.lengths, self._padding))
-        found = ring_attention(query, key, value, ring, lengths, padding, call.scale, call.softcap, schedule=schedule, keep=keep)
+        found = ring_attention(
+            query, key, value, ring, lengths, padding, call.scale, call.softcap, call.sink_logits, schedule=schedule, keep=keep
+        )
         return found if self._order is None else ordered(found, self._order.argsort(dim=1))
 
     def check_owner(self, spans: SpanAttention) -> None:

@@ -45,7 +45,7 @@ def logits(model: PreTrainedModel, tokens: torch.Tensor, **settings: Any) -> tor
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen3", "gpt_oss"])
 def test_a_model_gives_the_same_logits_by_kernel_and_by_reference(family: str, counted: Callable[[bool], list[int]]) -> None:
     model = tiny_model(family).to(DEVICE)
     tokens = random_tokens(2, N).to(DEVICE)

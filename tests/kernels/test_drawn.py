@@ -16,6 +16,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 SCALE = 0.25
 
 Result = tuple[torch.Tensor, ...]
+Sinks = torch.Tensor | None
 
 
 def inputs(tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -30,21 +31,25 @@ def drawn(tokens: int, kv_heads: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, blocks + 1, (2, kv_heads), generator=torch.Generator().manual_seed(seed), dtype=torch.int32).to(DEVICE)
 
 
-def ours(tensors: list[torch.Tensor], counts: torch.Tensor, sink: int, softcap: float | None, reach: int | None) -> Result:
+def ours(
+    tensors: list[torch.Tensor], counts: torch.Tensor, sink: int, softcap: float | None, reach: int | None, sinks: Sinks = None
+) -> Result:
     query, key, value = (x.detach().requires_grad_() for x in tensors)
     shift = torch.zeros(*counts.shape, -(-query.shape[2] // BLOCK), device=DEVICE, requires_grad=True)
-    found = drawn_windows(query, key, value, shift, counts, sink, SCALE, softcap, reach)
+    found = drawn_windows(query, key, value, shift, counts, sink, SCALE, softcap, reach, sinks)
     return found, *torch.autograd.grad((found * towards(found)).sum(), (query, key, value, shift))
 
 
-def theirs(tensors: list[torch.Tensor], counts: torch.Tensor, sink: int, softcap: float | None, reach: int | None) -> Result:
+def theirs(
+    tensors: list[torch.Tensor], counts: torch.Tensor, sink: int, softcap: float | None, reach: int | None, sinks: Sinks = None
+) -> Result:
     query, key, value = (x.detach().float().requires_grad_() for x in tensors)
     tokens = query.shape[2]
     position = torch.arange(tokens, device=DEVICE)
     back = position[:, None] - position
     shown = ((back >= 0) & (back < (reach or tokens)))[None, None]
     weights = torch.nn.functional.one_hot(counts.long() - 1, -(-tokens // BLOCK)).float().requires_grad_()
-    found = mixed_windows(query, key, value, shown, weights, sink, SCALE, softcap)
+    found = mixed_windows(query, key, value, shown, weights, sink, SCALE, softcap, sinks)
     return found, *torch.autograd.grad((found * towards(found)).sum(), (query, key, value, weights))
 
 
@@ -55,11 +60,12 @@ def towards(like: torch.Tensor) -> torch.Tensor:
 def check(
     tokens: int = 150, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, dtype: torch.dtype = torch.float32, *, sink: int = 64,
     softcap: float | None = None, reach: int | None = None, counts: torch.Tensor | None = None,
+    sinks: Sinks = None,
 ) -> None:  # fmt: skip
     tensors = inputs(tokens, heads, kv_heads, head_dim, dtype)
     counts = drawn(tokens, kv_heads) if counts is None else counts
     for found, wanted in zip(
-        ours(tensors, counts, sink, softcap, reach), theirs(tensors, counts, sink, softcap, reach), strict=True
+        ours(tensors, counts, sink, softcap, reach, sinks), theirs(tensors, counts, sink, softcap, reach, sinks), strict=True
     ):  # fmt: skip
         # Slopes are sums over many rows: what counts is their error against the largest (which is 0 where a query sees itself alone).
         error = (found.float() - wanted).abs().max() / wanted.abs().max().clamp(min=0.1)
@@ -97,6 +103,11 @@ def test_soft_caps_and_half_precision(dtype: torch.dtype, softcap: float | None)
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly; the GPU runs this")
     check(190, head_dim=32, dtype=dtype, softcap=softcap)
+
+
+@pytest.mark.parametrize("reach", [None, 40])
+def test_a_sink_logit_is_part_of_every_window(reach: int | None) -> None:
+    check(heads=2, kv_heads=1, sinks=torch.tensor([0.5, 2.0], device=DEVICE)[:, None, None], reach=reach)
 
 
 def test_scores_that_dwarf_the_window_leave_its_slope_finite() -> None:

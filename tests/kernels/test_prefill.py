@@ -27,7 +27,7 @@ def inputs(
 
 def expected(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, windows: list[int], sink: int, scale: float,
-    first: list[int], reach: int | None, softcap: float | None,
+    first: list[int], reach: int | None, softcap: float | None, sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """`masked_attention` with the mask of `visible`, in float32."""
     n_queries, n_keys = query.shape[2], key.shape[2]
@@ -36,21 +36,22 @@ def expected(
     asked = torch.arange(n_keys - n_queries, n_keys, device=query.device)[None, None, :, None] - start
     per_head = torch.tensor(windows, device=query.device).repeat_interleave(query.shape[1] // key.shape[1])[None, :, None, None]
     shown = visible(asked, known, sink, per_head) & (known >= 0) & (asked - known < (reach or n_keys))
-    found = masked_attention(query.float(), key.float(), value.float(), shown, scale, softcap)
+    found = masked_attention(query.float(), key.float(), value.float(), shown, scale, softcap, sink_logits)
     return torch.where(shown.any(dim=-1, keepdim=True), found, 0.0)
 
 
 def check(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, windows: list[int], sink: int = 20, *,
     first: list[int] | None = None, reach: int | None = None, softcap: float | None = None, scale: float = 0.2,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     starts = None if first is None else torch.tensor(first, dtype=torch.int32, device=query.device)
     found = prefill_attention(
         query, key, value, torch.tensor(windows, dtype=torch.int32, device=query.device), sink, scale,
-        first=starts, reach=reach, softcap=softcap,
+        first=starts, reach=reach, softcap=softcap, sink_logits=sink_logits,
     )  # fmt: skip
     assert found.dtype == query.dtype
-    wanted = expected(query, key, value, windows, sink, scale, first or [0] * len(query), reach, softcap)
+    wanted = expected(query, key, value, windows, sink, scale, first or [0] * len(query), reach, softcap, sink_logits)
     torch.testing.assert_close(found.float(), wanted, atol=TOLERANCE[query.dtype], rtol=TOLERANCE[query.dtype])
 
 
@@ -96,6 +97,16 @@ def test_soft_capped_scores(dtype: torch.dtype) -> None:
     if dtype == torch.bfloat16 and DEVICE == "cpu":
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly; the GPU runs this")
     check(*inputs(4, 2, 150, 150, 64, dtype), [40, 100], softcap=3.0, scale=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("first", [None, [0, 70]])
+def test_a_sink_logit_of_every_query_head_takes_its_weight(dtype: torch.dtype, first: list[int] | None) -> None:
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter multiplies bfloat16 wrongly; the GPU runs this")
+    # The last one dwarfs every score; minus infinity is no sink at all.
+    logits = torch.tensor([0.5, -3.0, float("-inf"), 60.0], device=DEVICE, dtype=dtype)[:, None, None]
+    check(*inputs(4, 2, 150, 150, 16, dtype), [40, 100], first=first, reach=120, sink_logits=logits)
 
 
 def test_keys_that_nobody_sees_are_never_loaded() -> None:

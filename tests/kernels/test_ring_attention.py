@@ -26,11 +26,11 @@ Attend = Callable[[Sequences, Chunk], torch.Tensor]
 def by_reference(rows: Sequences, chunk: Chunk) -> torch.Tensor:
     new = (chunk.lengths, chunk.padding)
     if chunk.query.shape[2] > 1:
-        found = chunk_attention(chunk.query, chunk.key, chunk.value, rows.ring, *new, rows.scale, rows.softcap)
+        found = chunk_attention(chunk.query, chunk.key, chunk.value, rows.ring, *new, rows.scale, rows.softcap, rows.sink_logits)
         rows.ring.write(chunk.key, chunk.value, *new)
         return found
     rows.ring.write(chunk.key, chunk.value, *new)
-    return newest_attention(chunk.query, rows.ring, chunk.lengths, rows.scale, rows.softcap)
+    return newest_attention(chunk.query, rows.ring, chunk.lengths, rows.scale, rows.softcap, rows.sink_logits)
 
 
 def by_triton(rows: Sequences, chunk: Chunk, tile: int = 16, programs: int = 5) -> torch.Tensor:
@@ -38,13 +38,13 @@ def by_triton(rows: Sequences, chunk: Chunk, tile: int = 16, programs: int = 5) 
     new = (chunk.lengths, chunk.padding)
     if chunk.query.shape[2] > 1:
         rows.poison(chunk)
-        found = prefill.chunk_attention(chunk.query, chunk.key, chunk.value, rows.ring, *new, rows.scale, rows.softcap)
+        found = prefill.chunk_attention(chunk.query, chunk.key, chunk.value, rows.ring, *new, rows.scale, rows.softcap, rows.sink_logits)
         ring_write(chunk.key, chunk.value, rows.ring, *new)
         return found
     ring_write(chunk.key, chunk.value, rows.ring, *new)
     rows.poison()
     schedule = decode_schedule(rows.ring.layout.slots, len(chunk.query), tile, programs, chunk.query.device)
-    return decode_attention(chunk.query, rows.ring, chunk.lengths, schedule, rows.scale, rows.softcap)
+    return decode_attention(chunk.query, rows.ring, chunk.lengths, schedule, rows.scale, rows.softcap, rows.sink_logits)
 
 
 WAYS = pytest.mark.parametrize("attend", [by_reference, by_triton])
@@ -106,6 +106,16 @@ def test_capped_scores_and_a_layers_own_window(attend: Attend, softcap: float | 
     check(attend, rows, [60, 21])
     for _ in range(3):
         check(attend, rows, [1, 1])
+
+
+@WAYS
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_sink_logit_of_every_query_head_counts_once_over_all_segments(attend: Attend, softcap: float | None) -> None:
+    rows = Sequences(LayerLayout(8, (9, 90), 60, capacity=80), 2, softcap=softcap, sinks=True, device=DEVICE)
+    check(attend, rows, [60, 21])
+    check(attend, rows, [1, 1])
+    check(attend, rows, [5, 9])
+    check(attend, rows, [1, 1])
 
 
 @WAYS

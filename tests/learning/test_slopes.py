@@ -41,7 +41,9 @@ def mixed(model: PreTrainedModel, weights: torch.Tensor, batch: list[Sample]) ->
     def handler(layer: int) -> Handler:
         def attend(call: AttentionCall) -> torch.Tensor:
             shares = weights[layer][None].expand(len(call.query), -1, -1)
-            return mixed_windows(call.query, call.key, call.value, call.positions >= 0, shares, 64, call.scale, call.softcap)
+            return mixed_windows(
+                call.query, call.key, call.value, call.positions >= 0, shares, 64, call.scale, call.softcap, call.sink_logits
+            )
 
         return attend
 
@@ -61,7 +63,7 @@ def make() -> Callable[[str], tuple[PreTrainedModel, list[Sample]]]:
     return made
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 def test_slopes_are_those_of_a_little_weight_moved_to_another_rule(
     family: str, make: Callable[[str], tuple[PreTrainedModel, list[Sample]]]
 ) -> None:

@@ -66,13 +66,19 @@ def attending(change: Change, windows: np.ndarray | None = None) -> Callable[[in
             if windows is not None:
                 window = torch.from_numpy(np.repeat(windows[layer], group))[:, None, None]
                 shown = shown & visible(call.query_positions, call.positions, SINK, window)
-            dense = scores.masked_fill(call.positions < 0, float("-inf")).softmax(dim=-1)
-            weights = scores.masked_fill(~shown, float("-inf")).softmax(dim=-1)
+            dense, weights = (softmax(scores.masked_fill(~seen, float("-inf")), call.sink_logits) for seen in (call.positions >= 0, shown))
             return change(layer, weights, value) if windows is None else change_both(change, layer, weights, dense, value)
 
         return handler
 
     return make
+
+
+def softmax(scores: torch.Tensor, sink_logits: torch.Tensor | None) -> torch.Tensor:
+    """Weights of the keys; a sink logit takes the rest."""
+    if sink_logits is None:
+        return scores.softmax(dim=-1)
+    return torch.cat([scores, sink_logits.expand(*scores.shape[:-1], 1)], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def change_both(change: Change, layer: int, weights: torch.Tensor, dense: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -111,7 +117,7 @@ def received_from(
     return [received[layer] for layer in range(len(received))]
 
 
-FAMILIES_HERE = ["llama", "mqa", "gpt_neox", "gemma2", "mistral"]
+FAMILIES_HERE = ["llama", "mqa", "gpt_neox", "gemma2", "mistral", "gpt_oss"]
 
 
 @pytest.mark.parametrize("family", FAMILIES_HERE)
@@ -133,8 +139,9 @@ def test_influence_of_single_entries_equals_the_measured_change_of_the_loss(fami
             ) -> torch.Tensor:
                 if at == layer:
                     a = a.clone()
-                    a[0, head, i, j] *= 1 - t
-                    a[0, head, i] /= a[0, head, i].sum()
+                    lost = t * a[0, head, i, j]
+                    a[0, head, i, j] -= lost
+                    a[0, head, i] /= 1 - lost
                 return a @ v
 
             losses = [loss_under(model, sample, lambda at, a, v, t=t: turned_down(at, a, v, t)) for t in (step, -step)]

@@ -19,7 +19,13 @@ BATCH, HEADS, HEAD_DIM = 2, 4, 8
 
 
 def random_call(
-    n_tokens: int, kv_heads: int, *, softcap: float | None = None, own_window: int | None = None, dtype: torch.dtype = torch.float64
+    n_tokens: int,
+    kv_heads: int,
+    *,
+    softcap: float | None = None,
+    own_window: int | None = None,
+    dtype: torch.dtype = torch.float64,
+    sinks: bool = False,
 ) -> tuple[AttentionCall, torch.Tensor]:
     """A prefill whose inputs need gradients, and a gradient of its output."""
     generator = torch.Generator().manual_seed(n_tokens)
@@ -30,7 +36,8 @@ def random_call(
     query, key, value, output_gradient = draw(HEADS), draw(kv_heads), draw(kv_heads), draw(HEADS)
     mask = KeyMask(1, n_tokens, n_tokens, query.device, reach=own_window)
     inputs = [x.requires_grad_(True) for x in (query, key, value)]
-    return AttentionCall(*inputs, mask=mask, scale=SCALE, softcap=softcap), output_gradient
+    sink_logits = torch.tensor([0.5, -1.0, 2.0, 4.0], dtype=dtype)[:, None, None] if sinks else None
+    return AttentionCall(*inputs, mask=mask, scale=SCALE, softcap=softcap, sink_logits=sink_logits), output_gradient
 
 
 def shown_under(call: AttentionCall, windows: np.ndarray | None, sink_tokens: int) -> torch.Tensor:
@@ -45,13 +52,16 @@ def shown_under(call: AttentionCall, windows: np.ndarray | None, sink_tokens: in
 
 
 def by_autograd(call: AttentionCall, shown: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Output, weights and expanded values, with every step left to autograd."""
+    """Output, weights of the keys and expanded values, with every step left to autograd."""
     group = HEADS // call.key.shape[1]
     key, value = call.key.repeat_interleave(group, dim=1), call.value.repeat_interleave(group, dim=1)
     scores = call.query @ key.transpose(-1, -2) * SCALE
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    weights = scores.masked_fill(~shown, float("-inf")).softmax(dim=-1)
+    scores = scores.masked_fill(~shown, float("-inf"))
+    if call.sink_logits is not None:
+        scores = torch.cat([scores, call.sink_logits.expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(dim=-1)[..., : key.shape[2]]
     return weights @ value, weights, value
 
 
@@ -72,25 +82,27 @@ def _row_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 CASES = [
-    pytest.param(4, None, None, None, id="MHA"),
-    pytest.param(2, None, None, None, id="GQA"),
-    pytest.param(1, None, None, None, id="MQA"),
-    pytest.param(2, 1.0, None, None, id="soft-capped"),
-    pytest.param(2, None, 48, None, id="own window"),
-    pytest.param(2, 1.0, 48, None, id="soft-capped, own window"),
-    pytest.param(2, None, None, (30, 100), id="plan"),
-    pytest.param(2, 1.0, 80, (30, 100), id="plan, soft-capped, own window"),
+    pytest.param(4, None, None, None, False, id="MHA"),
+    pytest.param(2, None, None, None, False, id="GQA"),
+    pytest.param(1, None, None, None, False, id="MQA"),
+    pytest.param(2, 1.0, None, None, False, id="soft-capped"),
+    pytest.param(2, None, 48, None, False, id="own window"),
+    pytest.param(2, 1.0, 48, None, False, id="soft-capped, own window"),
+    pytest.param(2, None, None, (30, 100), False, id="plan"),
+    pytest.param(2, 1.0, 80, (30, 100), False, id="plan, soft-capped, own window"),
+    pytest.param(2, None, None, None, True, id="sink logits"),
+    pytest.param(2, None, 80, (30, 100), True, id="plan, sink logits, own window"),
 ]
 
 
 @pytest.mark.usefixtures("_row_blocks")
 @pytest.mark.parametrize("n_tokens", [128, 150, 40])
-@pytest.mark.parametrize(("kv_heads", "softcap", "own_window", "windows"), CASES)
+@pytest.mark.parametrize(("kv_heads", "softcap", "own_window", "windows", "sinks"), CASES)
 def test_block_wise_path_equals_full_matrices(
-    n_tokens: int, kv_heads: int, softcap: float | None, own_window: int | None, windows: tuple[int, ...] | None
+    n_tokens: int, kv_heads: int, softcap: float | None, own_window: int | None, windows: tuple[int, ...] | None, sinks: bool
 ) -> None:
     sink_tokens = 10
-    call, output_gradient = random_call(n_tokens, kv_heads, softcap=softcap, own_window=own_window)
+    call, output_gradient = random_call(n_tokens, kv_heads, softcap=softcap, own_window=own_window, sinks=sinks)
     per_head = None if windows is None else np.array(windows)
     shown = shown_under(call, per_head, sink_tokens)
     expected, weights, value = by_autograd(call, shown)
@@ -119,17 +131,19 @@ def test_block_wise_path_equals_full_matrices(
     _, dense, value = (x.detach() for x in by_autograd(call, call.positions >= 0))
     for b in range(tiles):
         kept = dense * visible(torch.arange(n_tokens)[:, None], torch.arange(n_tokens)[None], sink_tokens, 64 * b)
-        total = kept.sum(dim=-1, keepdim=True)
+        # What a sink logit weighs, no window loses.
+        total = kept.sum(dim=-1, keepdim=True) + (1 - dense.sum(dim=-1, keepdim=True) if sinks else 0)
         change = kept @ value / total.clamp(min=1e-300) - dense @ value
         wanted = (output_gradient * change).sum(dim=(-1, -2))
         torch.testing.assert_close(result.span_effects[..., b], wanted, atol=1e-8, rtol=1e-8)
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2])
-def test_captured_influence_equals_the_naive_twin(kv_heads: int) -> None:
-    call, output_gradient = random_call(128, kv_heads)
+@pytest.mark.parametrize(("kv_heads", "sinks"), [(4, False), (2, False), (2, True)])
+def test_captured_influence_equals_the_naive_twin(kv_heads: int, sinks: bool) -> None:
+    call, output_gradient = random_call(128, kv_heads, sinks=sinks)
     _, _, result = captured(call, output_gradient, 64, None)
-    full = naive_influence(call.query.detach(), call.key.detach(), call.value.detach(), output_gradient, call.positions >= 0, SCALE).abs()
+    tensors = (x.detach() for x in (call.query, call.key, call.value))
+    full = naive_influence(*tensors, output_gradient, call.positions >= 0, SCALE, call.sink_logits).abs()
     torch.testing.assert_close(result.blocks, full.reshape(BATCH, HEADS, 2, 64, 2, 64).sum(dim=(3, 5)), atol=1e-9, rtol=1e-9)
 
 

@@ -50,6 +50,26 @@ def test_influence_is_the_slope_of_the_loss_as_a_value_is_masked_per_weight_it_l
                 torch.testing.assert_close(slope, found[head, i, j] * (1 - weights[head, i, j]), atol=1e-8, rtol=1e-6)
 
 
+def test_with_a_sink_logit_a_masked_value_leaves_its_weight_to_the_keys_and_to_the_sink() -> None:
+    scores, values = random_head(seed=3)
+    sink = torch.tensor([0.7, 3.0], dtype=torch.float64)[:, None, None].expand(2, N, 1)
+    direction = torch.randn(2, N, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def output_of(scores: torch.Tensor) -> torch.Tensor:
+        return torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :N] @ values
+
+    weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :N]
+    found = influence(weights, direction @ values.transpose(-1, -2))
+    before = (output_of(scores) * direction).sum()
+    # Also (0, 0): a row's only key, whose whole weight goes to the sink.
+    for i in range(N):
+        for j in range(i + 1):
+            masked = scores.clone()
+            masked[:, i, j] = float("-inf")
+            change = (output_of(masked) * direction).sum() - before
+            torch.testing.assert_close(change, found[:, i, j].sum(), atol=1e-10, rtol=1e-8)
+
+
 def test_influence_is_the_effect_of_masking_on_a_loss_that_is_linear_in_the_output() -> None:
     scores, values = random_head(seed=1)
     direction = torch.randn(2, N, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))

@@ -46,7 +46,9 @@ def under_dense_masks(model: PreTrainedModel, plan: Plan, tokens: torch.Tensor, 
         shown = dense_mask(n, plan.sink_tokens, windows[layer])
 
         def handler(call: AttentionCall) -> torch.Tensor:
-            return masked_attention(call.query, call.key, call.value, shown & (call.positions >= 0), call.scale, call.softcap)
+            return masked_attention(
+                call.query, call.key, call.value, shown & (call.positions >= 0), call.scale, call.softcap, call.sink_logits
+            )
 
         return handler
 

@@ -27,7 +27,7 @@ def masked_in_blocks(call: AttentionCall, sink_tokens: int, windows: torch.Tenso
         at = call.positions[:, :, block]
         shown = visible(asked[:, :, block], at, sink_tokens, windows[:, None, None]) & (at >= 0)
         shown = shown.flip(-1) if reverse else shown
-        blocks.append(masked_attention(call.query[:, :, block], key, value, shown, call.scale, call.softcap))
+        blocks.append(masked_attention(call.query[:, :, block], key, value, shown, call.scale, call.softcap, call.sink_logits))
     return torch.cat(blocks, dim=2)
 
 

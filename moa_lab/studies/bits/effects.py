@@ -74,7 +74,9 @@ def _backward(
         def attend(call: AttentionCall) -> torch.Tensor:
             for part, values in enumerate((call.key, call.value)):
                 values.register_hook(partial(receive, layer, part, values.detach()))
-            return span_attention(call.query, call.key, call.value, call.mask, plan.sink_tokens, windows[layer], call.scale, call.softcap)
+            return span_attention(
+                call.query, call.key, call.value, call.mask, plan.sink_tokens, windows[layer], call.scale, call.softcap, call.sink_logits
+            )
 
         return attend
 

@@ -74,7 +74,9 @@ def quantised_cache(model: PreTrainedModel, widths: np.ndarray, plan: Plan, n_to
         def attend(call: AttentionCall) -> torch.Tensor:
             key = fake_quantise(call.key, key_bits) if touched[0] else call.key
             value = fake_quantise(call.value, value_bits) if touched[1] else call.value
-            return span_attention(call.query, key, value, call.mask, plan.sink_tokens, windows[layer], call.scale, call.softcap)
+            return span_attention(
+                call.query, key, value, call.mask, plan.sink_tokens, windows[layer], call.scale, call.softcap, call.sink_logits
+            )
 
         return attend
 

@@ -32,7 +32,7 @@ from moa_lab.evaluate.scoring import score_rows
 from moa_lab.geometry import ModelGeometry
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.dispatch import span_attention
-from moa_lab.kernels.reference import masked_attention
+from moa_lab.kernels.reference import masked_attention, softmax_with_sink
 from moa_lab.pipeline import Run
 from moa_lab.plan import check_density, dense_plan
 from moa_lab.records import Measurement
@@ -144,7 +144,8 @@ def eviction_rows(run: Run, densities: Iterable[float], *, tasks: Sequence[str] 
 
 
 def attention_sums(
-    query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float | None = None, first: int = 0
+    query: torch.Tensor, key: torch.Tensor, scale: float, softcap: float | None = None, first: int = 0,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Causal attention that each key gets from the queries at `first` and after, summed over them and averaged over a group's heads.
 
@@ -165,7 +166,11 @@ def attention_sums(
         # Only among the block's own keys does any lie after a query.
         future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=key.device).triu(1)
         scores[..., start:].masked_fill_(future, float("-inf"))
-        sums[..., :stop] += scores.softmax(dim=-1).sum(dim=(2, 3)) / group
+        if sink_logits is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            weights, _ = softmax_with_sink(scores, sink_logits.reshape(kv_heads, group, 1, 1))
+        sums[..., :stop] += weights.sum(dim=(2, 3)) / group
     return sums
 
 
@@ -193,7 +198,7 @@ def tail_attention(call: AttentionCall, prefix: Prefix, kept: torch.Tensor) -> t
     if call.mask.reach is not None:
         shown &= own[:, None] - positions < call.mask.reach
     shown = shown.repeat_interleave(call.query.shape[1] // kept.shape[1], dim=1)
-    return masked_attention(call.query, key, value, shown, call.scale, call.softcap)
+    return masked_attention(call.query, key, value, shown, call.scale, call.softcap, call.sink_logits)
 
 
 @torch.inference_mode()
@@ -229,10 +234,13 @@ def _reader(layer: int, prefixes: dict[int, Prefix], methods: Sequence[Method]) 
         sums = {}
         if call.mask.reach is None:
             first: dict[Method, int] = {"h2o": 0, "snapkv": max(0, tokens - OBSERVED)}
-            sums = {method: attention_sums(call.query, call.key, call.scale, call.softcap, first[method]) for method in methods}
+            sums = {
+                method: attention_sums(call.query, call.key, call.scale, call.softcap, first[method], call.sink_logits)
+                for method in methods
+            }
         prefixes[layer] = Prefix(call.key, call.value, sums)
         windows = np.full(call.key.shape[1], tokens)
-        return span_attention(call.query, call.key, call.value, call.mask, 0, windows, call.scale, call.softcap)
+        return span_attention(call.query, call.key, call.value, call.mask, 0, windows, call.scale, call.softcap, call.sink_logits)
 
     return attend
 

@@ -241,7 +241,9 @@ def shifted_loss(model: PreTrainedModel, one: Sample, plan: Plan, head: tuple[in
             if layer == head[0]:
                 mine = pair[head[2]][:, head[1]]
                 mine += share * (fake_quantise(mine, bits) - mine)
-            return span_attention(call.query, *pair, call.mask, plan.sink_tokens, windows[layer], call.scale, call.softcap)
+            return span_attention(
+                call.query, *pair, call.mask, plan.sink_tokens, windows[layer], call.scale, call.softcap, call.sink_logits
+            )
 
         return attend
 
