@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import exit_code
+from command_line import exit_code
 from test_records import GEOMETRY, make_front, make_measurements, make_profile, make_table
 
 from moa_lab.bench.record import GOALS, BenchRecord, judged
