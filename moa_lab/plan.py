@@ -210,6 +210,22 @@ class Plan:
         return replace(self, name=name, **changes)
 
 
+PlanOrPath = Plan | str | Path
+"""What functions that take a plan take: the plan, or the path of its config card."""
+
+
+def as_plan(plan: PlanOrPath) -> Plan:
+    """The plan itself, or the one whose config card is at that path.
+
+    Raises RecordError for a file that is no config card, ValueError for another kind of value.
+    """
+    if isinstance(plan, str | Path):
+        return Plan.load(plan)
+    if not isinstance(plan, Plan):
+        raise ValueError(f"plan must be a Plan or the path of a config card, got {type(plan).__name__}")
+    return plan
+
+
 def dense_plan(geometry: ModelGeometry, lengths: Iterable[int] = ()) -> Plan:
     """The plan that keeps everything: the reference of every comparison."""
     return _same_everywhere(geometry, DENSE, "dense", lengths)

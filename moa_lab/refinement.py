@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.evaluate.effects import MeasuredLosses, head_effects
-from moa_lab.plan import Plan
+from moa_lab.plan import PlanOrPath, as_plan
 from moa_lab.records import Front, FrontPoint, LossTable, Objective, ProfileKey
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.front import DENSITY, point
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]
 
 def refine(
     model: PreTrainedModel,
-    plan: Plan,
+    plan: PlanOrPath,
     samples: SampleSet,
     table: LossTable,
     density: Density,
@@ -61,6 +61,7 @@ def refine(
     the same call after a kill goes on. Raises ValueError for a plan of another geometry or with rules that the table lacks, and
     InfeasibleError as `search` does.
     """
+    plan = as_plan(plan)
     if rounds < 1 or not moves or min(moves) < 1 or (heads is not None and heads < 1):
         raise ValueError(f"rounds, heads and moves must be at least 1, got rounds {rounds}, heads {heads}, moves {tuple(moves)}")
     targets = densities(table, density)

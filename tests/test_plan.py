@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import DENSE, Plan, SpanRule, check_density, dense_plan, full_or_floor_plan, uniform_plan
+from moa_lab.plan import DENSE, Plan, SpanRule, as_plan, check_density, dense_plan, full_or_floor_plan, uniform_plan
 from moa_lab.provenance import Provenance
 from moa_lab.storage import RecordError
 
@@ -308,3 +308,16 @@ def test_published_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None
     for path in (tmp_path / "cut.json", tmp_path / "none.json", tmp_path):
         with pytest.raises(RecordError, match="not a published plan"):
             Plan.from_published(path, MHA)
+
+
+def test_a_path_is_as_good_as_the_plan_whose_card_is_there(tmp_path: Path) -> None:
+    plan = grown_plan(GQA)
+    path = plan.save(tmp_path / "plan.json")
+    assert as_plan(plan) is plan
+    assert as_plan(path) == as_plan(str(path)) == plan
+    (tmp_path / "other.json").write_text(json.dumps(plan.to_published() if plan.sink_tokens == 64 else {}))
+    with pytest.raises(RecordError, match="another kind of file"):
+        as_plan(tmp_path / "other.json")
+    for wrong in (None, 0.5, [plan]):
+        with pytest.raises(ValueError, match="must be a Plan or the path"):
+            as_plan(wrong)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ import torch
 from moa_lab.bench.record import is_right
 from moa_lab.bench.shapes import Shape, Spans, default_plans, stretched_spans
 from moa_lab.bench.timing import Timing, copy_rate, matmul_rate
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, PlanOrPath, as_plan
 
 INTERPRETER = "interpreter"
 TINY_COPY_BYTES = 2**16
@@ -61,7 +60,7 @@ class Lab:
             torch.cuda.empty_cache()
 
 
-def open_lab(quick: bool, plan: Plan | str | Path | None) -> Lab:
+def open_lab(quick: bool, plan: PlanOrPath | None) -> Lab:
     """The lab of this machine. Raises ValueError where nothing can be measured: no GPU, and not quick under Triton's interpreter."""
     plans = default_plans() if plan is None else _own(plan)
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -99,6 +98,6 @@ def timing_detail(timing: Timing) -> dict[str, Any]:
     return {"ms": timing.ms, "spread": timing.spread, "timer": timing.timer}
 
 
-def _own(plan: Plan | str | Path) -> dict[str, Plan]:
-    loaded = plan if isinstance(plan, Plan) else Plan.load(plan)
+def _own(plan: PlanOrPath) -> dict[str, Plan]:
+    loaded = as_plan(plan)
     return {loaded.name: loaded}

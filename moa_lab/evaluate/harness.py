@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa_lab.evaluate.harness_tasks import HarnessTasks, installed
 from moa_lab.evaluate.intervals import Interval, Z, mean, proportion
 from moa_lab.models import chat_ids, geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import Plan, dense_plan
+from moa_lab.plan import Plan, PlanOrPath, as_plan, dense_plan
 from moa_lab.prompting.rendering import Shape, shape_of
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
@@ -32,7 +32,7 @@ STRING_MATCH = "string_match"
 
 
 def harness(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None, tasks: Sequence[str], *,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: PlanOrPath | None, tasks: Sequence[str], *,
     limit: int | None = None, include_path: str | Path | None = None, batch_size: int = 1, n_tokens: int | None = None,
     chat_template: bool = False, few_shot: int | None = None, lengths: Sequence[int] | None = None, seed: int = 0,
 ) -> Measurements:  # fmt: skip
@@ -49,6 +49,7 @@ def harness(
     Raises ValueError where the harness is missing, for no task or an unknown one, for lengths that cannot be had, for a task whose texts
     cannot be loaded, and for what `apply_plan` refuses.
     """
+    plan = None if plan is None else as_plan(plan)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if limit is not None and limit < 1:

@@ -11,7 +11,7 @@ from moa_lab.calibration.samples import Sample
 from moa_lab.evaluate.scoring import Progress, loss_rows, retrieval_rows, score_samples
 from moa_lab.evaluate.testsets import document_samples, line_samples, needle_samples, own_answer_samples
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import Plan, dense_plan
+from moa_lab.plan import Plan, PlanOrPath, as_plan, dense_plan
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
 
@@ -19,7 +19,7 @@ from moa_lab.records import Measurement, Measurements
 def retrieval(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Plan | None = None,
+    plan: PlanOrPath | None = None,
     *,
     lengths: Sequence[int],
     n: int = 64,
@@ -28,10 +28,13 @@ def retrieval(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Measurements:
-    """Exact match of `n` needles (or lines of a register) per length under `plan` (None: dense), with 95% intervals.
+    """Exact match of `n` needles (or lines of a register) per length under `plan`, with 95% intervals.
 
-    Raises ValueError for an unknown kind and for a length beyond the model.
+    plan: a plan or the path of its card; None: dense.
+
+    Raises ValueError for an unknown kind, for a length beyond the model, and for a plan of another geometry.
     """
+    chosen = _chosen(model, plan)
     _check_lengths(model, lengths)
     samples: list[Sample] = []
     for length in lengths:
@@ -41,13 +44,13 @@ def retrieval(
             samples += line_samples(tokenizer, length, n, seed=seed)
         else:
             raise ValueError(f"kind must be 'needles' or 'lines', got {kind!r}")
-    return _measured(model, tokenizer, plan, samples, retrieval_rows, {"kind": kind, "n": n}, seed, progress)
+    return _measured(model, tokenizer, chosen, samples, retrieval_rows, {"kind": kind, "n": n}, seed, progress)
 
 
 def perplexity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Plan | None = None,
+    plan: PlanOrPath | None = None,
     *,
     lengths: Sequence[int],
     n: int = 16,
@@ -57,8 +60,9 @@ def perplexity(
 ) -> Measurements:
     """Cross-entropy (nats per token; perplexity in `detail`) of held-out documents, or of the dense model's own summaries.
 
-    Raises ValueError for an unknown kind and for a length beyond the model.
+    Raises ValueError for an unknown kind, for a length beyond the model, and for a plan of another geometry.
     """
+    chosen = _chosen(model, plan)
     _check_lengths(model, lengths)
     samples: list[Sample] = []
     for length in lengths:
@@ -68,7 +72,15 @@ def perplexity(
             samples += own_answer_samples(model, tokenizer, length, n, seed=seed)
         else:
             raise ValueError(f"kind must be 'documents' or 'summaries', got {kind!r}")
-    return _measured(model, tokenizer, plan, samples, loss_rows, {"kind": kind, "n": n}, seed, progress)
+    return _measured(model, tokenizer, chosen, samples, loss_rows, {"kind": kind, "n": n}, seed, progress)
+
+
+def _chosen(model: PreTrainedModel, plan: PlanOrPath | None) -> Plan:
+    """The plan, fit for the model: refused before texts are drawn, and also where nothing is applied since it is dense."""
+    geometry = geometry_of(model)
+    chosen = dense_plan(geometry) if plan is None else as_plan(plan)
+    chosen.check_model(geometry)
+    return chosen
 
 
 def _check_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> None:
@@ -79,11 +91,10 @@ def _check_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> None:
 
 
 def _measured(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan | None, samples: list[Sample],
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, samples: list[Sample],
     make_rows: Callable[..., list[Measurement]], settings: dict[str, Any], seed: int, progress: Progress | None,
 ) -> Measurements:  # fmt: skip
-    chosen = plan or dense_plan(geometry_of(model))
-    rows = make_rows(chosen, samples, score_samples(model, chosen, samples, progress=progress))
+    rows = make_rows(plan, samples, score_samples(model, plan, samples, progress=progress))
     origin = provenance(
         model=model_name(model), weights=weights_fingerprint(model), tokenizer=tokenizer_fingerprint(tokenizer),
         seed=seed, device=str(model.device),

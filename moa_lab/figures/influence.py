@@ -7,15 +7,18 @@ import plotly.graph_objects as go
 
 from moa_lab.figures import theme
 from moa_lab.figures.plan import MAX_BLOCKS, check_head
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, PlanOrPath, as_plan
 from moa_lab.records import BLOCK_TOKENS, InfluenceProfile
 
 
-def influence_by_distance(profile: InfluenceProfile, task: str, length: int, layer: int, head: int, plan: Plan | None = None) -> go.Figure:
+def influence_by_distance(
+    profile: InfluenceProfile, task: str, length: int, layer: int, head: int, plan: PlanOrPath | None = None
+) -> go.Figure:
     """Influence of one query head per 64 tokens of distance (nats, log scale), with the 95% band over samples.
 
     With `plan`, the distances that its span cuts off are shaded and their share of the influence is written beside the cut.
     """
+    plan = None if plan is None else as_plan(plan)
     samples = samples_of(profile, task, length)
     _check(profile, layer, head)
     values = samples[:, layer, head].astype(np.float64)
@@ -66,8 +69,9 @@ def influence_by_distance(profile: InfluenceProfile, task: str, length: int, lay
     return fig
 
 
-def head_blocks(profile: InfluenceProfile, task: str, length: int, layer: int, head: int, plan: Plan | None = None) -> go.Figure:
+def head_blocks(profile: InfluenceProfile, task: str, length: int, layer: int, head: int, plan: PlanOrPath | None = None) -> go.Figure:
     """Influence of one query head per block of (query, key) positions (nats, log colours), what `plan` lets it see outlined."""
+    plan = None if plan is None else as_plan(plan)
     if (task, length) not in profile.blocks:
         raise ValueError(_unknown(profile, task, length))
     _check(profile, layer, head)

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from moa_lab.figures import theme
-from moa_lab.plan import Plan
+from moa_lab.plan import PlanOrPath, as_plan
 from moa_lab.records import Measurement, Measurements
 
 _LABELS = {
@@ -149,15 +149,15 @@ def score_bars(measurements: Measurements, metric: str, task: str | None = None,
     return fig.update_yaxes(range=[low - room, high + room])
 
 
-def kv_bytes_bars(plans: Iterable[Plan], n_tokens: int) -> go.Figure:
+def kv_bytes_bars(plans: Iterable[PlanOrPath], n_tokens: int) -> go.Figure:
     """KV bytes of one sequence per plan, predicted from the spans at two bytes a number; raises ValueError without plans."""
-    plans = list(plans)
-    if not plans:
+    shown = [as_plan(plan) for plan in plans]
+    if not shown:
         raise ValueError("plans must hold at least one plan")
-    styles = theme.series_styles(plan.name for plan in plans)
+    styles = theme.series_styles(plan.name for plan in shown)
     bars = []
     # A trace per plan: plotly draws no pattern over bars whose colours are a list.
-    for plan in plans:
+    for plan in shown:
         size = plan.kv_bytes(n_tokens)
         label = f"{theme.plain(plan.name)}<br>{theme.byte_size(size)} = {theme.percent(plan.density(n_tokens))}"
         hover = "%{y} of the dense cache<extra></extra>"
@@ -168,7 +168,7 @@ def kv_bytes_bars(plans: Iterable[Plan], n_tokens: int) -> go.Figure:
         f"KV cache of one sequence of {n_tokens:,} tokens",
         xaxis={"title": "predicted KV bytes (MiB)", "rangemode": "tozero"},
         yaxis={"type": "category", "autorange": "reversed", "showgrid": False},
-        height=max(theme.MIN_HEIGHT, 140 + 46 * len(plans)),
+        height=max(theme.MIN_HEIGHT, 140 + 46 * len(shown)),
         barmode="overlay",
         showlegend=False,
     )

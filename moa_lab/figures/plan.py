@@ -8,17 +8,18 @@ import numpy as np
 import plotly.graph_objects as go
 
 from moa_lab.figures import theme
-from moa_lab.plan import Plan
+from moa_lab.plan import PlanOrPath, as_plan
 
 MAX_BLOCKS = 128
 
 
-def span_map(plan: Plan, n_tokens: int, compared_with: Plan | None = None) -> go.Figure:
+def span_map(plan: PlanOrPath, n_tokens: int, compared_with: PlanOrPath | None = None) -> go.Figure:
     """Heat-map of spans in tokens: `z[kv_head, layer]`, `customdata[kv_head, layer]` = (layer, head, span, % of N, alpha, beta).
 
     With `compared_with` the colours show the difference in tokens to that plan, symmetric around 0.
     Raises ValueError when the two plans are for different geometries.
     """
+    plan, compared_with = as_plan(plan), None if compared_with is None else as_plan(compared_with)
     spans = plan.spans(n_tokens)
     layers, heads = spans.shape
     details = np.empty((heads, layers, 6))
@@ -60,11 +61,12 @@ def span_map(plan: Plan, n_tokens: int, compared_with: Plan | None = None) -> go
     )
 
 
-def mask_preview(plan: Plan, layer: int, kv_head: int, n_tokens: int) -> go.Figure:
+def mask_preview(plan: PlanOrPath, layer: int, kv_head: int, n_tokens: int) -> go.Figure:
     """What one head sees in a prefill of `n_tokens`: share of visible (query, key) pairs per block, at most 128 x 128 blocks.
 
     Raises ValueError for a head that the plan does not have.
     """
+    plan = as_plan(plan)
     check_head(plan.geometry.layers, plan.geometry.kv_heads, layer, kv_head, "kv_head")
     edges, share = visible_share(
         n_tokens, plan.sink_tokens, int(plan.windows(n_tokens)[layer, kv_head]), plan.geometry.layer_windows[layer]
@@ -91,11 +93,12 @@ def mask_preview(plan: Plan, layer: int, kv_head: int, n_tokens: int) -> go.Figu
     )
 
 
-def rule_curves(plan: Plan, longest: int) -> go.Figure:
+def rule_curves(plan: PlanOrPath, longest: int) -> go.Figure:
     """Span against length for every rule of the plan, up to `longest` tokens; the wider a line, the more heads have the rule.
 
     Raises ValueError for a length below 1.
     """
+    plan = as_plan(plan)
     if longest < 1:
         raise ValueError(f"longest must be at least 1 token, got {longest}")
     lengths = np.unique(np.linspace(1, longest, 65).astype(int))

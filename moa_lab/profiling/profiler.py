@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from moa_lab.calibration.samples import Sample, SampleSet, group_by_shape
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, model_name, weights_fingerprint
-from moa_lab.plan import SINK_TOKENS, Plan
+from moa_lab.plan import SINK_TOKENS, PlanOrPath, as_plan
 from moa_lab.profiling.backward import backward_pass, checkpointed
 from moa_lab.profiling.estimate import Estimate, estimate_cost
 from moa_lab.profiling.influence import LayerInfluence
@@ -36,7 +36,7 @@ def profile(
     model: PreTrainedModel,
     samples: SampleSet,
     *,
-    plan: Plan | None = None,
+    plan: PlanOrPath | None = None,
     sink_tokens: int = SINK_TOKENS,
     parts_dir: str | Path | None = None,
     batch_size: int | None = None,
@@ -50,6 +50,7 @@ def profile(
     Raises ValueError for a model that cannot be routed, a length beyond the model's maximum, and (before it happens)
     a length that does not fit in memory.
     """
+    plan = None if plan is None else as_plan(plan)
     if not len(samples):
         raise ValueError("there are no calibration samples to profile")
     geometry = geometry_of(model)

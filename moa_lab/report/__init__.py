@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from moa_lab.plan import Plan, dense_plan
+from moa_lab.plan import Plan, PlanOrPath, as_plan, dense_plan
 from moa_lab.records import Front, FrontPoint, InfluenceProfile, Measurements
 from moa_lab.report import sections
 from moa_lab.report.page import page
@@ -15,13 +15,13 @@ __all__ = ["build_report", "save_report"]
 
 
 def build_report(
-    plan: Plan,
+    plan: PlanOrPath,
     profile: InfluenceProfile | None = None,
     front: Front | None = None,
     measurements: Measurements | None = None,
     *,
     title: str = "Mixture of attention spans",
-    baselines: Iterable[Plan] = (),
+    baselines: Iterable[PlanOrPath] = (),
     reference: Iterable[FrontPoint] = (),
 ) -> str:
     """Return the page about `plan` as HTML.
@@ -30,24 +30,24 @@ def build_report(
     measured). `reference` holds predicted goals of plans outside the front, to be drawn beside it. What is None, or holds nothing,
     is left out of the page. Raises ValueError when `profile` or a baseline is of another geometry than the plan.
     """
-    baselines = tuple(baselines)
-    for other in (profile, *baselines):
+    plan, rivals = as_plan(plan), tuple(as_plan(other) for other in baselines)
+    for other in (profile, *rivals):
         if other is not None:
             plan.check_model(other.geometry)
     measured = measurements or Measurements(())
-    facts = sections.Facts(plan, _rivals(plan, baselines, measured), profile, front or Front((), ()), measured, tuple(reference))
+    facts = sections.Facts(plan, _rivals(plan, rivals, measured), profile, front or Front((), ()), measured, tuple(reference))
     return page(title, sections.opening(facts), sections.all_sections(facts))
 
 
 def save_report(
     path: str | Path,
-    plan: Plan,
+    plan: PlanOrPath,
     profile: InfluenceProfile | None = None,
     front: Front | None = None,
     measurements: Measurements | None = None,
     *,
     title: str = "Mixture of attention spans",
-    baselines: Iterable[Plan] = (),
+    baselines: Iterable[PlanOrPath] = (),
     reference: Iterable[FrontPoint] = (),
 ) -> Path:
     """Write `build_report(...)` to `path`, atomically, and return the path."""

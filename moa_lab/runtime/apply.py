@@ -14,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from moa_lab.interface import route_attention
 from moa_lab.models import geometry_of, weights_fingerprint
-from moa_lab.plan import Plan
+from moa_lab.plan import PlanOrPath, as_plan
+from moa_lab.runtime.arguments import whole_number
 from moa_lab.runtime.attention import SpanAttention
 from moa_lab.runtime.caches import check_cache, check_generation
 from moa_lab.runtime.hf_cache import RingCache
@@ -26,20 +27,21 @@ _in_force: weakref.WeakKeyDictionary[PreTrainedModel, SpanAttention] = weakref.W
 
 
 @contextlib.contextmanager
-def apply_plan(model: PreTrainedModel, plan: Plan, n_tokens: int | None = None) -> Iterator[PreTrainedModel]:
+def apply_plan(model: PreTrainedModel, plan: PlanOrPath, n_tokens: int | None = None) -> Iterator[PreTrainedModel]:
     """Give every KV head of `model` its sink and window; the model is as before on exit, also after an exception.
 
-    n_tokens: the length N that elastic rules are evaluated at: prompt and new tokens together. None: the length of each
-    new prompt, so pass it when a prompt is fed in chunks or when generation is long.
+    plan: a plan, or the path of its config card. n_tokens: the length N that elastic rules are evaluated at: prompt and new tokens
+    together. None: the length of each new prompt, so pass it when a prompt is fed in chunks or when generation is long.
     Every query of a head sees the sink and its window, in prefill as in decoding. Wherever transformers would make a cache, in a
     forward pass or in `generate`, a `RingCache` is made, which keeps nothing else; a cache that is passed in is used as it is, and
     masked. `generate` refuses another kind by name (`cache_implementation`), and static caches altogether, with ValueError.
     Blocks may be nested: the inner plan alone is in force, and takes no cache of the outer one.
     Raises ValueError for a plan of another geometry, a length beyond the model, or a model that cannot be routed.
     """
+    plan = as_plan(plan)
     geometry = geometry_of(model)
     plan.check_model(geometry, weights_fingerprint(model) if plan.provenance.weights else None)
-    if n_tokens is not None and not 1 <= n_tokens <= geometry.max_length:
+    if n_tokens is not None and not 1 <= whole_number("n_tokens", n_tokens, None) <= geometry.max_length:
         raise ValueError(f"n_tokens must lie in 1..{geometry.max_length} (the model's maximum length), got {n_tokens}")
     # A head that keeps everything keeps as much as this model takes, whatever length the card was written with.
     spans = SpanAttention(replace(plan, geometry=geometry), n_tokens)
@@ -58,8 +60,10 @@ def apply_plan(model: PreTrainedModel, plan: Plan, n_tokens: int | None = None) 
 def ring_cache(model: PreTrainedModel, capacity: int | None = None) -> RingCache:
     """An empty cache for `model` under the plan that is applied to it, with room for `capacity` tokens a row.
 
-    Raises ValueError where no plan is applied.
+    Raises ValueError where no plan is applied, and for a capacity below 1.
     """
+    if capacity is not None:
+        whole_number("capacity", capacity)
     if model not in _in_force:
         raise ValueError("no plan is applied to this model: make its cache inside `with apply_plan(model, plan):`")
     return RingCache(_in_force[model], capacity)

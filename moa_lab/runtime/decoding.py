@@ -27,6 +27,14 @@ def clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def check_graph(graph: bool | None, device: torch.device) -> None:
+    """Raises ValueError where a decode step on `device` cannot be captured though `graph` asks for it."""
+    if not (graph is None or isinstance(graph, bool)):
+        raise ValueError(f"graph must be True, False or None, got {graph!r}")
+    if graph and device.type != "cuda":
+        raise ValueError(f"graph=True needs a GPU, and the model is on {device}: leave it out, and the step runs without a CUDA graph")
+
+
 class Decoder:
     """New tokens of every row, up to `most`, and what a step needs, all of it on the device.
 
@@ -56,7 +64,12 @@ class Decoder:
         self._say(logits)
 
     def run(self, graph: bool | None = None) -> None:
-        """Decode until all rows have stopped or have said all they may."""
+        """Decode until all rows have stopped or have said all they may.
+
+        graph: capture the step as a CUDA graph; None: on a GPU, where the model allows it. Raises ValueError where there is no GPU,
+        and RuntimeError where the step cannot be captured, if True.
+        """
+        check_graph(graph, self._tokens.device)
         wanted = self._tokens.is_cuda if graph is None else graph
         step = self._step
         with self._cache.decoding():
@@ -65,6 +78,8 @@ class Decoder:
                     break
                 if wanted and self.steps == WARM_UP:
                     step = self._captured() or step
+                    if graph and step == self._step:
+                        raise RuntimeError("the decode step of this model cannot be captured: leave graph=True out (the log says why)")
                 step()
                 self.steps += 1
         self._cache.came(self.steps)
@@ -91,7 +106,7 @@ class Decoder:
         self._stopped |= torch.isin(chosen, self._stops)
 
     def _captured(self) -> Callable[[], None] | None:
-        """The step as a graph; None, and a line in the log, where the model talks to the host in every step."""
+        """The step as a graph. Where the model synchronises with the host in every step: None, and a line in the log."""
         graph = torch.cuda.CUDAGraph()
         graph.register_generator_state(self._generator)
         try:

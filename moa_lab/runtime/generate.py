@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.models import chat_ids, geometry_of
-from moa_lab.plan import Plan, dense_plan
+from moa_lab.plan import PlanOrPath, as_plan, dense_plan
 from moa_lab.runtime.apply import apply_plan, ring_cache
-from moa_lab.runtime.decoding import Decoder, clock
+from moa_lab.runtime.arguments import stop_ids, texts, whole_number
+from moa_lab.runtime.decoding import Decoder, check_graph, clock
 from moa_lab.runtime.hf_cache import RingCache
 from moa_lab.runtime.sampling import Sampling
 
@@ -50,37 +51,44 @@ def generate(
     tokenizer: PreTrainedTokenizerBase,
     prompts: str | Sequence[str],
     *,
-    plan: Plan | None = None,
+    plan: PlanOrPath | None = None,
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     chat: bool = False,
-    stop_tokens: Sequence[int] | None = None,
+    stop_tokens: int | str | Iterable[int | str] | None = None,
     prefill_tokens: int = PREFILL_TOKENS,
     graph: bool | None = None,
     compiled: bool = False,
 ) -> Generation:
-    """Answer `prompts`, all in one batch, under `plan` (None: every head keeps everything).
+    """Answer `prompts`, all in one batch, under `plan` (or the config card at that path; None: every head keeps everything).
 
     Spans are those of the longest prompt and the new tokens together. sampling: None takes the likeliest token. chat: prompts are
     a user's messages, which are text: a control token that one spells is none. Without chat, prompts are read as the tokenizer reads
-    them, so that control tokens can be written by hand. stop_tokens: None for the model's own end of sequence. prefill_tokens: of all
-    rows, at once. graph: capture the decode step as a CUDA graph (None: on a GPU, where the model allows it). compiled: `torch.compile`
-    the decode step first, which takes a minute or so and pays for long answers. Raises ValueError for no prompts, an empty one, or
-    tokens beyond the model's maximum length.
+    them, so that control tokens can be written by hand. stop_tokens: ids, or texts of one token each (a longer token that holds such a
+    text ends nothing); None for the model's own end of sequence. prefill_tokens: of all rows, at once. graph: capture the decode step
+    as a CUDA graph (None: on a GPU, where the model allows it; True must succeed). compiled: `torch.compile` the decode step first,
+    which takes a minute or so and pays for long answers. Raises ValueError, before any work is done, for no prompts, an empty one,
+    tokens beyond the model's maximum length, an argument of another kind, a stop token that the model does not have, and a graph
+    without a GPU.
     """
-    asked = [prompts] if isinstance(prompts, str) else list(prompts)
+    asked = texts(prompts)
+    whole_number("max_new_tokens", max_new_tokens)
+    whole_number("prefill_tokens", prefill_tokens)
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a Sampling, such as Sampling(temperature=0.7), got {sampling!r}")
+    check_graph(graph, model.device)
+    stops = stop_ids(model, tokenizer, stop_tokens)
+    plan = dense_plan(geometry_of(model)) if plan is None else as_plan(plan)
     rows = [chat_ids(tokenizer, [{"role": "user", "content": text}]) if chat else list(tokenizer.encode(text)) for text in asked]
     if not rows or not all(rows):
         raise ValueError("generation needs at least one prompt, and a token in every prompt")
     n_tokens = max(map(len, rows)) + max_new_tokens
-    geometry = geometry_of(model)
-    plan = plan or dense_plan(geometry)
-    if max_new_tokens < 1 or n_tokens > geometry.max_length:
+    longest = geometry_of(model).max_length
+    if n_tokens > longest:
         raise ValueError(
-            f"{max(map(len, rows))} prompt and {max_new_tokens} new tokens: new tokens must be at least 1, and all together at most "
-            f"{geometry.max_length}, the model's maximum length"
+            f"{max(map(len, rows))} prompt and {max_new_tokens} new tokens: all together must be at most {longest}, "
+            "the model's maximum length"
         )
-    stops = _end_of_sequence(model) if stop_tokens is None else list(stop_tokens)
     with apply_plan(model, plan, n_tokens):
         cache = ring_cache(model, n_tokens)
         started = clock(model.device)
@@ -130,11 +138,6 @@ def prefill(
             input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1, **padded
         ).logits
     return logits[:, -1], lengths
-
-
-def _end_of_sequence(model: PreTrainedModel) -> list[int]:
-    ends = model.generation_config.eos_token_id if model.generation_config else None
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def _without_stop(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 from figure_records import SMOL, make_plan
@@ -19,6 +21,15 @@ def test_span_map_shows_every_span_with_its_rule() -> None:
     rule = plan.rules[7][2]
     assert (layer, head, span, alpha, beta) == (7, 2, plan.spans(2048)[7, 2], rule.alpha, rule.beta)
     assert share == pytest.approx(100 * span / 2048)
+
+
+def test_a_figure_takes_the_path_of_a_card_for_its_plan(tmp_path: Path) -> None:
+    plan, other = make_plan(), uniform_plan(SMOL, 0.25)
+    path, beside = plan.save(tmp_path / "plan.json"), str(other.save(tmp_path / "other.json"))
+    assert figures.span_map(path, 2048, compared_with=beside) == figures.span_map(plan, 2048, compared_with=other)
+    assert figures.mask_preview(path, 0, 0, 512) == figures.mask_preview(plan, 0, 0, 512)
+    assert figures.rule_curves(path, 512) == figures.rule_curves(plan, 512)
+    assert figures.kv_bytes_bars([path, beside], 512) == figures.kv_bytes_bars([plan, other], 512)
 
 
 def test_differences_are_coloured_symmetrically_around_zero() -> None:

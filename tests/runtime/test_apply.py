@@ -189,6 +189,19 @@ def test_a_length_outside_the_model_is_refused(n_tokens: int) -> None:
         pass
 
 
+@pytest.mark.parametrize("n_tokens", [20.0, True, "20"])
+def test_a_length_that_is_no_whole_number_is_refused(n_tokens: Any) -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="n_tokens must be a whole number"), apply_plan(model, mixed_plan(model), n_tokens):
+        pass
+
+
+@pytest.mark.parametrize("plan", [None, {}, 0.5])
+def test_what_is_neither_a_plan_nor_a_path_is_refused(plan: Any) -> None:
+    with pytest.raises(ValueError, match="must be a Plan or the path of a config card"), apply_plan(tiny_model("llama"), plan):
+        pass
+
+
 def test_a_plan_made_on_other_weights_warns_and_still_runs(caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("llama")
     own = mixed_plan(model, provenance=Provenance(weights=weights_fingerprint(model)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from transformers import DynamicCache, PreTrainedModel
 import moa_lab as ml
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan
-from moa_lab.runtime import Sampling, apply_plan
+from moa_lab.runtime import Sampling, apply_plan, ring_cache
+from moa_lab.runtime.arguments import stop_ids
 from moa_lab.runtime.generate import generate
 
 torch.set_num_threads(1)
@@ -120,17 +122,113 @@ def test_tokens_are_drawn_as_often_as_their_weights_say(settings: dict[str, Any]
         ({"prompts": ["a", ""]}, "a token in every prompt"),
         ({"max_new_tokens": 0}, "at least 1"),
         ({"max_new_tokens": 600}, "512"),
+        *(({"max_new_tokens": value}, "max_new_tokens must be a whole number") for value in (20.0, -1, True, None, "20")),
+        *(({"prefill_tokens": value}, "prefill_tokens must be a whole number") for value in (0, -1, 1.5, True, None)),
+        *(
+            ({"prompts": value}, "prompts must be a text or texts")
+            for value in (5, None, [1, 2], b"hello", [["a"]], {"role": "user"}.items())
+        ),
+        ({"plan": {"alphas": []}}, "path of a config card"),
+        ({"plan": "nowhere.json"}, "no such file"),
+        *(({"sampling": value}, "Sampling\\(temperature") for value in (0.7, {"temperature": 1.0}, Sampling)),
+        *(({"graph": value}, "graph must be") for value in (1, 0, "yes")),
+        ({"stop_tokens": [-1]}, "stop token must be a whole number"),
+        ({"stop_tokens": -1}, "stop token must be a whole number"),
+        ({"stop_tokens": [True]}, "stop token must be a whole number"),
+        ({"stop_tokens": [7.0]}, "stop token must be a whole number"),
+        ({"stop_tokens": [None]}, "stop token must be a whole number"),
+        ({"stop_tokens": [512]}, "vocabulary of 512"),
+        ({"stop_tokens": "Peace"}, "'Peace' is 5 tokens.*stop_strings"),
+        ({"stop_tokens": ["\n", "\n\n"]}, "is 2 tokens"),
+        ({"stop_tokens": [""]}, "is 0 tokens"),
     ],
 )
-def test_what_cannot_be_answered_is_refused(settings: dict[str, Any], words: str) -> None:
+def test_what_cannot_be_answered_is_refused_before_a_pass(settings: dict[str, Any], words: str) -> None:
+    model = model_of("llama")
+    passes: list[Any] = []
+    model.register_forward_pre_hook(lambda *arguments: passes.append(arguments))
     with pytest.raises(ValueError, match=words):
-        generate(model_of("llama"), tiny_tokenizer(), **{"prompts": "hello there", **settings})
+        generate(model, tiny_tokenizer(), **{"prompts": "hello there", **settings})
+    assert not passes
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_graph_without_a_gpu_is_refused() -> None:
+    for compiled in (False, True):
+        with pytest.raises(ValueError, match="graph=True needs a GPU"):
+            generate(model_of("llama"), tiny_tokenizer(), "hello there", graph=True, compiled=compiled)
+    assert not generate(model_of("llama"), tiny_tokenizer(), "hello there", graph=False, max_new_tokens=3).captured
+
+
+@pytest.mark.parametrize(
+    "as_given", [lambda token: token, lambda token: [token], lambda token: torch.tensor([token]), lambda token: {token}]
+)
+def test_a_stop_token_may_be_given_alone_or_among_others(as_given: Any) -> None:
+    model = model_of("llama")
+    free = generate(model, tiny_tokenizer(), PROMPTS[1], max_new_tokens=30).tokens[0]
+    found = generate(model, tiny_tokenizer(), PROMPTS[1], max_new_tokens=30, stop_tokens=as_given(free[5]))
+    assert found.tokens[0] == free[: free.index(free[5]) + 1]
+
+
+def test_a_text_of_one_token_stops_as_its_id_does() -> None:
+    tokenizer = tiny_tokenizer()
+    for text, token in (("\n", tokenizer.encode("\n")[0]), ("<|im_end|>", tokenizer.convert_tokens_to_ids("<|im_end|>"))):
+        for given in (text, [text], [7, text]):
+            assert stop_ids(model_of("llama"), tokenizer, given)[-1] == token
+
+
+def test_a_plan_may_be_the_path_of_its_card(tmp_path: Path) -> None:
+    model = model_of("llama")
+    plan = small_plan(model)
+    path = plan.save(tmp_path / "plan.json")
+    expected = generate(model, tiny_tokenizer(), PROMPTS[0], plan=plan, max_new_tokens=20).tokens
+    for given in (path, str(path)):
+        assert generate(model, tiny_tokenizer(), PROMPTS[0], plan=given, max_new_tokens=20).tokens == expected
+        with apply_plan(model, given, 100):
+            assert ring_cache(model).layers
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 10.0, True, "10"])
+def test_a_capacity_that_holds_nothing_is_refused(capacity: Any) -> None:
+    model = model_of("llama")
+    with apply_plan(model, small_plan(model)), pytest.raises(ValueError, match="capacity must be a whole number of at least 1"):
+        ring_cache(model, capacity)
+
+
+NAN, INFINITE = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"temperature": value} for value in (-1.0, NAN, INFINITE, True, "0.7", None)),
+        *({"temperature": 1.0, "top_k": value} for value in (0, -5, NAN, 5.0, True, "5")),
+        *({"temperature": 1.0, "top_p": value} for value in (1.5, 0.0, -0.1, NAN, INFINITE, True, "0.9")),
+    ],
+)
 def test_sampling_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="top_k"):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-20])
+def test_a_temperature_that_scores_cannot_be_divided_by_is_refused(temperature: float) -> None:
+    with pytest.raises(ValueError, match="too near 0"):
+        Sampling(temperature=temperature)
+    picked = Sampling(temperature=1e-6).pick(torch.tensor([[50.0, 60.0, -80.0]]), torch.Generator())
+    assert picked.tolist() == [1]
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 5}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.9, "temperature": 0}])
+def test_drawing_from_the_likeliest_needs_a_temperature(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="temperature 0 draws nothing"):
+        Sampling(**settings)
+
+
+@pytest.mark.parametrize("seed", [1.5, True, None, 2**64, -(2**63) - 1])
+def test_a_seed_that_no_generator_takes_is_refused(seed: Any) -> None:
+    with pytest.raises(ValueError, match="seed"):
+        Sampling(temperature=1.0, seed=seed)
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from moa_lab.evaluate.parity.record import PARITY_SCHEMA, Parity, ParityRow, tab
 from moa_lab.evaluate.scoring import Progress
 from moa_lab.evaluate.testsets import needle_samples
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, PlanOrPath, as_plan
 from moa_lab.provenance import Provenance, provenance
 
 __all__ = ["PARITY_SCHEMA", "Parity", "ParityRow", "default_tokens", "parity", "table"]
@@ -30,7 +30,7 @@ MOST_TOKENS = {"cpu": 1024, "cuda": 4096}
 def parity(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    plan: Plan,
+    plan: PlanOrPath,
     *,
     n_tokens: int | None = None,
     needles: int = 0,
@@ -50,6 +50,7 @@ def parity(
     epsilon. An error that moves no logit by more than that is not seen there: run float32 to look closer.
     Raises ValueError for a plan of another geometry and for a length outside the model.
     """
+    plan = as_plan(plan)
     geometry = geometry_of(model)
     # Small weights are rounded in float16, which makes other fingerprints of the same weights.
     comparable = plan.provenance.weights and model.dtype != torch.float16
