@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
 from moa_lab.calibration.sources import ColumnMap, load_documents
+from moa_lab.calibration.tasks import answered_documents
 from moa_lab.evaluate.suites import Suites
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, load_model
@@ -54,7 +55,8 @@ class RunInputs:
                 )
 
     def begin(self) -> None:
-        """Check the lengths and the chat template, and note the settings: from now on the folder is this run's."""
+        """Check the documents, lengths and chat template, and note the settings: from now on the folder is this run's."""
+        self._check_documents()
         self._check_lengths()
         check_turns(self.tokenizer, self.preset.turns)
         write_json(self.folder / "settings.json", {"schema": SETTINGS_SCHEMA, **to_json(self.settings)})
@@ -134,6 +136,12 @@ class RunInputs:
         if not reached:
             raise ValueError(f"the model's maximum length is {self.geometry.max_length}; name shorter lengths than the preset's {usual}")
         return reached
+
+    def _check_documents(self) -> None:
+        # Read before the model, which takes longer to load.
+        documents = self.documents["calibration"]
+        if self.settings.supervision == "human":
+            answered_documents(documents or ())
 
     def _check_lengths(self) -> None:
         for n in (*self.lengths, *self.test_lengths):

@@ -1,4 +1,4 @@
-"""Tables and errors as lines of text."""
+"""Tables and errors as lines of text, and what is no text."""
 
 from __future__ import annotations
 
@@ -14,3 +14,14 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def one_line(error: BaseException) -> str:
     """What an error says, in one line; its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def unreadable(text: str) -> str | None:
+    """What makes a string no text: a lone surrogate (half a character, which no tokenizer reads) or a NUL; None for neither."""
+    if "\0" in text:
+        return "a NUL character"
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return f"a lone surrogate (\\u{ord(text[error.start]):04x})"
+    return None

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa_lab.calibration.answers import AnswerScore, fill_greedily, score_answers
 from moa_lab.calibration.documents import Document, Split, documents_hash, embedded_documents, tell_escaped
 from moa_lab.calibration.samples import Sample, SampleSet
-from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Source, Summaries, Task, turns_of
+from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Source, Summaries, Task, answered_documents, turns_of
 from moa_lab.calibration.wordings import Wording
 from moa_lab.interface import attention_sites
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
@@ -90,6 +90,8 @@ def calibrate(
     documents = embedded_documents(split) if documents is None else tuple(documents)
     _check(model, lengths, wanted)
     check_turns(tokenizer, max(turns_of(request.task) for request in wanted if request.count))
+    if any(isinstance(request.task, HumanAnswers) and request.count for request in wanted):
+        answered_documents(documents)
     escaped = tell_escaped(documents, tokenizer)
     weights = weights_fingerprint(model)
     answerer = _Answerer(model, end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights)

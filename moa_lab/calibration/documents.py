@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 from moa_lab.prompting.controls import escaped_controls, told
 from moa_lab.prompting.encoding import text_ids, text_tokens
 from moa_lab.provenance import digest
+from moa_lab.text import unreadable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +41,7 @@ Piece = tuple[int, int, int]
 class Document:
     """One text, with a human's summary of it, or a question about it and the answer, where its source has them.
 
-    Raises ValueError when the text is blank.
+    Raises ValueError when the text is blank, or a field holds a NUL character or half a character (a lone surrogate).
     """
 
     name: str
@@ -52,6 +53,9 @@ class Document:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise ValueError(f"document {self.name!r} has a blank text; leave it out")
+        for text in filter(None, (self.text, self.summary, self.question, self.answer)):
+            if fault := unreadable(text):
+                raise ValueError(f"document {self.name!r} holds {fault}; write it again without it")
 
 
 def embedded_documents(split: Split) -> tuple[Document, ...]:

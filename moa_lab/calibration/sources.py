@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
-import json
 import logging
 import random
 import re
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, fields
 from pathlib import Path
 from typing import Any, cast
 
 from moa_lab.calibration.documents import JOINT, SPLITS, Document, Split, embedded_documents
+from moa_lab.calibration.files import FORMATS, TEXT, Row, Table, first_line, is_file_name, read_tables
+from moa_lab.text import unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +21,12 @@ EMBEDDED = "embedded:"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 PARQUET_REVISION = "refs/convert/parquet"
 
-Row = Mapping[str, Any]
-
 
 @dataclass(frozen=True)
 class ColumnMap:
     """Which column of a dataset holds which field of a Document; None where there is no such column.
 
+    A summary column that was not asked for may be missing: the documents then have none.
     `question` and `answer` may hold one string each or two equally long lists (several questions about one text: one Document each).
     `separator` is what stands between the sources of one text; it is replaced by a blank line.
     """
@@ -38,6 +36,7 @@ class ColumnMap:
     question: str | None = None
     answer: str | None = None
     separator: str | None = None
+    optional: tuple[str, ...] = field(default=("summary",), compare=False, repr=False)
 
     @classmethod
     def parse(cls, option: str) -> ColumnMap:
@@ -45,14 +44,14 @@ class ColumnMap:
 
         Raises ValueError naming the part that is not `field=column`.
         """
-        known = [field.name for field in fields(cls)]
+        known = [one.name for one in fields(cls) if one.name != "optional"]
         chosen: dict[str, Any] = {}
         for part in option.split(","):
             name, equals, column = (piece.strip() for piece in part.partition("="))
             if name not in known or not equals or not column or (name == "text" and column.lower() == "none"):
                 raise ValueError(f"columns: {part.strip()!r} is not field=column, with field one of {', '.join(known)}")
             chosen[name] = None if column.lower() == "none" else column
-        return cls(**chosen)
+        return cls(**chosen, optional=() if "summary" in chosen else ("summary",))
 
 
 # The columns of nics-efc/MoA_Long_HumanQA are those that the authors' code writes and reads (thu-nics/MoA, MoA/dataset/convert.py:
@@ -73,35 +72,36 @@ def load_documents(
 ) -> tuple[Document, ...]:
     """Load documents from `source`.
 
-    `source` is "embedded:calibration" (or validation, test), a local .jsonl, .json, .csv or .parquet file, or the id of a dataset on
-    the hub, "owner/name" or "owner/name:configuration" (through `datasets.load_dataset`; `split` applies to these only).
-    `columns` is by default the preset of a known hub id, else ColumnMap(). `limit` draws that many documents (fewer, if there are
-    fewer) in an order that `seed` decides; without it all come in the order of the source. Rows with a blank text are left out, and
-    their number is logged.
+    `source` is "embedded:calibration" (or validation, test), a local file (.jsonl, .ndjson, .json, .csv, .tsv, .parquet, .txt; also
+    packed as .gz, .bz2 or .xz), a folder of files of one of these formats, or the id of a dataset on the hub, "owner/name" or
+    "owner/name:configuration" (through `datasets.load_dataset`; `split` applies to these only). A .txt file is one document, or
+    several with form feeds between them. `columns` is by default the preset of a known hub id, else ColumnMap(). `limit` draws that
+    many documents (fewer, if there are fewer) in an order that `seed` decides; without it all come in the order of the source. Rows
+    with a blank text and documents that repeat another are left out, and their number is logged.
 
     Raises ValueError, in one line with the cure: an unknown source, a missing column (with those that exist), an empty or truncated
-    file, a hub that cannot be reached.
+    file, a text that is no Unicode (with file and row), a hub that cannot be reached.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, got {limit}")
     name, path = str(source), Path(source)
     if name.startswith(EMBEDDED):
         return _embedded(name, columns, limit, seed)
-    if path.suffix.lower() in READERS:
-        rows = _local_rows(path)
-        stem = path.stem
+    if name and (path.is_dir() or is_file_name(name)):
+        tables = read_tables(path)
     elif path.exists() or not HUB_ID.fullmatch(name):
         raise ValueError(
-            f"source {name!r} is neither a {', '.join(READERS)} file, nor a dataset id (owner/name), nor one of "
+            f"source {name!r} is neither a {FORMATS} file, nor a folder of them, nor a dataset id (owner/name), nor one of "
             + ", ".join(EMBEDDED + known for known in SPLITS)
         )
     else:
-        rows = _hub_rows(name, split)
+        tables = [Table(name, name.rpartition("/")[2].replace(":", "-"), _hub_rows(name, split))]
         columns = columns or PRESETS.get(name.partition(":")[0])
-        stem = name.rpartition("/")[2].replace(":", "-")
-    if not len(rows):
+    if not any(len(table.rows) for table in tables):
         raise ValueError(f"{name}: the dataset is empty; give one with at least one row")
-    return _documents(name, stem, rows, columns or ColumnMap(), limit, seed)
+    if columns is not None and not tables[0].columns:
+        raise ValueError(f"columns: {name} is plain text and has no columns to map; leave the option out")
+    return _documents(name, tables, columns or ColumnMap(text=TEXT), limit, seed)
 
 
 def _embedded(source: str, columns: ColumnMap | None, limit: int | None, seed: int) -> tuple[Document, ...]:
@@ -112,32 +112,41 @@ def _embedded(source: str, columns: ColumnMap | None, limit: int | None, seed: i
     return documents if limit is None else tuple(random.Random(seed).sample(documents, min(limit, len(documents))))
 
 
-def _documents(source: str, stem: str, rows: Sequence[Row], columns: ColumnMap, limit: int | None, seed: int) -> tuple[Document, ...]:
-    _check_columns(source, rows, columns)
-    order = range(len(rows)) if limit is None else random.Random(seed).sample(range(len(rows)), len(rows))
-    documents: list[Document] = []
-    blank = 0
-    for index in order:
-        found = _row_documents(f"{source}: row {index + 1}", f"{stem}-{index}", rows[index], columns)
+def _documents(source: str, tables: Sequence[Table], columns: ColumnMap, limit: int | None, seed: int) -> tuple[Document, ...]:
+    for table in tables:
+        if len(table.rows):
+            _check_columns(table, columns)
+    places = [(table, index) for table in tables for index in range(len(table.rows))]
+    if limit is not None:
+        places = random.Random(seed).sample(places, len(places))
+    documents: dict[tuple[Any, ...], Document] = {}
+    blank = repeated = 0
+    for table, index in places:
+        found = _row_documents(f"{table.source}: row {index + 1}", f"{table.stem}-{index}", table.rows[index], columns)
         blank += not found
-        documents += found
+        for document in found:
+            content = astuple(document)[1:]
+            repeated += content in documents
+            documents.setdefault(content, document)
         if limit is not None and len(documents) >= limit:
             break
     if not documents:
         raise ValueError(f"{source}: column {columns.text!r} is blank in all {blank} rows; map text to the column that holds the documents")
     if blank:
         logger.warning("%s: left out %d rows whose column %r is blank", source, blank, columns.text)
-    return tuple(documents[:limit])
+    if repeated:
+        logger.warning("%s: left out %d documents that repeat another", source, repeated)
+    return tuple(documents.values())[:limit]
 
 
-def _check_columns(source: str, rows: Sequence[Row], columns: ColumnMap) -> None:
-    existing = getattr(rows, "column_names", None) or list(dict.fromkeys(key for row in rows for key in row))
-    for field in ("text", "summary", "question", "answer"):
-        column = getattr(columns, field)
-        if column is not None and column not in existing:
+def _check_columns(table: Table, columns: ColumnMap) -> None:
+    existing = getattr(table.rows, "column_names", None) or list(dict.fromkeys(key for row in table.rows for key in row))
+    for name in ("text", "summary", "question", "answer"):
+        column = getattr(columns, name)
+        if column is not None and column not in existing and name not in columns.optional:
             raise ValueError(
-                f"{source}: no column {column!r} for {field}; map {field} to one of its columns: {', '.join(map(str, existing))}"
-                + ("" if field == "text" else ", or to none")
+                f"{table.source}: no column {column!r} for {name}; map {name} to one of its columns: {', '.join(map(str, existing))}"
+                + ("" if name == "text" else ", or to none")
             )
 
 
@@ -174,6 +183,9 @@ def _string(where: str, column: str, value: Any) -> str | None:
         return None
     if not isinstance(value, str):
         raise ValueError(f"{where}: column {column!r} holds {type(value).__name__}, expected text; map another column")
+    fault = unreadable(value)
+    if fault:
+        raise ValueError(f"{where}: column {column!r} holds {fault}; write the row again without it")
     return value.strip() or None
 
 
@@ -201,69 +213,7 @@ def _hub_rows(source: str, split: str) -> Sequence[Row]:
             rows = datasets.load_dataset(*arguments, split=split, revision=PARQUET_REVISION)
     except Exception as error:
         raise ValueError(
-            f"{source}: split {split!r} could not be loaded from the hub ({_one_line(error)}); check the id, the split and the network, "
-            f"or download it and give a local file: {', '.join(READERS)}"
+            f"{source}: split {split!r} could not be loaded from the hub ({first_line(error)}); check the id, the split and the network, "
+            f"or download it and give a local file: {FORMATS}"
         ) from error
     return cast(Sequence[Row], rows)
-
-
-def _local_rows(path: Path) -> Sequence[Row]:
-    if not path.is_file():
-        raise ValueError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}; give a {', '.join(READERS)} file")
-    try:
-        return READERS[path.suffix.lower()](path)
-    except ImportError as error:
-        raise ValueError(f"{path}: Parquet files need the package pyarrow; pip install pyarrow, or give another format") from error
-    except (ValueError, OSError, csv.Error) as error:
-        kind = path.suffix.lower().removeprefix(".").upper()
-        raise ValueError(f"{path}: truncated or not {kind} ({_one_line(error)}); fetch or write it again") from error
-
-
-def _read_json(path: Path) -> list[Row]:
-    """A list of objects, or one object a line: `datasets` itself writes lines into files named .json."""
-    text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        rows = json.loads(text)
-    else:
-        rows = [_json_line(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {number} is {type(row).__name__}, expected an object with a key for each column")
-    return cast(list[Row], rows)
-
-
-def _json_line(number: int, line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: {error}") from error
-
-
-def _read_csv(path: Path) -> list[Row]:
-    # Documents are longer than the 128 kB that csv allows a field by default.
-    previous = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, strict=True)
-            rows = []
-            for row in reader:
-                # DictReader fills what a short line lacks with None, and collects what a long line has too much under None.
-                if None in row or None in row.values():
-                    raise ValueError(f"line {reader.line_num} has another number of fields than the header")
-                rows.append(row)
-            return cast(list[Row], rows)
-    finally:
-        csv.field_size_limit(previous)
-
-
-def _read_parquet(path: Path) -> list[Row]:
-    parquet = importlib.import_module("pyarrow.parquet")
-    return cast(list[Row], parquet.read_table(path).to_pylist())
-
-
-def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-READERS = {".jsonl": _read_json, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}

@@ -107,11 +107,7 @@ class HumanAnswers:
 
     def draft(self, source: Source, length: int) -> Sample:
         """One sample; raises ValueError when no document has a human's answer."""
-        written = [document for document in source.documents if document.summary or document.answer]
-        if not written:
-            raise ValueError(
-                "supervision 'human' needs documents with a summary or an answer; map the column with summary=... or answer=..."
-            )
+        written = answered_documents(source.documents)
         fresh = [document for document in written if document not in source.answered]
         if not fresh:
             raise ValueError(f"all {len(written)} documents with a human's answer are used up at length {length}; add some, ask for less")
@@ -187,6 +183,14 @@ class Lines:
         depth = kept.index(asked) / max(len(kept) - 1, 1)
         fact = {"key": keys[asked], "answer": values[asked], "depth": depth, "wording": "lines"}
         return Sample(self.name, tokens, ranges, {"facts": [fact]})
+
+
+def answered_documents(documents: Sequence[Document]) -> list[Document]:
+    """The documents with a human's summary or answer; raises ValueError when there are none."""
+    written = [document for document in documents if document.summary or document.answer]
+    if not written:
+        raise ValueError("supervision 'human' needs documents with a summary or an answer; map the column with summary=... or answer=...")
+    return written
 
 
 def turns_of(task: Task) -> int:

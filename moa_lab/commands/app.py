@@ -69,7 +69,7 @@ def run(
     seed: Annotated[int, typer.Option("--seed")] = 0,
     test_seed: TestSeedOption = 0,
     supervision: Annotated[str, typer.Option("--supervision", help="who answers the calibration samples: model, human or text")] = "model",
-    source: Annotated[str | None, typer.Option("--source", help="documents: a JSONL, CSV or Parquet file, or a hub dataset")] = None,
+    source: Annotated[str | None, typer.Option("--source", help="documents: a file (JSONL, CSV, text ...), folder or hub dataset")] = None,
     columns: Annotated[str | None, typer.Option("--columns", help="column mapping, for instance text=article,summary=highlights")] = None,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer", help="at most so many distinct rules in a layer")] = None,
     plain_prompts: PlainOption = False,

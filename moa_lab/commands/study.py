@@ -29,7 +29,7 @@ def study(
     densities: Annotated[str | None, typer.Option("--densities", help="shares of the KV cache, for instance 0.25,0.5")] = None,
     lengths: Annotated[str | None, typer.Option("--lengths", help="profiled lengths in tokens")] = None,
     test_lengths: Annotated[str | None, typer.Option("--test-lengths", help="tested lengths in tokens")] = None,
-    source: Annotated[str | None, typer.Option("--source", help="documents: a JSONL, CSV or Parquet file, or a hub dataset")] = None,
+    source: Annotated[str | None, typer.Option("--source", help="documents: a file (JSONL, CSV, text ...), folder or hub dataset")] = None,
     columns: Annotated[str | None, typer.Option("--columns", help="column mapping, for instance text=article,summary=highlights")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     test_seed: TestSeedOption = 0,

@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab.text import unreadable
+
 
 def whole_number(name: str, value: Any, at_least: int | None = 1) -> int:
     """`value` as an int. Raises ValueError for anything that is not a whole number, and for one that is too small."""
@@ -29,9 +31,11 @@ def is_finite(value: Any) -> bool:
 def texts(prompts: Any) -> list[str]:
     """Prompts as a list of texts. Raises ValueError for anything else."""
     asked = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
-    for prompt in asked:
+    for number, prompt in enumerate(asked, start=1):
         if not isinstance(prompt, str):
             raise ValueError(f"prompts must be a text or texts, got {type(prompt).__name__}: decode tokens first; chats go in as chat=True")
+        if fault := unreadable(prompt):
+            raise ValueError(f"prompt {number} holds {fault}; write it again without it")
     return asked
 
 

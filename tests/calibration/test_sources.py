@@ -177,7 +177,7 @@ def test_a_missing_column_lists_those_that_exist(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no column 'document' for text; map text to one of its columns: article, abstract$"):
         load_documents(path)
     with pytest.raises(ValueError, match=r"no column 'summary' for summary; .*: article, abstract, or to none"):
-        load_documents(path, columns=ColumnMap(text="article"))
+        load_documents(path, columns=ColumnMap.parse("text=article,summary=summary"))
     assert load_documents(path, columns=ColumnMap.parse("text=article, summary=none")) == (Document("other-0", "Text."),)
 
 
@@ -216,15 +216,16 @@ def test_rows_without_any_text_and_rows_of_another_type_are_refused(tmp_path: Pa
 
 
 def test_a_source_that_is_nothing_known_lists_what_is(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("x", encoding="utf-8")
-    for source in (tmp_path / "notes.txt", tmp_path, "a b", ""):
+    (tmp_path / "notes.md").write_text("x", encoding="utf-8")
+    for source in (tmp_path / "notes.md", "a b", ""):
         with pytest.raises(ValueError, match=r"neither a \.jsonl, .*embedded:calibration"):
             load_documents(source)
     with pytest.raises(ValueError, match="no such file"):
         load_documents(tmp_path / "gone.jsonl")
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(ValueError, match="is a folder"):
-        load_documents(tmp_path / "folder.json")
+    for folder in (tmp_path, tmp_path / "folder.json"):
+        with pytest.raises(ValueError, match=r"the folder holds no .jsonl, .ndjson, .json, .csv, .tsv, .txt, .parquet file"):
+            load_documents(folder)
 
 
 @pytest.mark.parametrize("option", ["", "article", "text=", "body=article", "text=none"])

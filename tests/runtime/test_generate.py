@@ -252,3 +252,9 @@ def test_control_tokens_are_text_in_a_chat_and_tokens_in_a_plain_prompt() -> Non
     assert plain.prompt_tokens == (2,)
     chat, clean = (generate(model, tokenizer, text, chat=True, max_new_tokens=1) for text in ("a<|im_end|>", "a"))
     assert chat.prompt_tokens[0] - clean.prompt_tokens[0] == len("<|im_end|>")
+
+
+def test_a_prompt_with_half_a_character_is_refused_by_its_number() -> None:
+    for chat in (False, True):
+        with pytest.raises(ValueError, match=r"prompt 2 holds a lone surrogate"):
+            generate(tiny_model("llama"), tiny_tokenizer(), ["fine", "bad \ud83d"], chat=chat)
