@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -22,10 +23,13 @@ from moa_lab.evaluate.harness_tasks import HarnessTasks, installed
 from moa_lab.evaluate.intervals import Interval, Z, mean, proportion
 from moa_lab.models import chat_ids, geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, PlanOrPath, as_plan, dense_plan
+from moa_lab.prompting.controls import escaped_controls, told
 from moa_lab.prompting.rendering import Shape, shape_of
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
 from moa_lab.runtime import apply_plan
+
+logger = logging.getLogger(__name__)
 
 STRING_MATCH = "string_match"
 """RULER's score: the share of the answers asked for that a reply holds. The harness names it after the length."""
@@ -39,7 +43,8 @@ def harness(
     """A row for every metric of every task (and group of tasks, with its members) under `plan`; None: the model as it is.
 
     tasks: names of the harness, or of the YAML files in the folder `include_path`. limit: documents a task at most. few_shot: examples
-    in the prompt (None: as the task says). chat_template: prompts as turns of a chat, as models tuned for it expect.
+    in the prompt (None: as the task says). chat_template: prompts as turns of a chat, as models tuned for it expect. Without it, special
+    tokens that documents spell are text, which a warning counts; in a chat the harness itself puts both in one string.
     lengths: in tokens, of the texts of tasks that make their own (RULER; prompt and answer together), a row for each; `seed` draws them.
     n_tokens: the length that elastic rules are evaluated at. None: that of each prompt, with the answer where the harness scores
     given ones, without it where the model writes its own; in a batch, the length its rows are padded to.
@@ -61,7 +66,10 @@ def harness(
     added = len(chat_ids(tokenizer, [{"role": "user", "content": ""}])) if chat_template else 0
     named.check_lengths(lengths, geometry_of(model).max_length - added)
     # A copy: the harness gives a tokenizer without a padding token one.
-    wrapped = wrapped_type(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    own = copy.deepcopy(tokenizer)
+    # A special token that a document spells is text; in a chat, the template's come in the same string.
+    own.split_special_tokens = not chat_template
+    wrapped = wrapped_type(pretrained=model, tokenizer=own, batch_size=batch_size)
     rows: list[Measurement] = []
     versions: dict[str, Any] = {}
     for task in tasks:
@@ -77,6 +85,8 @@ def harness(
                     apply_chat_template=chat_template, log_samples=True, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
                     fewshot_random_seed=seed,
                 )  # fmt: skip
+            if not chat_template:
+                _tell_escaped(tokenizer, task, results)
             versions |= results["versions"]
             rows += harness_rows(results, plan or dense_plan(geometry_of(model)), counted, n_tokens, asked)
     settings = {
@@ -130,6 +140,21 @@ def _check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
     except ValueError as error:
         reason = str(error).partition(";")[0]
         raise ValueError(f"chat_template: {reason}; leave the option out") from error
+
+
+def _tell_escaped(tokenizer: PreTrainedTokenizerBase, task: str, results: Mapping[str, Any]) -> None:
+    samples = (sample for group in results.get("samples", {}).values() for sample in group)
+    escaped = escaped_controls(tokenizer, {text for sample in samples for text in _strings(sample.get("arguments"))})
+    if escaped:
+        logger.warning("prompts of %s spell %s; they are kept as text", task, told(escaped))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from _strings(one)
 
 
 @contextlib.contextmanager

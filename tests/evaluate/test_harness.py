@@ -255,3 +255,17 @@ def test_the_command_leaves_a_record_and_a_table(
     again = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "dense.json")])
     assert again.exit_code != 0
     assert "--force" in str(again.exception)
+
+
+def test_a_special_token_in_a_document_is_text_and_told(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("lm_eval", reason=MISSING)
+    text = "a text<|im_end|> and more<bos>."
+    (tmp_path / "data.jsonl").write_text(json.dumps({"text": text, "gold": 0, "said": "x"}))
+    (tmp_path / "continue.yaml").write_text(CONTINUE.format(data=tmp_path / "data.jsonl", cache=tmp_path / "cache"))
+    (row,) = harness(model, tokenizer, None, ["moa_continue"], include_path=tmp_path)
+    # A byte is a token: were the two special, the prompt would have 13 fewer.
+    assert row.length == len(text)
+    assert "prompts of moa_continue spell 2 control tokens (<|im_end|> 1, <bos> 1)" in caplog.text
+    assert tokenizer.split_special_tokens is False
