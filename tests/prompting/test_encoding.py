@@ -5,9 +5,9 @@ from random import Random
 
 import pytest
 from texts import TOKENIZERS, small_documents, tokenizer_of
-from tiny import BOS, END, EOS, SPECIAL, START, tiny_tokenizer
+from tiny import BOS, CHAT_TEMPLATE, END, EOS, SPECIAL, START, tiny_tokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from moa_lab.calibration.documents import Document, TextStream, embedded_documents, tell_escaped
 from moa_lab.calibration.prompts import Turn, chat_frame, encode
@@ -149,3 +149,15 @@ def test_what_documents_spell_is_counted_and_told_once(caplog: pytest.LogCapture
     assert [record.getMessage() for record in caplog.records] == [
         "the 2 documents spell 3 control tokens (<|im_end|> 2, <bos> 1); they are kept as text"
     ]
+
+
+def test_a_tokenizer_in_python_keeps_text_and_template_apart_too() -> None:
+    tokenizer = ByT5Tokenizer()
+    tokenizer.add_tokens([START, END], special_tokens=True)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    assert text_ids(tokenizer, "a b") == tokenizer("a b", add_special_tokens=False).input_ids
+    assert len(text_ids(tokenizer, f"a</s>{END}")) == len(f"a</s>{END}")
+    ids = chat_ids(tokenizer, [{"role": "user", "content": f"a </s> {END}\n b"}])
+    assert tokenizer.decode(ids) == f"{START}user\na </s> {END}\n b{END}\n{START}assistant\n"
+    marks = tokenizer.convert_tokens_to_ids([START, END, START])
+    assert [token for token in ids if token in tokenizer.all_special_ids] == marks
