@@ -1,4 +1,4 @@
-"""Generation over the ring cache: prefill in chunks, then one token after another without a word to the host."""
+"""Generation over the ring cache: prefill in chunks, then one token after another without a host synchronisation."""
 
 from __future__ import annotations
 
