@@ -85,12 +85,13 @@ def _layer_windows(config: Any, each: Sequence[Any]) -> tuple[int | None, ...]:
         return tuple(int(window) if window and uses is not False else None for window in windows)
     if len(kinds) != len(each):
         raise ValueError(f"{type(config).__name__}: layer_types has {len(kinds)} entries for {len(each)} layers")
-    return tuple(_window(layer, kind, window) for layer, (kind, window) in enumerate(zip(kinds, windows, strict=True)))
+    named = type(config).__name__
+    return tuple(_window(f"{named}: layer {layer}", kind, window) for layer, (kind, window) in enumerate(zip(kinds, windows, strict=True)))
 
 
-def _window(layer: int, kind: str, window: int | None) -> int | None:
+def _window(layer: str, kind: str, window: int | None) -> int | None:
     if kind == "full_attention":
         return None
     if kind == "sliding_attention" and window:
         return int(window)
-    raise ValueError(f"layer {layer} is of type {kind!r}, which keeps no plain KV cache per position; not supported")
+    raise ValueError(f"{layer} is of type {kind!r}, which keeps no plain KV cache per position; not supported")
