@@ -276,12 +276,6 @@ class Front:
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
 
-    def __post_init__(self) -> None:
-        for number, point in enumerate(self.points):
-            unknown = set(self.objectives) - {"density"} - set(point.predicted)
-            if unknown:
-                raise ValueError(f"points.{number}: predicted lacks {sorted(unknown)[0]!r}, an objective of the front")
-
     def __len__(self) -> int:
         return len(self.points)
 
@@ -299,11 +293,8 @@ class Front:
         """Read a front; raises RecordError for a broken or foreign file."""
         data = read_json(path, FRONT_SCHEMA)
         head = parse(_FrontHead, {name: value for name, value in data.items() if name != "schema"}, path)
-        try:
-            points = [FrontPoint(**{**vars(point), "plan": Plan.from_card(point.plan, path)}) for point in head.points]
-            return cls(tuple(points), head.objectives, head.settings, head.provenance)
-        except ValueError as error:
-            raise error if isinstance(error, RecordError) else RecordError(f"{path}: {error}") from error
+        points = tuple(FrontPoint(**{**vars(point), "plan": Plan.from_card(point.plan, path)}) for point in head.points)
+        return cls(points, head.objectives, head.settings, head.provenance)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import exit_code
+from command_line import exit_code
 from tiny import VOCABULARY, random_tokens, tiny_tokenizer
 from tiny_plans import small_plan
 from transformers import AutoModelForCausalLM, PreTrainedModel
