@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moa_lab.masks import causal_work
 from moa_lab.plan import Plan
+from moa_lab.shipped import data_folder
 
-RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
+RUNS = data_folder("runs")
 DEFAULT_PLANS = ("standard-50", "standard-25")
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 from moa_lab.prompting.controls import escaped_controls, told
 from moa_lab.prompting.encoding import text_ids, text_tokens
 from moa_lab.provenance import digest
+from moa_lab.shipped import data_folder
 from moa_lab.text import unreadable
 
 if TYPE_CHECKING:
@@ -228,10 +229,7 @@ class TextStream:
 
 
 def _texts_folder() -> Path:
-    package = Path(__file__).resolve().parents[1]
-    # A wheel carries the texts inside the package; beside an installed package, `data` would be somebody else's folder.
-    installed = package / "_data" / "texts"
-    return installed if installed.is_dir() else package.parent / "data" / "texts"
+    return data_folder("texts", package=Path(__file__).resolve().parents[1])
 
 
 def _check_positive(name: str, value: int) -> None:

@@ -328,11 +328,21 @@ def lab(
     run: Annotated[Path | None, typer.Option("--run", help="folder of a run to open; default the recorded demo")] = None,
     port: Annotated[int | None, typer.Option("--port", help="default the first that is free from 8888 on")] = None,
     browser: Annotated[bool, typer.Option(help="open a browser")] = True,
+    notebooks: Annotated[
+        Path | None, typer.Option("--notebooks", help="folder to copy them to; default those of the checkout, else ./moa-lab-notebooks")
+    ] = None,
 ) -> None:
-    """Open JupyterLab on the notebooks, for this machine alone."""
-    from moa_lab.workbench.launch import launch
+    """Open JupyterLab on the notebooks, for this machine alone. Files of yours are never written over."""
+    from moa_lab.workbench.folder import lay_out, user_folder
+    from moa_lab.workbench.launch import check_installed, environment, launch
 
-    launch(run, port, browser)
+    check_installed()
+    environment(run)
+    folder = notebooks or user_folder()
+    if folder is not None:
+        folder = (laid_out := lay_out(folder)).folder / "notebooks"
+        typer.echo(str(laid_out))
+    launch(run, port, browser, folder)
 
 
 @app.command()

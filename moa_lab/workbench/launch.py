@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from moa_lab.models import cache_folder
+from moa_lab.shipped import notebooks_folder
+from moa_lab.workbench.folder import FIRST
 
-PROJECT = Path(__file__).resolve().parents[2]
-FIRST = "00_tour.ipynb"
 RUN_VARIABLE = "MOA_LAB_RUN"
 
 # Windowed notebooks take figures out of the page and lose them; news would be the first thing a reader sees.
@@ -21,16 +21,21 @@ SETTINGS = {
 }
 
 
+def check_installed() -> None:
+    """Raise ValueError where JupyterLab is not there."""
+    if importlib.util.find_spec("jupyterlab") is None:
+        raise ValueError('JupyterLab is not installed: pip install "moa-lab[lab]"')
+
+
 def command(port: int | None = None, browser: bool = True, notebooks: Path | None = None) -> list[str]:
     """The command line of JupyterLab, listening on the loopback alone, its token kept.
 
     Raises ValueError where JupyterLab or the notebooks are not there.
     """
-    if importlib.util.find_spec("jupyterlab") is None:
-        raise ValueError('JupyterLab is not installed: pip install "moa-lab[lab]"')
-    folder = notebooks or PROJECT / "notebooks"
+    check_installed()
+    folder = notebooks or notebooks_folder()
     if not (folder / FIRST).is_file():
-        raise ValueError(f"the notebooks are not in {folder}: they come with a checkout of the project, not with the package")
+        raise ValueError(f"the notebooks are not in {folder}: install moa-lab again, or take a checkout of the project")
     line = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={folder.parent}"]
     line.append(f"--LabApp.default_url=/lab/tree/{folder.name}/{FIRST}")
     # In a container, people are root; JupyterLab would refuse and say how to allow it to those who call it themselves.
@@ -55,7 +60,7 @@ def environment(run: Path | None = None, settings: Path | None = None) -> dict[s
     return {**os.environ, **more}
 
 
-def launch(run: Path | None = None, port: int | None = None, browser: bool = True) -> None:
+def launch(run: Path | None = None, port: int | None = None, browser: bool = True, notebooks: Path | None = None) -> None:
     """Become JupyterLab; does not return. Raises ValueError as `command` and `environment`."""
-    line = command(port, browser)
+    line = command(port, browser, notebooks)
     os.execve(line[0], line, environment(run))

@@ -10,11 +10,12 @@ from pathlib import Path
 from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements
 from moa_lab.search import loss_table
+from moa_lab.shipped import data_folder
 from moa_lab.workbench.exporting import PLAN
-from moa_lab.workbench.launch import PROJECT, RUN_VARIABLE
+from moa_lab.workbench.launch import RUN_VARIABLE
 from moa_lab.workbench.state import State
 
-DEMO = PROJECT / "data" / "runs" / "demo"
+DEMO = data_folder("runs") / "demo"
 MODEL = "smollm2"
 RECORDS = ("profile.safetensors", "table.safetensors", "front.json")
 """One of these makes a folder a run that can be shown."""
@@ -25,8 +26,14 @@ def default_run() -> Path:
     return Path(os.environ.get(RUN_VARIABLE) or DEMO)
 
 
-def known_runs(folders: Iterable[Path] = (PROJECT / "runs", PROJECT / "data" / "runs")) -> list[Path]:
-    """Folders of runs within `folders` and the default one, without doubles."""
+def known_runs(folders: Iterable[Path] | None = None) -> list[Path]:
+    """Folders of runs within `folders` and the default one, without doubles.
+
+    None: the folders called runs in the working folder, which is a notebook's own, and in the two above it; and the recorded runs.
+    """
+    if folders is None:
+        here = Path.cwd()
+        folders = (*(folder / "runs" for folder in (here, *here.parents[:2])), DEMO.parent)
     found = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir()) if _is_run(path)]
     return list(dict.fromkeys(path.resolve() for path in (default_run(), *found)))
 
