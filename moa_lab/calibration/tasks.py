@@ -13,6 +13,7 @@ from moa_lab.calibration.documents import Document, Split, TextStream
 from moa_lab.calibration.prompts import Frame, Turn, assemble, chat_frame, encode, insert_at_depths
 from moa_lab.calibration.samples import Sample
 from moa_lab.calibration.wordings import WORDINGS, Fact, Wording
+from moa_lab.models import opening_ids
 
 MIN_CONTEXT_TOKENS = 64
 # After the prompt of RULER's needle tasks (Hsieh et al., 2024): a model that is told what will be asked is tested on its memory.
@@ -138,7 +139,8 @@ class PlainText:
     def draft(self, source: Source, length: int) -> Sample:
         """One sample."""
         start = source.tokenizer.bos_token_id
-        opening = [] if start is None else [start]
+        # Where there is a BOS, documents begin with it, also where the tokenizer adds none: models use the first token as a sink.
+        opening = opening_ids(source.tokenizer) or ([] if start is None else [start])
         tokens = np.array([*opening, *source.stream.take(length - len(opening))], dtype=np.int64)
         return Sample(self.name, tokens, ((max(1, round(length * (1 - self.scored))), length),))
 

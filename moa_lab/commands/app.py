@@ -17,6 +17,7 @@ from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
 from moa_lab.commands.study import study
 from moa_lab.commands.terminal import Bars, ForceOption, TestSeedOption, folder_free, free, lengths_of
+from moa_lab.models import clear_kept
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.text import one_line
 
@@ -39,7 +40,7 @@ app.command()(learn)
 app.command()(study)
 app.command()(harness)
 
-ModelOption = Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")]
+ModelOption = Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, a .gguf file, or OWNER/REPO:FILE.gguf")]
 PlainOption = Annotated[bool, typer.Option("--plain-prompts", help="questions as plain text, without the model's chat template")]
 LengthsOption = Annotated[str | None, typer.Option("--lengths", help="profiled lengths in tokens, for instance 1024,2048")]
 
@@ -49,6 +50,8 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     # What a profile will need is shown before it starts.
     logging.getLogger("moa_lab.profiling").setLevel(logging.INFO)
+    # And what is fetched or unpacked once, which may take minutes and gigabytes.
+    logging.getLogger("moa_lab.models").setLevel(logging.INFO)
     try:
         app()
     except (ValueError, OSError, MemoryError) as error:
@@ -346,8 +349,12 @@ def lab(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    clear_cache: Annotated[bool, typer.Option("--clear-cache", help="first remove the unpacked GGUF models that are kept")] = False,
+) -> None:
     """What works here; exits with code 1 when something that is needed does not."""
+    if clear_cache:
+        typer.echo(f"removed {clear_kept() / 1e9:.1f} GB of unpacked models")
     findings = diagnose()
     for finding in findings:
         mark = "ok  " if finding.ok else "MISS" if finding.required else "no  "

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from moa_lab.models import EMBEDDED, cache_folder, is_cached
+from moa_lab.models import EMBEDDED, cache_folder, is_cached, kept_models, unpacked_folder
 from moa_lab.shipped import checkout, notebooks_folder
 
 MIN_PYTHON = (3, 11)
@@ -44,7 +44,9 @@ class Finding:
 
 def diagnose() -> list[Finding]:
     """Look at Python, packages, device, Triton, Chromium, the model cache, disk and memory. Changes and fetches nothing."""
-    return [_python(), *_packages(), _device(), _triton(), _chromium(), *_model_cache(), _notebooks(), _disk(), _memory()]
+    return [
+        _python(), *_packages(), _device(), _triton(), _chromium(), *_model_cache(), _unpacked(), _notebooks(), _disk(), _memory(),
+    ]  # fmt: skip
 
 
 def find_chromium() -> str | None:
@@ -128,6 +130,13 @@ def _notebooks() -> Finding:
     found = sorted(notebooks_folder().glob("*.ipynb"))
     detail = f"{len(found)} in {notebooks_folder()}" + ("" if checkout() else ", which moa-lab lab copies to a folder of yours")
     return _finding("notebooks", bool(found), detail, "install moa-lab again, or take a checkout of the project", required=False)
+
+
+def _unpacked() -> Finding:
+    kept = kept_models()
+    names = ", ".join(f"{name} {_gib(size)}" for name, size in kept)
+    told = f"{names}; `moa-lab doctor --clear-cache` removes them" if kept else "none"
+    return Finding("unpacked models", True, f"{unpacked_folder()}: {told}", required=False)
 
 
 def _disk() -> Finding:

@@ -15,7 +15,9 @@ from moa_lab.text import aligned
 def harness(
     tasks: Annotated[str, typer.Option("--tasks", help="names of the harness's tasks, separated by commas")],
     out: Annotated[Path, typer.Option("--out", help="measurements file (.json)")],
-    model: Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")] = "smollm2",
+    model: Annotated[
+        str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, a .gguf file, or OWNER/REPO:FILE.gguf")
+    ] = "smollm2",
     plan: Annotated[Path | None, typer.Option("--plan", help="config card; without one the dense model is measured")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="documents a task at most")] = None,
     include_path: Annotated[Path | None, typer.Option("--include-path", help="folder with task files (.yaml) of your own")] = None,

@@ -15,7 +15,9 @@ def learn(
     profile: Annotated[Path, typer.Option("--profile", help="profile file of `moa-lab profile`, which names the rules and lengths")],
     out: Annotated[Path, typer.Option("--out", help="front file (.json), for `moa-lab validate`")],
     density: Annotated[float, typer.Option("--density")] = 0.5,
-    model: Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")] = "smollm2",
+    model: Annotated[
+        str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, a .gguf file, or OWNER/REPO:FILE.gguf")
+    ] = "smollm2",
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="steps of the descent; on a GPU some 0.4 s each with the embedded model")
     ] = 400,

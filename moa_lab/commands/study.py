@@ -24,7 +24,9 @@ def study(
     name: Annotated[str, typer.Argument(help=f"{EVERY}, or one or several of these, separated by commas: {NAMES}")],
     out: Annotated[Path, typer.Option("--out", help="the record, JSON; of several studies their folder")],
     work: Annotated[Path, typer.Option("--work", help="folder of what is made on the way; studies share it")] = Path("runs/studies"),
-    model: Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, or a .gguf file")] = "smollm2",
+    model: Annotated[
+        str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, a .gguf file, or OWNER/REPO:FILE.gguf")
+    ] = "smollm2",
     preset: Annotated[str, typer.Option("--preset", help=f"how much of everything: {', '.join(PRESETS)}")] = "study",
     densities: Annotated[str | None, typer.Option("--densities", help="shares of the KV cache, for instance 0.25,0.5")] = None,
     lengths: Annotated[str | None, typer.Option("--lengths", help="profiled lengths in tokens")] = None,

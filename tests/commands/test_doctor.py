@@ -16,9 +16,9 @@ from moa_lab.models import EmbeddedModel
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MOA_LAB_CACHE", str(tmp_path / "cache"))
-    embedded = {"tiny": EmbeddedModel("tiny-weights==1.0", "tiny/tiny.gguf", hashlib.sha256(b"weights").hexdigest())}
-    monkeypatch.setattr(models, "EMBEDDED", embedded)
-    monkeypatch.setattr(doctor, "EMBEDDED", embedded)
+    monkeypatch.delitem(models.EMBEDDED, "smollm2")
+    entry = EmbeddedModel("tiny-weights==1.0", "tiny/tiny.gguf", hashlib.sha256(b"weights").hexdigest())
+    monkeypatch.setitem(models.EMBEDDED, "tiny", entry)
     return tmp_path / "cache"
 
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from commands import exit_code
+from command_line import exit_code
 
 from moa_lab import shipped
 from moa_lab.shipped import checkout, data_folder, notebooks_folder

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moa_lab.models import EMBEDDED
+from moa_lab.models import is_gguf
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Measurement
@@ -182,7 +182,7 @@ def outcome(rows: Sequence[Measurement]) -> str:
 
 def is_unpacked(model: str) -> bool:
     """Whether a model of this name comes from a GGUF file, whose weights have few bits before they are unpacked."""
-    return model in EMBEDDED or model.endswith(".gguf")
+    return is_gguf(model)
 
 
 def _correlation(ranks: Sequence[Measurement], label: str, predictor: str) -> str:

@@ -1,0 +1,106 @@
+"""What a GGUF file says of its tokenizer, and a tokenizer that holds to it.
+
+transformers takes vocabulary, merges, special tokens and chat template from the file. What it leaves out is set here: whether a text
+begins with BOS and ends with EOS, the space before it, words that are tokens whatever the merges say, and further end tokens. Where
+a file is silent, the defaults are llama.cpp's (src/llama-vocab.cpp), whose format it is.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+from tokenizers import decoders, normalizers, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa_lab.models.gguf_reading import value_of
+
+logger = logging.getLogger(__name__)
+
+SENTENCEPIECE, BYTE_LEVEL, UNIGRAM = "llama", "gpt2", "t5"
+_LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
+PRE_WITH_BOS = frozenset({*_LLAMA3, "tekken", "chameleon"})
+PRE_WITHOUT_MERGES = frozenset({*_LLAMA3, "tekken", "youtu", "minicpm5", "granite-embed-multi-97m"})
+
+
+@dataclass(frozen=True)
+class TokenizerFacts:
+    """What the file says: `kind` is its `tokenizer.ggml.model`.
+
+    end_ids: tokens beside EOS that end a turn or a message. words_first: a word that is a token needs no merges.
+    """
+
+    kind: str
+    add_bos: bool
+    add_eos: bool
+    add_space_prefix: bool
+    words_first: bool
+    end_ids: tuple[int, ...]
+
+
+def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
+    """Read them, with llama.cpp's defaults for what the file does not say."""
+
+    def said(key: str, default: Any = None) -> Any:
+        return value_of(reader, f"tokenizer.ggml.{key}", default)
+
+    kind, pre = said("model"), said("pre")
+    byte_level = kind == BYTE_LEVEL
+    ends = (said("eot_token_id"), said("eom_token_id"))
+    return TokenizerFacts(
+        kind=kind,
+        # gemma4: llama.cpp overrides files that say no.
+        add_bos=kind == "gemma4" or bool(said("add_bos_token", kind == SENTENCEPIECE or (byte_level and pre in PRE_WITH_BOS))),
+        add_eos=bool(said("add_eos_token", kind == UNIGRAM)),
+        add_space_prefix=bool(said("add_space_prefix", kind == SENTENCEPIECE)),
+        words_first=byte_level and pre in PRE_WITHOUT_MERGES,
+        end_ids=tuple(int(token) for token in ends if token is not None),
+    )
+
+
+def hold_to(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """Make `tokenizer` do what the file says, and the model end where it says. What agrees already is left as it is."""
+    _hold_frame(facts, tokenizer)
+    _hold_prefix_space(facts, tokenizer)
+    if facts.words_first:
+        tokenizer.backend_tokenizer.model.ignore_merges = True
+    _hold_ends(facts, model)
+
+
+def _hold_frame(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase) -> None:
+    for name, wanted in (("bos", facts.add_bos), ("eos", facts.add_eos)):
+        if wanted and getattr(tokenizer, f"{name}_token_id") is None:
+            logger.warning("the GGUF file says add_%s_token, but names no such token: none is added", name)
+    bos, eos = (
+        [token] if wanted and token is not None else []
+        for wanted, token in ((facts.add_bos, tokenizer.bos_token_id), (facts.add_eos, tokenizer.eos_token_id))
+    )
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    if tokenizer("a").input_ids != [*bos, *bare, *eos]:
+        tokenizer.add_bos_token, tokenizer.add_eos_token = bool(bos), bool(eos)
+
+
+def _hold_prefix_space(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase) -> None:
+    backend = tokenizer.backend_tokenizer
+    if facts.kind != SENTENCEPIECE or facts.add_space_prefix:
+        return
+    if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
+        # What transformers makes of Llama's files; of Phi-3's, a sequence that begins with the space; Gemma's have none.
+        backend.pre_tokenizer.prepend_scheme = "never"
+    elif isinstance(backend.normalizer, normalizers.Sequence):
+        backend.normalizer = normalizers.Replace(" ", "\u2581")
+    else:
+        return
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_prefix_space = False
+
+
+def _hold_ends(facts: TokenizerFacts, model: PreTrainedModel) -> None:
+    config = model.generation_config
+    if config is None or not facts.end_ids:
+        return
+    ends = config.eos_token_id
+    known = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    config.eos_token_id = list(dict.fromkeys([*known, *facts.end_ids]))

@@ -1,0 +1,56 @@
+"""The Hugging Face hub: whether it has a model, and single files of its repositories."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from moa_lab.text import one_line
+
+ERROR_CHARACTERS = 300
+TIMEOUT_S = 10
+NAMES_SHOWN = 3
+
+
+def check_hub(name: str, embedded: Sequence[str]) -> None:
+    """Raise ValueError for a hub id that is neither in the hub's cache nor on the hub, or that holds nothing but GGUF files.
+
+    embedded: the names that are no hub ids, for the message.
+    """
+    # Asked first because from_pretrained tries an unreachable hub for 20 s, loudly, before it says so.
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json"), str):
+            return
+        found = HfApi().model_info(name, timeout=TIMEOUT_S)
+    except Exception as error:  # the hub's HTTP library, and so the class of its errors, differs between versions
+        raise ValueError(
+            f"unknown model {name!r}: not one of {list(embedded)}, not a folder or .gguf file here, and the hub does not give it "
+            f"({_reason(error)}); check the spelling, the network, or HF_TOKEN for a gated model"
+        ) from error
+    files = [sibling.rfilename for sibling in found.siblings or ()]
+    packed = [file for file in files if file.lower().endswith(".gguf")]
+    if packed and "config.json" not in files:
+        choice = " or ".join(f"{name}:{file}" for file in packed[:NAMES_SHOWN])
+        raise ValueError(f"model {name!r} of the hub is a collection of GGUF files; name one of them: {choice}")
+
+
+def hub_file(name: str, repository: str, file: str) -> Path:
+    """`file` of the repository, fetched into the hub's cache; without a network, what the cache holds. name: for the message.
+
+    Raises ValueError where neither has it.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, file, etag_timeout=TIMEOUT_S))
+    except Exception as error:  # as above
+        raise ValueError(
+            f"model {name!r}: neither the hub nor its cache gives {file} of {repository} ({_reason(error)}); "
+            "check the spelling of both, the network, or HF_TOKEN for a gated model"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    return one_line(error)[:ERROR_CHARACTERS]
