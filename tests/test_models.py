@@ -181,7 +181,8 @@ def test_dtype_is_what_was_asked_for_and_the_fingerprint_stays(tmp_path: Path) -
     assert weights_fingerprint(model) == weights_fingerprint(original)
 
 
-def test_a_gguf_file_loads_as_an_ordinary_model(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_gguf_file_loads_as_an_ordinary_model(tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOA_LAB_CACHE", str(tmp_path / "cache"))
     original, tokenizer = tiny_model("llama", tie_word_embeddings=False), tiny_tokenizer()
     path = tmp_path / "tiny.gguf"
     write_gguf(path, original, byte_level_vocabulary(tokenizer, original.config.vocab_size))

@@ -1,7 +1,7 @@
 """Models by name: found, loaded (GGUF files unpacked and kept), checked, and named in records by fingerprints."""
 
 from moa_lab.geometry.of_model import geometry_of
-from moa_lab.models.chat import chat_ids, opened, opening_ids
+from moa_lab.models.chat import chat_ids, opened, opening_ids, prompt_ids
 from moa_lab.models.embedded import EMBEDDED, EmbeddedModel, cache_folder, embedded_file, is_cached
 from moa_lab.models.fingerprints import model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.models.kept import clear_kept, kept_models, unpacked_folder
@@ -27,6 +27,7 @@ __all__ = [
     "model_name",
     "opened",
     "opening_ids",
+    "prompt_ids",
     "tokenizer_fingerprint",
     "unpacked_folder",
     "weights_fingerprint",

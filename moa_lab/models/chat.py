@@ -23,6 +23,12 @@ def opened(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
     return list(ids) if list(ids[: len(opening)]) == opening else [*opening, *ids]
 
 
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text as the tokenizer makes them, but one BOS where the text (a chat rendered before) brings its own."""
+    ids, opening = list(tokenizer.encode(text)), opening_ids(tokenizer)
+    return ids[len(opening) :] if opening and ids[: 2 * len(opening)] == opening * 2 else ids
+
+
 def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> list[int]:
     """Token ids of a conversation, `messages` being `{"role": ..., "content": ...}` in order.
 

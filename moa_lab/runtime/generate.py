@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moa_lab.models import chat_ids, geometry_of
+from moa_lab.models import chat_ids, geometry_of, prompt_ids
 from moa_lab.plan import PlanOrPath, as_plan, dense_plan
 from moa_lab.runtime.apply import apply_plan, ring_cache
 from moa_lab.runtime.arguments import stop_ids, texts, whole_number
@@ -79,7 +79,7 @@ def generate(
     check_graph(graph, model.device)
     stops = stop_ids(model, tokenizer, stop_tokens)
     plan = dense_plan(geometry_of(model)) if plan is None else as_plan(plan)
-    rows = [chat_ids(tokenizer, [{"role": "user", "content": text}]) if chat else list(tokenizer.encode(text)) for text in asked]
+    rows = [chat_ids(tokenizer, [{"role": "user", "content": text}]) if chat else prompt_ids(tokenizer, text) for text in asked]
     if not rows or not all(rows):
         raise ValueError("generation needs at least one prompt, and a token in every prompt")
     n_tokens = max(map(len, rows)) + max_new_tokens

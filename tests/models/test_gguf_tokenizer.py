@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.prompts import Turn, chat_frame
 from moa_lab.calibration.tasks import PlainText, Questions, Source
-from moa_lab.models import chat_ids, load_model, opening_ids, tokenizer_fingerprint, weights_fingerprint
+from moa_lab.models import chat_ids, load_model, opening_ids, prompt_ids, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.runtime import generate
 
 BOS_ID, EOS_ID, END_ID = SPECIAL.index(BOS), SPECIAL.index(EOS), 4
@@ -132,6 +132,14 @@ def test_a_folders_tokenizer_that_adds_a_bos_by_itself_does_so_in_frames_too() -
     tokenizer.add_bos_token = True
     assert chat_frame(tokenizer, "", [Turn("hello")]).opening == [BOS_ID, *without]
     assert chat_ids(tokenizer, HELLO)[0] == BOS_ID
+
+
+def test_a_chat_that_was_rendered_before_has_one_bos_as_a_prompt(tmp_path: Path) -> None:
+    model, tokenizer = loaded(tmp_path, "byte-level", add_bos_token=True, chat_template=BOS_TEMPLATE)
+    rendered = tokenizer.apply_chat_template(HELLO, tokenize=False, add_generation_prompt=True)
+    assert prompt_ids(tokenizer, rendered) == chat_ids(tokenizer, HELLO)
+    assert generate(model, tokenizer, rendered, max_new_tokens=1).prompt_tokens == (len(chat_ids(tokenizer, HELLO)),)
+    assert prompt_ids(tokenizer, "hello") == tokenizer.encode("hello")
 
 
 @pytest.mark.slow
