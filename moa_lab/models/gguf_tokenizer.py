@@ -24,12 +24,21 @@ _LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral",
 PRE_WITH_BOS = frozenset({*_LLAMA3, "tekken", "chameleon"})
 PRE_WITHOUT_MERGES = frozenset({*_LLAMA3, "tekken", "youtu", "minicpm5", "granite-embed-multi-97m"})
 
+# Ways of cutting a text into words before merging: those that transformers (5.19) knows, and those that are GPT-2's (also after single
+# digits), which it takes for all others.
+_LIKE_QWEN = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "qwen35")
+_LIKE_GPT4O = ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2")
+_LIKE_GPT2 = ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "default")
+_DIGITS_FIRST = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
+PRE_KNOWN = frozenset({*_LLAMA3, "dbrx", "smaug-bpe", "tekken", *_LIKE_QWEN, *_LIKE_GPT4O, *_LIKE_GPT2, *_DIGITS_FIRST})
+
 
 @dataclass(frozen=True)
 class TokenizerFacts:
     """What the file says: `kind` is its `tokenizer.ggml.model`.
 
-    end_ids: tokens beside EOS that end a turn or a message. words_first: a word that is a token needs no merges.
+    pre: how a text is cut into words before merging. words_first: a word that is a token needs no merges.
+    end_ids: tokens beside EOS that end a turn or a message.
     """
 
     kind: str
@@ -37,6 +46,7 @@ class TokenizerFacts:
     add_eos: bool
     add_space_prefix: bool
     words_first: bool
+    pre: str | None
     end_ids: tuple[int, ...]
 
 
@@ -55,6 +65,7 @@ def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
         add_bos=kind == "gemma4" or bool(said("add_bos_token", kind == SENTENCEPIECE or (byte_level and pre in PRE_WITH_BOS))),
         add_eos=bool(said("add_eos_token", kind == UNIGRAM)),
         add_space_prefix=bool(said("add_space_prefix", kind == SENTENCEPIECE)),
+        pre=pre if byte_level else None,
         words_first=byte_level and pre in PRE_WITHOUT_MERGES,
         end_ids=tuple(int(token) for token in ends if token is not None),
     )
@@ -64,6 +75,8 @@ def hold_to(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase, model: Pr
     """Make `tokenizer` do what the file says, and the model end where it says. What agrees already is left as it is."""
     _hold_frame(facts, tokenizer)
     _hold_prefix_space(facts, tokenizer)
+    if facts.pre is not None and facts.pre not in PRE_KNOWN:
+        logger.warning("transformers does not know how tokenizers of kind %r cut a text into words and takes GPT-2's way", facts.pre)
     if facts.words_first:
         tokenizer.backend_tokenizer.model.ignore_merges = True
     _hold_ends(facts, model)

@@ -94,6 +94,12 @@ def test_a_bos_that_the_file_wants_but_does_not_name_is_told(tmp_path: Path, cap
     assert "names no such token" in caplog.text
 
 
+@pytest.mark.parametrize(("pre", "told"), [("falcon", True), ("qwen2", False), ("smollm", False), (None, False)])
+def test_an_unknown_way_to_cut_words_is_told(tmp_path: Path, pre: str | None, told: bool, caplog: pytest.LogCaptureFixture) -> None:
+    loaded(tmp_path, "byte-level", pre=pre)
+    assert ("takes GPT-2's way" in caplog.text) == told
+
+
 # --- everywhere a prompt is made
 
 
