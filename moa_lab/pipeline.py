@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import platform
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,7 +23,7 @@ from moa_lab.evaluate.summary import summarise
 from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.learning import learn_spans
 from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import MIN_SPAN, Plan, dense_plan, uniform_plan
+from moa_lab.plan import Plan, dense_plan, uniform_plan
 from moa_lab.presets import QUESTIONS_PER_LESSON
 from moa_lab.profiling import profile
 from moa_lab.provenance import Provenance, provenance
@@ -32,8 +31,8 @@ from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Mea
 from moa_lab.refinement import refine
 from moa_lab.report import save_report
 from moa_lab.run_inputs import RunInputs
-from moa_lab.search import baseline_plan, limit_lengths, loss_table, search
-from moa_lab.storage import RecordError, atomic_path, to_json, write_json
+from moa_lab.search import baseline_plan, loss_table, search
+from moa_lab.storage import RecordError, to_json, write_json
 
 Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, Measurements)
 
@@ -50,7 +49,10 @@ class Run(RunInputs):
     """A run in `folder`. Stages are methods; each reads its record where it is intact and makes it where it is not."""
 
     def everything(self) -> dict[str, Any]:
-        """Run all stages and return the summary."""
+        """Run all stages and return the summary. What cannot be had is refused before the first."""
+        self._check_documents()
+        self._check_lengths()
+        self.check_density()
         self.begin()
         self.samples()
         self.profile()
@@ -61,27 +63,11 @@ class Run(RunInputs):
         return self.report()
 
     def at(self, density: float) -> Run:
-        """The same run at another density, in a folder inside: what does not depend on the density is made once, here."""
-        other = Run(self.folder / f"density-{density:g}", replace(self.settings, density=density), self.progress, parts=self.parts_dir(""))
-        other.folder.mkdir(parents=True, exist_ok=True)
-        shared: list[tuple[Callable[[], object], str]] = [(self.samples, "samples"), (self.profile, "profile"), (self.table, "table")]
-        if self.preset.learning_steps:
-            shared.append((self.lessons, "lessons"))
-        for record, name in shared:
-            record()
-            with atomic_path(other.folder / f"{name}.safetensors") as copy:
-                shutil.copyfile(self.folder / f"{name}.safetensors", copy)
+        """The same run at another density: what does not depend on it is made once. Raises InfeasibleError as `check_density` does."""
+        other = Run(self.folder, replace(self.settings, density=density), self.progress)
         other.__dict__.update(_loaded=self._loaded, documents=self.documents, suites=self.suites)
-        other.begin()
+        other.check_density(tested=False)
         return other
-
-    @property
-    def limits(self) -> dict[int, float]:
-        """The lengths at which plans keep to the density: the profiled ones, twice the longest, and shorter tested ones where the
-        floor takes at most a quarter of it."""
-        density = self.settings.density
-        short = {n for n in self.test_lengths if n < min(self.lengths) and MIN_SPAN / n <= density / 4}
-        return dict.fromkeys(sorted({*limit_lengths(self.table()), *short}), density)
 
     def samples(self) -> SampleSet:
         """Stage calibrate."""
@@ -108,8 +94,8 @@ class Run(RunInputs):
         return self._calibrated("lessons", "lessons", lengths, wanted)
 
     def _calibrated(self, name: str, stage: str, lengths: Sequence[int], wanted: Sequence[Request]) -> SampleSet:
-        return _stored(
-            self.folder / f"{name}.safetensors", SampleSet.load,
+        return self._stored(
+            f"{name}.safetensors", SampleSet.load,
             lambda: calibrate(
                 self.model, self.tokenizer, lengths, wanted=wanted, documents=self.documents["calibration"], seed=self.settings.seed,
                 batch_size=self.answer_batch, parts_dir=self.parts_dir("answers"), progress=self._steps(stage),
@@ -118,38 +104,39 @@ class Run(RunInputs):
 
     def profile(self) -> InfluenceProfile:
         """Stage profile."""
-        return _stored(
-            self.folder / "profile.safetensors", InfluenceProfile.load,
+        return self._stored(
+            "profile.safetensors", InfluenceProfile.load,
             lambda: profile(self.model, self.samples(), parts_dir=self.parts_dir("profile"), progress=self._steps("profile")),
         )  # fmt: skip
 
     def table(self) -> LossTable:
         """The loss table of the profile."""
-        return _stored(self.folder / "table.safetensors", LossTable.load, lambda: loss_table(self.profile()))
+        return self._stored("table.safetensors", LossTable.load, lambda: loss_table(self.profile(), min_span=self.settings.min_span))
 
     def front(self) -> Front:
         """Stages search and refine: candidates from the dense profile, and better plans near the best of them."""
-        return _stored(self.folder / "front.json", Front.load, self._searched)
+        return self._stored("front.json", Front.load, self._searched)
 
     def plan(self) -> Plan:
         """Stage validate: the plan that lost least when measured."""
-        return _stored(self.folder / "plan.json", Plan.load, self._validated)
+        return self._stored("plan.json", Plan.load, self._validated)
 
     def baselines(self) -> tuple[Plan, ...]:
         """Dense, uniform at the same density, and the preset's other baselines."""
         lengths = (*self.test_lengths,)
-        plans = [dense_plan(self.geometry, lengths), uniform_plan(self.geometry, self.settings.density, lengths)]
+        density, floor = self.settings.density, self.settings.min_span
+        plans = [dense_plan(self.geometry, lengths), uniform_plan(self.geometry, density, lengths, min_span=floor)]
         for name in self.preset.baselines:
-            made = _stored(
-                self.folder / f"baseline-{name}.json", Plan.load,
-                partial(baseline_plan, name, self.profile(), self.settings.density),
+            made = self._stored(
+                f"baseline-{name}.json", Plan.load,
+                partial(baseline_plan, name, self.profile(), density, min_span=floor),
             )  # fmt: skip
             plans.append(replace(made, lengths=lengths))
         return tuple(plans)
 
     def measurements(self) -> Measurements:
         """Stage evaluate: the chosen plan and the baselines on test samples that nothing was chosen by."""
-        return _stored(self.folder / "measurements.json", Measurements.load, self._measured)
+        return self._stored("measurements.json", Measurements.load, self._measured)
 
     def measure(
         self, plans: Sequence[Plan], *, lengths: Sequence[int] | None = None, tasks: Sequence[str] | None = None
@@ -172,21 +159,23 @@ class Run(RunInputs):
         """Write summary.json and report.html; return the summary."""
         plans = (*self.baselines(), self.plan())
         summary = summarise(plans, self.measurements(), max(self.test_lengths))
-        write_json(self.folder / "summary.json", summary)
+        write_json(self.records.place("summary.json"), summary)
         save_report(
-            self.folder / "report.html", self.plan(), self.profile(), self.front(), self.measurements(),
+            self.records.place("report.html"), self.plan(), self.profile(), self.front(), self.measurements(),
             title=f"Mixture of attention spans: {self.settings.model} at {self.settings.density:.0%}", baselines=self.baselines(),
         )  # fmt: skip
+        for name in ("summary.json", "report.html"):
+            self.records.publish(name)
         return summary
 
     def _searched(self) -> Front:
-        front = _stored(self.folder / "front-search.json", Front.load, self._search)
+        front = self._stored("front-search.json", Front.load, self._search)
         if self.preset.learning_steps:
             learned = self.learned()
             front = replace(front, points=(*front.points, *learned), settings={**front.settings, "learning": learned.settings})
         if not self.preset.refine_rounds:
             return front
-        draft = _stored(self.folder / "draft.json", Plan.load, lambda: self.validation(front, "draft").best)
+        draft = self._stored("draft.json", Plan.load, lambda: self.validation(front, "draft").best)
         refined = refine(
             self.model, draft, self.samples(), self.table(), self.limits, rounds=self.preset.refine_rounds,
             heads=self.preset.refine_heads, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self.parts_dir("refine"),
@@ -196,8 +185,8 @@ class Run(RunInputs):
 
     def _search(self) -> Front:
         return search(
-            self.profile(), self.limits, max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed,
-            time_limit_s=self.preset.search_seconds, max_points=self.preset.candidates,
+            self.profile(), self.limits, max_rules_per_layer=self.settings.max_rules_per_layer, min_span=self.settings.min_span,
+            seed=self.settings.seed, time_limit_s=self.preset.search_seconds, max_points=self.preset.candidates,
             progress=lambda done, total, message: self.progress("search", done, total),
         )  # fmt: skip
 
@@ -211,8 +200,8 @@ class Run(RunInputs):
         return replace(asked, points=(*asked.points, *words.points), settings={"learned": asked.settings, "learned-words": words.settings})
 
     def _descended(self, name: str, steps: int, weights: Mapping[str, float]) -> Front:
-        return _stored(
-            self.folder / f"front-{name}.json", Front.load,
+        return self._stored(
+            f"front-{name}.json", Front.load,
             lambda: learn_spans(
                 self.model, self.lessons(), self.table(), self.limits, steps=steps, weights=weights, name=name,
                 max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed, progress=self._steps(f"learn {name}"),
@@ -226,7 +215,8 @@ class Run(RunInputs):
     def _validated(self) -> Plan:
         found = self.validation(self.front(), "moa")
         origin = self.origin()
-        replace(found.measurements, provenance=origin).save(self.folder / "validation.json")
+        replace(found.measurements, provenance=origin).save(self.records.place("validation.json"))
+        self.records.publish("validation.json")
         return replace(found.best, provenance=origin, lengths=tuple(sorted({*self.lengths, *self.test_lengths})))
 
     def _measured(self) -> Measurements:
@@ -246,21 +236,24 @@ class Run(RunInputs):
             calibration=self.samples().identity, seed=self.settings.seed, device=_device(model),
         )  # fmt: skip
 
+    def _stored(self, name: str, load: Callable[[Path], Record], make: Callable[[], Record]) -> Record:
+        """The record `name`, made and saved first where it is missing or broken."""
+        path = self.records.place(name)
+        found = None
+        if path.exists():
+            try:
+                found = load(path)
+            except RecordError as error:
+                logger.warning("%s; making it again", error)
+        if found is None:
+            make().save(path)
+            found = load(path)
+        self.records.publish(name)
+        return found
+
     @property
     def _store(self) -> ScoreStore:
         return ScoreStore(self.parts_dir("scores"), weights_fingerprint(self.model))
-
-
-def _stored(path: Path, load: Callable[[Path], Record], make: Callable[[], Record]) -> Record:
-    """The record at `path`, made and saved first where it is missing or broken."""
-    if path.exists():
-        try:
-            return load(path)
-        except RecordError as error:
-            logger.warning("%s; making it again", error)
-    record = make()
-    record.save(path)
-    return load(path)
 
 
 def _device(model: PreTrainedModel) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moa_lab.plan import check_density
+from moa_lab.plan import MIN_SPAN, SINK_TOKENS, check_density
 
 SETTINGS_SCHEMA = "moa-lab/run/1"
 QUESTIONS_PER_LESSON = 2
@@ -105,7 +105,8 @@ class RunSettings:
     """Everything that decides a run's numbers. source: documents (see `load_documents`); None takes the embedded texts.
 
     test_seed: draws the test samples and nothing else; what was developed on one draw is tested on another. plain_prompts: questions
-    and answers are plain text, whatever chat template the tokenizer has.
+    and answers are plain text, whatever chat template the tokenizer has. min_span: the floor, tokens that every head keeps at least,
+    its sink among them.
     """
 
     model: str = "smollm2"
@@ -120,8 +121,13 @@ class RunSettings:
     columns: str | None = None
     plain_prompts: bool = False
     max_rules_per_layer: int | None = None
+    min_span: int = MIN_SPAN
 
     def __post_init__(self) -> None:
         check_density(self.density)
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
+        if self.min_span <= SINK_TOKENS:
+            raise ValueError(f"min_span must exceed the sink of {SINK_TOKENS} tokens, got {self.min_span}")
+        if self.max_rules_per_layer is not None and self.max_rules_per_layer < 1:
+            raise ValueError(f"max_rules_per_layer must be at least 1 or None, got {self.max_rules_per_layer}")

@@ -26,7 +26,7 @@ from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.front import DENSITY, point
 from moa_lab.search.goals import Goal, default_goals
 from moa_lab.search.milp import solve_milp
-from moa_lab.search.problem import Density, densities
+from moa_lab.search.problem import Density, feasible
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,12 @@ def refine(
     plan = as_plan(plan)
     if rounds < 1 or not moves or min(moves) < 1 or (heads is not None and heads < 1):
         raise ValueError(f"rounds, heads and moves must be at least 1, got rounds {rounds}, heads {heads}, moves {tuple(moves)}")
-    targets = densities(table, density)
+    if (plan.sink_tokens, plan.min_span, plan.span_multiple) != (table.sink_tokens, table.min_span, 1):
+        raise ValueError(
+            f"plan {plan.name!r} has sink {plan.sink_tokens}, floor {plan.min_span} and spans in {plan.span_multiple}s, the table "
+            f"{table.sink_tokens}, {table.min_span} and 1s: make the table with the plan's min_span"
+        )
+    targets = feasible(table, density, max_rules_per_layer)
     neighbours = _Neighbours(table, targets, max_rules_per_layer)
     choice = table.choice(plan)
     measured = MeasuredLosses(model, samples, parts_dir)

@@ -15,9 +15,10 @@ from moa_lab.calibration.tasks import answered_documents
 from moa_lab.evaluate.suites import Suites
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, load_model
-from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, Preset, RunSettings
+from moa_lab.presets import PRESETS, Preset, RunSettings
 from moa_lab.prompting.rendering import check_turns
-from moa_lab.storage import parse, read_json, to_json, write_json
+from moa_lab.run_folder import RunFolder
+from moa_lab.search.problem import check_floor, least_density, limits_of
 
 ANSWER_BATCH = 32
 """Samples that a GPU answers at once: a step costs nearly the same for one."""
@@ -30,36 +31,36 @@ Progress = Callable[[str, int, int], None]
 class RunInputs:
     """What the stages of a run share, before any of them has run.
 
-    parts: where finished pieces of stages are kept; None for a folder inside. Raises ValueError when the folder belongs to a run with
-    other settings.
+    Raises ValueError when the folder belongs to a run whose samples are of other settings.
     """
 
     folder: Path
     settings: RunSettings
     progress: Progress = field(default=lambda stage, done, total: None)
-    parts: Path | None = None
+    records: RunFolder = field(init=False)
 
     def __post_init__(self) -> None:
-        path = self.folder / "settings.json"
-        if path.exists():
-            # Not to be deleted: the records beside it are of these settings.
-            read = read_json(path, SETTINGS_SCHEMA, "choose another folder, or write again what it said")
-            stored = {name: value for name, value in read.items() if name != "schema"}
-            before = parse(RunSettings, stored, path)
-            changed = [name for name, value in vars(self.settings).items() if value != getattr(before, name)]
-            if changed:
-                name = changed[0]
-                raise ValueError(
-                    f"{self.folder} holds a run with another {name} ({getattr(before, name)}, now {getattr(self.settings, name)}); "
-                    "choose another folder, or delete this one"
-                )
+        self.records = RunFolder(self.folder, self.settings)
 
     def begin(self) -> None:
-        """Check the documents, lengths and chat template, and note the settings: from now on the folder is this run's."""
+        """Check the documents, lengths and chat template, and note the settings: from now on the top of the folder is this run's."""
         self._check_documents()
         self._check_lengths()
         check_turns(self.tokenizer, self.preset.turns)
-        write_json(self.folder / "settings.json", {"schema": SETTINGS_SCHEMA, **to_json(self.settings)})
+        self.records.begin()
+
+    @property
+    def limits(self) -> dict[int, float]:
+        """The lengths at which plans keep to the density: the profiled ones, twice the longest, and shorter tested ones where the
+        floor takes at most a quarter of it."""
+        density, floor = self.settings.density, self.settings.min_span
+        short = {n for n in self.test_lengths if n < min(self.lengths) and least_density(self.geometry, n, floor) <= density / 4}
+        return dict.fromkeys(sorted({*limits_of(self.lengths, self.geometry.max_length), *short}), density)
+
+    def check_density(self, *, tested: bool = True) -> None:
+        """Raise InfeasibleError where the floor alone exceeds the density: at a length of `limits`, or a tested one that was asked for."""
+        asked = (self.settings.test_lengths or self.settings.lengths or ()) if tested else ()
+        check_floor(self.geometry, {**self.limits, **dict.fromkeys(asked, self.settings.density)}, self.settings.min_span)
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -124,7 +125,7 @@ class RunInputs:
 
     def parts_dir(self, name: str) -> Path:
         """Where finished pieces of that name are kept."""
-        return (self.parts or self.folder / "parts") / name
+        return self.folder / "parts" / name
 
     def _steps(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(stage, done, total)

@@ -75,10 +75,10 @@ def test_a_run_leaves_the_records_it_promises(unbroken: Path) -> None:
 
 
 def test_a_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "settings.json").write_text(json.dumps({"schema": SETTINGS_SCHEMA, **to_json(RunSettings(density=0.6))}))
+    (tmp_path / "settings.json").write_text(json.dumps({"schema": SETTINGS_SCHEMA, **to_json(RunSettings(seed=6))}))
     before = (tmp_path / "settings.json").read_text()
-    with pytest.raises(ValueError, match=r"holds a run with another density \(0.6, now 0.5\)"):
-        Run(tmp_path, RunSettings(density=0.5))
+    with pytest.raises(ValueError, match=r"holds a run with another seed \(6, now 5\)"):
+        Run(tmp_path, RunSettings(seed=5))
     assert (tmp_path / "settings.json").read_text() == before
 
 

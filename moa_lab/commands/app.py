@@ -16,8 +16,9 @@ from moa_lab.commands.doctor import diagnose
 from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
 from moa_lab.commands.study import study
-from moa_lab.commands.terminal import Bars, ForceOption, TestSeedOption, folder_free, free, lengths_of
+from moa_lab.commands.terminal import Bars, ForceOption, MinSpanOption, TestSeedOption, folder_free, free, lengths_of
 from moa_lab.models import clear_kept
+from moa_lab.plan import MIN_SPAN
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.text import one_line
 
@@ -76,6 +77,7 @@ def run(
     columns: Annotated[str | None, typer.Option("--columns", help="column mapping, for instance text=article,summary=highlights")] = None,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer", help="at most so many distinct rules in a layer")] = None,
     plain_prompts: PlainOption = False,
+    min_span: MinSpanOption = MIN_SPAN,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """All stages: calibrate, profile, search, validate, evaluate, report."""
@@ -86,7 +88,7 @@ def run(
     settings = RunSettings(
         model=model, density=density, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
         test_seed=test_seed, supervision=supervision, source=source, columns=columns, plain_prompts=plain_prompts,
-        max_rules_per_layer=max_rules,
+        max_rules_per_layer=max_rules, min_span=min_span,
     )  # fmt: skip
     with Bars() as bars:
         summary = Run(out, settings, bars).everything()
@@ -160,6 +162,7 @@ def search(
     out: Annotated[Path, typer.Option("--out", help="front file (.json)")],
     density: Annotated[float, typer.Option("--density")] = 0.5,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
+    min_span: MinSpanOption = MIN_SPAN,
     seconds: Annotated[float, typer.Option("--seconds", help="time for the exact solves")] = 60.0,
     points: Annotated[int, typer.Option("--points", help="plans to keep at most")] = 16,
     force: ForceOption = False,
@@ -172,7 +175,7 @@ def search(
     loaded = InfluenceProfile.load(profile)
     with Bars() as bars:
         front = find(
-            loaded, density, max_rules_per_layer=max_rules, time_limit_s=seconds, max_points=points,
+            loaded, density, min_span=min_span, max_rules_per_layer=max_rules, time_limit_s=seconds, max_points=points,
             progress=lambda done, total, message: bars("search", done, total),
         )  # fmt: skip
     front.save(out)
@@ -200,10 +203,12 @@ def refine(
     from moa_lab.plan import Plan
     from moa_lab.records import InfluenceProfile
     from moa_lab.refinement import refine as improve
-    from moa_lab.search import loss_table
+    from moa_lab.search import feasible, loss_table
 
     free(out, force)
-    card, loaded_samples, table = Plan.load(plan), SampleSet.load(samples), loss_table(InfluenceProfile.load(profile))
+    card, loaded_samples = Plan.load(plan), SampleSet.load(samples)
+    table = loss_table(InfluenceProfile.load(profile), min_span=card.min_span)
+    feasible(table, density, max_rules)
     loaded, _ = load_model(model)
     with Bars() as bars:
         front = improve(

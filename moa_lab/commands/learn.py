@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.commands.terminal import Bars, ForceOption, free, weights_of
+from moa_lab.commands.terminal import Bars, ForceOption, MinSpanOption, free, weights_of
+from moa_lab.plan import MIN_SPAN
 
 
 def learn(
@@ -25,6 +26,7 @@ def learn(
         str | None, typer.Option("--weights", help="of tasks in the loss, 1 each unless given: summaries=2,text=3 puts words first")
     ] = None,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
+    min_span: MinSpanOption = MIN_SPAN,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     force: ForceOption = False,
 ) -> None:
@@ -33,11 +35,12 @@ def learn(
     from moa_lab.learning import learn_spans
     from moa_lab.models import load_model
     from moa_lab.records import InfluenceProfile
-    from moa_lab.search import loss_table
+    from moa_lab.search import feasible, loss_table
 
     free(out, force)
     weighed = weights_of(weights)
-    loaded_samples, table = SampleSet.load(samples), loss_table(InfluenceProfile.load(profile))
+    loaded_samples, table = SampleSet.load(samples), loss_table(InfluenceProfile.load(profile), min_span=min_span)
+    feasible(table, density, max_rules)
     loaded, _ = load_model(model)
     with Bars() as bars:
         front = learn_spans(

@@ -42,6 +42,7 @@ def study(
     from moa_lab.pipeline import Run
     from moa_lab.studies import MODULES, scale_of, table
     from moa_lab.studies import study as study_of
+    from moa_lab.studies.plans import check_some_feasible
 
     names = tuple(MODULES) if name == EVERY else tuple(dict.fromkeys(name.split(",")))
     studies = {one: study_of(one) for one in names}
@@ -63,6 +64,7 @@ def study(
         if not missing:
             typer.echo(f"all {len(paths)} records are in {out}; --force makes them again")
             return
+        check_some_feasible(run, asked or (*scale.densities, scale.density, *scale.low))
         run.begin()
         failed = []
         for one, path in missing.items():

@@ -13,6 +13,9 @@ Number = TypeVar("Number", int, float)
 
 ForceOption = Annotated[bool, typer.Option("--force", help="replace the output file if it exists")]
 TestSeedOption = Annotated[int, typer.Option("--test-seed", help="draws the test samples; what is chosen stays")]
+MinSpanOption = Annotated[
+    int, typer.Option("--min-span", help="the floor: tokens that every head keeps at least, the sink of 64 among them", show_default=True)
+]
 
 
 class Bars:

@@ -22,7 +22,7 @@ from moa_lab.learning.slopes import SlopeSampler
 from moa_lab.records import Front, LossTable
 from moa_lab.search.front import DENSITY, point
 from moa_lab.search.goals import default_goals
-from moa_lab.search.problem import Density, densities
+from moa_lab.search.problem import Density, feasible
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ def learn_spans(
     weights, batches = dict(weights or {}), Batches(samples, batch_tokens(model), seed)
     if weights.keys() - set(batches.tasks) or min(weights.values(), default=0.0) < 0:
         raise ValueError(f"weights must be at least 0 and of the tasks {', '.join(batches.tasks)}, got {weights}")
-    targets = densities(table, density)
+    targets = feasible(table, density, max_rules_per_layer)
     mixtures = Mixtures(table, targets, rate)
     sampler = SlopeSampler.fitting(model, table, samples, seed, weights)
     history: list[dict[str, float]] = []

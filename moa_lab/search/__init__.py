@@ -15,7 +15,7 @@ from moa_lab.search.front import epsilon_front, front_values, hypervolume, non_d
 from moa_lab.search.goals import Goal, default_goals, mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import MilpAnswer, solve_milp
-from moa_lab.search.problem import InfeasibleError, NoPlanError, limit_lengths
+from moa_lab.search.problem import InfeasibleError, NoPlanError, feasible, limit_lengths
 from moa_lab.search.ranked import WholeHeads, head_scores, ranked_plan
 from moa_lab.search.space import paper_grid, rule_grid
 
@@ -34,6 +34,7 @@ __all__ = [
     "default_goals",
     "epsilon_front",
     "evolve",
+    "feasible",
     "front_values",
     "goal_sets",
     "head_scores",

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from moa_lab.plan import Plan
+from moa_lab.plan import MIN_SPAN, Plan
 from moa_lab.records import InfluenceProfile
 from moa_lab.search.budget import solve_budget
 from moa_lab.search.goals import mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
-from moa_lab.search.problem import Density
+from moa_lab.search.problem import Density, InfeasibleError
 from moa_lab.search.ranked import ranked_plan
 
 BASELINES = ("paper", "ranked")
+RANKED_FLOOR = 192
 
 
-def baseline_plan(name: str, profile: InfluenceProfile, density: Density) -> Plan:
+def baseline_plan(name: str, profile: InfluenceProfile, density: Density, *, min_span: int = MIN_SPAN) -> Plan:
     """A baseline at `density`, from the influence of single values (the paper's estimator).
 
     paper: the sum of lost influence over all tasks and lengths, solved to a proven gap (arXiv 2406.14909). ranked: the heads with
-    the most influence beyond a floor of 192 on questions whole, the others at the floor. Raises ValueError for another name.
+    the most influence beyond a floor of 192 on questions whole, the others at the floor; min_span is the floor where 192 is below it, or
+    takes more than the density. Raises ValueError for another name.
     """
-    table = loss_table(profile, estimator="element")
+    table = loss_table(profile, min_span=min_span, estimator="element")
     if name == "paper":
         answer = solve_budget(table, density, goal=mean_goal(paper_goals(table)))
         return table.plan(answer.choice, name, search={"origin": name, "gap": answer.gap})
     if name == "ranked":
-        return ranked_plan(table, density, name=name)
+        try:
+            return ranked_plan(table, density, floor_tokens=max(RANKED_FLOOR, min_span), name=name)
+        except InfeasibleError:
+            return ranked_plan(table, density, floor_tokens=min_span, name=name)
     raise ValueError(f"baseline must be one of {', '.join(BASELINES)}, got {name!r}")

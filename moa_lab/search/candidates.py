@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from moa_lab.plan import MIN_SPAN
 from moa_lab.records import Form, Front, FrontPoint, InfluenceProfile, LossTable
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
@@ -18,7 +19,7 @@ from moa_lab.search.front import DENSITY, Progress, epsilon_front, front_values,
 from moa_lab.search.goals import QUESTIONS, Goal, default_goals, mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import solve_milp
-from moa_lab.search.problem import Density, NoPlanError, Usage, check_feasible, densities
+from moa_lab.search.problem import Density, NoPlanError, feasible
 from moa_lab.search.ranked import FLOORS, ranked_plan
 
 logger = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def search(
     lengths: Iterable[int] | None = None,
     intervals: int = 5,
     max_rules_per_layer: int | None = None,
+    min_span: int | None = None,
     methods: Sequence[str] = DEFAULT_METHODS,
     seed: int = 0,
     time_limit_s: float = 120.0,
@@ -60,8 +62,9 @@ def search(
 ) -> Front:
     """Candidate plans at a density, of different minds about what matters, for measured validation to choose from.
 
+    min_span: the floor in tokens (None: 128 for a profile, a table's own; another than a table's is refused).
     `methods`: "milp" (for each goal set the mean of its goals, and its epsilon front: the default goals with `intervals`,
-    the alternatives with two), "ranked" (whole heads over floors of 128, 192 and 256), "budget" (instant answers at several
+    the alternatives with two), "ranked" (whole heads over floors of min_span, 128, 192 and 256), "budget" (instant answers at several
     weights of the goals), "element" (plans by single values, the paper's estimator), "evolve". The alternatives
     to the default goals are the paper's sums, questions by worst distance, and the other tasks by worst distance; `goals`
     replace them all.
@@ -76,9 +79,8 @@ def search(
     Raises InfeasibleError (a ValueError) naming the length that binds and the least feasible density there.
     """
     _check_methods(methods, max_points)
-    table, element = _tables(profile_or_table)
-    targets = densities(table, density, lengths)
-    check_feasible(table, Usage(table, targets).limits(targets), None, max_rules_per_layer)
+    table, element = _tables(profile_or_table, min_span)
+    targets = feasible(table, density, max_rules_per_layer, lengths)
     sets = goal_sets(table) if goals is None else (GoalSet("given", tuple(goals)),)
     deadline = time.perf_counter() + time_limit_s
     work = _Search(table, element, targets, sets, intervals, max_rules_per_layer, seed, deadline, cancel, "milp" in methods)
@@ -166,7 +168,7 @@ class _Search:
 
     def _ranked(self, _: int) -> list[FrontPoint]:
         found = []
-        for floor in FLOORS:
+        for floor in sorted({self._table.min_span, *FLOORS}):
             try:
                 plan = ranked_plan(self._table, self._targets, floor_tokens=floor)
             except ValueError as error:
@@ -248,12 +250,17 @@ def _renamed(points: Sequence[FrontPoint]) -> list[FrontPoint]:
     return renamed
 
 
-def _tables(given: InfluenceProfile | LossTable) -> tuple[LossTable, LossTable | None]:
+def _tables(given: InfluenceProfile | LossTable, min_span: int | None) -> tuple[LossTable, LossTable | None]:
     """The table that is searched, and one of single values over the same rules where the profile has both."""
     if isinstance(given, LossTable):
+        if min_span not in (None, given.min_span):
+            raise ValueError(
+                f"min_span {min_span}: the table was made with {given.min_span}; pass loss_table(profile, min_span={min_span})"
+            )
         return given, None
-    table = loss_table(given)
-    return table, loss_table(given, table.rules, estimator="element") if given.span_effects else None
+    floor = MIN_SPAN if min_span is None else min_span
+    table = loss_table(given, min_span=floor)
+    return table, loss_table(given, table.rules, min_span=floor, estimator="element") if given.span_effects else None
 
 
 def _weighings(goal_set: GoalSet) -> list[Goal]:

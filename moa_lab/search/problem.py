@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moa_lab.plan import check_density
+from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import SINK_TOKENS, check_density
 from moa_lab.records import LossTable
 from moa_lab.search.goals import Goal, default_goals, mean_goal
 
@@ -80,8 +81,45 @@ def limit_lengths(table: LossTable, lengths: Iterable[int] | None = None) -> tup
         if not chosen or chosen[0] < 1:
             raise ValueError(f"lengths must name at least one length of at least 1 token, got {chosen}")
         return chosen
-    extrapolated = min(2 * table.lengths[-1], table.geometry.max_length)
-    return tuple(sorted({*table.lengths, extrapolated} if extrapolated > table.lengths[-1] else set(table.lengths)))
+    return limits_of(table.lengths, table.geometry.max_length)
+
+
+def limits_of(profiled: Iterable[int], max_length: int) -> tuple[int, ...]:
+    """The profiled lengths and twice the longest, within the model's maximum."""
+    ordered = sorted(set(profiled))
+    return tuple(sorted({*ordered, max(ordered[-1], min(2 * ordered[-1], max_length))}))
+
+
+def least_density(geometry: ModelGeometry, n_tokens: int, min_span: int) -> float:
+    """Share of the dense cache at `n_tokens` that is left when every head keeps `min_span` tokens and no more."""
+    dense = [geometry.dense_span_tokens(layer, n_tokens) for layer in range(geometry.layers)]
+    return sum(min(min_span, tokens) for tokens in dense) / sum(dense)
+
+
+def check_floor(geometry: ModelGeometry, targets: Mapping[int, float], min_span: int, sink_tokens: int = SINK_TOKENS) -> None:
+    """Raise InfeasibleError where heads at the floor alone exceed a density of `targets` (by length): needs no profile.
+
+    The message names the length that binds most, the least that is feasible there, and what would do.
+    """
+    # In tokens of the whole cache, as in `Usage.limits`; 1e-6 forgives binary fractions.
+    heads = geometry.layers * geometry.kv_heads
+    excess = {n: (least_density(geometry, n, min_span) - asked) * n * heads - 1e-6 for n, asked in targets.items()}
+    worst = max(excess, key=lambda n: excess[n] / n, default=None)
+    if worst is not None and excess[worst] > 0:
+        least = _rounded_up(least_density(geometry, worst, min_span))
+        raise InfeasibleError(
+            f"density {targets[worst]:.4g} at length {worst} is infeasible: min_span {min_span} needs at least {least}; "
+            f"raise density{_lower_floor(geometry, worst, targets[worst], min_span, sink_tokens)}, or take longer lengths"
+        )
+
+
+def _lower_floor(geometry: ModelGeometry, n_tokens: int, density: float, min_span: int, sink_tokens: int) -> str:
+    """What a lower floor can do: the largest that fits, or what the lowest needs."""
+    fitting = [tokens for tokens in range(sink_tokens + 1, min_span) if least_density(geometry, n_tokens, tokens) <= density]
+    if fitting:
+        return f", lower min_span (--min-span) to at most {fitting[-1]}"
+    least = _rounded_up(least_density(geometry, n_tokens, sink_tokens + 1))
+    return f" (to {least} with the lowest floor, --min-span {sink_tokens + 1})"
 
 
 def densities(table: LossTable, density: Density, lengths: Iterable[int] | None = None) -> dict[int, float]:
@@ -91,6 +129,15 @@ def densities(table: LossTable, density: Density, lengths: Iterable[int] | None 
             raise ValueError("lengths: give them as the keys of density, or density as one number, not both")
         return {n: check_density(density[n], f"density at length {n}") for n in limit_lengths(table, density)}
     return dict.fromkeys(limit_lengths(table, lengths), check_density(density))
+
+
+def feasible(
+    table: LossTable, density: Density, max_rules_per_layer: int | None = None, lengths: Iterable[int] | None = None
+) -> dict[int, float]:
+    """`densities`, held against the cheapest rules: raises InfeasibleError as `check_feasible` does."""
+    targets = densities(table, density, lengths)
+    check_feasible(table, Usage(table, targets).limits(targets), None, max_rules_per_layer)
+    return targets
 
 
 class Usage:
@@ -158,7 +205,7 @@ def check_feasible(table: LossTable, limits: Limits, pinned: Pinned | None = Non
             why = f"min_span {table.min_span}" + (" with the pinned heads" if pinned else "")
             raise InfeasibleError(
                 f"density {asked:.4g} at length {n} is infeasible: {why} needs at least {_rounded_up(lowest)}; "
-                f"raise density{', unpin a head' if pinned else ''} or lower min_span"
+                f"raise density{', unpin a head' if pinned else ''} or lower min_span (--min-span)"
             )
 
 

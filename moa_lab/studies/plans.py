@@ -35,6 +35,19 @@ def chosen_plans(run: Run, densities: Iterable[float]) -> tuple[dict[float, Plan
     return plans, left_out
 
 
+def check_some_feasible(run: Run, densities: Iterable[float]) -> None:
+    """Raise InfeasibleError where not one of the densities can be had: a study leaves out those that cannot, and says so."""
+    refused = None
+    for density in sorted(densities, reverse=True):
+        try:
+            run.at(density)
+            return
+        except InfeasibleError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
+
+
 def chosen_among(run: Run, front: Front, kind: str, density: float) -> Plan:
     """The plan of `front` that loses least on validation samples, under the name of its kind and density."""
     return replace(run.validation(front, kind).best, name=name_of(kind, density))

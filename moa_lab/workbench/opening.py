@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from moa_lab.plan import Plan
+from moa_lab.plan import MIN_SPAN, Plan
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements
 from moa_lab.search import loss_table
 from moa_lab.shipped import data_folder
@@ -56,11 +56,17 @@ def open_run(folder: str | Path) -> State:
     if not _is_run(given):
         raise ValueError(f"{folder} holds no profile, loss table or front: run `moa-lab run --out {folder}` first")
     profile, table, front = (given / name for name in RECORDS)
+    # The profile of one density's folder lies in the run's own, above it.
+    if not profile.exists() and (given.parent / "settings.json").is_file():
+        profile = given.parent / profile.name
     influence = InfluenceProfile.load(profile) if profile.exists() else None
-    losses = LossTable.load(table) if table.exists() else loss_table(influence) if influence is not None else None
     chosen = Plan.load(given / "plan.json") if (given / "plan.json").exists() else None
+    found = Front.load(front) if front.exists() else None
+    plan = chosen or next((point.plan for point in found or ()), None)
+    floor = MIN_SPAN if plan is None else plan.min_span
+    losses = LossTable.load(table) if table.exists() else loss_table(influence, min_span=floor) if influence is not None else None
     return State(
-        profile=influence, table=losses, front=Front.load(front) if front.exists() else None, measurements=_measured(given, chosen),
+        profile=influence, table=losses, front=found, measurements=_measured(given, chosen),
         plan=chosen, plans=() if chosen is None else (chosen,),
     )  # fmt: skip
 

@@ -47,8 +47,8 @@ MEASURED_POINTS = 5
 
 def search(run: Run, scale: Scale) -> StudyRecord:
     """Objectives, solvers at equal time, and predictors, at `scale.density`."""
-    density, table = run.at(scale.density).limits, run.table()
     try:
+        density, table = run.at(scale.density).limits, run.table()
         plans = _objectives(run, table, density, scale)
     except InfeasibleError as error:
         return record_of(run, "search", QUESTION, f"Not answered: {error}.", (), density=scale.density)

@@ -1,0 +1,147 @@
+"""Where the records of a run lie: what depends on a setting has a place of its own for every value of it; the last ones are on top.
+
+runs/demo/samples.safetensors, profile.safetensors   one of each: what they depend on cannot change in a folder
+runs/demo/density-0.5/plan.json, ...                 of one density
+runs/demo/plan.json, ...                             copies of the last run's: what people and the workbench open
+"""
+
+from __future__ import annotations
+
+import filecmp
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moa_lab.plan import MIN_SPAN
+from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, RunSettings
+from moa_lab.storage import atomic_path, parse, read_json, to_json, write_json
+
+FIXED = ("model", "lengths", "preset", "seed", "supervision", "source", "columns", "plain_prompts")
+"""Settings that the samples, and so everything else, depend on: another value needs another folder."""
+
+_CHOOSING = ("density", "min_span", "max_rules_per_layer", "short_lengths")
+_CHOSEN = (*_CHOOSING, "test_lengths")
+_TESTED = (*_CHOSEN, "test_seed")
+
+DEPENDS: Mapping[str, tuple[str, ...]] = {
+    "samples.safetensors": (),
+    "profile.safetensors": (),
+    "lessons.safetensors": ("short_lengths",),
+    "table.safetensors": ("floor",),
+    "baseline-ranked.json": ("density", "min_span"),
+    "baseline-paper.json": ("density", "min_span"),
+    "front-search.json": _CHOOSING,
+    "front-learned.json": _CHOOSING,
+    "front-learned-words.json": _CHOOSING,
+    "draft.json": _CHOOSING,
+    "front.json": _CHOOSING,
+    "plan.json": _CHOSEN,
+    "validation.json": _CHOSEN,
+    "measurements.json": _TESTED,
+    "summary.json": _TESTED,
+    "report.html": _TESTED,
+}
+"""By record: the settings, beyond `FIXED`, that it depends on. They are those of `RunSettings`, and short_lengths: the tested lengths
+below the longest profiled one, which spans are chosen for as well. floor is min_span, told also where it is the usual one."""
+
+ON_TOP = ("table.safetensors", "front.json", "plan.json", "validation.json", "measurements.json", "summary.json", "report.html")
+"""Records that have a copy at the top of the folder."""
+
+
+@dataclass
+class RunFolder:
+    """The folder of a run with `settings`. Raises ValueError where it holds a run whose `FIXED` settings are others."""
+
+    path: Path
+    settings: RunSettings
+    is_current: bool = False
+
+    def __post_init__(self) -> None:
+        before = self._before() or self.settings
+        for name in FIXED:
+            old, new = getattr(before, name), getattr(self.settings, name)
+            if old != new:
+                raise ValueError(
+                    f"{self.path} holds a run with another {name} ({old}, now {new}): its samples.safetensors and profile.safetensors "
+                    "are made with that; choose another folder, or delete this one"
+                )
+
+    def place(self, name: str) -> Path:
+        """Where the record `name` lies."""
+        return _place(self.path, name, self.settings)
+
+    def begin(self) -> None:
+        """Note the settings: from now on the top of the folder is this run's. What lies there of others goes to its own place."""
+        before = self._before() or self.settings
+        for name in DEPENDS:
+            top, own = self.path / name, _place(self.path, name, before)
+            if top.exists() and top != own:
+                if not own.exists():
+                    _copy(top, own)
+                if own != self.place(name):
+                    top.unlink()
+        write_json(self.path / "settings.json", {"schema": SETTINGS_SCHEMA, **to_json(self.settings)})
+        self.is_current = True
+        for name in ON_TOP:
+            self.publish(name)
+
+    def publish(self, name: str) -> None:
+        """Copy a record that there is to the top, where this run has begun."""
+        top, own = self.path / name, self.place(name)
+        if self.is_current and name in ON_TOP and own.exists() and not (top.exists() and filecmp.cmp(top, own, shallow=False)):
+            _copy(own, top)
+
+    def _before(self) -> RunSettings | None:
+        path = self.path / "settings.json"
+        if not path.exists():
+            return None
+        # Not to be deleted: the records beside it are of these settings.
+        read = read_json(path, SETTINGS_SCHEMA, "choose another folder, or write again what it said")
+        stored = {name: value for name, value in read.items() if name != "schema"}
+        return parse(RunSettings, stored, path)
+
+
+def short_lengths(settings: RunSettings) -> tuple[int, ...]:
+    """Tested lengths below the longest profiled one, as the user or the preset names them."""
+    preset = PRESETS[settings.preset]
+    longest = max(settings.lengths or preset.lengths)
+    return tuple(sorted({n for n in settings.test_lengths or settings.lengths or preset.test_lengths if n < longest}))
+
+
+def _place(folder: Path, name: str, settings: RunSettings) -> Path:
+    words = [word for key in DEPENDS[name] if (word := _word(key, settings))]
+    return folder / "-".join(words) / name if words else folder / name
+
+
+def _word(key: str, settings: RunSettings) -> str:
+    """A setting in the name of a folder; empty where it is the usual one."""
+    value, usual = _values(settings)[key]
+    if value == usual:
+        return ""
+    if isinstance(value, tuple):
+        told = "+".join(map(str, value)) or "none"
+    else:
+        # Every digit that tells two densities apart.
+        told = f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return f"{key.replace('_', '-').removesuffix('-per-layer')}-{told}"
+
+
+def _values(settings: RunSettings) -> dict[str, tuple[Any, Any]]:
+    """By key of `DEPENDS`: the value, and the usual one, which no folder is named after."""
+    usual = RunSettings(lengths=settings.lengths, preset=settings.preset)
+    return {
+        "density": (settings.density, None),
+        "floor": (settings.min_span, None),
+        "min_span": (settings.min_span, MIN_SPAN),
+        "max_rules_per_layer": (settings.max_rules_per_layer, None),
+        "test_lengths": (settings.test_lengths, None),
+        "short_lengths": (short_lengths(settings), short_lengths(usual)),
+        "test_seed": (settings.test_seed, 0),
+    }
+
+
+def _copy(source: Path, target: Path) -> None:
+    with atomic_path(target) as copy:
+        shutil.copyfile(source, copy)
