@@ -33,6 +33,7 @@ from moa_lab.report import save_report
 from moa_lab.run_inputs import RunInputs
 from moa_lab.search import baseline_plan, loss_table, search
 from moa_lab.storage import RecordError, to_json, write_json
+from moa_lab.text import once
 
 Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, Measurements)
 
@@ -143,7 +144,7 @@ class Run(RunInputs):
     ) -> list[Measurement]:
         """Scores of `plans` on the test samples, nothing scored twice in this run. None: every tested length, every task."""
         rows: list[Measurement] = []
-        sets = [samples for n in lengths or self.test_lengths for samples in self.suites.test(n, tasks)]
+        sets = [samples for n in once(lengths or self.test_lengths, "lengths") for samples in self.suites.test(n, tasks)]
         total = sum(map(len, sets)) * len(plans)
         done = 0
         for plan in plans:

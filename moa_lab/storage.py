@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -20,6 +21,9 @@ from safetensors.numpy import save_file
 from moa_lab.json_text import CutJson, field_name, read_text, short
 
 T = TypeVar("T")
+
+ENDS = ("low", "high")
+"""Fields that hold the ends of an interval."""
 
 
 JSON_SUFFIX, TENSORS_SUFFIX = ".json", ".safetensors"
@@ -191,8 +195,13 @@ def parse(cls: type[T], data: Any, path: str | Path) -> T:
 
 
 def to_json(value: Any) -> Any:
-    """Return a frozen dataclass as plain JSON data."""
-    return asdict(value)
+    """Return a frozen dataclass as plain JSON data; ends of intervals that are infinite, as nothing is known of them, are null."""
+    return asdict(value, dict_factory=lambda fields: {name: end_to_json(value) if name in ENDS else value for name, value in fields})
+
+
+def end_to_json(end: Any) -> Any:
+    """An end of an interval in JSON, which has no word for infinity: null."""
+    return None if isinstance(end, float) and math.isinf(end) else end
 
 
 def is_intact(path: str | Path, load: Callable[[Path], object]) -> bool:

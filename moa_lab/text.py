@@ -1,8 +1,17 @@
-"""Tables and errors as lines of text, and what is no text."""
+"""Tables, intervals and errors as lines of text, what is no text, and lists that a user gives."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import math
+from collections.abc import Hashable, Iterable, Sequence
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item", bound=Hashable)
+
+NO_INTERVAL = "no interval"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -25,3 +34,25 @@ def unreadable(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"a lone surrogate (\\u{ord(text[error.start]):04x})"
     return None
+
+
+def once(items: Iterable[Item], what: str) -> tuple[Item, ...]:
+    """Each item once, in order: what is named twice adds no evidence. A repetition is logged; `what` names the items."""
+    given = tuple(items)
+    kept = tuple(dict.fromkeys(given))
+    if len(kept) < len(given):
+        repeated = ", ".join(str(item) for item in kept if given.count(item) > 1)
+        logger.warning("%s: %s named more than once, taken once", what, repeated)
+    return kept
+
+
+def interval_text(low: float | None, high: float | None, form: str = ".3f") -> str:
+    """`[0.120, 0.240]`, or `[no interval]` where nothing is known of either end (infinite, or None)."""
+    if not has_interval(low, high):
+        return f"[{NO_INTERVAL}]"
+    return ", ".join(format(end, form) for end in (low, high) if end is not None).join("[]")
+
+
+def has_interval(low: float | None, high: float | None) -> bool:
+    """Whether something is known of an interval: an observation alone has none, its ends are infinite (None in a file)."""
+    return any(end is not None and math.isfinite(end) for end in (low, high))

@@ -20,6 +20,7 @@ from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weigh
 from moa_lab.prompting.rendering import check_turns
 from moa_lab.provenance import digest, provenance
 from moa_lab.storage import is_intact, to_json
+from moa_lab.text import once
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +83,12 @@ def calibrate(
 ) -> SampleSet:
     """Samples of exactly `lengths` tokens for every request, answered by `model` where the task says so.
 
-    documents: None takes the embedded ones of `split`; control tokens that they spell are text, counted in `settings`. batch_size:
-    samples answered at once. parts_dir: finished samples are kept there and not answered again after a kill. Raises ValueError for an
-    empty or unusable request, a length beyond the model, a chat template that cannot be used, or documents that cannot fill a length.
+    lengths: each is taken once. documents: None takes the embedded ones of `split`; control tokens that they spell are text, counted in
+    `settings`. batch_size: samples answered at once. parts_dir: finished samples are kept there and not answered again after a kill.
+    Raises ValueError for an empty or unusable request, a length beyond the model, a chat template that cannot be used, or documents
+    that cannot fill a length.
     """
+    lengths = sorted(once(lengths, "lengths"))
     wanted = requests() if wanted is None else tuple(wanted)
     documents = embedded_documents(split) if documents is None else tuple(documents)
     _check(model, lengths, wanted)
@@ -97,17 +100,21 @@ def calibrate(
     answerer = _Answerer(model, end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights)
     total = sum(request.count for request in wanted) * len(lengths)
     samples: list[Sample] = []
-    for length in sorted(lengths):
+    for length in lengths:
+        sources: dict[str, Source] = {}
         for request in wanted:
-            # A generator of its own per (task, length): asking for more of one changes nothing of another.
-            own_seed = int(digest(f"{seed}/{split}/{request.task.name}/{length}".encode())[:8], 16)
-            source = Source(tokenizer, documents, split, own_seed)
-            for sample in answerer.samples(request, source, length):
+            # A generator of its own per (task, length): asking for more of one changes nothing of another. Two requests of one task
+            # share it, or the second would draw the texts of the first.
+            name = request.task.name
+            if name not in sources:
+                own_seed = int(digest(f"{seed}/{split}/{name}/{length}".encode())[:8], 16)
+                sources[name] = Source(tokenizer, documents, split, own_seed)
+            for sample in answerer.samples(request, sources[name], length):
                 samples.append(sample)
                 if progress:
                     progress(len(samples), total)
     settings = {
-        "lengths": sorted(lengths), "split": split, "documents": documents_hash(documents),
+        "lengths": lengths, "split": split, "documents": documents_hash(documents),
         "requests": [_told(request) for request in wanted], **({"escaped_controls": escaped} if escaped else {}),
     }  # fmt: skip
     result = SampleSet(tuple(samples), settings)

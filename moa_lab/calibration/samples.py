@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 
 from moa_lab.provenance import Provenance, digest
 from moa_lab.storage import RecordError, parse, read_tensors, to_json, write_tensors
+
+logger = logging.getLogger(__name__)
 
 SAMPLES_SCHEMA = "moa-lab/samples/1"
 
@@ -53,11 +56,14 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class SampleSet:
-    """Samples in a fixed order, and where they came from."""
+    """Samples in a fixed order, each once, and where they came from."""
 
     samples: tuple[Sample, ...]
     settings: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "samples", tuple(distinct(self.samples)))
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -119,6 +125,17 @@ class _SetHead:
     samples: tuple[_SampleHead, ...]
     settings: dict[str, Any]
     provenance: Provenance
+
+
+def distinct(samples: Iterable[Sample]) -> list[Sample]:
+    """Every sample once, in order: one that is there twice adds no evidence. A repetition is logged."""
+    given = list(samples)
+    kept: dict[str, Sample] = {}
+    for sample in given:
+        kept.setdefault(sample.identity, sample)
+    if len(kept) < len(given):
+        logger.warning("%d of %d samples were there twice, counted once", len(given) - len(kept), len(given))
+    return list(kept.values())
 
 
 def group_by_shape(samples: Iterable[Sample]) -> dict[tuple[str, int], list[Sample]]:

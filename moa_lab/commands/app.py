@@ -20,7 +20,7 @@ from moa_lab.commands.terminal import Bars, ForceOption, MinSpanOption, TestSeed
 from moa_lab.models import clear_kept
 from moa_lab.plan import MIN_SPAN
 from moa_lab.presets import PRESETS, RunSettings
-from moa_lab.text import one_line
+from moa_lab.text import interval_text, one_line
 
 
 class _Commands(TyperGroup):
@@ -275,7 +275,7 @@ def evaluate(
         more = perplexity(loaded, tokenizer, card, lengths=chosen, n=max(1, n // 4), seed=seed, progress=bars.steps("perplexity"))
     found.plus(more).save(out)
     for row in (*found, *more):
-        typer.echo(f"{row.metric} {row.task}@{row.length}: {row.value:.3f} [{row.low:.3f}, {row.high:.3f}] (n = {row.n})")
+        typer.echo(f"{row.metric} {row.task}@{row.length}: {row.value:.3f} {interval_text(row.low, row.high)} (n = {row.n})")
 
 
 @app.command()

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from moa_lab.commands.terminal import ForceOption, free, lengths_of
-from moa_lab.text import aligned
+from moa_lab.text import aligned, interval_text
 
 
 def harness(
@@ -52,7 +52,7 @@ def harness(
     found.save(out)
     lines = [["task", "length", "metric", "value", "95% interval", "n", "density"]]
     for row in found:
-        scores = (f"{row.value:.3f}", f"[{row.low:.3f}, {row.high:.3f}]", str(row.n), f"{row.density:.1%}")
+        scores = (f"{row.value:.3f}", interval_text(row.low, row.high), str(row.n), f"{row.density:.1%}")
         lines.append([row.task, str(row.length), row.metric, *scores])
     typer.echo("\n".join(aligned(lines)))
     typer.echo(f"measurements: {out}")

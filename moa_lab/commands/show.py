@@ -34,6 +34,7 @@ from moa_lab.storage import RecordError, parse, read_description, read_plain, sc
 from moa_lab.studies import StudyRecord
 from moa_lab.studies import table as study_table
 from moa_lab.studies.record import STUDY_SCHEMA
+from moa_lab.text import interval_text
 
 
 def draw(path: Path, schema: str, out: Path) -> None:
@@ -108,9 +109,11 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     lines = []
     for name, score in scores.items():
         numbers = [score.get(part) for part in ("value", "low", "high", "n")] if isinstance(score, dict) else []
-        if numbers and all(isinstance(number, int | float) for number in numbers):
-            value, low, high, n = numbers
-            lines.append(f"{name}: {value:.3f} [{low:.3f}, {high:.3f}] (n = {n})")
+        value, low, high, n = numbers or (None,) * 4
+        # Ends that are null are those of an interval that is not known.
+        ends_known = all(isinstance(end, int | float | None) for end in (low, high))
+        if ends_known and isinstance(value, int | float) and isinstance(n, int):
+            lines.append(f"{name}: {value:.3f} {interval_text(low, high)} (n = {n})")
         else:
             lines.append(f"{name}: {short(score, 120)} (as the card has it, without interval or n)")
     return lines
@@ -146,7 +149,8 @@ def _front(path: Path) -> str:
 def _measurements(path: Path) -> str:
     found = Measurements.load(path)
     lines = [
-        f"{row.plan}: {row.metric} {row.task}@{row.length} {row.value:.3f} [{row.low:.3f}, {row.high:.3f}] (n = {row.n})" for row in found
+        f"{row.plan}: {row.metric} {row.task}@{row.length} {row.value:.3f} {interval_text(row.low, row.high)} (n = {row.n})"
+        for row in found
     ]
     return "\n".join([f"{len(found.rows)} measurements", *lines, _origin(found.provenance)])
 

@@ -9,6 +9,8 @@ from typing import Annotated, Any, TypeVar
 import typer
 from tqdm import tqdm
 
+from moa_lab.text import once
+
 Number = TypeVar("Number", int, float)
 
 ForceOption = Annotated[bool, typer.Option("--force", help="replace the output file if it exists")]
@@ -88,6 +90,7 @@ def _separated(text: str | None, convert: Callable[[str], Number], wanted: str) 
     if text is None:
         return None
     try:
-        return tuple(convert(part) for part in text.split(","))
+        numbers = tuple(convert(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{wanted} separated by commas, got {text!r}") from None
+    return once(numbers, wanted.partition(" ")[0])

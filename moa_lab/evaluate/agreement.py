@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import answer_logits
-from moa_lab.calibration.samples import Sample, group_by_shape
-from moa_lab.evaluate.intervals import mean
+from moa_lab.calibration.samples import Sample, SampleSet, distinct, group_by_shape
+from moa_lab.evaluate.intervals import mean, mean_share
 from moa_lab.evaluate.scoring import GPU_BATCH_TOKENS, Progress
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement
@@ -35,9 +35,10 @@ def agreement_rows(
     """
     rows = []
     done = 0
+    samples = distinct(samples)
     for (task, length), group in group_by_shape(samples).items():
         found: dict[tuple[int, str], list[float]] = {(index, metric): [] for index in range(len(plans)) for metric in METRICS}
-        size = _batch(model, group)
+        size, which = _batch(model, group), SampleSet(tuple(group)).identity
         for start in range(0, len(group), size):
             batch = group[start : start + size]
             for index, pairs in enumerate(_compared(model, plans, batch)):
@@ -48,8 +49,9 @@ def agreement_rows(
                 progress(done, len(samples))
         for (index, metric), per_sample in found.items():
             plan = plans[index]
-            detail = {"per_sample": per_sample}
-            rows.append(Measurement(plan.name, metric, task, length, *mean(per_sample), plan.density(length), detail))
+            interval = mean_share(per_sample) if metric == TOKEN_MATCH else mean(per_sample)
+            detail = {"per_sample": per_sample, "samples": which}
+            rows.append(Measurement(plan.name, metric, task, length, *interval, plan.density(length), detail))
     return rows
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
@@ -20,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.evaluate.harness_tasks import HarnessTasks, installed
-from moa_lab.evaluate.intervals import Interval, Z, mean, proportion
+from moa_lab.evaluate.intervals import Interval, Z, mean_share, proportion, unknown
 from moa_lab.models import chat_ids, geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, PlanOrPath, as_plan, dense_plan
 from moa_lab.prompting.controls import escaped_controls, told
@@ -28,6 +29,7 @@ from moa_lab.prompting.rendering import Shape, shape_of
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
 from moa_lab.runtime import apply_plan
+from moa_lab.text import once
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +51,9 @@ def harness(
     n_tokens: the length that elastic rules are evaluated at. None: that of each prompt, with the answer where the harness scores
     given ones, without it where the model writes its own; in a batch, the length its rows are padded to.
     A row's density, and its length where the texts are given, are means over the task's prompts. Its interval is Wilson's where the
-    scores are hits and misses, else 1.96 of the harness's standard errors, or Student's of the documents' scores where the harness has
-    none; `per_sample`, in the detail, holds the scores of the documents in order, for paired comparisons of plans.
+    scores are hits and misses, else 1.96 of the harness's standard errors; where the harness has none, that of the documents' scores if
+    they are shares, and unknown otherwise. `per_sample`, in the detail, holds the scores of the documents in order, for paired
+    comparisons of plans.
     Raises ValueError where the harness is missing, for no task or an unknown one, for lengths that cannot be had, for a task whose texts
     cannot be loaded, and for what `apply_plan` refuses.
     """
@@ -72,8 +75,8 @@ def harness(
     wrapped = wrapped_type(pretrained=model, tokenizer=own, batch_size=batch_size)
     rows: list[Measurement] = []
     versions: dict[str, Any] = {}
-    for task in tasks:
-        for asked in (lengths or ()) if named.makes_texts(task) else (None,):
+    for task in once(tasks, "tasks"):
+        for asked in once(lengths or (), "lengths") if named.makes_texts(task) else (None,):
             counted: Counter[int] = Counter()
             with (
                 named.loaded(task, asked, seed) as (manager, loaded),
@@ -88,10 +91,13 @@ def harness(
             if not chat_template:
                 _tell_escaped(tokenizer, task, results)
             versions |= results["versions"]
-            rows += harness_rows(results, plan or dense_plan(geometry_of(model)), counted, n_tokens, asked)
+            known = {(row.task, row.metric, row.length) for row in rows}
+            found = harness_rows(results, plan or dense_plan(geometry_of(model)), counted, n_tokens, asked)
+            # A task may be a member of a group that was asked for as well.
+            rows += [row for row in found if (row.task, row.metric, row.length) not in known]
     settings = {
-        "tasks": list(tasks), "limit": limit, "batch_size": batch_size, "n_tokens": n_tokens, "chat_template": chat_template,
-        "few_shot": few_shot, "lengths": list(lengths) if lengths else None, "task_versions": versions, "lm_eval": version("lm_eval"),
+        "tasks": list(dict.fromkeys(tasks)), "limit": limit, "batch_size": batch_size, "n_tokens": n_tokens, "chat_template": chat_template,
+        "few_shot": few_shot, "lengths": list(dict.fromkeys(lengths or ())), "task_versions": versions, "lm_eval": version("lm_eval"),
     }  # fmt: skip
     origin = provenance(
         model=model_name(model), weights=weights_fingerprint(model), tokenizer=tokenizer_fingerprint(tokenizer), seed=seed,
@@ -113,6 +119,9 @@ def harness_rows(
     density = float(np.average([plan.density(n_tokens or n) for n in lengths], weights=counts)) if counts else 1.0
     rows = []
     for task, scores in results["results"].items():
+        # A group's score is made of its members': beside them it is no further evidence.
+        below = list(results.get("group_subtasks", {}).get(task, ()))
+        members = {"members": below} if below else {}
         for key, value in scores.items():
             # Keys are `metric,filter`; what has no comma, and standard errors, are no metrics.
             name, comma, by = key.partition(",")
@@ -124,7 +133,7 @@ def harness_rows(
             stderr = float(stderr) if isinstance(stderr, Real) else None
             per_sample = _per_sample(results.get("samples", {}).get(task, ()), name, by)
             interval = _interval(float(value), _documents(results, task), stderr, per_sample)
-            detail = {"filter": by, "stderr": stderr, "per_sample": per_sample}
+            detail = {"filter": by, "stderr": stderr, "per_sample": per_sample, **members}
             detail |= {} if asked is None else {"prompt_tokens": length}
             metric = STRING_MATCH if asked is not None and name.isdigit() else name if by == "none" else f"{name}_{by}"
             rows.append(Measurement(plan.name, metric, task, asked or length, *interval, density, detail))
@@ -193,7 +202,8 @@ def _interval(value: float, n: int, stderr: float | None, per_sample: Sequence[f
     if per_sample and set(per_sample) <= {0.0, 1.0} and np.isclose(np.mean(per_sample), value):
         # The harness's standard error is 0 where all are hits, which no sample can tell.
         return proportion(int(sum(per_sample)), len(per_sample))
-    if per_sample and stderr is None and np.isclose(np.mean(per_sample), value):
-        return mean(per_sample)
-    reach = Z * (stderr or 0.0)
-    return Interval(value, n, value - reach, value + reach)
+    # 0, or NaN, is what the harness says of one document, and of a score that it has no standard error for.
+    if not stderr or not math.isfinite(stderr):
+        shares = per_sample and all(0 <= score <= 1 for score in per_sample) and np.isclose(np.mean(per_sample), value)
+        return mean_share(per_sample) if shares else unknown(value, n)
+    return Interval(value, n, value - Z * stderr, value + Z * stderr)

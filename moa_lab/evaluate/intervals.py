@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,15 +13,25 @@ Z = 1.959964
 
 
 class Interval(NamedTuple):
-    """A mean, the number of observations, and the ends of its 95% interval."""
+    """A mean, the number of observations, and the ends of its 95% interval; an end that nothing is known of is infinite."""
 
     value: float
     n: int
     low: float
     high: float
 
+    def mapped(self, rising: Callable[[float], float]) -> Interval:
+        """That of a rising function of the value; what is unknown stays so."""
+        low, high = (rising(end) if math.isfinite(end) else end for end in (self.low, self.high))
+        return Interval(rising(self.value), self.n, low, high)
 
-def proportion(hits: int, n: int) -> Interval:
+
+def unknown(value: float, n: int = 1) -> Interval:
+    """A value whose interval the observations do not tell: one observation says nothing of how far it is off."""
+    return Interval(value, n, -math.inf, math.inf)
+
+
+def proportion(hits: float, n: int) -> Interval:
     """Share of hits with Wilson's score interval (Wilson, 1927), which stays inside [0, 1] and is right at 0 and 1."""
     if n < 1:
         raise ValueError("a proportion needs at least one observation")
@@ -33,12 +43,37 @@ def proportion(hits: int, n: int) -> Interval:
 
 
 def mean(values: Sequence[float]) -> Interval:
-    """Mean with Student's t interval; with one observation the interval is the value itself."""
+    """Mean with Student's t interval, which one observation does not have: its ends are infinite.
+
+    Observations that vary freely are never all equal by chance, so that equal ones are taken as a constant. Hits and shares may be:
+    `mean_share` and `mean_of_hit_differences` are for those.
+    """
     n = len(values)
     if n < 1:
         raise ValueError("a mean needs at least one observation")
     centre = float(np.mean(values))
     if n == 1:
-        return Interval(centre, 1, centre, centre)
+        return unknown(centre)
     half = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
     return Interval(centre, n, centre - half, centre + half)
+
+
+def mean_share(values: Sequence[float]) -> Interval:
+    """Mean of values in [0, 1] with Student's t interval; where all are equal, Wilson's, as no such value varies more than a hit does."""
+    return proportion(sum(values), len(values)) if values and len(set(values)) == 1 else mean(values)
+
+
+def mean_of_hit_differences(values: Sequence[float]) -> Interval:
+    """Mean of differences of paired hits, each -1, 0 or 1, with Student's t interval.
+
+    Where all pairs come out alike: another pair may come out otherwise as often as Wilson's bound of 0 in n allows, and then be off by
+    1 from 0, or by 2 from -1 or 1.
+    """
+    if not values or len(set(values)) > 1:
+        return mean(values)
+    value, n = float(values[0]), len(values)
+    others = proportion(0, n).high
+    if value:
+        reach = 2 * others
+        return Interval(value, n, value - reach, value) if value > 0 else Interval(value, n, value, value + reach)
+    return Interval(value, n, -others, others)

@@ -14,6 +14,7 @@ from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weigh
 from moa_lab.plan import Plan, PlanOrPath, as_plan, dense_plan
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
+from moa_lab.text import once
 
 
 def retrieval(
@@ -35,9 +36,8 @@ def retrieval(
     Raises ValueError for an unknown kind, for a length beyond the model, and for a plan of another geometry.
     """
     chosen = _chosen(model, plan)
-    _check_lengths(model, lengths)
     samples: list[Sample] = []
-    for length in lengths:
+    for length in _checked(model, lengths):
         if kind == "needles":
             samples += needle_samples(tokenizer, length, n, per_sample=needles_per_text, seed=seed)
         elif kind == "lines":
@@ -63,9 +63,8 @@ def perplexity(
     Raises ValueError for an unknown kind, for a length beyond the model, and for a plan of another geometry.
     """
     chosen = _chosen(model, plan)
-    _check_lengths(model, lengths)
     samples: list[Sample] = []
-    for length in lengths:
+    for length in _checked(model, lengths):
         if kind == "documents":
             samples += document_samples(tokenizer, length, n, seed=seed)
         elif kind == "summaries":
@@ -83,11 +82,13 @@ def _chosen(model: PreTrainedModel, plan: PlanOrPath | None) -> Plan:
     return chosen
 
 
-def _check_lengths(model: PreTrainedModel, lengths: Sequence[int]) -> None:
+def _checked(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[int, ...]:
+    """The lengths, each once: the samples of a length that is named twice are the same ones."""
     longest = geometry_of(model).max_length
     for length in lengths:
         if not 1 <= length <= longest:
             raise ValueError(f"length {length} is beyond the model's maximum of {longest} tokens")
+    return once(lengths, "lengths")
 
 
 def _measured(

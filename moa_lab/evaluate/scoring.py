@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import AnswerScore, score_answers
-from moa_lab.calibration.samples import Sample, group_by_shape
+from moa_lab.calibration.samples import Sample, SampleSet, distinct, group_by_shape
 from moa_lab.evaluate.intervals import Interval, mean, proportion
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.plan import Plan
@@ -36,12 +36,14 @@ def score_samples(
     """Loss and exact match of every answer of every sample, in order, with `plan` applied.
 
     The plan's rules are evaluated at each sample's own length, prompt and answers together. One forward pass per batch:
-    prefill and decoding see the same keys under a plan, so this equals generating the answers token by token.
+    prefill and decoding see the same keys under a plan, so this equals generating the answers token by token. A sample that is there
+    twice is run once.
     store: scores found there are taken, new ones are put there.
     """
     scores = {sample.identity: store.get(plan, sample) if store else None for sample in samples}
-    missing = [sample for sample in samples if scores[sample.identity] is None]
-    done = len(samples) - len(missing)
+    missing = list({sample.identity: sample for sample in samples if scores[sample.identity] is None}.values())
+    total = len(scores)
+    done = total - len(missing)
     groups = group_by_shape(missing)
     for length in dict.fromkeys(length for _, length in groups):
         size = 1 if model.device.type == "cpu" else max(1, GPU_BATCH_TOKENS // length)
@@ -56,7 +58,7 @@ def score_samples(
                             store.put(plan, sample, result)
                     done += len(batch)
                     if progress:
-                        progress(done, len(samples))
+                        progress(done, total)
     return [found for sample in samples if (found := scores[sample.identity]) is not None]
 
 
@@ -75,7 +77,7 @@ def retrieval_rows(plan: Plan, samples: Sequence[Sample], scores: Sequence[Seque
             for wording in sorted({fact["wording"] for fact, _ in facts})
         }
         hits = [int(exact) for _, exact in facts]
-        detail = {"by_depth": by_depth, "by_wording": by_wording, "contexts": len(group), "per_sample": hits}
+        detail = {"by_depth": by_depth, "by_wording": by_wording, "contexts": len(group), "per_sample": hits, "samples": _which(group)}
         rows.append(Measurement(plan.name, "retrieval", task, length, *total, plan.density(length), detail))
     return rows
 
@@ -85,7 +87,7 @@ def loss_rows(plan: Plan, samples: Sequence[Sample], scores: Sequence[Sequence[A
     rows = []
     for (task, length), group in _groups(samples, scores).items():
         per_sample = [sample_loss(result) for _, result in group]
-        detail = {"perplexity": float(np.exp(np.mean(per_sample))), "per_sample": per_sample}
+        detail = {"perplexity": float(np.exp(np.mean(per_sample))), "per_sample": per_sample, "samples": _which(group)}
         rows.append(Measurement(plan.name, "cross_entropy", task, length, *mean(per_sample), plan.density(length), detail))
     return rows
 
@@ -116,10 +118,17 @@ def _asked(sample: Sample) -> list[dict[str, Any]]:
 def _groups(
     samples: Sequence[Sample], scores: Sequence[Sequence[AnswerScore]]
 ) -> dict[tuple[str, int], list[tuple[Sample, Sequence[AnswerScore]]]]:
+    """Samples with their scores by (task, length); one that is there twice counts once."""
     groups: dict[tuple[str, int], list[tuple[Sample, Sequence[AnswerScore]]]] = {}
-    for sample, result in zip(samples, scores, strict=True):
-        groups.setdefault((sample.task, sample.length), []).append((sample, result))
+    result_of = {sample.identity: result for sample, result in zip(samples, scores, strict=True)}
+    for sample in distinct(samples):
+        groups.setdefault((sample.task, sample.length), []).append((sample, result_of[sample.identity]))
     return groups
+
+
+def _which(group: Sequence[tuple[Sample, Sequence[AnswerScore]]]) -> str:
+    """Which samples a row is about: only rows of the same ones are compared in pairs."""
+    return SampleSet(tuple(sample for sample, _ in group)).identity
 
 
 def _share(hits: Iterable[bool]) -> Interval:

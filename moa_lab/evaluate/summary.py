@@ -8,7 +8,7 @@ from typing import Any
 from moa_lab.plan import Plan
 from moa_lab.records import ALLOCATED, Measurement, Measurements
 from moa_lab.storage import to_json
-from moa_lab.text import aligned
+from moa_lab.text import aligned, interval_text
 
 # Which test samples stand for a score in the summary.
 SCORES = {
@@ -72,11 +72,11 @@ def _entry(plan: Plan, measurements: Measurements, n_tokens: int) -> dict[str, A
 
 
 def _score(row: Measurement) -> dict[str, Any]:
-    return {VALUE_NAMES[row.metric]: row.value, "n": row.n, "low": row.low, "high": row.high}
+    return row.score(VALUE_NAMES[row.metric])
 
 
 def _cell(score: dict[str, Any] | None) -> str:
     if score is None:
         return "-"
     value = score.get("accuracy", score.get("value"))
-    return f"{value:.3f} [{score['low']:.2f}, {score['high']:.2f}]"
+    return f"{value:.3f} {interval_text(score['low'], score['high'], '.2f')}"

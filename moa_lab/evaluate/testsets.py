@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.dataset import Progress, Request, calibrate
 from moa_lab.calibration.documents import Document, Split, embedded_documents, tell_escaped
-from moa_lab.calibration.samples import Sample
+from moa_lab.calibration.samples import Sample, distinct
 from moa_lab.calibration.tasks import Lines, PlainText, Questions, Source, Summaries, Task
 from moa_lab.provenance import digest
 
@@ -29,7 +29,7 @@ def needle_samples(
     depths = [(index + 0.5) / n for index in range(n)]
     # Sample k holds depths k, k + n/per_sample, ...: as far apart as they can be.
     step = n // per_sample
-    return [Questions(per_sample, tuple(depths[first::step]), name="needles").draft(source, length) for first in range(step)]
+    return distinct(Questions(per_sample, tuple(depths[first::step]), name="needles").draft(source, length) for first in range(step))
 
 
 def line_samples(tokenizer: PreTrainedTokenizerBase, length: int, n: int, *, split: Split = "test", seed: int = 0) -> list[Sample]:
@@ -69,4 +69,4 @@ def _source(
 
 
 def _drafts(task: Task, source: Source, length: int, n: int) -> list[Sample]:
-    return [task.draft(source, length) for _ in range(n)]
+    return distinct(task.draft(source, length) for _ in range(n))

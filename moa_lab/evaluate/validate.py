@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moa_lab.calibration.samples import Sample
+from moa_lab.calibration.samples import Sample, distinct
 from moa_lab.evaluate.scoring import Progress, loss_rows, mean_losses, retrieval_rows, score_samples
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.testsets import needle_samples, own_answer_samples
@@ -43,6 +43,7 @@ def choose(
     """
     if not len(front) or not samples:
         raise ValueError("validation needs at least one plan and one sample")
+    samples = distinct(samples)
     dense = dense_plan(front.points[0].plan.geometry)
     plans = [dense, *(point.plan for point in front)]
     rows: list[Measurement] = []
@@ -62,11 +63,7 @@ def choose(
     }
     best = min(front, key=lambda point: excess[point.plan.name])
     found = best.plan
-    scores_of_best = {
-        f"validation {row.task}@{row.length} {row.metric}": {"value": row.value, "n": row.n, "low": row.low, "high": row.high}
-        for row in rows
-        if row.plan == found.name
-    }
+    scores_of_best = {f"validation {row.task}@{row.length} {row.metric}": row.score() for row in rows if row.plan == found.name}
     told = {"candidate": found.name, "origin": best.origin, "predicted": best.predicted, "excess_loss": excess[found.name]}
     chosen = replace(found, name=name, search={**found.search, **told}, scores=scores_of_best)
     return Validation(chosen, excess, Measurements(tuple(rows), {"excess_loss": excess, "chosen": found.name}, front.provenance))

@@ -3,29 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import numpy as np
 import plotly.graph_objects as go
 from scipy.stats import spearmanr
 
 from moa_lab.figures import theme
-
-
-class Bounds(Protocol):
-    """A value with its 95% interval, for instance `evaluate.intervals.Interval` or a `Measurement`."""
-
-    @property
-    def value(self) -> float:
-        """The value."""
-
-    @property
-    def low(self) -> float:
-        """Lower end of the interval."""
-
-    @property
-    def high(self) -> float:
-        """Upper end of the interval."""
+from moa_lab.figures.intervals import Bounds, error_bars, told
 
 
 def differences(found: Mapping[str, Bounds], title: str, unit: str, *, none: float = 0.0, goal: float | None = None) -> go.Figure:
@@ -168,14 +152,10 @@ def _forest(name: str, found: Mapping[str, Bounds], scale: int, is_open: bool) -
     return go.Scatter(
         x=[scale * bounds.value for bounds in found.values()],
         y=[theme.plain(label) for label in found],
-        error_x={
-            "type": "data", "symmetric": False, "thickness": 1.6, "color": style.color,
-            "array": [scale * (bounds.high - bounds.value) for bounds in found.values()],
-            "arrayminus": [scale * (bounds.value - bounds.low) for bounds in found.values()],
-        },
+        error_x=error_bars(found.values(), scale, thickness=1.6, color=style.color),
         mode="markers",
         name=name,
         marker={"color": style.color, "symbol": f"{style.symbol}-open" if is_open else style.symbol, "size": 11, "line": {"width": 2}},
-        customdata=[[scale * bounds.low, scale * bounds.high] for bounds in found.values()],
-        hovertemplate="%{y}<br><b>%{x:.3g}</b> [%{customdata[0]:.3g}, %{customdata[1]:.3g}]<extra></extra>",
-    )  # fmt: skip
+        customdata=[told(bounds, lambda end: f"{scale * end:.3g}", ", ") for bounds in found.values()],
+        hovertemplate="%{y}<br><b>%{x:.3g}</b> [%{customdata}]<extra></extra>",
+    )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import plotly.graph_objects as go
 
 from moa_lab.figures import theme
+from moa_lab.figures.intervals import error_bars, told
 from moa_lab.figures.measurements import metric_label
 from moa_lab.records import Measurement
 
@@ -80,11 +81,7 @@ def _line(name: str, found: list[tuple[Measurement, float]], style: theme.Style,
     return go.Scatter(
         x=[at for _, at in found],
         y=[scale * row.value for row in rows],
-        error_y={
-            "type": "data", "symmetric": False, "thickness": 1,
-            "array": [scale * (row.high - row.value) for row in rows],
-            "arrayminus": [scale * (row.value - row.low) for row in rows],
-        },
+        error_y=error_bars(rows, scale, thickness=1),
         mode="lines+markers",
         marker={"color": style.color, "symbol": style.symbol, "size": 9},
         hovertemplate=_HOVER + "<br>at %{x:.4g}<extra></extra>",
@@ -104,14 +101,14 @@ def _level(name: str, row: Measurement, ends: tuple[float, float], style: theme.
     )
 
 
-_HOVER = "%{customdata[0]}: <b>%{y:.3g}</b> [%{customdata[2]:.3g}, %{customdata[3]:.3g}], n = %{customdata[1]}"
+_HOVER = "%{customdata[0]}: <b>%{y:.3g}</b> [%{customdata[2]}], n = %{customdata[1]}"
 
 
 def _common(name: str, rows: list[Measurement], style: theme.Style, scale: int) -> dict[str, object]:
     return {
         "name": theme.plain(name),
         "line": {"color": style.color, "dash": style.dash},
-        "customdata": [[theme.plain(row.plan), row.n, scale * row.low, scale * row.high] for row in rows],
+        "customdata": [[theme.plain(row.plan), row.n, told(row, lambda end: f"{scale * end:.3g}", ", ")] for row in rows],
     }
 
 

@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 
 from moa_lab.figures import theme
 from moa_lab.figures.comparisons import with_rank_correlation
+from moa_lab.figures.intervals import error_bars, told
 from moa_lab.figures.measurements import Score, metric_label, pooled, shown
 from moa_lab.plan import Plan
 from moa_lab.records import Front, FrontPoint, Measurements
@@ -77,7 +78,7 @@ def predicted_against_measured(
                 y=value,
                 mode="markers",
                 name=f"found by {theme.plain(origin)}",
-                error_y={"array": [s.high - s.value for _, s in group], "arrayminus": [s.value - s.low for _, s in group], "thickness": 1},
+                error_y=error_bars((score for _, score in group), thickness=1),
                 marker={"color": style.color, "symbol": style.symbol, "size": 10},
                 text=[_measured(point, metric, score) for point, score in group],
                 hovertemplate="%{text}<br>predicted %{x:.3g}<extra></extra>",
@@ -128,7 +129,7 @@ def goal_label(front: Front, name: str) -> str:
 
 
 def _measured(point: FrontPoint, metric: str, score: Score) -> str:
-    interval = f"{shown(metric, score.low)} to {shown(metric, score.high)}, n = {score.n:,}"
+    interval = f"{told(score, lambda end: shown(metric, end))}, n = {score.n:,}"
     return f"<b>{theme.plain(point.plan.name)}</b><br>{shown(metric, score.value)} ({interval})"
 
 

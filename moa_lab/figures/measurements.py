@@ -10,6 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from moa_lab.figures import theme
+from moa_lab.figures.intervals import error_bars, told
 from moa_lab.plan import PlanOrPath, as_plan
 from moa_lab.records import Measurement, Measurements
 
@@ -61,10 +62,11 @@ def shown(metric: str, value: float) -> str:
 def pooled(measurements: Measurements, plan: str, metric: str, length: int, task: str | None = None) -> Score | None:
     """One score over the tasks of a metric (or one task): the mean over all observations; None when nothing was measured.
 
-    A single row keeps its interval. Several are pooled: a share gets Wilson's interval of the joint count, anything else the interval of a
-    weighted mean of independent means.
+    Of several rows of a task the one with the most observations counts (the last of equal ones): they may share samples, which add
+    nothing twice; nor does a group of tasks beside its members. A single row keeps its interval. Several are pooled: a share gets
+    Wilson's interval of the joint count, anything else the interval of a weighted mean of independent means.
     """
-    rows = [row for row in measurements.select(plan=plan, metric=metric, length=length) if task in (None, row.task)]
+    rows = _evidence(row for row in measurements.select(plan=plan, metric=metric, length=length) if task in (None, row.task))
     total = sum(row.n for row in rows)
     if not rows or not total:
         return None
@@ -84,7 +86,9 @@ def retrieval_heatmap(measurements: Measurements, plan: str, metric: str = "retr
 
     Raises ValueError when no row of the plan has depths.
     """
-    rows = [row for row in measurements.select(plan=plan, metric=metric) if task in (None, row.task) and row.detail.get("by_depth")]
+    rows = _evidence(
+        row for row in measurements.select(plan=plan, metric=metric) if task in (None, row.task) and row.detail.get("by_depth")
+    )
     if not rows:
         raise ValueError(f"no {metric!r} rows with detail['by_depth'] for plan {plan!r}: evaluate it with several depths")
     lengths = sorted({row.length for row in rows})
@@ -144,7 +148,8 @@ def score_bars(measurements: Measurements, metric: str, task: str | None = None,
     if unit == "%":
         return fig.update_yaxes(tickformat=".0%", range=[0, 1.04])
     seen = [row for row in rows if row.plan in names]
-    low, high = min(row.low for row in seen), max(row.high for row in seen)
+    ends = [end for row in seen for end in (row.value, row.low, row.high) if math.isfinite(end)]
+    low, high = min(ends), max(ends)
     room = 0.08 * (high - low) or 0.1
     return fig.update_yaxes(range=[low - room, high + room])
 
@@ -179,20 +184,31 @@ def _bars(
 ) -> go.Bar | go.Scatter:
     found = [(length, pooled(measurements, plan, metric, length, task)) for length in lengths]
     scores = [(f"{length:,}", score) for length, score in found if score is not None]
+    number = ".1%" if metric_label(metric)[1] == "%" else ".3f"
     common: dict[str, Any] = {
         "name": theme.plain(plan),
         "x": [length for length, _ in scores],
         "y": [score.value for _, score in scores],
-        "error_y": {"array": [s.high - s.value for _, s in scores], "arrayminus": [s.value - s.low for _, s in scores]},
-        "customdata": [[score.low, score.high, score.n] for _, score in scores],
+        "error_y": error_bars(score for _, score in scores),
+        "customdata": [[told(score, f"{{:{number}}}".format), score.n] for _, score in scores],
     }
-    number = ".1%" if metric_label(metric)[1] == "%" else ".3f"
-    interval = f"(95%: %{{customdata[0]:{number}}} to %{{customdata[1]:{number}}}), n = %{{customdata[2]:,}}"
+    interval = "(95%: %{customdata[0]}), n = %{customdata[1]:,}"
     hover = f"%{{x}} tokens<br><b>%{{y:{number}}}</b> {interval}"
     if metric_label(metric)[1] == "%":
         return go.Bar(**common, marker=theme.bar_marker(style), offsetgroup=common["name"], hovertemplate=hover)
     dot = {"color": style.color, "symbol": style.symbol, "size": 11}
     return go.Scatter(**common, mode="markers", marker=dot, offsetgroup=common["name"], hovertemplate=hover)
+
+
+def _evidence(rows: Iterable[Measurement]) -> list[Measurement]:
+    """One row a task and length, see `pooled`."""
+    best: dict[tuple[str, int], Measurement] = {}
+    for row in rows:
+        key = (row.task, row.length)
+        if key not in best or row.n >= best[key].n:
+            best[key] = row
+    tasks = {task for task, _ in best}
+    return [row for row in best.values() if not tasks & set(row.detail.get("members", ()))]
 
 
 def _cell(rows: list[Measurement], depth: str, length: int) -> tuple[float, int] | None:

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from moa_lab.figures import theme
 from moa_lab.figures.densities import family
+from moa_lab.figures.intervals import error_bars, told
 from moa_lab.records import Measurement
 
 SAME_MODEL = {"transformers dense": "dense"}
@@ -48,8 +49,8 @@ def _line(name: str, pairs: list[tuple[Measurement, Measurement]], style: theme.
     return go.Scatter(
         x=[100 * score.value for score, _ in pairs],
         y=[rate.value for _, rate in pairs],
-        error_x=_ends([score for score, _ in pairs], 100),
-        error_y=_ends([rate for _, rate in pairs], 1),
+        error_x=error_bars([score for score, _ in pairs], 100, thickness=1),
+        error_y=error_bars([rate for _, rate in pairs], 1, thickness=1),
         mode="lines+markers+text",
         text=[theme.percent(rate.density) for _, rate in pairs],
         # Beside the interval, which goes through the marker to all four sides.
@@ -63,17 +64,9 @@ def _line(name: str, pairs: list[tuple[Measurement, Measurement]], style: theme.
     )
 
 
-def _ends(rows: list[Measurement], scale: int) -> dict[str, object]:
-    return {
-        "type": "data", "symmetric": False, "thickness": 1,
-        "array": [scale * (row.high - row.value) for row in rows],
-        "arrayminus": [scale * (row.value - row.low) for row in rows],
-    }  # fmt: skip
-
-
 def _said(score: Measurement, rate: Measurement) -> str:
     batch = f", {rate.detail['batch']:,} rows" if "batch" in rate.detail else ""
     return (
         f"<b>{theme.plain(rate.plan)}</b>, density {theme.percent(rate.density, 1)}<br>{rate.value:,.0f} tokens/s{batch}<br>"
-        f"{theme.percent(score.value)} found ({theme.percent(score.low)} to {theme.percent(score.high)}), n = {score.n:,}"
+        f"{theme.percent(score.value)} found ({told(score, theme.percent)}), n = {score.n:,}"
     )

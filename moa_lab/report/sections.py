@@ -45,12 +45,13 @@ def _tiles(facts: Facts) -> str:
         if score is None:
             continue
         style = styles[name]
-        reach = f'<u style="left:{100 * score.low:.1f}%;width:{100 * (score.high - score.low):.1f}%"></u>'
+        low, high = max(score.low, 0.0), min(score.high, 1.0)
+        reach = f'<u style="left:{100 * low:.1f}%;width:{100 * (high - low):.1f}%"></u>'
         tiles.append(
             f'<li style="--of:{style.color}"><span class="who">{tables.mark(style)}{escape(name)}</span>'
             f"<b>{shown('retrieval', score.value)}</b>"
             f'<span class="meter" aria-hidden="true"><i style="width:{100 * score.value:.1f}%"></i>{reach}</span>'
-            f"<small>95% interval {100 * score.low:.0f} to {percent(score.high)}, n = {score.n:,}</small></li>"
+            f"<small>95% interval {100 * low:.0f} to {percent(high)}, n = {score.n:,}</small></li>"
         )
     return f'<ul class="tiles" aria-label="Needles retrieved at {length:,} tokens">{"".join(tiles)}</ul>' if len(tiles) > 1 else ""
 

@@ -8,12 +8,14 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from moa_lab.figures.intervals import told
 from moa_lab.figures.measurements import Score, metric_label, shown
 from moa_lab.figures.theme import Style, byte_size, percent, series_styles
 from moa_lab.plan import Plan, SpanRule
 from moa_lab.provenance import Provenance
 from moa_lab.report.facts import Facts, density_text
 from moa_lab.storage import to_json
+from moa_lab.text import has_interval
 
 MAX_RULES = 16
 _GLYPHS = {"circle": "●", "diamond": "◆", "triangle-up": "▲", "star": "★", "cross": "✚", "pentagon": "⬟", "square": "■"}
@@ -166,9 +168,10 @@ def _score_cell(metric: str, score: Score | None) -> str:
     if score is None:
         return '<td><span aria-label="not measured">&ndash;</span></td>'
     is_share = metric_label(metric)[1] == "%"
-    low, high = (f"{100 * score.low:.0f}", percent(score.high)) if is_share else (shown(metric, score.low), shown(metric, score.high))
+    number = (lambda end: f"{100 * end:.0f}") if is_share else (lambda end: shown(metric, end))
+    interval = told(score, number, "&ndash;") + ("%" if is_share and has_interval(score.low, score.high) else "")
     bar = f' class="share" style="--of:{min(max(score.value, 0), 1):.3f}"' if is_share else ""
-    return f"<td{bar}><b>{shown(metric, score.value)}</b><small><span>{low}&ndash;{high}</span> <span>n = {score.n:,}</span></small></td>"
+    return f"<td{bar}><b>{shown(metric, score.value)}</b><small><span>{interval}</span> <span>n = {score.n:,}</span></small></td>"
 
 
 def _row(facts: Facts, name: str, styles: dict[str, Style], cells: list[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from scipy.stats import rankdata
 
-from moa_lab.evaluate.intervals import Interval, mean
+from moa_lab.evaluate.intervals import Interval, mean, mean_of_hit_differences, unknown
 from moa_lab.records import Measurement
 
 RESAMPLES = 4000
@@ -24,7 +24,9 @@ def row_of(rows: Iterable[Measurement], plan: str, task: str, length: int, metri
 
 def difference(row: Measurement, against: Measurement) -> Interval:
     """Mean difference of two rows over the samples they share, with Student's t interval of the pairs."""
-    return mean([a - b for a, b in zip(*_pairs(row, against), strict=True)])
+    ours, theirs = _pairs(row, against)
+    of_hits = {*ours, *theirs} <= {0, 1}
+    return (mean_of_hit_differences if of_hits else mean)([a - b for a, b in zip(ours, theirs, strict=True)])
 
 
 def ratio(row: Measurement, against: Measurement, seed: int = 0) -> Interval:
@@ -55,8 +57,7 @@ def worst(found: Iterable[Interval], at_most: bool = False) -> Interval:
 
 def excess_perplexity(row: Measurement, dense: Measurement) -> Interval:
     """Perplexity of `row` over that of `dense`, less 1: `exp(mean difference of nats) - 1`, with its interval."""
-    nats = difference(row, dense)
-    return Interval(math.expm1(nats.value), nats.n, math.expm1(nats.low), math.expm1(nats.high))
+    return difference(row, dense).mapped(math.expm1)
 
 
 def excess_over_dense(rows: Iterable[Measurement], plan: str, task: str, length: int) -> Interval:
@@ -85,18 +86,22 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 def _pairs(row: Measurement, against: Measurement) -> tuple[list[float], list[float]]:
     ours, theirs = (list(one.detail.get("per_sample", ())) for one in (row, against))
-    if not ours or len(ours) != len(theirs):
+    which = {one.detail["samples"] for one in (row, against) if "samples" in one.detail}
+    if not ours or len(ours) != len(theirs) or len(which) > 1:
         raise ValueError(f"{row.plan} and {against.plan} were not measured on the same samples of {row.task} at {row.length} tokens")
     return ours, theirs
 
 
 def _ratio(ours: Sequence[float], theirs: Sequence[float], seed: int, divided: Callable[[float, float], float]) -> Interval:
     a, b = (np.asarray(values, dtype=np.float64) for values in (ours, theirs))
+    value = divided(float(a.mean()), float(b.mean()))
+    if len(a) < 2:
+        return unknown(value)
     picks = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
     drawn = [divided(float(x), float(y)) for x, y in zip(a[picks].mean(axis=1), b[picks].mean(axis=1), strict=True)]
     # Draws themselves, not what lies between them: some may be infinite.
     low, high = np.quantile(drawn, (0.025, 0.975), method="inverted_cdf")
-    return Interval(divided(float(a.mean()), float(b.mean())), len(a), float(low), float(high))
+    return Interval(value, len(a), float(low), float(high))
 
 
 def _divided(a: float, b: float) -> float:

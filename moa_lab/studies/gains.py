@@ -10,6 +10,7 @@ import numpy as np
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.records import Measurement
 from moa_lab.studies.compare import difference, row_of
+from moa_lab.text import interval_text
 
 RETRIEVAL = "retrieval"
 NEEDLES_GAINED, NATS_SAVED = "needles_gained", "nats_saved"
@@ -35,12 +36,11 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        """better or worse where the whole 95% interval is on one side of 0, no difference where all pairs are equal, else not decided.
+        """better or worse where the whole 95% interval is on one side of 0, no difference where all pairs are equal and enough of them
+        that other ones would hardly differ, else not decided.
 
         A single pair decides nothing: it has no interval.
         """
-        if self.found.low == self.found.high == 0:
-            return "no difference"
         if self.found.n < 2:
             return "not decided"
         if self.found.low > 0:
@@ -61,7 +61,7 @@ class Gain:
     def numbers(self) -> str:
         """Value and interval, for instance `+0.031 [0.010, 0.052]`, with their unit where it is not a share of needles."""
         unit = " nats saved" if self.metric == NATS_SAVED else ""
-        interval = f"[{self.found.low:.3f}, {self.found.high:.3f}]" if self.found.n > 1 else "[one sample]"
+        interval = interval_text(self.found.low, self.found.high) if self.found.n > 1 else "[one sample]"
         return f"{self.found.value:+.3f} {interval}{unit}"
 
     def row(self) -> Measurement:
@@ -74,7 +74,7 @@ class Gain:
 
 def gain(rows: Sequence[Measurement], plan: str, against: str, task: str, lengths: Iterable[int]) -> Gain:
     """Paired over all samples of `lengths`, each of which weighs as many samples as it has. Raises KeyError for what was not measured."""
-    chosen = tuple(lengths)
+    chosen = tuple(dict.fromkeys(lengths))
     ours, theirs = (pooled([row_of(rows, name, task, n) for n in chosen]) for name in (plan, against))
     better = ours.metric == RETRIEVAL
     found = difference(ours, theirs) if better else difference(theirs, ours)
@@ -91,7 +91,9 @@ def gains(rows: Sequence[Measurement], pairs: Iterable[tuple[str, str]], lengths
 def pooled(rows: Sequence[Measurement]) -> Measurement:
     """Rows of one plan and task as one: their samples one after the other, the mean density."""
     samples = [value for row in rows for value in row.detail["per_sample"]]
-    return replace(rows[0], length=0, density=float(np.mean([row.density for row in rows])), detail={"per_sample": samples})
+    which = [row.detail["samples"] for row in rows if "samples" in row.detail]
+    detail = {"per_sample": samples, **({"samples": "+".join(which)} if which else {})}
+    return replace(rows[0], length=0, density=float(np.mean([row.density for row in rows])), detail=detail)
 
 
 def overall(found: Iterable[Gain], lengths: Sequence[int]) -> list[Gain]:

@@ -75,7 +75,7 @@ def dense_and_uniform(
     run: Run, plans: Iterable[Plan], *, lengths: Sequence[int] | None = None, tasks: Sequence[str] | None = None
 ) -> list[Measurement]:
     """Rows of the dense model and, for every plan `KIND-25`, of `uniform-25` with the bytes of that plan at each length."""
-    lengths = run.test_lengths if lengths is None else lengths
+    lengths = run.test_lengths if lengths is None else tuple(dict.fromkeys(lengths))
     rows = run.measure([dense_plan(run.geometry)], lengths=lengths, tasks=tasks)
     for plan in plans:
         name = f"uniform-{plan.name.rpartition('-')[2]}"

@@ -101,6 +101,8 @@ def _intervals(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     shape = ranks.shape[1:]
     found = [mean(column.tolist()) for column in ranks.reshape(len(ranks), -1).T]
     columns = np.array([(interval.value, interval.low, interval.high) for interval in found]).T
+    # Of one sample alone: anywhere among the percentiles.
+    columns = np.nan_to_num(columns, neginf=0.0, posinf=100.0)
     return columns[0].reshape(shape), columns[1].reshape(shape), columns[2].reshape(shape)
 
 

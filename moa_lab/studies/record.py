@@ -10,8 +10,8 @@ from moa_lab.bench.record import Goal
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.provenance import Provenance
 from moa_lab.records import Measurement, Measurements
-from moa_lab.storage import parse, read_json, to_json, write_json
-from moa_lab.text import aligned
+from moa_lab.storage import end_to_json, parse, read_json, to_json, write_json
+from moa_lab.text import aligned, has_interval, interval_text
 
 STUDY_SCHEMA = "moa-lab/study/1"
 
@@ -39,7 +39,7 @@ class StudyGoal:
     @classmethod
     def of(cls, name: str, found: Interval, goal: float, at_most: bool = False) -> StudyGoal:
         """A goal for a value with its interval."""
-        return cls(name, found.value, goal, at_most, found.low, found.high, found.n)
+        return cls(name, found.value, goal, at_most, end_to_json(found.low), end_to_json(found.high), found.n)
 
     @property
     def decided(self) -> bool:
@@ -93,7 +93,7 @@ def table(record: StudyRecord) -> str:
     if record.goals:
         lines = [["goal", "value", "95% interval", "aimed at", "meets"]]
         for goal in record.goals:
-            interval = "-" if goal.low is None or goal.high is None else f"[{goal.low:.3f}, {goal.high:.3f}]"
+            interval = interval_text(goal.low, goal.high) if has_interval(goal.low, goal.high) else "-"
             verdict = ("yes" if goal.meets else "no") + ("" if goal.decided else " (not decided)")
             lines.append([goal.name, f"{goal.value:.3f}", interval, f"{'<=' if goal.at_most else '>='} {goal.goal:g}", verdict])
         parts.append(aligned(lines))
@@ -107,7 +107,7 @@ def _scores(record: StudyRecord, metric: str) -> list[str]:
     lines = [[metric.replace("_", " "), *(f"{task} @{length}" if length else task for task, length in columns)]]
     for name in dict.fromkeys(map(_compared, rows)):
         cells = [found.get((name, *column)) for column in columns]
-        lines.append([name, *("-" if row is None else f"{row.value:.3f} [{row.low:.2f}, {row.high:.2f}]" for row in cells)])
+        lines.append([name, *("-" if row is None else f"{row.value:.3f} {interval_text(row.low, row.high, '.2f')}" for row in cells)])
     return aligned(lines)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ class MeasurePanel:
         """Show what was measured here and before, and add it to what the state knows was measured."""
         measured = self._measuring.history if self._measuring is not None else []
         if measured:
-            self.state.set(measurements=self._before.plus(entry.row for entry in measured))
+            self.state.set(measurements=self._with(measured))
         table = history_table([*self._past, *measured])
         if not len(table):
             return
@@ -114,7 +115,7 @@ class MeasurePanel:
         self._check_idle()
         if self._measuring is not None:
             self._past += self._measuring.history
-            self._before = self._before.plus(entry.row for entry in self._measuring.history)
+            self._before = self._with(self._measuring.history)
             self._measuring, self.where.value = None, ""
 
     def _model(self) -> Measuring:
@@ -192,4 +193,6 @@ class MeasurePanel:
 
 
 def _shown(metric: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
     return byte_size(value) if metric == ALLOCATED else f"{value:.4g}"

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.documents import TextStream, embedded_documents
 from moa_lab.evaluate import perplexity, retrieval
+from moa_lab.evaluate.intervals import unknown
 from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.parity import Parity, parity
 from moa_lab.geometry import ModelGeometry
@@ -187,11 +188,11 @@ class Measuring:
 
 
 def _rate(plan: Plan, found: Generation, task: str) -> Measurement:
-    """Tokens a second of all rows together, at the length of the longest with its answer; n: rows."""
+    """Tokens a second of all rows together, at the length of the longest with its answer; timed once, so without an interval."""
     length = max(prompt + len(answer) for prompt, answer in zip(found.prompt_tokens, found.tokens, strict=True))
     rate, rows = found.decode_tokens_per_s, len(found.texts)
     detail = {"kv_bytes_predicted": found.kv_bytes_predicted, "kv_bytes_allocated": found.kv_bytes_allocated, "prefill_s": found.prefill_s}
-    return Measurement(plan.name, THROUGHPUT, task, length, rate, rows, rate, rate, plan.density(length), detail)
+    return Measurement(plan.name, THROUGHPUT, task, length, *unknown(rate, rows), plan.density(length), detail)
 
 
 def _free(plan: Plan, taken: Mapping[str, Plan]) -> str:

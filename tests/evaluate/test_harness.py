@@ -7,6 +7,7 @@ import random
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -227,8 +228,8 @@ def test_rows_of_groups_filters_and_metrics_without_a_standard_error(model: PreT
     found, other = harness_rows(results(**told), plan, {100: 3, 200: 1})
     assert (found.metric, found.task, found.length, found.n) == ("f1", "whole", 125, 7)
     assert (found.low, found.high) == (0.5 - 0.1 * Z, 0.5 + 0.1 * Z)
-    assert found.detail == {"filter": "none", "stderr": 0.1, "per_sample": [0.75, 0.25]}
-    assert (other.metric, other.value, other.low, other.high, other.detail["stderr"]) == ("perplexity_strict", 7.0, 7.0, 7.0, None)
+    assert found.detail == {"filter": "none", "stderr": 0.1, "per_sample": [0.75, 0.25], "members": ["part", "other"]}
+    assert (other.metric, other.value, other.low, other.high, other.detail["stderr"]) == ("perplexity_strict", 7.0, -inf, inf, None)
     assert found.density == pytest.approx((3 * plan.density(100) + plan.density(200)) / 4)
     assert harness_rows(results(**told), plan, {100: 3}, n_tokens=400)[0].density == plan.density(400)
 

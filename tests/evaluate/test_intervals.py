@@ -1,10 +1,12 @@
 """95% intervals against published and computed values."""
 
+import math
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from moa_lab.evaluate.intervals import mean, proportion
+from moa_lab.evaluate.intervals import mean, mean_of_hit_differences, mean_share, proportion
 
 
 @pytest.mark.parametrize(
@@ -40,8 +42,22 @@ def test_the_interval_of_a_mean_is_students() -> None:
     assert (found.value, found.n) == (pytest.approx(values.mean()), 12)
 
 
-def test_one_observation_is_its_own_interval() -> None:
-    assert mean([2.5]) == (2.5, 1, 2.5, 2.5)
+def test_of_one_observation_no_interval_is_known() -> None:
+    assert mean([2.5]) == (2.5, 1, -math.inf, math.inf)
+    assert mean([2.5]).mapped(math.exp) == (math.exp(2.5), 1, -math.inf, math.inf)
+    assert mean_share([1.0]) == proportion(1, 1)
+
+
+def test_hits_that_are_all_alike_still_have_an_interval() -> None:
+    assert mean_share([1.0] * 4) == proportion(4, 4)
+    assert mean_share([0.5, 1.0, 1.0]) == mean([0.5, 1.0, 1.0])
+    bound = proportion(0, 2).high
+    assert mean_of_hit_differences([0, 0]) == (0.0, 2, -bound, bound)
+    assert mean_of_hit_differences([1, 1]) == (1.0, 2, 1 - 2 * bound, 1.0)
+    assert mean_of_hit_differences([-1]) == (-1.0, 1, -1.0, -1 + 2 * proportion(0, 1).high)
+    assert mean_of_hit_differences([1, 0, 0]) == mean([1, 0, 0])
+    # Enough of them say that there is next to no difference.
+    assert mean_of_hit_differences([0] * 512).high < 0.01
 
 
 def test_no_observations_are_refused() -> None:

@@ -26,6 +26,7 @@ from moa_lab.studies.compare import row_of
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, chosen_plans, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
+from moa_lab.text import interval_text
 
 KV_WIDTHS = (2, 3, 4, 6, 8, UNTOUCHED)
 WEIGHT_WIDTHS = (2, 3, 4, 8)
@@ -188,8 +189,8 @@ def is_unpacked(model: str) -> bool:
 def _correlation(ranks: Sequence[Measurement], label: str, predictor: str) -> str:
     found, alone = (row_of(ranks, name, label, 0) for name in (predictor, ERROR))
     return (
-        f"random ones of {NOUNS[label]}: rank correlation with the measured loss {found.value:.2f} [{found.low:.2f}, {found.high:.2f}] "
-        f"by {predictor}, {alone.value:.2f} by the error alone"
+        f"random ones of {NOUNS[label]}: rank correlation with the measured loss {found.value:.2f} "
+        f"{interval_text(found.low, found.high, '.2f')} by {predictor}, {alone.value:.2f} by the error alone"
     )
 
 

@@ -28,6 +28,7 @@ from moa_lab.studies.plans import DOCUMENTS, NEEDLES, equal_uniform, name_of, re
 from moa_lab.studies.ranks import CORRELATION, confidence_rows, correlation_rows
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
+from moa_lab.text import interval_text
 
 QUESTION = "Do the heads that matter in one kind of text matter in another, and what does a plan made on another kind of text cost?"
 ANSWER_TOKENS = 64
@@ -116,7 +117,7 @@ def cost_answer(costs: Mapping[str, Mapping[str, Interval]], density: float) -> 
 
 def _told(found: Interval, unit: str) -> str:
     verdict = "not decided" if found.low <= 0 <= found.high else "decided"
-    return f"{found.value:+.3f} {unit} [{found.low:+.3f}, {found.high:+.3f}], {verdict}"
+    return f"{found.value:+.3f} {unit} {interval_text(found.low, found.high, '+.3f')}, {verdict}"
 
 
 def _pair(row: Measurement) -> str:

@@ -18,6 +18,7 @@ from moa_lab.studies.gains import Gain, counted, gain, listed
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, chosen_among, name_of, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
+from moa_lab.text import interval_text
 
 CLIFF_FLOORS = (128, 256)
 FLOORS = (96, 128, 192, 256)
@@ -144,8 +145,8 @@ def _concentrated(changes: Sequence[Measurement]) -> str:
     raising = "raises" if len(sure) == 1 else "raise"
     return (
         f"Cut to the floor one at a time, {len(sure)} of the {counted(len(changes), 'whole head')} of {worst.plan} {raising} the loss of "
-        f"calibration questions (intervals above 0); most of all {worst.task}, {worst.value:+.3f} nats [{worst.low:.3f}, "
-        f"{worst.high:.3f}]{share}."
+        f"calibration questions (intervals above 0); most of all {worst.task}, {worst.value:+.3f} nats "
+        f"{interval_text(worst.low, worst.high)}{share}."
     )
 
 

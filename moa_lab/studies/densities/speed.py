@@ -19,7 +19,7 @@ from moa_lab.bench.generate import QUICK_BYTES, fitting_batch, measured_side
 from moa_lab.bench.lab import device_name
 from moa_lab.bench.prompts import our_prompt_ms, prompt_rows, transformers_prompt_ms
 from moa_lab.bench.timing import COPY_BYTES, copy_rate
-from moa_lab.evaluate.intervals import Interval, mean
+from moa_lab.evaluate.intervals import Interval, mean, unknown
 from moa_lab.evaluate.memory import memory_row
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan, dense_plan
@@ -28,6 +28,7 @@ from moa_lab.studies.compare import ratio, row_of
 from moa_lab.studies.plans import NEEDLES, candidates_of, chosen_plans, dense_and_uniform, equal_uniform, name_of, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
+from moa_lab.text import has_interval, interval_text
 
 TOKENS_PER_S = "tokens_per_s"
 DECODE, DECODE_ONE, PREFILL = "decode", "decode one", "prefill"
@@ -108,7 +109,7 @@ def speedup(row: Measurement, against: Measurement) -> Interval:
     n = min(len(ours), len(theirs))
     # Repeats that are all alike, or single, say nothing of how far off they may be.
     if n < 2 or variance(ours) + variance(theirs) == 0:
-        return Interval(value, n, value, value)
+        return unknown(value, n)
     ends = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
     return Interval(value, n, math.exp(ends.low), math.exp(ends.high))
 
@@ -133,12 +134,13 @@ def _choice(gains: Mapping[str, Interval], kept: Mapping[str, Interval], searche
 
 
 def _gain(gain: Interval) -> str:
-    doubt = " (not decided: 1 lies within the interval)" if gain.low <= 1 <= gain.high and gain.low < gain.high else ""
-    return f"{gain.value:.2f} times [{gain.low:.2f}, {gain.high:.2f}] as many tokens per second{doubt}"
+    told = interval_text(gain.low, gain.high, ".2f")
+    doubt = " (not decided: 1 lies within the interval)" if gain.low <= 1 <= gain.high and has_interval(gain.low, gain.high) else ""
+    return f"{gain.value:.2f} times {told} as many tokens per second{doubt}"
 
 
 def _share(kept: Interval) -> str:
-    return f"{kept.value:.0%} [{kept.low:.0%}, {kept.high:.0%}]"
+    return f"{kept.value:.0%} {interval_text(kept.low, kept.high, '.0%')}"
 
 
 def _batch(row: Measurement) -> str:
@@ -189,8 +191,5 @@ def _prompted(model: PreTrainedModel, plan: Plan, length: int) -> Measurement:
 
 def _rates(plan: Plan, task: str, length: int, rates: Sequence[float], detail: Mapping[str, Any]) -> Measurement:
     # Of logarithms, as times vary in proportion: an interval of rates themselves may reach below 0.
-    logs = mean([math.log(rate) for rate in rates])
-    value, low, high = (math.exp(log) for log in (logs.value, logs.low, logs.high))
-    return Measurement(
-        plan.name, TOKENS_PER_S, task, length, value, logs.n, low, high, plan.density(length), {**detail, "repeats": list(rates)}
-    )
+    found = mean([math.log(rate) for rate in rates]).mapped(math.exp)
+    return Measurement(plan.name, TOKENS_PER_S, task, length, *found, plan.density(length), {**detail, "repeats": list(rates)})

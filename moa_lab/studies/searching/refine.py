@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -93,7 +94,7 @@ def refine_goals(
 
 def _nothing_lost(name: str, lost: Interval) -> StudyGoal:
     """Indistinguishable: the interval of what is lost reaches 0. That nothing is lost no interval can decide."""
-    return StudyGoal(name, lost.low, 0.0, True, lost.low, lost.high, lost.n)
+    return replace(StudyGoal.of(name, lost, 0.0, at_most=True), value=lost.low if math.isfinite(lost.low) else lost.value)
 
 
 def _half_way(rows: Sequence[Measurement], plan: str, density: float, length: int) -> Interval:
