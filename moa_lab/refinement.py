@@ -16,11 +16,12 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.evaluate.effects import MeasuredLosses, head_effects
 from moa_lab.plan import PlanOrPath, as_plan
+from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, FrontPoint, LossTable, Objective, ProfileKey
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.front import DENSITY, point
@@ -50,6 +51,8 @@ def refine(
     moves: Sequence[int] = MOVES,
     max_rules_per_layer: int | None = None,
     parts_dir: str | Path | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    any_model: bool = False,
     progress: Progress | None = None,
 ) -> Front:
     """The plan of every round that lowers the loss on `samples`, at most `rounds` of them; empty when none does.
@@ -58,12 +61,14 @@ def refine(
     and takes steps from what it found until none helps. samples: calibration samples; validation must choose among the start and
     the points, since these were chosen by `samples`. table: the rules to choose from, what says which heads are worth measuring,
     and what predicts the points' losses; `density` and its lengths are as in `search`. parts_dir keeps what was measured, so that
-    the same call after a kill goes on. Raises ValueError for a plan of another geometry or with rules that the table lacks, and
-    InfeasibleError as `search` does.
+    the same call after a kill goes on. tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a
+    table of another model, a plan of another geometry or with rules that the table lacks, and InfeasibleError as `search` does.
     """
     plan = as_plan(plan)
     if rounds < 1 or not moves or min(moves) < 1 or (heads is not None and heads < 1):
         raise ValueError(f"rounds, heads and moves must be at least 1, got rounds {rounds}, heads {heads}, moves {tuple(moves)}")
+    check_inputs(model, samples, table, tokenizer, any_model=any_model)
+    plan.check_model(table.geometry)
     if (plan.sink_tokens, plan.min_span, plan.span_multiple) != (table.sink_tokens, table.min_span, 1):
         raise ValueError(
             f"plan {plan.name!r} has sink {plan.sink_tokens}, floor {plan.min_span} and spans in {plan.span_multiple}s, the table "

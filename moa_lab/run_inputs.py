@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
+from moa_lab.calibration.origin import check_folder
 from moa_lab.calibration.sources import ColumnMap, load_documents
 from moa_lab.calibration.tasks import answered_documents
 from moa_lab.evaluate.suites import Suites
@@ -31,7 +32,8 @@ Progress = Callable[[str, int, int], None]
 class RunInputs:
     """What the stages of a run share, before any of them has run.
 
-    Raises ValueError when the folder belongs to a run whose samples are of other settings.
+    Raises ValueError when the folder belongs to a run whose samples are of other settings, and when the model is loaded, to one whose
+    weights or tokenizer were others.
     """
 
     folder: Path
@@ -47,6 +49,7 @@ class RunInputs:
         self._check_documents()
         self._check_lengths()
         check_turns(self.tokenizer, self.preset.turns)
+        check_folder(self.folder, *self._loaded)
         self.records.begin()
 
     @property
@@ -67,6 +70,7 @@ class RunInputs:
         self.progress("load model", 0, 1)
         loaded = load_model(self.settings.model, plain_prompts=self.settings.plain_prompts)
         self.progress("load model", 1, 1)
+        check_folder(self.folder, *loaded)
         return loaded
 
     @property

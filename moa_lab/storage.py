@@ -172,7 +172,7 @@ def schema_of(path: str | Path) -> str:
     data = read_description(path)
     if not isinstance(data, dict) or not isinstance(data.get("schema"), str):
         raise RecordError(f"{path}: not a moa_lab record (it names no schema)")
-    return data["schema"]
+    return str(data["schema"])
 
 
 def parse(cls: type[T], data: Any, path: str | Path) -> T:

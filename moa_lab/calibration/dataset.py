@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.answers import AnswerScore, fill_greedily, score_answers
 from moa_lab.calibration.documents import Document, Split, documents_hash, embedded_documents, tell_escaped
+from moa_lab.calibration.origin import check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Source, Summaries, Task, answered_documents, turns_of
 from moa_lab.calibration.wordings import Wording
@@ -160,6 +161,7 @@ class _Answerer:
         return kept
 
     def _answered(self, task: Task, drafts: list[Sample]) -> list[Sample | None]:
+        check_vocabulary(drafts, self.model)
         if isinstance(task, HumanAnswers | PlainText):
             return list(drafts)
         if isinstance(task, Summaries):

@@ -16,7 +16,7 @@ from moa_lab.commands.doctor import diagnose
 from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
 from moa_lab.commands.study import study
-from moa_lab.commands.terminal import Bars, ForceOption, MinSpanOption, TestSeedOption, folder_free, free, lengths_of
+from moa_lab.commands.terminal import AnyModelOption, Bars, ForceOption, MinSpanOption, TestSeedOption, folder_free, free, lengths_of
 from moa_lab.models import clear_kept
 from moa_lab.plan import MIN_SPAN
 from moa_lab.presets import PRESETS, RunSettings
@@ -140,6 +140,7 @@ def profile(
     samples: Annotated[Path, typer.Argument(help="samples file of `moa-lab calibrate`")],
     out: Annotated[Path, typer.Option("--out", help="profile file (.safetensors)")],
     model: ModelOption = "smollm2",
+    any_model: AnyModelOption = False,
     force: ForceOption = False,
 ) -> None:
     """Measure the influence of every head on the samples' answers."""
@@ -149,9 +150,11 @@ def profile(
 
     free(out, force, ".safetensors")
     loaded_samples = SampleSet.load(samples)
-    loaded, _ = load_model(model)
+    loaded, tokenizer = load_model(model)
     with Bars() as bars:
-        result = measure(loaded, loaded_samples, parts_dir=_parts(out), progress=bars.steps("profile"))
+        result = measure(
+            loaded, loaded_samples, parts_dir=_parts(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("profile")
+        )
     result.save(out)
     typer.echo(f"profile of {len(loaded_samples)} samples: {out}")
 
@@ -195,6 +198,7 @@ def refine(
         int | None, typer.Option("--heads", help="heads measured in a round, two forward passes a sample each; default all")
     ] = None,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
+    any_model: AnyModelOption = False,
     force: ForceOption = False,
 ) -> None:
     """Improve a plan by moving a few heads at a time, measured on the calibration samples."""
@@ -209,11 +213,11 @@ def refine(
     card, loaded_samples = Plan.load(plan), SampleSet.load(samples)
     table = loss_table(InfluenceProfile.load(profile), min_span=card.min_span)
     feasible(table, density, max_rules)
-    loaded, _ = load_model(model)
+    loaded, tokenizer = load_model(model)
     with Bars() as bars:
         front = improve(
             loaded, card, loaded_samples, table, density, rounds=rounds, heads=heads, max_rules_per_layer=max_rules,
-            parts_dir=_parts(out), progress=bars.steps("refine"),
+            parts_dir=_parts(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("refine"),
         )  # fmt: skip
     front.save(out)
     typer.echo(f"{len(front)} better plans: {out}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.commands.terminal import Bars, ForceOption, MinSpanOption, free, weights_of
+from moa_lab.commands.terminal import AnyModelOption, Bars, ForceOption, MinSpanOption, free, weights_of
 from moa_lab.plan import MIN_SPAN
 
 
@@ -28,6 +28,7 @@ def learn(
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
     min_span: MinSpanOption = MIN_SPAN,
     seed: Annotated[int, typer.Option("--seed")] = 0,
+    any_model: AnyModelOption = False,
     force: ForceOption = False,
 ) -> None:
     """Learn the spans of all heads by descent, with the budget in force."""
@@ -41,11 +42,11 @@ def learn(
     weighed = weights_of(weights)
     loaded_samples, table = SampleSet.load(samples), loss_table(InfluenceProfile.load(profile), min_span=min_span)
     feasible(table, density, max_rules)
-    loaded, _ = load_model(model)
+    loaded, tokenizer = load_model(model)
     with Bars() as bars:
         front = learn_spans(
             loaded, loaded_samples, table, density, steps=steps, weights=weighed, max_rules_per_layer=max_rules, seed=seed,
-            progress=bars.steps("learn"),
+            tokenizer=tokenizer, any_model=any_model, progress=bars.steps("learn"),
         )  # fmt: skip
     front.save(out)
     typer.echo(f"1 plan: {out}")

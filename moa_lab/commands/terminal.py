@@ -14,6 +14,7 @@ from moa_lab.text import once
 Number = TypeVar("Number", int, float)
 
 ForceOption = Annotated[bool, typer.Option("--force", help="replace the output file if it exists")]
+AnyModelOption = Annotated[bool, typer.Option("--any-model", help="take samples and a profile of other weights, of a sibling model say")]
 TestSeedOption = Annotated[int, typer.Option("--test-seed", help="draws the test samples; what is chosen stays")]
 MinSpanOption = Annotated[
     int, typer.Option("--min-span", help="the floor: tokens that every head keeps at least, the sink of 64 among them", show_default=True)

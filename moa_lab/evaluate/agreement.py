@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import answer_logits
+from moa_lab.calibration.origin import check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, distinct, group_by_shape
 from moa_lab.evaluate.intervals import mean, mean_share
 from moa_lab.evaluate.scoring import GPU_BATCH_TOKENS, Progress
@@ -36,6 +37,7 @@ def agreement_rows(
     rows = []
     done = 0
     samples = distinct(samples)
+    check_vocabulary(samples, model)
     for (task, length), group in group_by_shape(samples).items():
         found: dict[tuple[int, str], list[float]] = {(index, metric): [] for index in range(len(plans)) for metric in METRICS}
         size, which = _batch(model, group), SampleSet(tuple(group)).identity

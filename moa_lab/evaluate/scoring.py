@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import AnswerScore, score_answers
+from moa_lab.calibration.origin import check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, distinct, group_by_shape
 from moa_lab.evaluate.intervals import Interval, mean, proportion
 from moa_lab.evaluate.store import ScoreStore
@@ -40,6 +41,7 @@ def score_samples(
     twice is run once.
     store: scores found there are taken, new ones are put there.
     """
+    check_vocabulary(samples, model)
     scores = {sample.identity: store.get(plan, sample) if store else None for sample in samples}
     missing = list({sample.identity: sample for sample in samples if scores[sample.identity] is None}.values())
     total = len(scores)

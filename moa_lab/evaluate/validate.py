@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab.calibration.origin import same_weights
 from moa_lab.calibration.samples import Sample, distinct
 from moa_lab.evaluate.scoring import Progress, loss_rows, mean_losses, retrieval_rows, score_samples
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.testsets import needle_samples, own_answer_samples
-from moa_lab.models import geometry_of
+from moa_lab.models import geometry_of, model_name, weights_fingerprint
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Front, Measurement, Measurements
 
@@ -66,7 +67,11 @@ def choose(
     scores_of_best = {f"validation {row.task}@{row.length} {row.metric}": row.score() for row in rows if row.plan == found.name}
     told = {"candidate": found.name, "origin": best.origin, "predicted": best.predicted, "excess_loss": excess[found.name]}
     chosen = replace(found, name=name, search={**found.search, **told}, scores=scores_of_best)
-    return Validation(chosen, excess, Measurements(tuple(rows), {"excess_loss": excess, "chosen": found.name}, front.provenance))
+    origin = front.provenance
+    if not same_weights(origin, model):
+        # The scores are this model's, whichever one the plans were made on.
+        origin = replace(origin, model=model_name(model), weights=weights_fingerprint(model))
+    return Validation(chosen, excess, Measurements(tuple(rows), {"excess_loss": excess, "chosen": found.name}, origin))
 
 
 def validate(

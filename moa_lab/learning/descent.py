@@ -13,12 +13,13 @@ import logging
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.learning.batches import Batches, batch_tokens
 from moa_lab.learning.mixtures import Mixtures
 from moa_lab.learning.slopes import SlopeSampler
+from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, LossTable
 from moa_lab.search.front import DENSITY, point
 from moa_lab.search.goals import default_goals
@@ -48,6 +49,8 @@ def learn_spans(
     name: str = "learned",
     max_rules_per_layer: int | None = None,
     seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    any_model: bool = False,
     progress: Progress | None = None,
 ) -> Front:
     """The plan that the descent ends at, as a front of one point called `name`, origin `learned`.
@@ -55,15 +58,17 @@ def learn_spans(
     The loss is the divergence of the answers of `samples` from the dense model's, in nats per answer token, the sum of the tasks'
     means, each times its weight (1 unless `weights` says another); a step takes samples of one length. table: the rules to choose from,
     and what predicts the point's losses; nothing of what it predicts is used. `density`, its lengths and max_rules_per_layer, which only
-    the last plan keeps, are as in `search`. rate: nats that the evidence for a rule of usual slope gains in a step. Raises ValueError for
-    fewer than one step, no samples, a task that lacks a length, weights that are below 0 or of tasks there are none of, or samples that
-    do not fit in memory, and InfeasibleError as `search` does.
+    the last plan keeps, are as in `search`. rate: nats that the evidence for a rule of usual slope gains in a step.
+    tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a table of another model, fewer than
+    one step, no samples, a task that lacks a length, weights that are below 0 or of tasks there are none of, or samples that do not fit
+    in memory, and InfeasibleError as `search` does.
     """
     if steps < 1 or not len(samples):
         raise ValueError(f"learning needs at least one step and one sample, got {steps} and {len(samples)}")
     weights, batches = dict(weights or {}), Batches(samples, batch_tokens(model), seed)
     if weights.keys() - set(batches.tasks) or min(weights.values(), default=0.0) < 0:
         raise ValueError(f"weights must be at least 0 and of the tasks {', '.join(batches.tasks)}, got {weights}")
+    check_inputs(model, samples, table, tokenizer, any_model=any_model)
     targets = feasible(table, density, max_rules_per_layer)
     mixtures = Mixtures(table, targets, rate)
     sampler = SlopeSampler.fitting(model, table, samples, seed, weights)

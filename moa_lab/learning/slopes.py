@@ -18,6 +18,7 @@ from moa_lab.kernels.mixture import BLOCK
 from moa_lab.learning.batches import Batches, batch_tokens
 from moa_lab.profiling.backward import checkpointed
 from moa_lab.profiling.estimate import SAFETY, estimate_cost
+from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import LossTable
 
 FREE_SHARE = 0.5
@@ -149,9 +150,10 @@ def mean_slopes(
 ) -> np.ndarray:
     """What every rule of every head loses under plans drawn from `chances` (heads, rules), to first order, as a mean of `steps` batches.
 
-    float64 (heads, rules), in nats per answer token, summed over tasks; only differences within a head count. Raises ValueError for a
-    task that lacks a length, and for samples that do not fit in memory.
+    float64 (heads, rules), in nats per answer token, summed over tasks; only differences within a head count. Raises ValueError for
+    samples or a table of another model, a task that lacks a length, and for samples that do not fit in memory.
     """
+    check_inputs(model, samples, table)
     batches, sampler = Batches(samples, batch_tokens(model), seed), SlopeSampler.fitting(model, table, samples, seed)
     total = np.zeros(chances.shape)
     for step in range(steps):

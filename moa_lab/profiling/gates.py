@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import answer_logits
+from moa_lab.calibration.origin import check_origin, check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, group_by_shape
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.reference import masked_attention, windowed_attention
@@ -47,6 +48,8 @@ def train_gates(
     """
     if steps < 1 or not len(samples):
         raise ValueError(f"gates need at least one step and one sample, got {steps} and {len(samples)}")
+    check_origin(samples.provenance, model, "samples")
+    check_vocabulary(samples, model)
     geometry = geometry_of(model)
     gates = torch.ones(geometry.layers, geometry.kv_heads, device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([gates], lr=learning_rate)

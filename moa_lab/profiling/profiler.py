@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab.calibration.origin import check_origin, check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, group_by_shape
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, model_name, weights_fingerprint
@@ -40,6 +41,8 @@ def profile(
     sink_tokens: int = SINK_TOKENS,
     parts_dir: str | Path | None = None,
     batch_size: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    any_model: bool = False,
     progress: Progress | None = None,
 ) -> InfluenceProfile:
     """Influence of every (layer, query head) on the answers of `samples`, per (task, length).
@@ -47,13 +50,20 @@ def profile(
     plan: the model runs under it; what a span is worth is then measured where the plan's losses have moved the gradients.
     Each finished sample is written to `parts_dir`; the same call after a kill reads those and computes only the rest.
     batch_size: samples in flight; None: as many as fit (one on a CPU). Lengths are taken as they are, each sequence whole.
-    Raises ValueError for a model that cannot be routed, a length beyond the model's maximum, and (before it happens)
-    a length that does not fit in memory.
+    tokenizer: held against the one that the samples name. any_model: take samples of other weights or another tokenizer, whose answers
+    are not the model's own, as they are.
+    Raises ValueError for samples of another model, a plan of another geometry, a model that cannot be routed, a length beyond the
+    model's maximum, and (before it happens) a length that does not fit in memory.
     """
     plan = None if plan is None else as_plan(plan)
     if not len(samples):
         raise ValueError("there are no calibration samples to profile")
     geometry = geometry_of(model)
+    if not any_model:
+        check_origin(samples.provenance, model, "samples", tokenizer)
+    check_vocabulary(samples, model)
+    if plan is not None:
+        plan.check_model(geometry)
     longest = max(sample.length for sample in samples)
     if longest > geometry.max_length:
         raise ValueError(f"a calibration sample has {longest} tokens, beyond the model's maximum of {geometry.max_length}")

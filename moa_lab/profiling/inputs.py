@@ -1,0 +1,27 @@
+"""What a search with the model starts from: samples and a loss table that are both of that model."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa_lab.calibration.origin import check_origin, check_vocabulary
+from moa_lab.calibration.samples import SampleSet
+from moa_lab.models import geometry_of
+from moa_lab.records import LossTable
+
+
+def check_inputs(
+    model: PreTrainedModel, samples: SampleSet, table: LossTable, tokenizer: PreTrainedTokenizerBase | None = None, *,
+    any_model: bool = False,
+) -> None:  # fmt: skip
+    """Refuse samples and a table of another model. Raises ValueError that names both.
+
+    any_model: other weights and another tokenizer will do; another geometry or token ids beyond the vocabulary never do.
+    """
+    geometry = geometry_of(model)
+    if table.geometry != geometry:
+        raise ValueError(f"the loss table is of another geometry: it has {table.geometry}; the model has {geometry}")
+    if not any_model:
+        check_origin(samples.provenance, model, "samples", tokenizer)
+        check_origin(table.provenance, model, "loss table (profile)", tokenizer)
+    check_vocabulary(samples, model)
