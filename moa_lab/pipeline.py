@@ -159,11 +159,12 @@ class Run(RunInputs):
     def report(self) -> dict[str, Any]:
         """Write summary.json and report.html; return the summary."""
         plans = (*self.baselines(), self.plan())
-        summary = summarise(plans, self.measurements(), max(self.test_lengths))
+        summary = summarise(plans, self.measurements(), max(self.test_lengths), self.settings.density)
         write_json(self.records.place("summary.json"), summary)
         save_report(
             self.records.place("report.html"), self.plan(), self.profile(), self.front(), self.measurements(),
             title=f"Mixture of attention spans: {self.settings.model} at {self.settings.density:.0%}", baselines=self.baselines(),
+            density=self.settings.density,
         )  # fmt: skip
         for name in ("summary.json", "report.html"):
             self.records.publish(name)

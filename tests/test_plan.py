@@ -65,7 +65,7 @@ def test_a_rule_must_be_finite(alpha: float) -> None:
 
 
 def test_a_layers_own_window_caps_the_span_but_not_the_window(geometry: ModelGeometry) -> None:
-    plan = uniform_plan(geometry, 0.5)
+    plan = Plan(geometry, ((SpanRule(0.0, 0.5),) * 2,) * 2)
     assert plan.spans(4096).tolist() == [[2048, 2048], [512, 512]]
     # The model applies its own window by itself, on top of the plan's.
     assert plan.windows(4096).tolist() == [[1984, 1984], [1984, 1984]]
@@ -96,8 +96,29 @@ def test_density_is_the_mean_share_of_the_dense_cache() -> None:
 
 def test_density_is_against_the_dense_model_with_its_own_windows(geometry: ModelGeometry) -> None:
     # Dense keeps 2 x 4096 and 2 x 512; half of 4096 is more than the second layer keeps anyway.
-    assert uniform_plan(geometry, 0.5).density(4096) == pytest.approx((2 * 2048 + 2 * 512) / (2 * 4096 + 2 * 512))
+    plan = Plan(geometry, ((SpanRule(0.0, 0.5),) * 2,) * 2)
+    assert plan.density(4096) == pytest.approx((2 * 2048 + 2 * 512) / (2 * 4096 + 2 * 512))
     assert dense_plan(geometry).density(4096) == 1.0
+
+
+@pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize("lengths", [(), (2048,), (1024, 2048, 4096), (256, 500), (256, 2048)])
+def test_a_uniform_plan_keeps_its_density_on_layers_with_windows(geometry: ModelGeometry, density: float, lengths: tuple[int, ...]) -> None:
+    plan = uniform_plan(geometry, density, lengths, sink_tokens=4, min_span=8)
+    for length in lengths or (2048, 4096):
+        assert plan.density(length) == pytest.approx(density, rel=0.01)
+    assert plan.is_dense == (density == 1)
+
+
+def test_what_the_floor_takes_in_a_window_the_other_layers_give(geometry: ModelGeometry) -> None:
+    # A tenth of the window is 51 tokens, the floor 128.
+    plan = uniform_plan(geometry, 0.1, [2048, 4096])
+    assert plan.spans(4096).tolist() == [[332, 332], [128, 128]]
+    assert plan.density(4096) == pytest.approx(0.1, rel=0.01)
+
+
+def test_a_uniform_plan_without_windows_is_one_rule() -> None:
+    assert uniform_plan(GQA, 0.3, [64, 4096]).rules == ((SpanRule(0.0, 0.3),) * GQA.kv_heads,) * GQA.layers
 
 
 def test_below_the_floor_everything_is_kept() -> None:

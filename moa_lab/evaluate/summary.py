@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from moa_lab.evaluate.equal_bytes import unequal_plans
 from moa_lab.plan import Plan
 from moa_lab.records import ALLOCATED, Measurement, Measurements
 from moa_lab.storage import to_json
@@ -20,26 +21,33 @@ SCORES = {
 VALUE_NAMES = {"retrieval": "accuracy", "cross_entropy": "value"}
 
 
-def summarise(plans: Sequence[Plan], measurements: Measurements, n_tokens: int) -> dict[str, Any]:
-    """Scores of every plan by name; `density` and bytes at 2 bytes a number, predicted and allocated, are those at `n_tokens`."""
+def summarise(plans: Sequence[Plan], measurements: Measurements, n_tokens: int, density: float | None = None) -> dict[str, Any]:
+    """Scores of every plan by name; `density` and bytes at 2 bytes a number, predicted and allocated, are those at `n_tokens`.
+
+    density: that the plans are compared at; `unequal` says which do not keep it at a measured length, and why.
+    """
+    lengths = sorted({row.length for row in measurements})
     return {
         "plans": {plan.name: _entry(plan, measurements, n_tokens) for plan in plans},
         "n_tokens": n_tokens,
         "kv_bytes_are": "predicted from the spans, and as allocated for the ring cache",
+        **({} if density is None else {"density_asked": density, "unequal": unequal_plans(plans, density, lengths)}),
         "provenance": to_json(measurements.provenance),
     }
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as lines of text: one row per plan, one column per score and length."""
+    """The summary as lines of text: one row per plan, one column per score and length, and the density at every length."""
     plans = summary["plans"]
     measured = all(ALLOCATED in entry for entry in plans.values())
     columns = [
         (score, length) for score in SCORES for length in sorted({n for entry in plans.values() for n in entry.get(score, {})}, key=int)
     ]
+    others = sorted({n for entry in plans.values() for n in entry["density_by_length"]} - {str(summary["n_tokens"])}, key=int)
     head = [
         "plan",
         "density",
+        *(f"@{length}" for length in others),
         "KV MiB",
         *(["allocated"] if measured else []),
         *(f"{score.replace('_', ' ')} @{length}" for score, length in columns),
@@ -48,11 +56,12 @@ def table(summary: dict[str, Any]) -> str:
     for name, entry in plans.items():
         cells = [_cell(entry.get(score, {}).get(length)) for score, length in columns]
         sizes = [f"{entry[key] / 2**20:.1f}" for key in ("kv_bytes", ALLOCATED) if key in entry]
-        rows.append([name, f"{entry['density']:.1%}", *sizes, *cells])
+        elsewhere = [f"{share:.1%}" if (share := entry["density_by_length"].get(n)) is not None else "-" for n in others]
+        rows.append([name, f"{entry['density']:.1%}", *elsewhere, *sizes, *cells])
     scores = [(name, score) for entry in plans.values() for name in SCORES for score in entry.get(name, {}).values()]
     counts = sorted({f"n = {score['n']} ({name.replace('_', ' ')})" for name, score in scores})
     note = f"density and KV at {summary['n_tokens']} tokens, bytes {summary['kv_bytes_are']}; [95% interval]; {', '.join(counts)}"
-    return "\n".join([*aligned(rows), note])
+    return "\n".join([*aligned(rows), note, *summary.get("unequal", ())])
 
 
 def _entry(plan: Plan, measurements: Measurements, n_tokens: int) -> dict[str, Any]:

@@ -23,11 +23,13 @@ def build_report(
     title: str = "Mixture of attention spans",
     baselines: Iterable[PlanOrPath] = (),
     reference: Iterable[FrontPoint] = (),
+    density: float | None = None,
 ) -> str:
     """Return the page about `plan` as HTML.
 
     Scores are found by plan name: `plan.name` and the names of `baselines` (the dense plan is added when it is missing and was
-    measured). `reference` holds predicted goals of plans outside the front, to be drawn beside it. What is None, or holds nothing,
+    measured). `reference` holds predicted goals of plans outside the front, to be drawn beside it. density: that all are compared at;
+    which plans do not keep it is said below their scores. What is None, or holds nothing,
     is left out of the page. Raises ValueError when `profile` or a baseline is of another geometry than the plan.
     """
     plan, rivals = as_plan(plan), tuple(as_plan(other) for other in baselines)
@@ -35,7 +37,7 @@ def build_report(
         if other is not None:
             plan.check_model(other.geometry)
     measured = measurements or Measurements(())
-    facts = sections.Facts(plan, _rivals(plan, rivals, measured), profile, front or Front((), ()), measured, tuple(reference))
+    facts = sections.Facts(plan, _rivals(plan, rivals, measured), profile, front or Front((), ()), measured, tuple(reference), density)
     return page(title, sections.opening(facts), sections.all_sections(facts))
 
 
@@ -49,9 +51,11 @@ def save_report(
     title: str = "Mixture of attention spans",
     baselines: Iterable[PlanOrPath] = (),
     reference: Iterable[FrontPoint] = (),
+    density: float | None = None,
 ) -> Path:
     """Write `build_report(...)` to `path`, atomically, and return the path."""
-    return write_text(path, build_report(plan, profile, front, measurements, title=title, baselines=baselines, reference=reference))
+    made = build_report(plan, profile, front, measurements, title=title, baselines=baselines, reference=reference, density=density)
+    return write_text(path, made)
 
 
 def _rivals(plan: Plan, baselines: tuple[Plan, ...], measurements: Measurements) -> tuple[Plan, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moa_lab.evaluate.equal_bytes import unequal_plans
 from moa_lab.figures import pooled
 from moa_lab.figures.measurements import Score, metric_label, shown
 from moa_lab.figures.theme import byte_size
@@ -21,7 +22,7 @@ BYTES_NOTE = (
 
 @dataclass(frozen=True)
 class Facts:
-    """The records behind a page; `rivals` are the plans to compare with, the dense one first."""
+    """The records behind a page; `rivals` are the plans to compare with, the dense one first; `density` is what they are compared at."""
 
     plan: Plan
     rivals: tuple[Plan, ...]
@@ -29,6 +30,7 @@ class Facts:
     front: Front
     measurements: Measurements
     reference: tuple[FrontPoint, ...]
+    density: float | None = None
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -68,7 +70,7 @@ class Facts:
         plan = next((plan for plan in self.plans if plan.name == name), None)
         if plan.is_dense if plan else name == "dense":
             return DENSE_ROLE
-        is_uniform = len({rule for row in plan.rules for rule in row}) == 1 if plan else name == "uniform"
+        is_uniform = _is_uniform(plan) if plan else name == "uniform"
         return UNIFORM_ROLE if is_uniform else name
 
     def lengths(self, metric: str | None = None) -> tuple[int, ...]:
@@ -80,6 +82,10 @@ class Facts:
         """The length at which spans are drawn: the longest that was measured, reported, or profiled, else the model's own."""
         profiled = self.profile.lengths if self.profile else ()
         return max(self.lengths() or self.plan.lengths or profiled or (self.plan.geometry.max_length,))
+
+    def unequal(self) -> list[str]:
+        """A clause for every plan of the page that does not keep the density asked for at a length that was measured, with the reason."""
+        return unequal_plans(self.plans, self.density, self.lengths()) if self.density is not None else []
 
     def score(self, name: str, metric: str, length: int, task: str | None = None) -> Score | None:
         """The score of a plan in a task; None takes the one that speaks for the metric."""
@@ -94,6 +100,12 @@ class Facts:
         """The longest of the lengths at which the plan and most of the others were measured; None when the plan was not."""
         own = [length for length in self.lengths(metric) if self.score(self.plan.name, metric, length)]
         return max(own, key=lambda length: (sum(self.score(name, metric, length) is not None for name in self.names), length), default=None)
+
+
+def _is_uniform(plan: Plan) -> bool:
+    """One rule for all layers, or one for each kind of layer where some have a window of their own."""
+    kinds = {(plan.geometry.layer_windows[layer], rule) for layer, row in enumerate(plan.rules) for rule in row}
+    return len(kinds) == len({window for window, _ in kinds})
 
 
 def density_text(density: float) -> str:

@@ -69,7 +69,9 @@ def _scores(facts: Facts) -> Section:
             alt = f"{heading} per plan and length, with 95% intervals; the table above holds the numbers."
             panels.append(panel(fig, heading, alt, caption))
     table = f'<div class="card">{tables.score_table(facts)}</div>'
-    return Section("scores", "Scores", f"{table}<p>{escape(BYTES_NOTE)}</p>{columns(panels) if panels else ''}")
+    clauses = "; ".join(facts.unequal())
+    unequal = f"<p>Not all keep the density asked for. {escape(clauses)}.</p>" if clauses else ""
+    return Section("scores", "Scores", f"{table}{unequal}<p>{escape(BYTES_NOTE)}</p>{columns(panels) if panels else ''}")
 
 
 def _depths(facts: Facts) -> Section | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moa_lab.evaluate.equal_bytes import keeps
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.records import Measurement
 from moa_lab.studies.compare import difference, row_of
@@ -14,8 +15,8 @@ from moa_lab.text import interval_text
 
 RETRIEVAL = "retrieval"
 NEEDLES_GAINED, NATS_SAVED = "needles_gained", "nats_saved"
-UNEQUAL = 0.01
-"""Densities further apart than this are not the same."""
+NO_DIFFERENCE = 0.01
+"""Two plans whose interval of hits lies within this of 0 are not told apart, however many more are asked for."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Gain:
         """
         if self.found.n < 2:
             return "not decided"
+        if self.found.value == 0 and -NO_DIFFERENCE <= self.found.low <= self.found.high <= NO_DIFFERENCE:
+            return "no difference"
         if self.found.low > 0:
             return "better"
         return "worse" if self.found.high < 0 else "not decided"
@@ -54,8 +57,8 @@ class Gain:
 
     @property
     def equal(self) -> bool:
-        """Whether the two keep the same share, to a point."""
-        return abs(self.density - self.against_density) <= UNEQUAL
+        """Whether the two keep the same bytes, to one in a hundred."""
+        return keeps(self.density, self.against_density)
 
     @property
     def numbers(self) -> str:

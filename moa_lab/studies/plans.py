@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 import numpy as np
 
 from moa_lab.pipeline import Run
-from moa_lab.plan import Plan, SpanRule, dense_plan
+from moa_lab.plan import Plan, SpanRule, dense_plan, uniform_plan
 from moa_lab.records import Front, LossTable, Measurement
 from moa_lab.search import Goal, InfeasibleError, default_goals, mean_goal, solve_budget
 from moa_lab.search.problem import Density
@@ -65,9 +65,17 @@ def solved_plan(table: LossTable, density: Density, name: str, goals: Sequence[G
 
 
 def equal_uniform(plan: Plan, length: int, name: str) -> Plan:
-    """The uniform plan (StreamingLLM, arXiv 2309.17453) that keeps as many tokens at `length` as `plan` does, to a token a head."""
+    """The uniform plan (StreamingLLM, arXiv 2309.17453) that keeps as many tokens at `length` as `plan` does, to a token a head.
+
+    Of a layer with a window of its own, the same share of that.
+    """
+    geometry = plan.geometry
     span = float(np.floor(plan.spans(length).mean()))
-    rules = ((SpanRule(span, 0.0),) * plan.geometry.kv_heads,) * plan.geometry.layers
+    spans = [span] * geometry.layers
+    if any(geometry.dense_span_tokens(layer, length) < length for layer in range(geometry.layers)):
+        same = uniform_plan(geometry, plan.density(length), [length], sink_tokens=plan.sink_tokens, min_span=plan.min_span)
+        spans = [float(row[0]) for row in same.spans(length)]
+    rules = tuple((SpanRule(own, 0.0),) * geometry.kv_heads for own in spans)
     return replace(plan, rules=rules, name=name, search={"origin": "uniform"}, scores={})
 
 

@@ -135,7 +135,7 @@ def _snippet(plan: Plan, path: Path, _: Sources) -> None:
 
 def _report(plan: Plan, path: Path, sources: Sources) -> None:
     known = known_of(plan, sources.measurements)
-    rivals = [uniform_plan(plan.geometry, row.density) for row in known.select(plan="uniform")[:1]]
+    rivals = [uniform_plan(plan.geometry, row.density, (row.length,)) for row in known.select(plan="uniform")[:1]]
     title = f"Mixture of attention spans: {plan.name}"
     text = build_report(plan, sources.profile, sources.front, known, title=title, baselines=rivals)
     write_text(path, text)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
 
+from moa_lab.evaluate.equal_bytes import unequal_rows
 from moa_lab.evaluate.parity import Parity
 from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.figures.theme import byte_size
@@ -87,7 +89,7 @@ class MeasurePanel:
     def offer(self) -> None:
         """What can be measured: dense, uniform, the state's plans."""
         before = {plan.name for plan in self.plans.value}
-        offered = self.known.offered(self.uniform.value)
+        offered = self.known.offered(self.uniform.value, (self.length.value,))
         self.plans.options = [(f"{plan.name} ({plan.density(self.length.value):.0%} at {self.length.value:,})", plan) for plan in offered]
         chosen = [plan for plan in offered if plan.name in before]
         self.plans.value = tuple(chosen or offered[:1])
@@ -105,7 +107,12 @@ class MeasurePanel:
         told = told.rename(columns={"low": "95% from", "high": "to"})
         told["on"] = table["model"] + ", " + table["device"]
         told = told.drop(columns=["device", "model"])
-        self.history.value = f'<div class="moa-history">{told.to_html(index=False, border=0)}</div>'
+        unequal = html.escape(unequal_rows(entry.row for entry in measured))
+        self.history.value = f'<div class="moa-history">{told.to_html(index=False, border=0)}<p>{unequal}</p></div>'
+
+    def _with(self, measured: Sequence[Entry]) -> Measurements:
+        """What was known before and what was measured here: a log, in which a row may stand twice."""
+        return replace(self._before, rows=(*self._before.rows, *(entry.row for entry in measured)))
 
     def another_model(self) -> None:
         """Load the model again, which may be another, when something is measured next; what was measured stays.

@@ -71,14 +71,14 @@ class Plans:
         records = (state.table, state.profile, state.plan, *state.plans, *(point.plan for point in state.front or ()))
         return next((record.geometry for record in records if record is not None), None)
 
-    def offered(self, uniform: float) -> list[Plan]:
-        """All of them, the uniform one at density `uniform`; nothing where no model is known."""
+    def offered(self, uniform: float, lengths: Sequence[int] = ()) -> list[Plan]:
+        """All of them, the uniform one at density `uniform` and `lengths`; nothing where no model is known."""
         geometry, state = self.geometry, self.state
         if geometry is None:
             return []
         known = [plan for plan in (state.plan, state.other, *state.plans) if plan is not None]
         found: dict[str, Plan] = {}
-        for plan in (*known, dense_plan(geometry), uniform_plan(geometry, uniform)):
+        for plan in (*known, dense_plan(geometry), uniform_plan(geometry, uniform, lengths)):
             if plan.identity() not in {each.identity() for each in found.values()}:
                 name = _free(plan, found)
                 found[name] = plan if name == plan.name else plan.renamed(name)

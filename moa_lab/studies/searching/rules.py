@@ -15,10 +15,10 @@ from itertools import product
 import numpy as np
 
 from moa_lab.pipeline import Run
-from moa_lab.plan import DENSE, MIN_SPAN, Plan, SpanRule, dense_plan
+from moa_lab.plan import DENSE, EQUAL_BYTES, MIN_SPAN, Plan, SpanRule, dense_plan
 from moa_lab.records import InfluenceProfile, LossTable, Measurement
 from moa_lab.search import BudgetAnswer, InfeasibleError, limit_lengths, loss_table, rule_grid, solve_budget
-from moa_lab.studies.gains import UNEQUAL, Gain, gains, overall, unequal
+from moa_lab.studies.gains import Gain, gains, overall, unequal
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
@@ -132,7 +132,7 @@ def solved_families(
     if LINEAR in solved:
         for name in (name for name in FAMILIES if name in solved):
             kept = solved[name].density
-            if any(solved[LINEAR].density[n] - share > UNEQUAL for n, share in kept.items()):
+            if any(solved[LINEAR].density[n] > share * (1 + EQUAL_BYTES) for n, share in kept.items()):
                 twins[name] = f"{LINEAR} as {name}"
                 solved[twins[name]] = solve_budget(tables[LINEAR], kept)
     return solved, twins, left_out

@@ -60,7 +60,7 @@ def space_plans(profile: InfluenceProfile, density: float, seconds: float) -> tu
     """
     table, ratios, heads = loss_table(profile), ratio_table(profile), profile.geometry.kv_heads
     makers: dict[str, Callable[[], Plan]] = {
-        "uniform": lambda: uniform_plan(table.geometry, density, sink_tokens=table.sink_tokens, min_span=table.min_span),
+        "uniform": lambda: uniform_plan(table.geometry, density, profile.lengths, sink_tokens=table.sink_tokens, min_span=table.min_span),
         "layers": partial(_solved, ratios, density, seconds, "layers", 1),
         "heads": partial(_solved, ratios, density, seconds, "heads"),
         ELASTIC: partial(_solved, table, density, seconds, ELASTIC),

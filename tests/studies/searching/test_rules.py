@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from moa_lab.evaluate.intervals import Interval
-from moa_lab.plan import DENSE, SpanRule
+from moa_lab.plan import DENSE, EQUAL_BYTES, SpanRule
 from moa_lab.search import rule_grid, solve_budget
 from moa_lab.studies import StudyRecord
-from moa_lab.studies.gains import UNEQUAL, Gain
+from moa_lab.studies.gains import Gain
 from moa_lab.studies.searching.rules import (
     FAMILIES,
     CappedRule,
@@ -136,7 +136,9 @@ def test_a_family_that_leaves_bytes_gets_linear_rules_that_keep_no_more() -> Non
     tables = family_tables(random_profile(1, geometry=small_geometry(layers=6)), (512, 1024, 2048))
     solved, twins, left_out = solved_families(tables, {512: 0.5, 1024: 0.5, 2048: 0.5})
     assert not left_out
-    short = {name for name in FAMILIES if any(solved["linear"].density[n] - kept > UNEQUAL for n, kept in solved[name].density.items())}
+    short = {
+        name for name in FAMILIES if any(solved["linear"].density[n] > kept * (1 + EQUAL_BYTES) for n, kept in solved[name].density.items())
+    }
     assert "logarithmic" in short
     assert twins == {name: f"linear as {name}" for name in FAMILIES if name in short}
     for name, twin in twins.items():

@@ -1,0 +1,54 @@
+"""Whether plans that are compared at a density keep that density, and why not where they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from moa_lab.plan import EQUAL_BYTES, Plan
+from moa_lab.records import Measurement
+
+
+def keeps(density: float, asked: float) -> bool:
+    """Whether a density is the one asked for, to `EQUAL_BYTES`."""
+    return abs(density / asked - 1) <= EQUAL_BYTES
+
+
+def unequal_plans(plans: Iterable[Plan], asked: float, lengths: Sequence[int]) -> list[str]:
+    """A clause for every plan and length that does not keep the density `asked`, with the reason; the dense plan is left out."""
+    found = []
+    for plan in plans:
+        missed = [] if plan.is_dense else [n for n in sorted(set(lengths)) if not keeps(plan.density(n), asked)]
+        found += [
+            f"{plan.name} keeps {plan.density(n):.1%} at {n:,} tokens, not {100 * asked:.3g}%: {_reason(plan, asked, n)}" for n in missed
+        ]
+    return found
+
+
+def unequal_rows(rows: Iterable[Measurement]) -> str:
+    """A sentence that names plans measured at one length which do not keep the same there; empty where all do. Dense ones are left out."""
+    densities: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row.density < 1:
+            densities.setdefault(row.length, {})[row.plan] = row.density
+    told = [
+        f"at {length:,} tokens {', '.join(f'{name} {density:.1%}' for name, density in found.items())}"
+        for length, found in sorted(densities.items())
+        if not keeps(min(found.values()), max(found.values()))
+    ]
+    return f"Not all keep the same bytes: {'; '.join(told)}." if told else ""
+
+
+def _reason(plan: Plan, asked: float, length: int) -> str:
+    has_windows = any(window is not None for window in plan.geometry.layer_windows)
+    dense = sum(plan.geometry.dense_span_tokens(layer, length) for layer in range(plan.geometry.layers))
+    if 0 < (asked - plan.density(length)) * dense < plan.geometry.layers:
+        return "spans are whole tokens"
+    if plan.density(length) < asked and not (has_windows and plan.search.get("origin") == "uniform"):
+        return "its rules keep no more than that at any length they were made for, and another length binds"
+    if any(rule.alpha + rule.beta * length < plan.min_span for row in plan.rules for rule in row):
+        return f"no head keeps fewer than the floor of {plan.min_span:,} tokens"
+    if plan.span_multiple > 1:
+        return f"spans are rounded up to {plan.span_multiple} tokens"
+    if has_windows:
+        return "layers with windows of their own keep the same at every length, and other lengths were asked for as well"
+    return "its rules keep to the density at other lengths"
