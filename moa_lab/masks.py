@@ -56,6 +56,11 @@ class KeyMask:
         asks = self.real[:, None, self.n_keys - self.n_queries :, None]
         return torch.where(asks, positions, own.clamp(min=0))
 
+    @property
+    def is_causal(self) -> bool:
+        """True where a whole sequence hides the future from its queries, and nothing else."""
+        return self.real is None and self.reach is None and self.explicit is None and self.n_queries == self.n_keys
+
     @cached_property
     def first(self) -> torch.Tensor | None:
         """int32 (batch,), each row's first token, where all padding lies on the left; None where more is hidden than that says."""

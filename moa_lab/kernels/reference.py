@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from moa_lab.masks import visible
+from moa_lab.masks import KeyMask, visible
 
 QUERY_BLOCK = 512
 """Queries that read their keys together: wider reads keys that most of them do not see, narrower starts more kernels."""
@@ -52,6 +52,23 @@ def softmax_with_sink(scores: torch.Tensor, sink_logits: torch.Tensor) -> tuple[
     last = sink_logits.to(scores.dtype).expand(*scores.shape[:-1], 1)
     weights = torch.cat([scores, last], dim=-1).softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return weights[..., :-1], weights[..., -1:]
+
+
+def dense_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: KeyMask,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`masked_attention` over all that a model's own `mask` shows; the future is skipped, not masked, where nothing else is hidden."""
+    if softcap is not None or sink_logits is not None or not mask.is_causal:
+        return masked_attention(query, key, value, mask.positions >= 0, scale, softcap, sink_logits)
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
 
 
 def windowed_attention(

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from moa_lab.interface import AttentionCall, Handler
-from moa_lab.kernels.reference import masked_attention, softmax_with_sink, windowed_attention
+from moa_lab.kernels.reference import dense_attention, softmax_with_sink, windowed_attention
 from moa_lab.masks import visible
-from moa_lab.profiling.influence import LayerInfluence, influence, reduce_rows, span_effect
+from moa_lab.profiling.influence import LayerInfluence, pad_to_tiles, reduce_rows, span_effect
 from moa_lab.records import BLOCK_TOKENS
 
 # A row block holds a handful of (heads, rows, keys) arrays at once. Elements of each: small enough for a CPU's cache (four
@@ -59,7 +59,7 @@ class _CapturedAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, call.positions, call.query_positions, call.sink_logits)
         ctx.scale, ctx.softcap, ctx.wanted = call.scale, call.softcap, wanted
         if wanted.windows is None:
-            return masked_attention(query, key, value, call.positions >= 0, call.scale, call.softcap, call.sink_logits)
+            return dense_attention(query, key, value, call.mask, call.scale, call.softcap, call.sink_logits)
         return windowed_attention(
             query,
             key,
@@ -98,9 +98,9 @@ def _backward_by_row_blocks(
     wanted: _Wanted,
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], LayerInfluence]:
     batch, heads, n, head_dim = query.shape
-    kv_heads = key.shape[1]
+    kv_heads, group = key.shape[1], heads // key.shape[1]
     # (batch, kv_heads, group, tokens, head_dim): a group's query heads share K and V without a copy.
-    query, output_gradient = (x.reshape(batch, kv_heads, heads // kv_heads, n, head_dim) for x in (query, output_gradient))
+    query, output_gradient = (x.reshape(batch, kv_heads, group, n, head_dim) for x in (query * scale, output_gradient))
     query_gradient = torch.empty_like(query)
     key_gradient, value_gradient = torch.zeros_like(key), torch.zeros_like(value)
     window = None
@@ -117,34 +117,39 @@ def _backward_by_row_blocks(
 
     for start, stop in _row_blocks(n, batch * heads, query.device.type):
         # Causal: no row of this block sees a key at `stop` or later.
-        keys, values = key[:, :, None, :stop], value[:, :, None, :stop]
-        rows, gradient = query[..., start:stop, :], output_gradient[..., start:stop, :]
-        scores = rows @ keys.transpose(-1, -2) * scale
+        keys, values = key[:, :, :stop], value[:, :, :stop]
+        # The rows of a group's heads one below the other: one product with the keys that they share.
+        rows, gradient = (x[..., start:stop, :].reshape(batch, kv_heads, -1, head_dim) for x in (query, output_gradient))
+        shape = (batch, kv_heads, group, stop - start, stop)
+        scores = (rows @ keys.transpose(-1, -2)).reshape(shape)
         slope = None
         if softcap is not None:
             capped = torch.tanh(scores / softcap)
             scores, slope = softcap * capped, 1 - capped**2
         key_positions = positions[:, :, None, start:stop, :stop]
-        scores = scores.masked_fill(key_positions < 0, float("-inf"))
-        dense, rest = _weights(scores, sinks)
+        scores.masked_fill_(key_positions < 0, float("-inf"))
+        dense, left = _weights(scores, sinks)
         weights = dense
         if window is not None:
             seen = visible(query_positions[:, :, None, start:stop], key_positions, wanted.sink_tokens, window)
-            weights, _ = _weights(scores.masked_fill(~seen, float("-inf")), sinks)
-        weights_gradient = gradient @ values.transpose(-1, -2)
-        magnitude = influence(weights, weights_gradient).abs_().reshape(batch, heads, stop - start, stop)
-        reduce_rows(result, _pad_to_tiles(magnitude), start, wanted.sink_tokens)
-
-        expected = (weights * weights_gradient).sum(dim=-1, keepdim=True)
-        effect = span_effect(dense, weights_gradient, start, wanted.sink_tokens, tiles, rest)
+            weights, _ = _weights(scores.masked_fill_(~seen, float("-inf")), sinks)
+        weights_gradient = (gradient @ values.transpose(-1, -2)).reshape(shape)
+        pairs = weights * weights_gradient
+        effect = span_effect(dense, weights_gradient, start, wanted.sink_tokens, tiles, pairs if window is None else None, left)
         result.span_effects += effect.reshape(batch, heads, tiles)
-        scores_gradient = (weights_gradient - expected).mul_(weights).mul_(scale)
+
+        scores_gradient = torch.addcmul(pairs, weights, pairs.sum(dim=-1, keepdim=True), value=-1)
+        # |E|, as `influence` has it: the slope of a logit per weight that is left.
+        rest = torch.rsub(weights, 1.0).clamp_(min=torch.finfo(weights.dtype).eps)
+        magnitude = torch.div(scores_gradient, rest, out=rest).abs_().reshape(batch, heads, stop - start, stop)
+        reduce_rows(result, pad_to_tiles(magnitude), start, wanted.sink_tokens)
         if slope is not None:
             scores_gradient *= slope
-        query_gradient[..., start:stop, :] = scores_gradient @ keys
-        key_gradient[:, :, :stop] += (scores_gradient.transpose(-1, -2) @ rows).sum(dim=2)
-        value_gradient[:, :, :stop] += (weights.transpose(-1, -2) @ gradient).sum(dim=2)
-    return (query_gradient.reshape(batch, heads, n, head_dim), key_gradient, value_gradient), result
+        turned, weights = scores_gradient.reshape(batch, kv_heads, -1, stop), weights.reshape(batch, kv_heads, -1, stop)
+        query_gradient[..., start:stop, :] = (turned @ keys).reshape(batch, kv_heads, group, stop - start, head_dim)
+        key_gradient[:, :, :stop] += turned.transpose(-1, -2) @ rows
+        value_gradient[:, :, :stop] += weights.transpose(-1, -2) @ gradient
+    return (query_gradient.mul_(scale).reshape(batch, heads, n, head_dim), key_gradient, value_gradient), result
 
 
 def _weights(scores: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -156,8 +161,3 @@ def _row_blocks(n: int, heads: int, device: str) -> list[tuple[int, int]]:
     elements = ROW_BLOCK_ELEMENTS.get(device, ROW_BLOCK_ELEMENTS["cpu"])
     rows = max(BLOCK_TOKENS, elements // (heads * n) // BLOCK_TOKENS * BLOCK_TOKENS)
     return [(start, min(start + rows, n)) for start in range(0, n, rows)]
-
-
-def _pad_to_tiles(rows: torch.Tensor) -> torch.Tensor:
-    short_rows, short_keys = -rows.shape[-2] % BLOCK_TOKENS, -rows.shape[-1] % BLOCK_TOKENS
-    return torch.nn.functional.pad(rows, (0, short_keys, 0, short_rows)) if short_rows or short_keys else rows
