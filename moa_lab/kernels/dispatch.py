@@ -10,6 +10,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from moa_lab.cache import RingLayer
+from moa_lab.kernels.blockwise import blockwise_attention
 from moa_lab.kernels.mixture import mixed_windows
 from moa_lab.kernels.reference import windowed_attention
 from moa_lab.kernels.ring_reference import chunk_attention, newest_attention
@@ -72,6 +73,8 @@ def span_attention(
         return prefill_attention(
             query, key, value, windows, sink_tokens, scale, first=mask.first, reach=mask.reach, softcap=softcap, sink_logits=sink_logits
         )
+    if mask.is_causal and softcap is None and sink_logits is None:
+        return blockwise_attention(query, key, value, sink_tokens, windows, scale)
     positions = mask.positions
     query_positions = positions.amax(dim=-1, keepdim=True)
     gaps = mask.explicit is None and not mask.padded_on_the_left
