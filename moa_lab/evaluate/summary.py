@@ -47,9 +47,9 @@ def table(summary: dict[str, Any]) -> str:
     head = [
         "plan",
         "density",
-        *(f"@{length}" for length in others),
         "KV MiB",
         *(["allocated"] if measured else []),
+        *(f"density @{length}" for length in others),
         *(f"{score.replace('_', ' ')} @{length}" for score, length in columns),
     ]
     rows = [head]
@@ -57,7 +57,7 @@ def table(summary: dict[str, Any]) -> str:
         cells = [_cell(entry.get(score, {}).get(length)) for score, length in columns]
         sizes = [f"{entry[key] / 2**20:.1f}" for key in ("kv_bytes", ALLOCATED) if key in entry]
         elsewhere = [f"{share:.1%}" if (share := entry["density_by_length"].get(n)) is not None else "-" for n in others]
-        rows.append([name, f"{entry['density']:.1%}", *elsewhere, *sizes, *cells])
+        rows.append([name, f"{entry['density']:.1%}", *sizes, *elsewhere, *cells])
     scores = [(name, score) for entry in plans.values() for name in SCORES for score in entry.get(name, {}).values()]
     counts = sorted({f"n = {score['n']} ({name.replace('_', ' ')})" for name, score in scores})
     note = f"density and KV at {summary['n_tokens']} tokens, bytes {summary['kv_bytes_are']}; [95% interval]; {', '.join(counts)}"
