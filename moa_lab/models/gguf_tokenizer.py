@@ -8,6 +8,7 @@ a file is silent, the defaults are llama.cpp's (src/llama-vocab.cpp), whose form
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from moa_lab.models.gguf_reading import value_of
 
 logger = logging.getLogger(__name__)
 
+SPECIAL_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 SENTENCEPIECE, BYTE_LEVEL, UNIGRAM = "llama", "gpt2", "t5"
 _LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano")
 PRE_WITH_BOS = frozenset({*_LLAMA3, "tekken", "chameleon"})
@@ -38,7 +40,7 @@ class TokenizerFacts:
     """What the file says: `kind` is its `tokenizer.ggml.model`.
 
     pre: how a text is cut into words before merging. words_first: a word that is a token needs no merges.
-    end_ids: tokens beside EOS that end a turn or a message.
+    end_ids: tokens beside EOS that end a turn or a message. special_ids: of bos, eos, unk and pad, those that the file names.
     """
 
     kind: str
@@ -48,6 +50,7 @@ class TokenizerFacts:
     words_first: bool
     pre: str | None
     end_ids: tuple[int, ...]
+    special_ids: Mapping[str, int]
 
 
 def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
@@ -59,6 +62,7 @@ def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
     kind, pre = said("model"), said("pre")
     byte_level = kind == BYTE_LEVEL
     ends = (said("eot_token_id"), said("eom_token_id"))
+    named = {name: said(f"{key}_token_id") for name, key in SPECIAL_KEYS.items()}
     return TokenizerFacts(
         kind=kind,
         # gemma4: llama.cpp overrides files that say no.
@@ -68,11 +72,13 @@ def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
         pre=pre if byte_level else None,
         words_first=byte_level and pre in PRE_WITHOUT_MERGES,
         end_ids=tuple(int(token) for token in ends if token is not None),
+        special_ids={name: int(token) for name, token in named.items() if token is not None},
     )
 
 
 def hold_to(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     """Make `tokenizer` do what the file says, and the model end where it says. What agrees already is left as it is."""
+    _hold_special(facts, tokenizer)
     _hold_frame(facts, tokenizer)
     _hold_prefix_space(facts, tokenizer)
     if facts.pre is not None and facts.pre not in PRE_KNOWN:
@@ -80,6 +86,13 @@ def hold_to(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase, model: Pr
     if facts.words_first:
         tokenizer.backend_tokenizer.model.ignore_merges = True
     _hold_ends(facts, model)
+
+
+def _hold_special(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase) -> None:
+    # transformers before 5.19 takes the BOS for the EOS of some kinds, and forgets the padding token.
+    for name, token_id in facts.special_ids.items():
+        if getattr(tokenizer, f"{name}_token_id") != token_id:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token_id))
 
 
 def _hold_frame(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import BOS, CHAT_TEMPLATE, SPECIAL, tiny_model, tiny_tokenizer
 
-from moa_lab.evaluate.harness import MISSING, harness
+from moa_lab.evaluate.harness import harness
+from moa_lab.evaluate.harness_tasks import MISSING
 
 BOS_ID = SPECIAL.index(BOS)
 TASK = """

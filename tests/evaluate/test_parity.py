@@ -20,7 +20,7 @@ from moa_lab.cache import LayerLayout, RingLayer
 from moa_lab.evaluate import parity as module
 from moa_lab.evaluate.parity import Parity, default_tokens, parity, table
 from moa_lab.geometry import ModelGeometry
-from moa_lab.kernels import reference, ring_reference
+from moa_lab.kernels import dispatch, reference, ring_reference
 from moa_lab.masks import visible
 from moa_lab.models import geometry_of, weights_fingerprint
 from moa_lab.plan import Plan, SpanRule, dense_plan, uniform_plan
@@ -87,12 +87,26 @@ def shorter_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LayerLayout, "__post_init__", shorter)
 
 
+Seen = Callable[[Any, Any], tuple[Any, Any]]
+
+
+def in_one_pass(monkeypatch: pytest.MonkeyPatch, seen: Seen) -> None:
+    """Prompts in one pass get another sink and other windows: padded ones go through `visible`, others block by block."""
+    own = dispatch.blockwise_attention
+
+    def blockwise(query: Any, key: Any, value: Any, sink: int, windows: Any, scale: float) -> torch.Tensor:
+        return own(query, key, value, *seen(sink, windows), scale)
+
+    monkeypatch.setattr(reference, "visible", lambda query, key, sink, windows: visible(query, key, *seen(sink, windows)))
+    monkeypatch.setattr(dispatch, "blockwise_attention", blockwise)
+
+
 def wider_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "visible", lambda query, key, sink, window: visible(query, key, sink, window + 1))
+    in_one_pass(monkeypatch, lambda sink, windows: (sink, windows + 1))
 
 
 def nothing_seen_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "visible", lambda query, key, sink, window: query == key)
+    in_one_pass(monkeypatch, lambda sink, windows: (0, windows * 0 + 1))
 
 
 def smaller_sink_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +114,7 @@ def smaller_sink_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def larger_sink_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reference, "visible", lambda query, key, sink, window: visible(query, key, sink + 1, window))
+    in_one_pass(monkeypatch, lambda sink, windows: (sink + 1, windows))
 
 
 def wrong_slot_in_the_second_turn(monkeypatch: pytest.MonkeyPatch) -> None:

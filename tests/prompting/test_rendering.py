@@ -11,6 +11,7 @@ from moa_lab.calibration.prompts import Turn, assemble, chat_frame, encode
 from moa_lab.calibration.tasks import PlainText, Questions, Summaries
 from moa_lab.evaluate.harness import harness
 from moa_lab.evaluate.testsets import line_samples, needle_samples
+from moa_lab.interface import attention_sites
 from moa_lab.models import chat_ids
 from moa_lab.prompting.rendering import CURE, check_turns
 
@@ -117,6 +118,8 @@ def test_calibration_asks_the_template_before_any_work(monkeypatch: pytest.Monke
     def no_forward(*_: object, **__: object) -> None:
         pytest.fail("the model was asked")
 
+    # Eight tokens tell whether plans apply at all; what follows must not ask.
+    attention_sites(model)
     monkeypatch.setattr(model, "forward", no_forward)
     # Summaries come first and have one turn each; the questions behind them have two.
     wanted = (Request(Summaries(answer_tokens=4), 1), Request(Questions(per_sample=2), 1))
