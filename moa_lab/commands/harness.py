@@ -8,16 +8,14 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.commands.terminal import ForceOption, free, lengths_of
+from moa_lab.commands.terminal import ForceOption, ModelOption, free, lengths_of
 from moa_lab.text import aligned, interval_text
 
 
 def harness(
     tasks: Annotated[str, typer.Option("--tasks", help="names of the harness's tasks, separated by commas")],
     out: Annotated[Path, typer.Option("--out", help="measurements file (.json)")],
-    model: Annotated[
-        str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, a .gguf file, or OWNER/REPO:FILE.gguf")
-    ] = "smollm2",
+    model: ModelOption = "smollm2",
     plan: Annotated[Path | None, typer.Option("--plan", help="config card; without one the dense model is measured")] = None,
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="documents a task at most")] = None,
     include_path: Annotated[Path | None, typer.Option("--include-path", help="folder with task files (.yaml) of your own")] = None,

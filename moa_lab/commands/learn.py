@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.commands.terminal import AnyModelOption, Bars, ForceOption, MinSpanOption, free, weights_of
+from moa_lab.commands.terminal import AnyModelOption, Bars, ForceOption, MinSpanOption, ModelOption, free, weights_of
 from moa_lab.plan import MIN_SPAN
 
 
@@ -16,9 +16,7 @@ def learn(
     profile: Annotated[Path, typer.Option("--profile", help="profile file of `moa-lab profile`, which names the rules and lengths")],
     out: Annotated[Path, typer.Option("--out", help="front file (.json), for `moa-lab validate`")],
     density: Annotated[float, typer.Option("--density")] = 0.5,
-    model: Annotated[
-        str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, a .gguf file, or OWNER/REPO:FILE.gguf")
-    ] = "smollm2",
+    model: ModelOption = "smollm2",
     steps: Annotated[
         int, typer.Option("--steps", min=1, help="steps of the descent; on a GPU some 0.4 s each with the embedded model")
     ] = 400,

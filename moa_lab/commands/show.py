@@ -16,8 +16,8 @@ from moa_lab.evaluate.parity import PARITY_SCHEMA, Parity
 from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.evaluate.summary import table as summary_table
 from moa_lab.figures import CONFIG, goal_ratios
-from moa_lab.json_text import short
 from moa_lab.plan import PLAN_SCHEMA, Plan
+from moa_lab.plan.rules import MIN_SPAN, PUBLISHED_MULTIPLE, Rules, is_published, published_rules
 from moa_lab.provenance import Provenance
 from moa_lab.records import (
     FRONT_SCHEMA,
@@ -29,8 +29,8 @@ from moa_lab.records import (
     LossTable,
     Measurements,
 )
-from moa_lab.rules import MIN_SPAN, PUBLISHED_MULTIPLE, Rules, is_published, published_rules
 from moa_lab.storage import RecordError, parse, read_description, read_plain, schema_of
+from moa_lab.storage.json_text import short
 from moa_lab.studies import StudyRecord
 from moa_lab.studies import table as study_table
 from moa_lab.studies.record import STUDY_SCHEMA

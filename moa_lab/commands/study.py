@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.commands.terminal import Bars, ForceOption, TestSeedOption, densities_of, folder_free, free, lengths_of
+from moa_lab.commands.terminal import (
+    Bars,
+    ForceOption,
+    ModelOption,
+    PlainOption,
+    TestSeedOption,
+    densities_of,
+    folder_free,
+    free,
+    lengths_of,
+)
 from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.text import one_line
 
@@ -24,9 +34,7 @@ def study(
     name: Annotated[str, typer.Argument(help=f"{EVERY}, or one or several of these, separated by commas: {NAMES}")],
     out: Annotated[Path, typer.Option("--out", help="the record, JSON; of several studies their folder")],
     work: Annotated[Path, typer.Option("--work", help="folder of what is made on the way; studies share it")] = Path("runs/studies"),
-    model: Annotated[
-        str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, a .gguf file, or OWNER/REPO:FILE.gguf")
-    ] = "smollm2",
+    model: ModelOption = "smollm2",
     preset: Annotated[str, typer.Option("--preset", help=f"how much of everything: {', '.join(PRESETS)}")] = "study",
     densities: Annotated[str | None, typer.Option("--densities", help="shares of the KV cache, for instance 0.25,0.5")] = None,
     lengths: Annotated[str | None, typer.Option("--lengths", help="profiled lengths in tokens")] = None,
@@ -35,7 +43,7 @@ def study(
     columns: Annotated[str | None, typer.Option("--columns", help="column mapping, for instance text=article,summary=highlights")] = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     test_seed: TestSeedOption = 0,
-    plain_prompts: Annotated[bool, typer.Option("--plain-prompts", help="questions as plain text, without the chat template")] = False,
+    plain_prompts: PlainOption = False,
     force: ForceOption = False,
 ) -> None:
     """Answer questions with error bars, a record each; of several studies, those whose record exists are not run again."""

@@ -13,6 +13,9 @@ from moa_lab.text import once
 
 Number = TypeVar("Number", int, float)
 
+ModelOption = Annotated[str, typer.Option("--model", help="smollm2 (embedded), a hub id, a folder, a .gguf file, or OWNER/REPO:FILE.gguf")]
+PlainOption = Annotated[bool, typer.Option("--plain-prompts", help="questions as plain text, without the model's chat template")]
+LengthsOption = Annotated[str | None, typer.Option("--lengths", help="profiled lengths in tokens, for instance 1024,2048")]
 ForceOption = Annotated[bool, typer.Option("--force", help="replace the output file if it exists")]
 AnyModelOption = Annotated[bool, typer.Option("--any-model", help="take samples and a profile of other weights, of a sibling model say")]
 TestSeedOption = Annotated[int, typer.Option("--test-seed", help="draws the test samples; what is chosen stays")]

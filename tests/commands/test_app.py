@@ -10,7 +10,6 @@ from command_line import exit_code
 from texts import bpe_tokenizer
 from tiny import tiny_model
 
-from moa_lab import storage
 from moa_lab.bench.record import GOALS, BenchRecord, judged
 from moa_lab.bench.record import table as bench_table
 from moa_lab.bench.search import search_table
@@ -133,7 +132,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(storage.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     arguments = ("--model", model_folder, "--lengths", "512", "--n", "1", "--force", "--out", tmp_path / "out.json")
     assert exit_code(monkeypatch, "evaluate", card, *arguments) == 2
     assert "No space left on device" in one_line_error(capsys)

@@ -1,14 +1,9 @@
-"""Files that survive a kill: written to a temporary name, then renamed; refused by name when they are not what they should be."""
+"""Records read back: refused by name when they are not what they should be."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import math
-import os
-import tempfile
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -16,16 +11,10 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from moa_lab.json_text import CutJson, field_name, read_text, short
+from moa_lab.storage.json_text import CutJson, field_name, read_text, short
 
 T = TypeVar("T")
-
-ENDS = ("low", "high")
-"""Fields that hold the ends of an interval."""
-
-
 JSON_SUFFIX, TENSORS_SUFFIX = ".json", ".safetensors"
 STAGE_CURE = "delete it and run its stage again"
 """For what a stage wrote and can write again."""
@@ -35,47 +24,6 @@ HAND_CURE = "take a whole copy, or close what is open"
 
 class RecordError(ValueError):
     """A file is truncated, foreign, or of another schema; the message names the file and the cure."""
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; rename it over `path` only when the block succeeds.
-
-    Raises OSError (for instance: no space left) with `path` untouched and the temporary file removed.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with temporary.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        # mkstemp makes private files; a record is as readable as any other file of its owner.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(target)
-    except OSError as error:
-        # A write that finds the disk full names no file.
-        if error.errno and error.filename is None:
-            error.filename = str(target)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> Path:
-    """Write UTF-8 text atomically and return the path."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return Path(path)
-
-
-def write_json(path: str | Path, value: Any) -> Path:
-    """Write JSON atomically; NaN and infinities are refused with ValueError because JSON has no word for them."""
-    return write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path, schema: str, cure: str = STAGE_CURE) -> dict[str, Any]:
@@ -107,19 +55,6 @@ def read_plain(path: str | Path, expected: str = "a record in JSON", cure: str =
     except UnicodeDecodeError as error:
         raise RecordError(f"{path}: truncated or not JSON: no text in {error.encoding} at byte {error.start}; {cure}") from error
     return _read_text(path, text, cure)
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> Path:
-    """Write named arrays and a JSON-able description as one safetensors file, atomically."""
-    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    description = {"record": json.dumps(metadata, allow_nan=False)}
-    with atomic_path(path) as temporary:
-        try:
-            save_file(contiguous, temporary, metadata=description)
-        except SafetensorError as error:
-            # safetensors has an error of its own for a full disk.
-            raise OSError(f"{path}: {error}") from error
-    return Path(path)
 
 
 def read_tensors(path: str | Path, schema: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
@@ -192,16 +127,6 @@ def parse(cls: type[T], data: Any, path: str | Path) -> T:
     if unknown:
         raise RecordError(f"{path}: field {field_name(unknown)}: no such field here; it is misspelt, or a newer moa-lab wrote the file")
     return value
-
-
-def to_json(value: Any) -> Any:
-    """Return a frozen dataclass as plain JSON data; ends of intervals that are infinite, as nothing is known of them, are null."""
-    return asdict(value, dict_factory=lambda fields: {name: end_to_json(value) if name in ENDS else value for name, value in fields})
-
-
-def end_to_json(end: Any) -> Any:
-    """An end of an interval in JSON, which has no word for infinity: null."""
-    return None if isinstance(end, float) and math.isinf(end) else end
 
 
 def is_intact(path: str | Path, load: Callable[[Path], object]) -> bool:

@@ -1,0 +1,26 @@
+"""What the stages hand to one another: frozen dataclasses that save themselves and refuse files that are not theirs."""
+
+from moa_lab.records.front import FRONT_SCHEMA, Front, FrontPoint
+from moa_lab.records.loss_table import FORMS, TABLE_SCHEMA, Form, LossTable, Objective
+from moa_lab.records.measurements import ALLOCATED, EXACT, MEASUREMENTS_SCHEMA, Measurement, Measurements
+from moa_lab.records.profile import BLOCK_TOKENS, PROFILE_SCHEMA, InfluenceProfile, ProfileKey
+
+__all__ = [
+    "ALLOCATED",
+    "BLOCK_TOKENS",
+    "EXACT",
+    "FORMS",
+    "FRONT_SCHEMA",
+    "MEASUREMENTS_SCHEMA",
+    "PROFILE_SCHEMA",
+    "TABLE_SCHEMA",
+    "Form",
+    "Front",
+    "FrontPoint",
+    "InfluenceProfile",
+    "LossTable",
+    "Measurement",
+    "Measurements",
+    "Objective",
+    "ProfileKey",
+]
