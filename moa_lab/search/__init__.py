@@ -54,7 +54,7 @@ __all__ = [
 
 
 class _Callable(ModuleType):
-    # `moa_lab.search` is the function of that name and, once anything here was imported, also this package: it is both.
+    # `moa_lab.search` must be both this package and the function `search(...)`.
     def __call__(self, *args: Any, **settings: Any) -> Any:
         return search(*args, **settings)
 

@@ -1,4 +1,4 @@
-"""Plans to compare with that are not what the search would choose: the paper's objective, and whole heads by single-value influence."""
+"""Baseline plans: the paper's objective, and heads ranked by the influence of single values."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ RANKED_FLOOR = 192
 def baseline_plan(name: str, profile: InfluenceProfile, density: Density, *, min_span: int = MIN_SPAN) -> Plan:
     """A baseline at `density`, from the influence of single values (the paper's estimator).
 
-    paper: the sum of lost influence over all tasks and lengths, solved to a proven gap (arXiv 2406.14909). ranked: the heads with
-    the most influence beyond a floor of 192 on questions whole, the others at the floor; min_span is the floor where 192 is below it, or
-    takes more than the density. Raises ValueError for another name.
+    "paper": least sum of lost influence over all tasks and lengths, solved to a proven gap (arXiv 2406.14909). "ranked": the heads
+    with the most influence on questions beyond the floor are whole, the others at the floor: 192 tokens, or min_span where that is
+    larger or 192 exceeds the density. Raises ValueError for another name.
     """
     table = loss_table(profile, min_span=min_span, estimator="element")
     if name == "paper":

@@ -1,4 +1,4 @@
-"""The instant answer for a density slider: Lagrangian relaxation with a proven gap."""
+"""The fast solver behind the density slider: Lagrangian relaxation with a proven gap."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ class BudgetAnswer:
 
 @dataclass(frozen=True)
 class Relaxation:
-    """What the relaxation knows: the best feasible choice (heads,) if any, its value, the proven bound, and behind the bound
-    its dual and the simplex weights over the rows of each worst term."""
+    """The best feasible choice (heads,) if any, its value, the proven bound, and the dual that proves it, with its simplex
+    weights over the rows of each worst term."""
 
     choice: np.ndarray | None
     value: float
@@ -58,7 +58,7 @@ class Relaxation:
 
 
 class BudgetSolver:
-    """Answers densities for one table and goal; keeps what does not depend on the density."""
+    """Solves any density for one table and goal; what does not depend on the density is prepared once."""
 
     def __init__(self, table: LossTable, goal: Goal | None = None, lengths: Iterable[int] | None = None) -> None:
         self.table = table
@@ -88,10 +88,10 @@ class BudgetSolver:
 def solve_budget(
     table: LossTable, density: Density, *, goal: Goal | None = None, lengths: Iterable[int] | None = None, pinned: Pinned | None = None
 ) -> BudgetAnswer:
-    """One answer of `BudgetSolver`: near-optimal for `goal` (None: the mean of the default goals), with a proven gap.
+    """One solve of `BudgetSolver`: near-optimal for `goal` (None: the mean of the default goals), with a proven gap.
 
-    A goal with worst_distance objectives is priced by simplex weights over their rows, moved towards the rows that bind;
-    any weights prove a bound, but its gap is wider than that of a linear goal.
+    The maximum in a worst_distance objective is replaced by simplex weights over its rows, moved towards the rows that bind.
+    Any weights prove a bound, but the gap is wider than that of a linear goal.
     """
     if lengths is None and isinstance(density, Mapping):
         lengths = density
@@ -99,12 +99,12 @@ def solve_budget(
 
 
 def relative_gap(value: float, bound: float) -> float:
-    """(value - bound) / value, at least 0; 0 when both are nothing."""
+    """(value - bound) / value, at least 0; 0 when both are 0."""
     return max(value - bound, 0.0) / max(abs(value), 1e-9)
 
 
 def relax(goal: Terms, limits: Limits, allowed: np.ndarray, effort: int = 1) -> Relaxation:
-    """Bound and feasible choice for a goal under limits; worst terms by multiplicative weights over their rows.
+    """Lower bound and feasible choice for a goal under limits; worst terms by multiplicative weights over their rows.
 
     With `effort` above 1 the dual is polished by cutting planes and more moves are tried for the choice.
     """
@@ -124,7 +124,7 @@ def relax(goal: Terms, limits: Limits, allowed: np.ndarray, effort: int = 1) -> 
 
 
 def _polished(goal: Terms, limits: Limits, allowed: np.ndarray, known: Relaxation, effort: int) -> Relaxation:
-    """The relaxation with its dual at the maximum, over prices and row weights alike, and a choice rounded from there."""
+    """The relaxation with its dual maximised over multipliers and row weights, and the choice rounded from there."""
     rows, groups, start = [limits.usage], [], [known.dual.multipliers]
     first = len(limits.usage)
     for term, w in zip(goal.worst, known.weights, strict=True):
@@ -152,14 +152,14 @@ def _better(best: Relaxation | None, found: tuple[np.ndarray, float] | None, dua
     choice, value = found if found is not None else (None, np.inf)
     if best is not None and best.value <= value:
         choice, value = best.choice, best.value
-    # The dual of the best bound is kept, whichever round found the choice; a bound above the value is rounding.
+    # The best bound and the best choice may come from different rounds; a bound above the value is rounding error.
     if best is not None and best.dual.bound >= dual.bound:
         dual, weights = best.dual, best.weights
     return Relaxation(choice, value, min(dual.bound, value), dual, weights)
 
 
 def weighted(goal: Terms, weights: list[np.ndarray]) -> np.ndarray | float:
-    """The worst terms with their rows weighed: (heads, R)."""
+    """The worst terms, each a weighted mean of its rows: (heads, R)."""
     return sum((term.weight * np.tensordot(w, term.rows, axes=1) for term, w in zip(goal.worst, weights, strict=True)), 0.0)
 
 

@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 METHODS = ("milp", "ranked", "budget", "element", "evolve")
 DEFAULT_METHODS = ("milp", "ranked", "budget", "element")
 BUDGET_SHARES = (0.25, 0.5, 0.75, 0.95)
-"""Weights of one goal against the other in the quick answers: which matters more is for measurement to say."""
+"""Weights of the first of two goals in the budget solves; validation decides which is right."""
 ALTERNATIVE_INTERVALS = 2
 PREFERRED_POINTS = 5
 GAP = 2e-3
 WORST_GAP = 1e-2
-"""Worst-distance programs close their last per cent slowly, and the predictor is not that exact."""
+"""Worst-distance programs close the last per cent of their gap slowly, and the prediction is not that exact."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +60,20 @@ def search(
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
 ) -> Front:
-    """Candidate plans at a density, of different minds about what matters, for measured validation to choose from.
+    """Candidate plans at a density, found with several objectives and solvers, for measured validation to choose from.
 
-    min_span: the floor in tokens (None: 128 for a profile, a table's own; another than a table's is refused).
-    `methods`: "milp" (for each goal set the mean of its goals, and its epsilon front: the default goals with `intervals`,
-    the alternatives with two), "ranked" (whole heads over floors of min_span, 128, 192 and 256), "budget" (instant answers at several
-    weights of the goals), "element" (plans by single values, the paper's estimator), "evolve". The alternatives
-    to the default goals are the paper's sums, questions by worst distance, and the other tasks by worst distance; `goals`
-    replace them all.
+    min_span: the floor in tokens (None: 128 for a profile, the table's own for a table, which allows no other).
+    `methods`: "milp" (for each goal set the mean of its goals, and its epsilon-constraint front: the default goals with
+    `intervals`, the alternatives with two), "ranked" (whole heads over floors of min_span, 128, 192 and 256), "budget"
+    (Lagrangian solves at several weights of the goals), "element" (plans by single values, the paper's estimator), "evolve"
+    (NSGA-II). The alternatives to the default goals are the paper's sums, questions by worst distance, and the other tasks
+    by worst distance; `goals` replace them all.
 
-    The points: no other point is at least as good in every objective of the table and in density (mean over the limit
-    lengths) and better in one. The exception are points of an origin in `keep`: the ranked plans stay as references. At
-    most `max_points` stay: those of `keep`, one of every origin, some more of the first goal set, and then those furthest
-    from one another in the objectives. `origin` is "default", "paper", ... (the goal set of an exact solve), "ranked",
-    "budget" or "evolve". `progress(done, total, message)`; when `cancel` is set, what was found so far is returned. Results
-    repeat unless `time_limit_s`, shared by all exact solves, runs out.
+    Returned are non-dominated points (in the table's objectives and the mean density over the limit lengths); points whose
+    origin is in `keep` stay as references, dominated or not. Of more than `max_points`, those of `keep`, one of every
+    origin and some more of the first goal set stay, then those furthest from one another in the objectives. `origin` is
+    the goal set of an exact solve ("default", "paper", ...) or the method. `progress(done, total, message)`; when `cancel`
+    is set, what was found so far is returned. Results repeat unless `time_limit_s`, shared by all exact solves, runs out.
 
     Raises InfeasibleError (a ValueError) naming the length that binds and the least feasible density there.
     """
@@ -102,7 +101,7 @@ def search(
 
 
 def goal_sets(table: LossTable) -> tuple[GoalSet, ...]:
-    """The default goals and, as far as the table has the forms, three other views of the same tasks; one task: per length."""
+    """The default goals and the alternatives that `search` names, where the table holds their forms; a single task is split by length."""
     tasks = {objective.task for objective in table.objectives}
     held = {objective.form for objective in table.objectives}
     by: Any = "task" if len(tasks) > 1 else "task_length"
@@ -132,7 +131,7 @@ class _Search:
         self._exact_too = exact_too
 
     def stages(self, method: str) -> list[Callable[[int], list[FrontPoint]]]:
-        """What a method does, in steps that take the number of exact steps that share the time left."""
+        """The steps of a method; each takes the number of exact solves that share the time left."""
         if method == "milp":
             return [self._exact(index) for index in range(len(self._sets))]
         others = {"ranked": self._ranked, "budget": self._budget, "element": self._element, "evolve": self._evolve}
@@ -212,14 +211,14 @@ class _Search:
         )
 
     def _with_common_goals(self, found: FrontPoint) -> FrontPoint:
-        """Every point of a search names the values of the first goal set, whichever set found it."""
+        """The point with the predicted values of the first goal set as well, so that all points compare."""
         predicted = self._table.predict(self._table.choice(found.plan))
         return replace(found, predicted={**predicted, **{goal.name: goal.value(predicted) for goal in self._sets[0].goals}})
 
 
 def _thinned(points: list[FrontPoint], names: Sequence[str], most: int, keep: Sequence[str]) -> list[FrontPoint]:
-    """At most `most` points: those in `keep` and the first of every origin, a few more of the first goal set's, then any;
-    each time the one that is furthest from the chosen."""
+    """At most `most` points: those in `keep` and the first of every origin, then a few of the first goal set, then any;
+    each time the one furthest from those chosen."""
     if len(points) <= most:
         return points
     values = front_values(points, names)
@@ -240,7 +239,7 @@ def _thinned(points: list[FrontPoint], names: Sequence[str], most: int, keep: Se
 
 
 def _renamed(points: Sequence[FrontPoint]) -> list[FrontPoint]:
-    """Names that tell a table of measurements where each plan came from, all different."""
+    """The points with distinct names that tell where each plan came from."""
     count: dict[str, int] = {}
     renamed = []
     for candidate in points:
@@ -251,7 +250,7 @@ def _renamed(points: Sequence[FrontPoint]) -> list[FrontPoint]:
 
 
 def _tables(given: InfluenceProfile | LossTable, min_span: int | None) -> tuple[LossTable, LossTable | None]:
-    """The table that is searched, and one of single values over the same rules where the profile has both."""
+    """The table to search, and one of single values over the same rules where the profile has both estimators."""
     if isinstance(given, LossTable):
         if min_span not in (None, given.min_span):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The last per mille of a dual bound: cutting planes in a trust region. Slower than Newton steps, but exact."""
+"""Cutting planes in a trust region close the last per mille of a dual bound: slower than Newton steps, but exact."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ TOLERANCE = 1e-6
 def polish(relaxed: Relaxed, start: np.ndarray, groups: Sequence[tuple[slice, float]] = (), ceiling: float = np.inf) -> Dual:
     """Maximise a dual function from the multipliers `start` (K,).
 
-    `groups`: slices of multipliers that must sum to a given weight; the rows of a maximum, whose limit is 0. Every
-    evaluation gives a plane above the concave bound; the next point is the best of their minimum near the best point so far.
-    A bound above `ceiling` ends the climb: limits that cannot be met give it no maximum.
+    `groups`: slices of multipliers that must sum to a given weight (the rows of a worst term; their limit is 0). Every
+    evaluation gives a plane above the concave dual; the next point maximises the minimum of the planes near the best point.
+    Stops once the bound exceeds `ceiling`: with infeasible limits the dual has no maximum.
     """
     best = relaxed.dual(start)
     points, values, slopes = [start], [best.bound], [_slope(relaxed, best)]
@@ -49,10 +49,10 @@ def _slope(relaxed: Relaxed, dual: Dual) -> np.ndarray:
 def _master(
     points: np.ndarray, values: np.ndarray, slopes: np.ndarray, centre: np.ndarray, radius: float, groups: Sequence[tuple[slice, float]]
 ) -> tuple[np.ndarray, float] | None:
-    """Best point of the planes' minimum within `radius` (relative) of the centre, and that minimum."""
+    """The point within `radius` (relative) of the centre that maximises the minimum of the planes, and that minimum."""
     count = len(centre)
     size = radius * (centre + 0.1 * centre.mean() + 1e-9)
-    # Measured in trust-region sizes and bound units, every variable is of order 1.
+    # Scaled by the trust region and the bound, every variable is of order 1.
     unit = max(abs(float(values.max())), 1e-12)
     planes = np.column_stack([-slopes * size / unit, np.ones(len(values))])
     above = (values + ((centre - points) * slopes).sum(axis=1)) / unit
@@ -69,6 +69,6 @@ def _master(
     moved = np.maximum(centre + size * result.x[:count], 0.0)
     for members, weight in groups:
         total = moved[members].sum()
-        # A step may clip a whole group to nothing; any weights of the right sum prove a bound, so the centre's do.
+        # Clipping may zero a whole group; any weights of the right sum prove a bound, so the centre's do.
         moved[members] = moved[members] * (weight / total) if total > 0 else centre[members]
     return moved, float(result.x[-1]) * unit

@@ -1,4 +1,4 @@
-"""A front by evolution: NSGA-II (pymoo) over rule indices, seeded with the other solvers' plans."""
+"""A front by NSGA-II (pymoo) over rule indices, seeded with the other solvers' plans."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def evolve(
     callback: Callable[[int, np.ndarray], None] | None = None,
     cancel: threading.Event | None = None,
 ) -> Front:
-    """The non-dominated set of everything that NSGA-II met, its seeds included: its hypervolume is never below theirs.
+    """The non-dominated set of all plans that NSGA-II evaluates, seeds included: its hypervolume is never below theirs.
 
     `density`: a limit that every plan keeps (by repair), or None to make the mean density over the limit lengths one more
     objective, "density". `goals` default to one per task. `seeds` are plans or choices (layers, kv_heads); by default the
     budget answers per goal and for their mean, and the ranked plans. `callback(generation, values)` gets the archive's
-    values (points, objectives). When `cancel` is set, the front so far is returned. The same arguments give the same front.
+    values (points, objectives). When `cancel` is set, the front so far is returned. Equal arguments give equal fronts.
     Raises InfeasibleError for an infeasible density, ValueError for a seed of another table.
     """
     if generations < 1 or population < 4:
@@ -130,7 +130,7 @@ class PlanProblem(Problem):
         return self.limits.met_by(choice)
 
     def repaired(self, choices: np.ndarray) -> np.ndarray:
-        """The same choices (points, heads), lowered where they exceed a limit: heads that lose least per saved token first."""
+        """The choices (points, heads), lowered where they exceed a limit: first the heads that lose least per saved token."""
         return np.stack([self._lowered(choice.copy()) for choice in choices])
 
     def _lowered(self, choice: np.ndarray) -> np.ndarray:
@@ -153,7 +153,7 @@ class PlanProblem(Problem):
                 break
             needed = int(np.searchsorted(np.cumsum(saved[order, best[order]]), over[binding])) + 1
             choice[order[:needed]] = best[order[:needed]]
-        # Rules that save at one length and cost at another ended the lowering: the cheapest rule keeps whatever can be kept.
+        # Stuck, as the rules left save at one length and cost at another: every head takes its shortest rule.
         return self.limits.usage.max(axis=0).argmin(axis=1)
 
     def _evaluate(self, x: np.ndarray, out: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -185,7 +185,7 @@ class _StepMutation(Mutation):
 
 
 class _Archive(Callback):
-    """Keeps every non-dominated choice met so far; NSGA-II alone forgets when its front outgrows the population."""
+    """Keeps every non-dominated choice so far; NSGA-II drops some when its front outgrows the population."""
 
     def __init__(
         self,

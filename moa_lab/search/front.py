@@ -20,7 +20,7 @@ Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, message)."""
 
 TIE_BREAK = 1e-3
-"""Share of the other goals in each solve, so that of equal plans the one that is not dominated is found."""
+"""Weight of the other goals in each solve, so that of equally good plans a non-dominated one is found."""
 MAX_GRID_GOALS = 3
 DENSITY = "density"
 
@@ -68,7 +68,7 @@ def point(
 
 
 def distinct(points: Iterable[FrontPoint]) -> list[FrontPoint]:
-    """The points without plans that do the same; the first of each stays."""
+    """The points without equal plans (by `Plan.identity`); the first of each stays."""
     seen: dict[str, FrontPoint] = {}
     for candidate in points:
         seen.setdefault(candidate.plan.identity(), candidate)
@@ -146,7 +146,7 @@ class _Run:
         self.solves = self.unsolved = 0
 
     def solve(self, goal: Goal, limits: dict[str, float], remaining: int) -> None:
-        """Minimise one goal (with a little of the others) under limits on others; limits that cannot be met find nothing."""
+        """Minimise one goal (with a little of the others) under limits on the others; infeasible limits add no point."""
         left = self._deadline - time.perf_counter()
         if left <= 0 or (self._cancel is not None and self._cancel.is_set()):
             self.unsolved += 1

@@ -45,7 +45,7 @@ def default_goals(
 
     Questions are counted all-or-nothing (a needle needs *all* heads that carry it), every other task by the sum of lost
     influence; `forms` overrides that per task. Lengths weigh the same unless `weights` (per objective name, default 1)
-    says otherwise. A table that was built without a default form gives the form it has. Raises ValueError for a task or
+    says otherwise. Where the table lacks the default form, the form it has is taken. Raises ValueError for a task or
     objective that the table does not hold.
     """
     forms, weights = dict(forms or {}), dict(weights or {})

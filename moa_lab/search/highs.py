@@ -1,4 +1,4 @@
-"""One mixed-integer model through HiGHS, in this process or in one that can be stopped."""
+"""Solve a mixed-integer model with HiGHS, in this process or in a child process that can be stopped."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
 IN_PROCESS_S = 1.0
-"""A cancellable model first gets this long here: most finish, and a new interpreter costs as much."""
+"""A cancellable model first runs this long in this process: most finish, and starting a child takes as long."""
 IN_PROCESS_ENTRIES = 50_000
-"""Matrix entries beyond which a cancellable model starts apart: HiGHS looks at its clock between steps, which grow long."""
+"""A cancellable model with more matrix entries runs in a child at once: HiGHS checks the time between steps, which grow long."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Outcome:
 
 
 def solve(model: Model, *, time_limit_s: float, mip_gap: float, cancel: threading.Event | None = None) -> Outcome:
-    """Solve within `time_limit_s`; with `cancel`, what is large or long runs in a process that is ended when it is set."""
+    """Solve within `time_limit_s`; with `cancel`, a large or slow model runs in a child process, killed when it is set."""
     if cancel is None:
         return _solve_here(model, time_limit_s, mip_gap)
     if cancel.is_set():
@@ -58,7 +58,7 @@ def solve(model: Model, *, time_limit_s: float, mip_gap: float, cancel: threadin
 
 
 def _solve_here(model: Model, time_limit_s: float, mip_gap: float) -> Outcome:
-    """With presolve; without it where that finds nothing: HiGHS's presolve has called feasible models infeasible, or given up on them."""
+    """With presolve, then without where that fails: HiGHS's presolve has called feasible models infeasible, or given up on them."""
     began = time.monotonic()
     outcome = _call(model, time_limit_s, mip_gap, presolve=True)
     left = time_limit_s - (time.monotonic() - began)
@@ -69,7 +69,7 @@ def _solve_here(model: Model, time_limit_s: float, mip_gap: float) -> Outcome:
 
 
 def _call(model: Model, time_limit_s: float, mip_gap: float, presolve: bool) -> Outcome:
-    """As `solve`; status "trouble" where HiGHS ended for a reason of its own."""
+    """One call of HiGHS; status "trouble" where the solver itself failed."""
     variables = len(model.objective)
     upper = np.where(np.arange(variables) < model.binaries, 1.0, np.inf)
     result = milp(
@@ -79,7 +79,7 @@ def _call(model: Model, time_limit_s: float, mip_gap: float, presolve: bool) -> 
         constraints=LinearConstraint(model.matrix, model.low, model.high),
         options={"time_limit": time_limit_s, "mip_rel_gap": mip_gap, "presolve": presolve},
     )
-    # scipy: 0 optimal, 1 iteration or time limit, 2 infeasible; 3 and 4 are troubles of the solver.
+    # scipy: 0 optimal, 1 iteration or time limit, 2 infeasible, 3 unbounded, 4 other.
     status = {0: "optimal", 1: "time_limit", 2: "infeasible"}.get(result.status, "trouble")
     bound = getattr(result, "mip_dual_bound", None)
     return Outcome(status, result.x, float(bound) if bound is not None and np.isfinite(bound) else -np.inf)
@@ -93,7 +93,7 @@ def _solve_apart(model: Model, time_limit_s: float, mip_gap: float, cancel: thre
             data=model.matrix.data, indices=model.matrix.indices, indptr=model.matrix.indptr,
             time_limit_s=time_limit_s, mip_gap=mip_gap,
         )  # fmt: skip
-        # Not multiprocessing: its spawn imports the caller's script again, which a script without a main guard does not survive.
+        # Not multiprocessing: its spawn imports the caller's script again, which fails without a main guard.
         code = "import sys; from moa_lab.search.highs import answer; answer(sys.argv[1], sys.argv[2])"
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         child = subprocess.Popen(
@@ -115,7 +115,7 @@ def _solve_apart(model: Model, time_limit_s: float, mip_gap: float, cancel: thre
 
 
 def _wait(child: subprocess.Popen[bytes], deadline: float, cancel: threading.Event) -> str | None:
-    """Wait for the child; the reason why it must be stopped, or None when it ended by itself."""
+    """Wait for the child: why it must be stopped, or None when it ended by itself."""
     while child.poll() is None:
         if cancel.wait(0.05):
             return "cancelled"
@@ -125,7 +125,7 @@ def _wait(child: subprocess.Popen[bytes], deadline: float, cancel: threading.Eve
 
 
 def answer(question: str, target: str) -> None:
-    """The child's part: read a model, solve it, write the outcome."""
+    """Runs in the child: read a model, solve it, write the outcome."""
     with np.load(question, allow_pickle=False) as data:
         shape = (len(data["low"]), len(data["objective"]))
         matrix = csr_array((data["data"], data["indices"], data["indptr"]), shape=shape)

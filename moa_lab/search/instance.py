@@ -1,4 +1,4 @@
-"""What is solved: a goal, limits on densities and on other goals, and the rules that each head may have."""
+"""One problem to solve: a goal, limits on densities and on other goals, and the rules that each head may have."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Cap:
 
     @property
     def forgiving(self) -> float:
-        """`most` with room for the rounding of a limit that was itself a computed value."""
+        """`most` plus a rounding tolerance, as limits are often computed values."""
         return self.most * (1 + 1e-6) + 1e-7
 
     def met_by(self, choice: np.ndarray) -> bool:
-        """Whether a choice (heads,) keeps within it."""
+        """Whether a choice (heads,) meets the constraint."""
         return self.terms.value(choice) <= self.forgiving
 
 
@@ -43,21 +43,21 @@ class Instance:
     max_rules: int | None
 
     def met_by(self, choice: np.ndarray) -> bool:
-        """Whether a choice (heads,) keeps within everything but `allowed`."""
+        """Whether a choice (heads,) meets every limit; `allowed` is not checked."""
         if self.max_rules is not None and max(len(set(row)) for row in choice.reshape(self.layers, -1).tolist()) > self.max_rules:
             return False
         return self.limits.met_by(choice) and all(cap.met_by(choice) for cap in self.caps)
 
 
 def highest_value(problem: Instance) -> float:
-    """What no allowed choice can exceed."""
+    """An upper bound on the goal over all allowed choices."""
     linear = np.where(problem.allowed, problem.goal.linear, -np.inf).max(axis=1).sum()
     worst = (term.weight * np.where(problem.allowed, term.rows, -np.inf).max(axis=2).sum(axis=1).max() for term in problem.goal.worst)
     return float(linear + sum(worst))
 
 
 def with_caps(problem: Instance) -> Limits:
-    """The density limits plus one row per cap, in which worst rows are averaged: a weaker limit, so its bound stays proven."""
+    """The density limits plus one row per cap. Worst rows are averaged: a weaker limit, so bounds stay proven."""
     limits = problem.limits
     if not problem.caps:
         return limits

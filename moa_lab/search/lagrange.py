@@ -51,8 +51,8 @@ def ascend(cost: np.ndarray, usage: np.ndarray, limit: np.ndarray, start: np.nda
 def fit(dual: Dual, cost: np.ndarray, usage: np.ndarray, limit: np.ndarray, slack: np.ndarray, effort: int = 1) -> list[np.ndarray]:
     """Feasible choices (heads,) near a dual: one filled up from just below the budget, one repaired from just above it.
 
-    Moves are those that cost least; only the ones nearest to optimal by reduced cost are tried (more with more `effort`),
-    all of them when no choice comes out. Empty when the limits cannot be met this way.
+    Greedy single-head moves: those nearest to optimal by reduced cost (more with more `effort`), all of them when these find
+    no feasible choice. Empty when the limits cannot be met this way.
     """
     relaxed = Relaxed(cost, usage, limit)
     starts = _around(relaxed, dual.multipliers, limit + slack)
@@ -61,7 +61,7 @@ def fit(dual: Dual, cost: np.ndarray, usage: np.ndarray, limit: np.ndarray, slac
     near = np.argpartition(excess, moves)[:moves] if excess.size > moves else np.arange(excess.size)
     found = []
     everything = np.flatnonzero(np.isfinite(cost))
-    # Repairs may end in a corner where limits pull apart: last, the shortest rules, which keep whatever one rule can keep.
+    # Repairs may get stuck where limits conflict: as a last resort start from the shortest rules.
     shortest = np.where(np.isfinite(cost), usage.max(axis=0), np.inf).argmin(axis=1)
     for entries, around in ((near, starts), (everything, starts), (everything, [shortest])):
         for start in around:
@@ -77,7 +77,7 @@ def fit(dual: Dual, cost: np.ndarray, usage: np.ndarray, limit: np.ndarray, slac
 def _around(relaxed: Relaxed, multipliers: np.ndarray, limit: np.ndarray) -> list[np.ndarray]:
     """The cheapest choices at the multipliers raised until they keep the limits, and those at the step before.
 
-    Limits without a price get one as well: among rules of equal reduced cost the choice must move towards the short ones.
+    Multipliers of 0 are raised as well, so that of rules of equal reduced cost the shorter ones win.
     """
     before: list[np.ndarray] = []
     common = max(float(multipliers.mean()), 1e-12)
@@ -112,7 +112,7 @@ class Relaxed:
 
     def _proven(self, multipliers: np.ndarray, reduced: np.ndarray, low: np.ndarray) -> Dual:
         paid = float(multipliers @ self.limit)
-        # Large multipliers cancel large terms: the bound gives up what rounding may have added.
+        # Large terms cancel here: subtracting the possible rounding error keeps the bound proven.
         rounding = 1e-14 * (float(np.abs(low).sum()) + paid)
         return Dual(multipliers, float(low.sum()) - paid - rounding, reduced)
 
@@ -121,7 +121,7 @@ class Relaxed:
         reduced = self.reduced(multipliers)
         low = reduced.min(axis=1)
         paid = float(multipliers @ self.limit)
-        # Clipped: subnormal exponentials would cost ten times the rest; what is clipped weighs 1e-17.
+        # Clipped, as subnormal exponentials are ten times slower; exp(-40) is negligible.
         share = np.exp(np.maximum((low[:, None] - reduced) / tau, -40.0))
         total = share.sum(axis=1)
         share /= total[:, None]
@@ -158,12 +158,12 @@ def _climb(relaxed: Relaxed, start: np.ndarray, tau: float, best: Dual) -> tuple
 
 
 def _newton(here: np.ndarray, gradient: np.ndarray, curvature: np.ndarray) -> np.ndarray:
-    """Newton direction in the multipliers that are positive or want to be."""
+    """Newton direction in the multipliers that are positive or have a positive gradient."""
     step = np.zeros_like(here)
     free = (here > 0) | (gradient > 0)
     if free.any():
         block = curvature[np.ix_(free, free)]
-        # Lengths whose spans move together make the curvature singular; the ridge, in each limit's own unit, bounds the step.
+        # Lengths with proportional spans make the curvature singular; a ridge, scaled per limit, bounds the step.
         ridge = 1e-6 * np.diag(block) + 1e-12
         step[free] = np.linalg.solve(block + np.diag(ridge), gradient[free])
     return step
@@ -185,7 +185,7 @@ def _ray(relaxed: Relaxed, direction: np.ndarray) -> np.ndarray:
 
 
 def _first_temperature(reduced: np.ndarray) -> float:
-    """Ten times the typical lead of a head's best rule over its second: at this temperature most heads waver."""
+    """Ten times the typical lead of a head's best rule over its second: at this temperature most heads mix several rules."""
     if reduced.shape[1] < 2:
         return 1e-9
     two = np.partition(reduced, 1, axis=1)
@@ -213,11 +213,11 @@ class _Moves:
             if not over.any():
                 return True
             change = self._usage - self._usage_now[:, self._heads]
-            # Relief counts only as far as it is needed, and what it newly breaks counts against it.
+            # Relief beyond what is needed does not count; exceeding another limit counts against a move.
             room = self._limit + self._slack - self._usage_now.sum(axis=1)
             relief = (over[:, None] - np.maximum(change - room[:, None], 0.0)).sum(axis=0)
             price = np.where(relief > 0, np.maximum(self._cost - self._cost_now[self._heads], 0.0) / np.maximum(relief, 1e-300), np.inf)
-            # Among free moves the one with the most relief, so that ties never loop.
+            # Of moves that cost nothing, the one with the most relief: ties cannot loop.
             best = int(np.lexsort((-relief, price))[0]) if (price == 0).any() else int(price.argmin())
             if not np.isfinite(price[best]):
                 return False

@@ -52,7 +52,7 @@ def rule_excess(priced: np.ndarray, most: int) -> np.ndarray:
 
 
 def _forbidding(priced: np.ndarray) -> np.ndarray:
-    """Infinite prices made finite, so that sums compare, yet each above what all allowed ones of a layer cost together."""
+    """Infinite prices replaced by finite ones above the sum of a layer's allowed prices, so that sums compare."""
     allowed = np.isfinite(priced)
     highest = np.abs(priced, where=allowed, out=np.zeros_like(priced)).max()
     return np.where(allowed, priced, 4 * priced.shape[1] * (highest + 1))

@@ -1,4 +1,4 @@
-"""Profile x rules -> loss table: what every choice would lose, by suffix sums over distance."""
+"""Profile x rules -> loss table: the predicted loss of every choice, by suffix sums over distance."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ def loss_table(
 ) -> LossTable:
     """Predicted loss of every (layer, KV head, rule), per (task, length) of the profile and per form.
 
+    `estimator`: "span" (default where the profile has span effects) or "element" (single values, as in the paper).
     A rule with window W = span - sink loses the influence at distances >= W (bins are interpolated linearly). Forms: `sum`
     of what is lost; `all_or_nothing`, where a head that keeps less than the dense span loses all its influence beyond
     `min_span`; `worst_distance`, one row per distance bucket beyond `min_span`. Query heads h of KV head h // group_size
     are pooled, row by row, by `pool`. `rules` default to `rule_grid` of the profile's lengths. Every objective is scaled to
     1 for the plan whose heads all have the cheapest rule (left as zeros where the cheapest rule loses nothing).
 
-    Raises ValueError for an empty profile or rule list, an unknown pool or form, or influence that is not finite.
+    Raises ValueError for an empty profile or rule list, an unknown pool, form or estimator, span effects that the profile lacks,
+    a min_span that does not exceed the sink, or influence that is not finite.
     """
     estimator = estimator or ("span" if profile.span_effects else "element")
     _check(profile, rules, pool, forms, min_span, estimator)
@@ -75,7 +77,7 @@ class _HeadLosses:
         dense = np.array([profile.geometry.dense_span_tokens(layer, length) for layer in range(profile.geometry.layers)])
         self._floor = float(max(min(min_span, length) - profile.sink_tokens, 0))
         self._windows = np.maximum(spans - profile.sink_tokens, 0).astype(np.float64)
-        # The span decides, not the window: the last 64 distances of a layer's own window are only reached by its dense span.
+        # Spans are compared, not windows: the dense span cuts nothing, though its window is one sink shorter.
         self._cut = spans[None, :] < dense[:, None]
         self.cheapest = int(spans.argmin())
 
@@ -94,7 +96,7 @@ class _HeadLosses:
             return np.zeros((1, *self._curve.shape[1:3], len(self._windows)))
         count = min(DISTANCE_BUCKETS, max(1, round((furthest - self._floor) / BLOCK_TOKENS)))
         edges = np.linspace(self._floor, furthest, count + 1)
-        # A window inside a bucket masks the bucket from the window on; one beyond it masks nothing there.
+        # A window that ends inside a bucket masks the rest of the bucket; one that ends beyond it masks nothing there.
         return np.stack([self._lost(np.clip(self._windows, near, far), until=far) for near, far in pairwise(edges)])
 
     def _lost(self, windows: np.ndarray, until: float | None = None) -> np.ndarray:
@@ -113,7 +115,7 @@ def _at(curve: np.ndarray, windows: np.ndarray) -> np.ndarray:
 
 
 def _alike(effects: np.ndarray) -> np.ndarray:
-    """Scale every sample to the same total effect: a few samples that the model barely answers would outweigh all others."""
+    """Scale every sample to the same total effect; else a few samples that the model barely answers would outweigh the others."""
     total = np.abs(effects).max(axis=-1).sum(axis=(1, 2))[:, None, None, None]
     return effects / np.where(total > 0, total, 1.0)
 

@@ -1,4 +1,4 @@
-"""The exact answer: one rule per head by mixed-integer programming (HiGHS), shrunk first by the relaxation's bound."""
+"""The exact solver: one rule per head by mixed-integer programming (HiGHS), made smaller first by the relaxation's bound."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from moa_lab.search.program import decode, program
 from moa_lab.search.reduction import CORE_PER_HEAD, few_rules, promising, worth_keeping
 
 EFFORT = 2
-"""How much harder than a slider the relaxation tries for a good choice: every per mille saves the solver seconds."""
+"""The relaxation searches harder here than for the slider: every per mille of the gap saves the solver seconds."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _solve(
     within = with_caps(problem)
     relaxed = relax(problem.goal, within, problem.allowed, EFFORT)
     bound, known = relaxed.dual.bound, relaxed.choice
-    # Limits that cannot be met give the dual no maximum: a bound above every value there is proves it.
+    # With infeasible limits the dual has no maximum: a bound above every possible value proves that.
     ceiling = 2 * highest_value(problem) + 1e-6
     if known is None and bound > ceiling:
         return "infeasible", None, bound
@@ -116,7 +116,7 @@ def _solve(
     keep = worth_keeping(problem, relaxed, shared, value)
     scale = 10 / (value if np.isfinite(value) else max(bound, 1e-6))
     if problem.max_rules is None and keep.sum() > CORE_PER_HEAD * len(keep):
-        # A core of the most promising entries is solved first: what it finds shrinks the proof that follows.
+        # The most promising entries are solved first: a better known choice rules out more of the full program.
         core = keep & promising(relaxed, len(keep))
         model, entries = program(problem, core, scale)
         left = time_limit_s - (time.perf_counter() - began)

@@ -1,4 +1,4 @@
-"""What every solver is given: costs, density limits and pinned heads as arrays, and a plain word when they cannot be met.
+"""The problem as arrays, shared by all solvers: costs, density limits, pinned heads; and errors that say what binds.
 
 Heads are flattened: head = layer * kv_heads + kv_head. R is the number of rules, K the number of limits.
 """
@@ -58,8 +58,8 @@ class Terms:
 class Limits:
     """Density limits: `usage` (K, heads, R), a choice's share of the dense cache per length, and `limit` (K,) on its sum.
 
-    `asked` (K,) is the density as the caller said it. Usage and limit are multiples of one token of the dense cache, so
-    that half a token of `slack` (K,) forgives only rounding.
+    `asked` (K,) is the density that the caller gave. Usage and limit are multiples of one token of the dense cache, so
+    that half a token of `slack` (K,) absorbs rounding and no more.
     """
 
     lengths: tuple[int, ...]
@@ -99,9 +99,9 @@ def least_density(geometry: ModelGeometry, n_tokens: int, min_span: int) -> floa
 def check_floor(geometry: ModelGeometry, targets: Mapping[int, float], min_span: int, sink_tokens: int = SINK_TOKENS) -> None:
     """Raise InfeasibleError where heads at the floor alone exceed a density of `targets` (by length): needs no profile.
 
-    The message names the length that binds most, the least that is feasible there, and what would do.
+    The message names the length that binds most, the least that is feasible there, and the cure.
     """
-    # In tokens of the whole cache, as in `Usage.limits`; 1e-6 forgives binary fractions.
+    # In tokens of the whole cache, as in `Usage.limits`; 1e-6 for floating-point rounding.
     heads = geometry.layers * geometry.kv_heads
     excess = {n: (least_density(geometry, n, min_span) - asked) * n * heads - 1e-6 for n, asked in targets.items()}
     worst = max(excess, key=lambda n: excess[n] / n, default=None)
@@ -114,7 +114,7 @@ def check_floor(geometry: ModelGeometry, targets: Mapping[int, float], min_span:
 
 
 def _lower_floor(geometry: ModelGeometry, n_tokens: int, density: float, min_span: int, sink_tokens: int) -> str:
-    """What a lower floor can do: the largest that fits, or what the lowest needs."""
+    """The cure by a lower floor: the largest that fits, or the density that the lowest needs."""
     fitting = [tokens for tokens in range(sink_tokens + 1, min_span) if least_density(geometry, n_tokens, tokens) <= density]
     if fitting:
         return f", lower min_span (--min-span) to at most {fitting[-1]}"
@@ -123,7 +123,7 @@ def _lower_floor(geometry: ModelGeometry, n_tokens: int, density: float, min_spa
 
 
 def densities(table: LossTable, density: Density, lengths: Iterable[int] | None = None) -> dict[int, float]:
-    """Density limit per length: one number at every limit length, or a mapping of its own. Raises ValueError outside (0, 1]."""
+    """Density limit per length: one number at every limit length, or a mapping as given. Raises ValueError outside (0, 1]."""
     if isinstance(density, Mapping):
         if lengths is not None:
             raise ValueError("lengths: give them as the keys of density, or density as one number, not both")
@@ -134,14 +134,14 @@ def densities(table: LossTable, density: Density, lengths: Iterable[int] | None 
 def feasible(
     table: LossTable, density: Density, max_rules_per_layer: int | None = None, lengths: Iterable[int] | None = None
 ) -> dict[int, float]:
-    """`densities`, held against the cheapest rules: raises InfeasibleError as `check_feasible` does."""
+    """`densities`, checked against the shortest rules: raises InfeasibleError as `check_feasible` does."""
     targets = densities(table, density, lengths)
     check_feasible(table, Usage(table, targets).limits(targets), None, max_rules_per_layer)
     return targets
 
 
 class Usage:
-    """Share of the dense cache that every choice takes at the limit lengths; built once, limited at any density."""
+    """Share of the dense cache that every rule of every head takes at the limit lengths; built once for all densities."""
 
     def __init__(self, table: LossTable, lengths: Iterable[int]) -> None:
         self.lengths = tuple(lengths)
@@ -152,13 +152,13 @@ class Usage:
     def limits(self, targets: Mapping[int, float]) -> Limits:
         """The limits of `densities`, whose lengths must be these."""
         asked = np.array([targets[n] for n in self.lengths])
-        # Whole tokens: a limit of 0.5 of an odd total must not be exceeded by half a token. 1e-6 forgives binary fractions.
+        # Whole tokens: a limit of 0.5 of an odd total must not be exceeded by half a token. 1e-6 for floating-point rounding.
         tokens = np.floor(asked * self._dense + 1e-6)
         return Limits(self.lengths, asked, self._usage, tokens / self._dense, 0.5 / self._dense)
 
 
 def allowed_rules(table: LossTable, pinned: Pinned | None) -> np.ndarray:
-    """Boolean (heads, R): every rule, but for pinned heads only theirs. Raises ValueError for a head or rule that is not there."""
+    """Boolean (heads, R): every rule, but for pinned heads only theirs. Raises ValueError for an unknown head or rule."""
     geometry = table.geometry
     allowed = np.ones((geometry.layers * geometry.kv_heads, len(table.rules)), dtype=bool)
     for (layer, head), rule in (pinned or {}).items():
@@ -210,7 +210,7 @@ def check_feasible(table: LossTable, limits: Limits, pinned: Pinned | None = Non
 
 
 def _within_rule_limit(allowed: np.ndarray, pinned: Pinned, most: int) -> np.ndarray:
-    """Where pinned heads use up a layer's rules, the other heads of that layer have only those."""
+    """Where pinned heads use all the rules a layer may have, its other heads are limited to those."""
     allowed = allowed.copy()
     for layer in range(len(allowed)):
         used = sorted({rule for (at, _), rule in pinned.items() if at == layer})
@@ -226,5 +226,5 @@ def _within_rule_limit(allowed: np.ndarray, pinned: Pinned, most: int) -> np.nda
 
 
 def _rounded_up(density: float) -> str:
-    """Four digits that are themselves feasible."""
+    """Rounded up to four decimals, so that the printed density is feasible."""
     return f"{math.ceil(density * 1e4 - 1e-9) / 1e4:.4g}"

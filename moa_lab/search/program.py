@@ -12,8 +12,8 @@ from moa_lab.search.instance import Instance
 def program(problem: Instance, keep: np.ndarray, scale: float) -> tuple[highs.Model, np.ndarray]:
     """Variables: one binary per kept (head, rule), then one per (layer, rule) for the rule limit, then one per worst objective.
 
-    Losses are multiplied by `scale` (HiGHS stops at an absolute gap of 1e-6: the answer should be about 10), spans counted
-    in floors, so that its tolerances stay far below one token.
+    Losses are multiplied by `scale` (HiGHS stops at an absolute gap of 1e-6, so the objective should be about 10). Spans are in
+    units of the shortest, so that HiGHS's tolerances stay far below one token.
     """
     heads, rules = np.nonzero(keep)
     count = len(heads)

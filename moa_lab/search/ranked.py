@@ -1,4 +1,4 @@
-"""The simple strong plan: heads ranked by influence beyond the floor, the top ones whole, the others at the floor."""
+"""Ranked plans: the heads with the most influence beyond a floor are whole, the others at the floor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ranked_plan(
 ) -> Plan:
     """As many whole heads as every density limit allows, by influence of `task` beyond `floor_tokens`; the rest at the floor.
 
-    The influence is pooled per KV head and averaged over the profiled lengths (over all tasks when the table has no
+    The influence is pooled per KV head and summed over the profiled lengths (over all tasks when the table has no
     `task`). `density` and `lengths` as in `solve_milp`. `name` defaults to `ranked-<floor_tokens>`. Raises ValueError when the table
     lacks the floor or the dense rule, or when even the floor alone exceeds a limit.
     """

@@ -1,4 +1,4 @@
-"""Fewer entries for the solver: what the relaxation's bound rules out, and what a layer that shares its rules can use."""
+"""The (head, rule) entries that the exact program needs: the relaxation's bound, dominance and shared rules exclude others."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def promising(relaxed: Relaxation, heads: int) -> np.ndarray:
 
 
 def few_rules(problem: Instance, limits: Limits, relaxed: Relaxation, ceiling: float) -> tuple[Dual, list[np.ndarray]]:
-    """Price the limits for heads that share their layer's rules; then solve within the rules of a few prices around that."""
+    """With few rules per layer: the best dual, and feasible choices within each layer's best rules at multiples of its multipliers."""
     most = problem.max_rules or 1
     cost = _weighted_cost(problem, relaxed)
     dual = polish(LayerRelaxed(cost, limits.usage, limits.limit, problem.layers, most), relaxed.dual.multipliers, ceiling=ceiling)
     found: list[np.ndarray] = []
     heads = len(cost) // problem.layers
     for price in (0.97, 1.0, 1.03, 1.1, 1.25, 1.6, 2.5, 8.0, 64.0, 1e4):
-        # A price above none for every limit, so that at the highest the shortest rules win whatever binds.
+        # Every limit gets a price above 0, so that at the highest price the shortest rules win.
         priced = cost + np.tensordot(price * (dual.multipliers + 1e-9), limits.usage, axes=1)
         kept = np.repeat(rules_of_layers(priced.reshape(problem.layers, heads, -1), most), heads, axis=0)
         allowed = problem.allowed & kept
@@ -42,7 +42,7 @@ def few_rules(problem: Instance, limits: Limits, relaxed: Relaxation, ceiling: f
 
 
 def _weighted_cost(problem: Instance, relaxed: Relaxation) -> np.ndarray:
-    """The goal's cost (heads, R) with its worst rows weighed as in the relaxation; infinite where a rule is not allowed."""
+    """The goal's cost (heads, R) with worst rows weighted as in the relaxation; infinite where a rule is not allowed."""
     return np.where(problem.allowed, problem.goal.linear + weighted(problem.goal, relaxed.weights), np.inf)
 
 

@@ -52,7 +52,7 @@ def _distinct(candidates: Iterable[SpanRule], lengths: Iterable[int], min_span: 
     at = (*ordered, 2 * ordered[-1])
     floor = SpanRule(float(min_span), 0.0)
     simplest: dict[tuple[int, ...], SpanRule] = {}
-    # DENSE first, floor second: they stay even where a very short length makes them meet another rule.
+    # DENSE first, floor second: they stay even where another rule has the same spans at a very short length.
     for rule in (DENSE, floor, *sorted(set(candidates), key=_complexity)):
         simplest.setdefault(tuple(rule.span_tokens(n, min_span) for n in at), rule)
     return tuple(sorted(simplest.values(), key=lambda rule: (_cost(rule, at, min_span), _complexity(rule))))
