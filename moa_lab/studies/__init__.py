@@ -1,4 +1,4 @@
-"""The questions of the paper, answered on a model: each study leaves a record with its rows, its goals and a sentence."""
+"""Studies: questions from the paper, measured on a model. Each returns a record with rows, goals and an answer."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module

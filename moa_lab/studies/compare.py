@@ -1,4 +1,4 @@
-"""Two plans on the same samples: differences and ratios with 95% intervals, far narrower than those of either score alone."""
+"""Paired comparisons of two plans on the same samples: differences and ratios, whose 95% intervals are narrower than unpaired ones."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def ratio(row: Measurement, against: Measurement, seed: int = 0) -> Interval:
 def share_of_the_way(row: Measurement, start: Measurement, end: Measurement, seed: int = 0) -> Interval:
     """How far `row` is from `start` (0) to `end` (1), as means over the same samples; interval as in `ratio`.
 
-    Where `end` is not above `start` there is no way to go: 0 if `row` is not above it either, else infinite.
+    Where `end` is not above `start`: 0 if `row` is not above it either, else infinite.
     """
     gone, way = ([a - b for a, b in zip(*_pairs(one, start), strict=True)] for one in (row, end))
     return _ratio(gone, way, seed, _along)
 
 
 def worst(found: Iterable[Interval], at_most: bool = False) -> Interval:
-    """Of several lengths or tasks, for a goal that none may miss: the worst value (at_most: the largest) and the worst of each end, so that
+    """For a goal that every length or task must meet: the worst value (at_most: the largest) and the worst of each interval end, so that
     it is decided only where all are. n is the smallest."""
     every, pick = list(found), max if at_most else min
     return Interval(
@@ -99,7 +99,7 @@ def _ratio(ours: Sequence[float], theirs: Sequence[float], seed: int, divided: C
         return unknown(value)
     picks = np.random.default_rng(seed).integers(len(a), size=(RESAMPLES, len(a)))
     drawn = [divided(float(x), float(y)) for x, y in zip(a[picks].mean(axis=1), b[picks].mean(axis=1), strict=True)]
-    # Draws themselves, not what lies between them: some may be infinite.
+    # No interpolation between draws: some may be infinite.
     low, high = np.quantile(drawn, (0.025, 0.975), method="inverted_cdf")
     return Interval(value, len(a), float(low), float(high))
 

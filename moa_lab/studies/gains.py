@@ -1,4 +1,4 @@
-"""What a plan gains on another: paired differences over the same samples, as rows of a record and as words for its answer."""
+"""Gains of one plan over another: paired differences over the same samples, as rows of a record and as text for its answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moa_lab.text import interval_text
 RETRIEVAL = "retrieval"
 NEEDLES_GAINED, NATS_SAVED = "needles_gained", "nats_saved"
 NO_DIFFERENCE = 0.01
-"""Two plans whose interval of hits lies within this of 0 are not told apart, however many more are asked for."""
+"""Plans whose interval of hits lies within this of 0 count as equal."""
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,8 @@ class Gain:
 
     @property
     def verdict(self) -> str:
-        """better or worse where the whole 95% interval is on one side of 0, no difference where all pairs are equal and enough of them
-        that other ones would hardly differ, else not decided.
-
-        A single pair decides nothing: it has no interval.
+        """better or worse where the whole 95% interval is on one side of 0; no difference where the mean difference is 0 and the interval
+        lies within `NO_DIFFERENCE`; else not decided, as for a single pair, which has no interval.
         """
         if self.found.n < 2:
             return "not decided"
@@ -52,7 +50,7 @@ class Gain:
 
     @property
     def decided(self) -> bool:
-        """Whether one of the two is better."""
+        """Whether one of the two is shown to be better."""
         return self.verdict in ("better", "worse")
 
     @property
@@ -76,7 +74,7 @@ class Gain:
 
 
 def gain(rows: Sequence[Measurement], plan: str, against: str, task: str, lengths: Iterable[int]) -> Gain:
-    """Paired over all samples of `lengths`, each of which weighs as many samples as it has. Raises KeyError for what was not measured."""
+    """Paired over all samples of `lengths`, all of equal weight. Raises KeyError for what was not measured."""
     chosen = tuple(dict.fromkeys(lengths))
     ours, theirs = (pooled([row_of(rows, name, task, n) for n in chosen]) for name in (plan, against))
     better = ours.metric == RETRIEVAL
@@ -100,7 +98,7 @@ def pooled(rows: Sequence[Measurement]) -> Measurement:
 
 
 def overall(found: Iterable[Gain], lengths: Sequence[int]) -> list[Gain]:
-    """Those over all of `lengths`."""
+    """The gains over all of `lengths` together."""
     return [one for one in found if one.lengths == tuple(lengths)]
 
 

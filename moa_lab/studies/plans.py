@@ -1,4 +1,4 @@
-"""The plans that studies compare: dense, uniform ones of equal bytes, what the search chooses, and what one solve says."""
+"""The plans that studies compare: dense, uniform of equal bytes, chosen by validation, and from a single solve."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chosen_plans(run: Run, densities: Iterable[float]) -> tuple[dict[float, Plan
 
 
 def check_some_feasible(run: Run, densities: Iterable[float]) -> None:
-    """Raise InfeasibleError where not one of the densities can be had: a study leaves out those that cannot, and says so."""
+    """Raise InfeasibleError where none of the densities is feasible; single ones that are not, a study leaves out by itself."""
     refused = None
     for density in sorted(densities, reverse=True):
         try:
@@ -54,12 +54,12 @@ def chosen_among(run: Run, front: Front, kind: str, density: float) -> Plan:
 
 
 def candidates_of(plans: Iterable[Plan]) -> dict[str, str]:
-    """By the name of a plan that validation chose, the candidate that it was."""
+    """Names of the candidates that validation chose, by the name of the plan."""
     return {plan.name: plan.search["candidate"] for plan in plans if "candidate" in plan.search}
 
 
 def solved_plan(table: LossTable, density: Density, name: str, goals: Sequence[Goal] | None = None) -> Plan:
-    """What the slider answers: the mean of `goals` (None: the default ones) by Lagrangian relaxation, nothing measured."""
+    """One Lagrangian solve for the mean of `goals` (None: the default ones), without validation."""
     answer = solve_budget(table, density, goal=mean_goal(default_goals(table) if goals is None else goals))
     return table.plan(answer.choice, name, search={"origin": name, "gap": answer.gap})
 
@@ -67,7 +67,7 @@ def solved_plan(table: LossTable, density: Density, name: str, goals: Sequence[G
 def equal_uniform(plan: Plan, length: int, name: str) -> Plan:
     """The uniform plan (StreamingLLM, arXiv 2309.17453) that keeps as many tokens at `length` as `plan` does, to a token a head.
 
-    Of a layer with a window of its own, the same share of that.
+    A layer with a window of its own keeps the same share of that.
     """
     geometry = plan.geometry
     span = float(np.floor(plan.spans(length).mean()))
@@ -95,6 +95,6 @@ def dense_and_uniform(
 def record_of(
     run: Run, name: str, question: str, answer: str, rows: Sequence[Measurement], goals: Sequence[StudyGoal] = (), **settings: object
 ) -> StudyRecord:
-    """A study's record with the settings and the origin of its run."""
+    """A study's record with the settings and the provenance of its run."""
     told = {**settings, "run": asdict(run.settings), "profiled_lengths": list(run.lengths), "test_lengths": list(run.test_lengths)}
     return StudyRecord(name, question, answer, tuple(rows), tuple(goals), told, run.origin())

@@ -1,4 +1,4 @@
-"""Whether profiles rank heads alike: between domains, within one, and how sure the rank of every single head is."""
+"""Whether profiles rank heads alike: between domains, within one, and the interval of each head's rank."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def correlation_rows(profiles: Mapping[str, InfluenceProfile]) -> list[Measureme
     """Rank correlation of the KV heads' influence beyond the floor (`search.head_scores`), over the heads.
 
     For every pair of `profiles` a row per task and estimator, its task for instance `addresses/code`; and for every profile
-    `addresses/addresses`: its even samples against its odd ones, which says how much of a disagreement is chance. Tasks that not all
-    profiles have are left out.
+    `addresses/addresses`: its even samples against its odd ones, which shows the disagreement by chance. Tasks that not all profiles
+    have are left out.
     """
     rows = []
     for task in _shared_tasks(profiles):
@@ -45,8 +45,8 @@ def correlation_rows(profiles: Mapping[str, InfluenceProfile]) -> list[Measureme
 
 
 def confidence_rows(profiles: Mapping[str, InfluenceProfile]) -> list[Measurement]:
-    """Per task, over all samples of all profiles: how wide the 95% intervals of the heads' percentile ranks are, mean over query heads;
-    and of the heads that are among the strongest tenth in one profile, the share that are so in all.
+    """Per task: the width of the 95% intervals of the heads' percentile ranks, over all samples of all profiles, mean over query heads;
+    and `shared_top`.
 
     The first row's detail has, as (layers, query_heads), `rank`, `low`, `high` (0 the weakest, 100 the strongest) and, by profile, the
     `influence` that `figures.rank_confidence` draws.
@@ -92,7 +92,7 @@ def _sample_ranks(profile: InfluenceProfile, task: str) -> np.ndarray:
     beyond = MIN_SPAN // BLOCK_TOKENS
     histograms = [values for (name, _), values in sorted(profile.distances.items()) if name == task]
     singles = [sample for values in histograms for sample in values[..., beyond:].astype(np.float64).sum(axis=-1)]
-    # One sample alone has ranks too: `percentile_ranks` wants two sets, and a second copy changes nothing.
+    # `percentile_ranks` needs two sets: the last sample is given twice, and its copy dropped.
     return percentile_ranks({str(index): values for index, values in enumerate([*singles, singles[-1]])})[:-1]
 
 
@@ -101,7 +101,7 @@ def _intervals(ranks: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     shape = ranks.shape[1:]
     found = [mean(column.tolist()) for column in ranks.reshape(len(ranks), -1).T]
     columns = np.array([(interval.value, interval.low, interval.high) for interval in found]).T
-    # Of one sample alone: anywhere among the percentiles.
+    # A single sample has infinite ends: any percentile.
     columns = np.nan_to_num(columns, neginf=0.0, posinf=100.0)
     return columns[0].reshape(shape), columns[1].reshape(shape), columns[2].reshape(shape)
 

@@ -1,4 +1,4 @@
-"""The record of a study: what was asked, what was measured, what was aimed at, and the answer."""
+"""The record of a study: question, measurements, goals and answer."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ STUDY_SCHEMA = "moa-lab/study/1"
 class StudyGoal:
     """A number that a study aims at: `value` reaches `goal`, or with `at_most` stays below it.
 
-    low, high: the 95% interval of the value, of n samples, where there is one. A goal inside it is met or missed by chance, and one
-    sample decides nothing.
+    low, high: the 95% interval of the value, of n samples, where there is one. A goal inside it is not decided, nor one of a single
+    sample.
     """
 
     name: str
@@ -43,7 +43,7 @@ class StudyGoal:
 
     @property
     def decided(self) -> bool:
-        """Whether the whole interval says the same as the value; without an interval the value is all there is."""
+        """Whether the whole interval is on one side of the goal; True without an interval, False for one sample."""
         if self.n is not None and self.n < 2:
             return False
         if self.low is None or self.high is None:
@@ -54,7 +54,7 @@ class StudyGoal:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """One study. question, answer: a sentence each, the answer made from the numbers, also where it is no."""
+    """One study. question, answer: text; the answer is made from the numbers, negative results included."""
 
     name: str
     question: str
@@ -76,7 +76,7 @@ class StudyRecord:
     def load(cls, path: str | Path) -> StudyRecord:
         """Read a record; raises RecordError for a broken or foreign file."""
         data = {name: value for name, value in read_json(path, STUDY_SCHEMA).items() if name != "schema"}
-        # Whether a goal is met follows from its numbers: what a file says of it is not believed.
+        # `meets` follows from the numbers; what a file says is ignored.
         goals = data.get("goals")
         if isinstance(goals, list):
             data["goals"] = [

@@ -1,4 +1,4 @@
-"""How much of everything the studies measure, beside what the preset of their run says."""
+"""Sizes of the studies, beside those of their run's preset."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Scale:
     """Sizes of the studies.
 
     densities: shares of the KV cache at which plans are measured. density: the one at which variants of a method are compared; low:
-    densities below what the paper tried. samples: numbers of calibration samples a length that are compared. random_plans: plans drawn
-    at random, of equal density, to hold predictions against. refine_rounds, refine_heads: of a refinement (0 rounds: none).
-    search_seconds: what every solver of a comparison may take. new_tokens: tokens of a timed generation.
+    densities below what the paper tried. samples: numbers of calibration samples a length that are compared. random_plans: random
+    plans of equal density to test predictors on. refine_rounds, refine_heads: of a refinement (0 rounds: none).
+    search_seconds: time limit of every solver of a comparison. new_tokens: tokens of a timed generation.
     """
 
     densities: tuple[float, ...]

@@ -1,1 +1,1 @@
-"""Bit widths for weights and KV values: what a width would lose, and how bytes are shared."""
+"""Studies of bit widths for weights and KV values: predicted losses, and widths under a byte budget."""

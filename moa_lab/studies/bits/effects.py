@@ -1,4 +1,4 @@
-"""What bit widths of KV values and of weights do to the loss, to first order: one backward pass a sample for all of them."""
+"""First-order effects of quantised KV values and weights on the loss: one backward pass per sample gives all widths."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def bit_effects(
 ) -> tuple[Effects, Effects]:
     """Effects of these widths on K and V of every head, and on every linear module's weight, under `plan` (None: the dense model).
 
-    The items of the first are (layer, kv_head, K or V) in that order, those of the second `linear_modules` (none without
-    weight_widths). A sample's loss is the mean over its answer tokens; every (task, length) of `samples` counts alike. The model is as
-    before on exit, also after an exception.
+    Items of the first: (layer, kv_head, K or V), in that order; of the second: `linear_modules` (none without weight_widths). A
+    sample's loss is the mean over its answer tokens; every (task, length) has the same weight. The model is restored on exit, also
+    after an exception.
     """
     geometry = geometry_of(model)
     plan = plan or dense_plan(geometry)
@@ -53,7 +53,7 @@ def bit_effects(
                 weight_parts.append(torch.stack(found, dim=1))
             if progress:
                 progress(done + 1, len(samples))
-    # Per layer came K of all heads, then V of all heads.
+    # Each layer gave K of all heads, then V of all heads.
     kv = torch.stack(kv_parts, dim=1).unflatten(2, (geometry.layers, 2, geometry.kv_heads)).transpose(3, 4).flatten(2, 4)
     weights = torch.stack(weight_parts, dim=1) if modules else kv.new_zeros(3, len(samples), 0, 0)
     shares = _shares(samples)
@@ -67,7 +67,7 @@ def _backward(
     weights: list[torch.Tensor],
     receive: Callable[[int, int, torch.Tensor, torch.Tensor], None],
 ) -> tuple[torch.Tensor, ...]:
-    """One pass: `receive` gets (layer, 0 for K and 1 for V, values, gradient); what comes back are the gradients of `weights`."""
+    """One pass: `receive` gets (layer, 0 for K and 1 for V, values, gradient); returns the gradients of `weights`."""
     windows = plan.windows(sample.length)
 
     def handler(layer: int) -> Handler:
@@ -93,7 +93,7 @@ def _backward(
 def _kv_seen(
     seen: dict[tuple[int, int], torch.Tensor], bits: torch.Tensor, layer: int, part: int, values: torch.Tensor, gradient: torch.Tensor
 ) -> None:
-    """Note the effect of K or V of one layer: (3, kv_heads, widths)."""
+    """Store the effect of K or V of one layer: (3, kv_heads, widths)."""
     heads = values[0, :, None]
     seen[layer, part] = _effect(heads, fake_quantise(heads, bits[:, None, None]), gradient[0, :, None], (-2, -1))
 
@@ -105,11 +105,11 @@ def _weight_effect(weight: torch.Tensor, gradient: torch.Tensor, bits: torch.Ten
 
 
 def _effect(values: torch.Tensor, quantised: torch.Tensor, gradient: torch.Tensor, summed: tuple[int, ...]) -> torch.Tensor:
-    """`Effects.signed`, `squared` and `error`, stacked in front, of numbers that are summed over those dimensions."""
+    """`Effects.signed`, `squared` and `error`, stacked along a new first dimension and summed over the dimensions `summed`."""
     dtype = torch.promote_types(values.dtype, torch.float32)
     change = quantised.to(dtype) - values.to(dtype)
     each = change * gradient.to(dtype)
-    # Sums of millions of numbers of both signs.
+    # float64: sums of millions of numbers of both signs.
     parts = [part.sum(dim=summed, dtype=torch.float64) for part in (each, each.square(), change.square(), values.to(dtype).square())]
     signed, squared, error, whole = torch.broadcast_tensors(*parts)
     return torch.stack([signed, squared, error / whole.clamp(min=torch.finfo(torch.float64).tiny)])

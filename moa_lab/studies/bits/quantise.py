@@ -1,8 +1,8 @@
-"""Fake quantisation: a model computes with the values that a narrower cache, or narrower weights, would give back.
+"""Fake quantisation: the model computes with the dequantised values of a narrower cache, or of narrower weights.
 
-Round to nearest on an even grid between the smallest and the largest value of a group. A group stores that smallest value and the
-step in 16 bits each, and both are rounded to float16 here as there. Nothing is packed and no memory is saved: what is measured is
-what the bits cost in quality, and bytes are counted by `stored_bytes`.
+Round to nearest on an even grid between the smallest and the largest value of a group. A group would store its smallest value and
+the step in 16 bits each, so both are rounded to float16. Nothing is packed and no memory is saved: this measures what the bits cost
+in quality; `stored_bytes` counts bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from moa_lab.kernels.dispatch import span_attention
 from moa_lab.plan import Plan
 
 UNTOUCHED = 16
-"""A width that leaves values as they are: those of the model's own 16-bit type."""
+"""The width of the model's own 16-bit type: values stay as they are."""
 GROUP_BYTES = 4
 """What a group stores beside its values: the smallest value and the step, in 16 bits each."""
 WEIGHT_GROUP = 64
@@ -27,12 +27,12 @@ WEIGHT_GROUP = 64
 
 
 def stored_bytes(numbers: int, groups: int, bits: int) -> float:
-    """Bytes of so many numbers of `bits` bits in so many groups; of 16 bits there are no groups."""
+    """Bytes of `numbers` values of `bits` bits in `groups` groups; 16 bits need no groups."""
     return numbers * bits / 8 + (GROUP_BYTES * groups if bits < UNTOUCHED else 0)
 
 
 def fake_quantise(values: torch.Tensor, bits: torch.Tensor | int, group: int | None = None) -> torch.Tensor:
-    """`values` (..., n) as they come back from `bits` bits; of their dtype, and bits of 16 or more are the values themselves.
+    """`values` (..., n) quantised to `bits` bits and back, in their dtype; 16 bits or more leave them unchanged.
 
     Every `group` neighbours along the last dimension share a grid (None: all n; the last group may be shorter). bits: a number, or an
     integer tensor that broadcasts with (..., 1), for instance (kv_heads, 1, 1), or with more dimensions in front, which the result gets.
@@ -41,7 +41,7 @@ def fake_quantise(values: torch.Tensor, bits: torch.Tensor | int, group: int | N
     n = values.shape[-1]
     group = group or n
     spare = -n % group
-    # Copies of a value that is in the group move neither end of its grid.
+    # Padding with a value of the group changes neither its minimum nor its maximum.
     padded = torch.cat([values, values[..., -1:].expand(*values.shape[:-1], spare)], dim=-1) if spare else values
     exact = padded.unflatten(-1, (-1, group)).to(torch.promote_types(values.dtype, torch.float32))
     levels = (2.0**bits - 1)[..., None]
@@ -56,10 +56,10 @@ def fake_quantise(values: torch.Tensor, bits: torch.Tensor | int, group: int | N
 
 @contextlib.contextmanager
 def quantised_cache(model: PreTrainedModel, widths: np.ndarray, plan: Plan, n_tokens: int) -> Iterator[None]:
-    """The model under `plan` at length `n_tokens`, with K and V as a cache of these widths holds them; as before on exit, always.
+    """The model under `plan` at length `n_tokens`, with K and V as a cache of these widths holds them; restored on exit.
 
     widths: int (layers, kv_heads, 2), the bits of K and of V. K is quantised after rotary embedding, each token's vector of a head by
-    itself: so a pass over a sequence sees the values that decoding token by token would, and scores both.
+    itself, so one pass over a sequence sees the same values as decoding token by token. Raises ValueError for another shape.
     """
     shape = (plan.geometry.layers, plan.geometry.kv_heads, 2)
     if widths.shape != shape:
@@ -85,7 +85,7 @@ def quantised_cache(model: PreTrainedModel, widths: np.ndarray, plan: Plan, n_to
 
 
 def linear_modules(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
-    """The linear modules of the decoder by name, embeddings and the output layer left out. Raises ValueError where there are none."""
+    """The linear modules of the decoder by name, without embeddings and output layer. Raises ValueError where there are none."""
     get_decoder = getattr(model, "get_decoder", None)
     decoder = (get_decoder() if get_decoder else None) or model
     output = model.get_output_embeddings()
@@ -101,7 +101,7 @@ def linear_modules(model: PreTrainedModel) -> dict[str, torch.nn.Linear]:
 def quantised_weights(model: PreTrainedModel, widths: Mapping[str, int]) -> Iterator[None]:
     """The model with the weights of these modules (names of `linear_modules`) in so many bits, in groups of 64 along their inputs.
 
-    The very tensors from before are back on exit, also after an exception. Raises ValueError for a name that is no linear module.
+    The original tensors are restored on exit, also after an exception. Raises ValueError for a name that is no linear module.
     """
     modules = linear_modules(model) if widths else {}
     unknown = set(widths) - set(modules)

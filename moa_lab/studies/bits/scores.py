@@ -1,4 +1,4 @@
-"""Models with narrower caches and weights, measured: their scores never enter the store of the model's own."""
+"""Measured scores of models with quantised caches and weights, kept out of the store of the unquantised model's scores."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from moa_lab.studies.compare import difference, spearman
 
 @dataclass(frozen=True)
 class Variant:
-    """A changed model: the plan it runs under, the bits of its K and V, int (layers, kv_heads, 2), and of its weights, by module."""
+    """A quantised model: its plan, the bits of K and V, int (layers, kv_heads, 2), and the bits of its weights, by module."""
 
     name: str
     plan: Plan
@@ -29,11 +29,11 @@ class Variant:
     weights: Mapping[str, int] = field(default_factory=dict)
 
     def kv_share(self, length: int) -> float:
-        """Bytes of K and V at a length, scales and smallest values counted, of those of the dense plan in 16 bits."""
+        """Bytes of K and V at a length, with steps and smallest values, as a share of the dense plan's in 16 bits."""
         return kv_bytes(self.plan, length, self.kv) / dense_plan(self.plan.geometry).kv_bytes(length)
 
     def told(self) -> dict[str, Any]:
-        """What repeats it: widths and plan."""
+        """What is needed to repeat it, as JSON values: plan and widths."""
         return {"plan": self.plan.identity(), "kv": self.kv.tolist(), "weights": dict(self.weights)}
 
 
@@ -45,7 +45,7 @@ def untouched(plan: Plan) -> np.ndarray:
 def score_variant(model: PreTrainedModel, variant: Variant, samples: Sequence[Sample]) -> list[list[AnswerScore]]:
     """Loss and exact match of every answer of every sample, in order, as `evaluate.scoring.score_samples` takes them.
 
-    Whatever is quantised, every variant attends by the same code, so that two differ by their values alone.
+    Every variant runs the same attention code, so that two differ only in their values.
     """
     found: dict[int, list[AnswerScore]] = {}
     with quantised_weights(model, variant.weights):
@@ -69,7 +69,7 @@ def variant_rows(model: PreTrainedModel, variant: Variant, sets: Sequence[Sequen
 
 @dataclass(frozen=True)
 class Side:
-    """What gets bit widths: "kv" or "weights". effects: of its items; costs: (limits, items, widths) bytes; make: name, widths -> variant.
+    """What is quantised: "kv" or "weights". effects: of its items; costs: (limits, items, widths) bytes; make: name, widths -> variant.
 
     The widths that `make` takes are bits, int (items,).
     """
@@ -97,7 +97,7 @@ class Side:
         return allocate(predicted(self.effects, predictor), self.costs, budgets)
 
     def random(self, bits: int, count: int, seed: int) -> np.ndarray:
-        """Random choices, (count, items), of the bytes that `bits` bits everywhere take; no item stays in 16 bits."""
+        """Random choices (count, items) with the bytes of `bits` bits everywhere; no item stays in 16 bits."""
         kept = below_untouched(self.effects.widths)
         return random_choices(self.costs[:, :, :kept], self.cost(self.uniform(bits)), count, seed)
 
@@ -110,9 +110,9 @@ def rank_rows(
     predictors: Sequence[str],
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Measurement]:
-    """Rank correlation of predicted losses with those that `choices`, (count, items), are measured to have on `samples`.
+    """Rank correlation of the predicted and the measured losses of `choices` (count, items) on `samples`.
 
-    The measured loss is the mean over (task, length) of nats per answer token. A row a predictor, with all numbers in its detail.
+    The measured loss is the mean over (task, length) of nats per answer token. One row per predictor, with all losses in its detail.
     """
     measured = []
     for done, choice in enumerate(choices):
@@ -132,7 +132,7 @@ def rank_rows(
 
 
 def difference_rows(rows: Sequence[Measurement], plan: str, against: str) -> list[Measurement]:
-    """`plan` less `against`, paired, a row for each task they were both measured on, all lengths together (length 0)."""
+    """Paired differences `plan` - `against`: one row per task, over all lengths (length 0)."""
     found = []
     for task in dict.fromkeys(row.task for row in rows if row.plan == plan):
         ours, theirs = (_pooled(rows, name, task) for name in (plan, against))
@@ -143,6 +143,6 @@ def difference_rows(rows: Sequence[Measurement], plan: str, against: str) -> lis
 
 
 def _pooled(rows: Sequence[Measurement], plan: str, task: str) -> Measurement:
-    """One row of the samples of all lengths; its density is that of the longest."""
+    """One row with the samples of all lengths; its density is that at the longest."""
     of_task = sorted((row for row in rows if (row.plan, row.task) == (plan, task)), key=lambda row: row.length)
     return replace(of_task[-1], length=0, detail={"per_sample": [value for row in of_task for value in row.detail["per_sample"]]})

@@ -1,9 +1,9 @@
 """Open question 3 of the paper: does the influence that chooses spans also choose bit widths, of KV values and of weights?
 
-The influence of a bit width is first order as that of a span: the gradient of the loss times what quantisation changes, summed with
-signs inside a sample, absolute across samples. Widths are chosen by it under a byte budget and held against one width everywhere.
-Weights unpacked from 4-bit blocks (the embedded model, any .gguf) lie on a 4-bit grid already, of 32 numbers a block: what 4 bits
-cost them again, in groups of 64, says little of weights that were trained in 16 bits, and flatters 4 bits against fewer.
+Like that of a span, the influence of a bit width is first order: the gradient of the loss times the change by quantisation, summed
+with signs inside a sample, absolute across samples. Widths are chosen by it under a byte budget and compared with one width everywhere.
+Weights unpacked from 4-bit blocks of 32 (the embedded model, any .gguf) already lie on a 4-bit grid: quantising them again to 4 bits,
+in groups of 64, costs less than it would for weights trained in 16 bits.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from moa_lab.text import interval_text
 KV_WIDTHS = (2, 3, 4, 6, 8, UNTOUCHED)
 WEIGHT_WIDTHS = (2, 3, 4, 8)
 BUDGETS = (4, 3)
-"""Mixed widths get the bytes that these take everywhere."""
+"""Mixed widths get the bytes of these uniform widths."""
 RANKED_AT = 4
-"""Random widths get the bytes of this one everywhere."""
+"""Random widths get the bytes of this uniform width."""
 EFFECT_TOKENS, PLAN_EFFECT_TOKENS, RANK_TOKENS = 131_072, 32_768, 32_768
 """Calibration tokens: for the dense model's effects, for those under a plan, and for every random choice that is measured."""
 HALF, QUARTER = 0.5, 0.25
@@ -43,7 +43,7 @@ NOUNS = {"kv": "KV values", "weights": "weights"}
 
 
 class Pair(NamedTuple):
-    """Two variants to compare, by name; label: what the answer calls them, empty where it does not speak of them."""
+    """Two variants to compare, by name. label: their name in the answer, empty to leave them out."""
 
     plan: str
     against: str
@@ -71,7 +71,7 @@ def weights(run: Run, scale: Scale) -> StudyRecord:
             variants += made
             pairs += compared
     with_spans, spans_pairs, left_out = spans_and_bits(run, kv_effects, best["kv"])
-    # Some stand in both comparisons.
+    # Some variants are in both comparisons.
     variants = list({variant.name: variant for variant in [*variants, *with_spans]}.values())
 
     rows = _measured(run, variants)
@@ -117,7 +117,7 @@ def weight_side(run: Run, effects: Effects) -> Side:
 
 
 def mixed_and_uniform(side: Side, bits: int, predictor: str) -> tuple[list[Variant], list[Pair]]:
-    """Uniform `bits`, mixed widths of those bytes by `predictor`, and by the plain first order where that is another."""
+    """Uniform `bits`, mixed widths of the same bytes by `predictor`, and by first order where that is another predictor."""
     label, _, how = side.label.partition(", ")
     uniform, mixed = f"{label} uniform {bits} bits", f"{label} mixed {bits} bits" + (f", {how}" if how else "")
     budgets = side.cost(side.uniform(bits))
@@ -132,7 +132,7 @@ def mixed_and_uniform(side: Side, bits: int, predictor: str) -> tuple[list[Varia
 
 
 def best_predictor(ranks: Sequence[Measurement], label: str) -> str:
-    """Of the predictors that ask the gradient, the one that ranks best on calibration samples; the earlier of equals."""
+    """The gradient-based predictor that ranks best on calibration samples; of equals the first."""
     found = {row.plan: row.value for row in ranks if row.task == label and row.plan != ERROR}
     return max(found, key=found.__getitem__)
 
@@ -146,7 +146,7 @@ def weights_answer(
     *,
     unpacked: bool = False,
 ) -> str:
-    """Two sentences. pairs, spans_pairs: the differences of every comparison, a row a task (`difference_rows`)."""
+    """Two sentences. pairs, spans_pairs: the differences of every comparison, one row per task (`difference_rows`)."""
     note = " (flattered: unpacked from 4-bit blocks)"
     by_outcome: dict[str, list[str]] = {}
     for pair, rows in pairs.items():
@@ -199,7 +199,7 @@ def _listed(words: Sequence[str]) -> str:
 
 
 def spans_and_bits(run: Run, dense_effects: Effects, predictor: str) -> tuple[list[Variant], list[Pair], dict[str, str]]:
-    """Variants of about the KV bytes of 25% spans in 16 bits, the mixed ones of no more at any profiled length; and what is left out."""
+    """Variants with about the KV bytes of 25% spans in 16 bits (mixed bits never more, at any profiled length), and what is left out."""
     plans, left_out = chosen_plans(run, (HALF, QUARTER))
     if left_out:
         return [], [], left_out

@@ -15,16 +15,16 @@ from moa_lab.studies.bits.quantise import UNTOUCHED, WEIGHT_GROUP, stored_bytes
 
 FIRST_ORDER, ROOT, SQUARES, ERROR = "first order", "root of squares", "squares", "error alone"
 PREDICTORS = (FIRST_ORDER, ROOT, SQUARES, ERROR)
-"""Ways to predict a loss from `Effects`; all but the last ask the gradient."""
+"""Ways to predict a loss from `Effects`; all but the last need the gradient."""
 
 
 @dataclass(frozen=True)
 class Effects:
-    """What bit widths do to single items (heads, modules), with g = dL/dx and d = Q(x) - x of every number x of an item.
+    """Effects of bit widths on single items (heads, modules), with g = dL/dx and d = Q(x) - x of every number x of an item.
 
-    widths: bits, ascending. signed: sum of g d, the first-order change of a sample's loss in nats. squared: sum of (g d)^2, what the
-    signed sum's square is on average if the errors of single numbers are independent. error: sum of d^2 over sum of x^2. All float64
-    (samples, items, widths). shares: (samples,), what each sample counts, of 1.
+    widths: bits, ascending. signed: sum of g d, the first-order change of a sample's loss in nats. squared: sum of (g d)^2, the
+    expected square of the signed sum if the errors are independent. error: sum of d^2 over sum of x^2. All float64 (samples, items,
+    widths). shares: (samples,), the weights of the samples, with a sum of 1.
     """
 
     widths: tuple[int, ...]
@@ -49,7 +49,7 @@ def predicted(effects: Effects, predictor: str) -> np.ndarray:
 
     first order: |signed sum|, signs inside a sample only, as in `profiling.influence.span_effect`. squares: the sum of squares, which
     grows with the square of the error as a loss at its minimum does (a diagonal empirical Fisher matrix); root of squares: its root,
-    in nats. error alone: the relative squared error, which asks no gradient.
+    in nats. error alone: the relative squared error, without the gradient. Raises ValueError for another predictor.
     """
     of_samples = {
         FIRST_ORDER: lambda: np.abs(effects.signed),
@@ -60,7 +60,7 @@ def predicted(effects: Effects, predictor: str) -> np.ndarray:
     if predictor not in of_samples:
         raise ValueError(f"predictor must be one of {', '.join(PREDICTORS)}, got {predictor!r}")
     mean = np.einsum("s,siw->iw", effects.shares, of_samples[predictor]())
-    # A sum of signed errors may come out smaller for the coarser grid by chance alone.
+    # A sum of signed errors may be smaller for a coarser grid by chance.
     worst: np.ndarray = np.maximum.accumulate(mean[:, ::-1], axis=1)[:, ::-1]
     return worst
 
@@ -89,7 +89,7 @@ def allocate(losses: np.ndarray, costs: np.ndarray, budgets: np.ndarray, time_li
 
 
 def random_choices(costs: np.ndarray, budgets: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """`count` random choices (count, items), each as near below every budget as raising single items gets. Arguments: `allocate`.
+    """`count` random choices (count, items) in which no single item can be raised within the budgets. Arguments: `allocate`.
 
     Every item's width is drawn, then items in random order go down until all fits, and up while it still fits; costs grow with the
     index. Raises InfeasibleError where even the cheapest widths cost more.
@@ -139,7 +139,7 @@ def weight_costs(shapes: Iterable[tuple[int, int]], widths: Sequence[int]) -> np
 
 
 def below_untouched(widths: Sequence[int]) -> int:
-    """How many of the ascending `widths` quantise."""
+    """How many of the ascending `widths` are below 16 bits."""
     return sum(bits < UNTOUCHED for bits in widths)
 
 

@@ -1,1 +1,1 @@
-"""What a plan is calibrated on: whose words, which tasks, which domain."""
+"""Studies of calibration data: supervision, tasks, domains."""

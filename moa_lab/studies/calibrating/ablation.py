@@ -1,8 +1,8 @@
-"""The paper's calibration ablation (arXiv 2406.14909, sec. 5.4): whose words, which tasks, how many samples, which lengths.
+"""The paper's calibration ablation (arXiv 2406.14909, sec. 5.4): supervision, tasks, number of samples, lengths.
 
-Every plan is solved from a profile alone, nothing measured chooses among them: in the paper's own way (influence of single values, sum
-of what is lost) and in ours. Supervision is compared on one set of source files, whose modules carry a human's own summary: the same
-prompts are answered by the human and by the model, and plain text of the same files is the third.
+Every plan is solved from a profile alone, without validation: in the paper's way (sum of lost influence of single values) and in ours.
+Supervisions are compared on the same source files, which hold a summary by a human: the human's answers, the model's answers to the
+same prompts, and plain text.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from moa_lab.studies.scale import Scale
 QUESTION = "Whose words, which tasks and how much of them must a model be profiled on: is the paper's calibration ablation reproduced?"
 ANSWER_TOKENS = 96
 CHARACTERS_PER_TOKEN = 32
-"""Of the source files so much is used for every token that samples need: many files, so that each sample has one of its own."""
+"""Characters of source files per token of the samples: many files, so that each sample has one of its own."""
 TASKS = (NEEDLES, DOCUMENTS, SUMMARIES)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to calibrate. paper: also solved in the paper's own way."""
+    """One way to calibrate. paper: also solved in the paper's way."""
 
     profile: InfluenceProfile
     paper: bool = False
@@ -70,7 +70,7 @@ def calibration(run: Run, scale: Scale) -> StudyRecord:
 def supervised_samples(run: Run) -> SampleSet:
     """Samples of the tasks human, model and whole-text at the run's lengths, all of the same source files.
 
-    The model answers the very prompts of the human, in as many tokens.
+    The model answers the human's prompts, in as many tokens.
     """
     tokens = min(ANSWER_TOKENS, run.preset.answer_tokens)
     documents = [one for one in domain_documents("code") if len(encode(run.tokenizer, one.summary or "")) >= tokens]
@@ -92,7 +92,7 @@ def supervision_variants(found: InfluenceProfile) -> dict[str, Variant]:
 def task_variants(base: InfluenceProfile, samples: Sequence[int]) -> dict[str, Variant]:
     """Parts of a run's profile: its plain text, its other tasks one by one and together, fewer samples of those, single lengths.
 
-    samples: how many of the most frequent task; of every other one as large a share. Numbers that the profile has not are left out.
+    samples: numbers of samples of the most frequent task; other tasks keep the same share. Numbers that leave out none are skipped.
     """
     long_range = [task for task in base.tasks if task != TEXT]
     variants = {task: Variant(profile_part(base, tasks=[task]), paper=True) for task in base.tasks}
@@ -110,7 +110,7 @@ def task_variants(base: InfluenceProfile, samples: Sequence[int]) -> dict[str, V
 def variant_plans(
     variants: Mapping[str, Variant], rules: Sequence[SpanRule], limits: Mapping[int, float]
 ) -> tuple[list[Plan], dict[str, str]]:
-    """A plan of every variant, and `NAME/paper` where it is also solved in the paper's way; or, by name, why there is none.
+    """A plan of every variant, and `NAME/paper` where it is also solved in the paper's way; and, by name, why there is none.
 
     rules, limits (density by length): the same for all, whatever lengths a variant was profiled at.
     """
@@ -128,7 +128,7 @@ def variant_plans(
 
 
 def _answered(run: Run, drafts: SampleSet) -> list[Sample]:
-    """The human's samples with the model's own greedy words in the place of the human's."""
+    """The human's samples with the model's own greedy answers instead of the human's."""
     size, never = run.answer_batch, end_tokens(run.model, run.tokenizer)
     filled: list[Sample] = []
     for group in group_by_shape(sample for sample in drafts if sample.task == HUMAN).values():

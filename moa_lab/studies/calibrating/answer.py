@@ -1,4 +1,4 @@
-"""What the calibration ablation says, in the order of the paper's table and in words."""
+"""The answer of the calibration ablation: its comparisons, in the order of the paper's table, and its sentences."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES
 HUMAN, MODEL, WHOLE_TEXT = "human", "model", "whole-text"
 TEXT, LONG_RANGE = "text", "long-range"
 PAPER = "/paper"
-"""Ends the names of plans that were solved in the paper's way."""
+"""Suffix of plans that were solved in the paper's way."""
 PUBLISHED = {TEXT: (0.25, 4.95), WHOLE_TEXT: (0.27, 4.62), HUMAN: (0.87, 3.97), MODEL: (0.95, 3.96)}
 """Retrieval and perplexity at 8k with 25% kept, Vicuna-7B: general text, and MultiNews with three kinds of supervision."""
 
 ORDER = ((MODEL, HUMAN), (HUMAN, WHOLE_TEXT), (MODEL, WHOLE_TEXT), (LONG_RANGE, TEXT))
-"""Better and worse, as the paper has them. The first two are nearly equal there."""
+"""(better, worse) pairs in the paper; the first pair is nearly equal there."""
 NEARLY_EQUAL = {(MODEL, HUMAN)}
 WAYS = (PAPER, "")
 SUPERVISIONS = (MODEL, HUMAN, WHOLE_TEXT)
@@ -28,7 +28,7 @@ WORDS = {
 
 
 def compared(rows: Sequence[Measurement], lengths: Sequence[int]) -> list[Gain]:
-    """The pairs of `ORDER` in both ways, and samples and lengths against all of them, over all of `lengths` and at each."""
+    """Gains of the pairs of `ORDER` in both ways, and of all samples and lengths over fewer; at each of `lengths` and over all."""
     names = {row.plan for row in rows}
     pairs = [(better + way, worse + way) for way in WAYS for better, worse in ORDER]
     pairs += [(LONG_RANGE, name) for name in dict.fromkeys(row.plan for row in rows) if name.startswith(("samples-", "length-"))]
@@ -38,7 +38,7 @@ def compared(rows: Sequence[Measurement], lengths: Sequence[int]) -> list[Gain]:
 
 
 def calibration_answer(rows: Sequence[Measurement], found: Iterable[Gain], lengths: Sequence[int], density: float) -> str:
-    """What was found with each supervision, whether the paper's order is reproduced in its own way and in ours, and what else mattered."""
+    """Needles found with each supervision, whether the paper's order is reproduced (its way and ours), and what fewer samples lose."""
     every = list(found)
     pooled = overall(every, lengths)
     if not any(one.plan == MODEL + PAPER for one in pooled):
@@ -66,9 +66,9 @@ def calibration_answer(rows: Sequence[Measurement], found: Iterable[Gain], lengt
 
 
 def fair(found: Iterable[Gain], lengths: Sequence[int]) -> list[Gain]:
-    """All of `lengths` together for pairs that keep the same at each of them, for others those single lengths at which they do.
+    """Gains at equal density: over all `lengths` for pairs that keep the same at each, for others at the single lengths where they do.
 
-    A profile of one length says nothing of what another needs: its plan may leave most of the budget there.
+    A plan profiled at one length may leave most of the budget unused at another.
     """
     every = list(found)
     unlike = {(one.plan, one.against) for one in every if len(one.lengths) == 1 and not one.equal}

@@ -1,4 +1,4 @@
-"""Does a plan hold elsewhere? Profiles and plans from three unlike domains, each plan measured on the texts of all three."""
+"""Transfer between domains: profiles and plans from three domains, each plan measured on test texts of all three."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from moa_lab.text import interval_text
 QUESTION = "Do the heads that matter in one kind of text matter in another, and what does a plan made on another kind of text cost?"
 ANSWER_TOKENS = 64
 CHARACTERS_PER_TOKEN = 8
-"""Of the documents so much is streamed for every token that samples need: no excerpt comes twice, and nothing is tokenized in vain."""
+"""Characters of documents streamed per token of the samples: enough that no excerpt repeats, few enough to tokenize quickly."""
 FOREIGN, EVERYWHERE = "foreign", "every domain"
 
 
@@ -59,7 +59,7 @@ def transfer(run: Run, scale: Scale) -> StudyRecord:
 
 
 def domain_profile(run: Run, domain: str, documents: Sequence[Document]) -> InfluenceProfile:
-    """The profile of questions, own summaries and plain text of a domain, at the run's lengths; left in `transfer/DOMAIN.safetensors`."""
+    """The profile of questions, own summaries and plain text of a domain, at the run's lengths; saved as `transfer/DOMAIN.safetensors`."""
     folder, sizes = run.folder / "transfer" / domain, _sizes(run)
     wanted = requests(
         questions=sizes["questions"], per_sample=run.preset.questions_per_sample, others=sizes["summaries"], texts=sizes["texts"],
@@ -76,9 +76,9 @@ def domain_profile(run: Run, domain: str, documents: Sequence[Document]) -> Infl
 
 
 def cost(rows: Sequence[Measurement], own: Mapping[str, str], others: Sequence[str], task: str) -> Interval:
-    """What the mean of the plans `others` scores above each domain's own plan, over all test samples of all domains and lengths.
+    """Mean score of the plans `others` minus that of each domain's own plan, paired over all test samples of all domains and lengths.
 
-    own: the plan's name by domain; where it is among `others`, it is not compared with itself.
+    own: the plan's name by domain; a plan is not compared with itself.
     """
     pairs: list[float] = []
     for domain, name in own.items():
@@ -89,7 +89,7 @@ def cost(rows: Sequence[Measurement], own: Mapping[str, str], others: Sequence[s
 
 
 def ranks_answer(rows: Sequence[Measurement]) -> str:
-    """A sentence on the correlations of `correlation_rows`, by what a whole span is worth."""
+    """A sentence on the correlations of `correlation_rows` by the span estimator."""
     told = [row for row in rows if row.metric == CORRELATION and row.plan.endswith("span")]
     between = sorted((row for row in told if len(set(row.task.split("/"))) > 1), key=lambda row: row.value)
     within = [row.value for row in told if len(set(row.task.split("/"))) == 1]
@@ -104,7 +104,7 @@ def ranks_answer(rows: Sequence[Measurement]) -> str:
 
 
 def cost_answer(costs: Mapping[str, Mapping[str, Interval]], density: float) -> str:
-    """A sentence on what a foreign plan costs against a domain's own, and what uniform spans do."""
+    """A sentence on what plans of other domains, and uniform spans, cost against a domain's own plan."""
     if not costs:
         return f"No plan is feasible at {density:.1%}."
     foreign, uniform = costs[FOREIGN], costs["uniform"]
@@ -125,7 +125,7 @@ def _pair(row: Measurement) -> str:
 
 
 def _plans(profiles: Mapping[str, InfluenceProfile], density: float) -> tuple[dict[str, Plan], dict[str, str]]:
-    """A plan of each domain, chosen by its profile alone; or, by name, why there is none."""
+    """A plan of each domain, solved from its profile alone; and, by name, why there is none."""
     plans, left_out = {}, {}
     for domain, found in profiles.items():
         name = name_of(domain, density)
@@ -142,7 +142,7 @@ def _measured(run: Run, plans: Mapping[str, Plan], documents: Mapping[str, Seque
     rows = []
     for domain, own in documents.items():
         for length in run.lengths:
-            # Against the plan that keeps most: no plan wins by bytes.
+            # Uniform spans get the bytes of the plan that keeps most, so that no plan wins by bytes.
             fullest = max(plans.values(), key=lambda plan: plan.density(length))
             uniform = equal_uniform(fullest, length, f"uniform-{fullest.name.rpartition('-')[2]}")
             for samples in _tests(run, own, length):

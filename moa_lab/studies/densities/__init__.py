@@ -1,1 +1,1 @@
-"""What a density costs and buys: loss, needles, speed, and where it breaks."""
+"""Studies of density: loss, retrieval, speed, and where retrieval fails."""

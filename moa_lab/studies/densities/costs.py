@@ -1,6 +1,6 @@
-"""What a density costs: dense, uniform and searched plans at equal KV bytes, over lengths and densities.
+"""Retrieval and loss of dense, uniform and searched plans at equal KV bytes, over lengths and densities.
 
-Plans are searched and chosen on calibration and validation texts and wordings; what is measured here they never saw.
+Plans are searched and chosen on calibration and validation texts and wordings; the test samples measured here share none of them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moa_lab.studies.record import StudyGoal, StudyRecord
 from moa_lab.studies.scale import Scale
 
 EFFECTIVE = 0.9
-"""A context is effective while retrieval stays at least here (arXiv 2406.14909, sec. 5)."""
+"""A context is effective while retrieval is at least this (arXiv 2406.14909, sec. 5)."""
 PUBLISHED_REACH = 3.9
 """Effective context over mean span in the paper."""
 LONGEST_OF_GOALS = 4096
@@ -52,7 +52,7 @@ def retrieval(run: Run, scale: Scale) -> StudyRecord:
 
 
 def retrieval_goals(rows: Sequence[Measurement], reach: Mapping[str, tuple[int, float]]) -> list[StudyGoal]:
-    """The goals that `rows` say something of. reach: see `_reach`."""
+    """The goals that `rows` have measurements for. reach: see `_reach`."""
     half = [row for row in rows if (row.plan, row.task) == (name_of("moa", HALF), NEEDLES) and row.length <= LONGEST_OF_GOALS]
     found = [ratio(row, row_of(rows, "dense", NEEDLES, row.length)) for row in half]
     goals = []
@@ -60,7 +60,7 @@ def retrieval_goals(rows: Sequence[Measurement], reach: Mapping[str, tuple[int, 
         goals.append(StudyGoal.of("50%: needles found, of those the dense model finds, worst length to 4k", worst(found), 0.95))
     searched = {name: found[1] for name, found in reach.items() if name.startswith("moa")}
     if searched:
-        # What is sure, and what may be: all of an interval above the threshold, and some of it.
+        # Low: the whole interval is above the threshold; high: some of it is.
         low, high = (max(_reach(name, rows, end)[1] for name in searched) for end in ("low", "high"))
         count = min(row.n for row in rows if row.task == NEEDLES and row.plan in searched)
         named = "effective context over mean span, best density"
@@ -86,7 +86,7 @@ def retrieval_answer(reach: Mapping[str, tuple[int, float]]) -> str:
 
 
 def _peers(rows: Sequence[Measurement]) -> str:
-    """A sentence on those that may look before they drop; empty where nothing can be held against them."""
+    """A sentence on SnapKV and H2O, which see the question before they evict; empty where no searched plan was measured."""
     length = max((row.length for row in rows), default=0)
     told = []
     for plan in dict.fromkeys(row.plan for row in rows if row.plan.startswith("moa")):
@@ -146,9 +146,9 @@ def _agreement(rows: Sequence[Measurement], length: int) -> str:
 
 
 def _reach(plan: str, rows: Sequence[Measurement], end: Literal["low", "value", "high"] = "value") -> tuple[int, float]:
-    """The longest length up to which every tested one keeps its needles, and that length over the mean span; zeros where none does.
+    """The longest length up to which retrieval is effective at every tested one, and that length over the mean span; zeros for none.
 
-    end: of the score's interval, which is held against the threshold.
+    end: what is compared with the threshold, the score or an end of its interval.
     """
     longest = (0, 0.0)
     for row in sorted((row for row in rows if row.plan == plan and row.task == NEEDLES), key=lambda row: row.length):

@@ -1,4 +1,4 @@
-"""Content-aware references at a given share of the cache: what H2O and SnapKV would keep, by what the prompt attends to.
+"""Content-aware eviction at a given density, as a reference: H2O and SnapKV choose keys by the attention of the prompt.
 
 Small reference implementations of the two ideas, not the authors' code:
 
@@ -9,9 +9,9 @@ Small reference implementations of the two ideas, not the authors' code:
 
 Attention is averaged over the query heads of a KV head, and every KV head keeps the same number of keys of its own.
 
-They may do what a plan may not: the prompt is read densely, by all heads, before anything is dropped (no prefill work, and no peak of
-memory, is saved), and it is read with its question, so that what is kept can depend on what is asked. What they may not do is
-answer from the dense pass: the prompt's last token, whose output is the answer's first, sees what is left already.
+Both have two advantages over a plan: the prefill is dense (which saves no prefill work and no peak memory), and it includes the
+question, so that what is kept can depend on what is asked. The dense pass does not answer, though: the prompt's last token, which
+predicts the answer's first, already sees only the keys that are left.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ METHODS: tuple[Method, ...] = get_args(Method)
 
 OBSERVED = 32
 KERNEL = 13
-# No mask is written out, so a batch may be larger than that of a plan's scores: the short tails cost launches, not work.
+# No mask is materialised, so batches may be larger than for a plan's scores; the short tails are bound by kernel launches.
 BATCH_TOKENS = 65_536
 # Attention weights in memory at once: 0.5 GB in float32.
 BLOCK_WEIGHTS = 2**27
@@ -51,7 +51,7 @@ BLOCK_WEIGHTS = 2**27
 
 @dataclass(frozen=True)
 class Eviction:
-    """A way to choose what is kept of a prompt, and the share of its keys that every KV head keeps. Raises ValueError for others."""
+    """An eviction method and the share of the prompt's keys that every KV head keeps. Raises ValueError for another method or density."""
 
     method: Method
     density: float
@@ -67,11 +67,11 @@ class Eviction:
         return name_of(self.method, self.density)
 
     def kept_tokens(self, prompt: int) -> int:
-        """Keys that a head keeps of `prompt` tokens, the last of the prompt, which cannot be dropped, among them."""
+        """Keys that a head keeps of `prompt` tokens, including the last one, which cannot be dropped."""
         return max(1, round(self.density * prompt))
 
     def share(self, geometry: ModelGeometry, sample: Sample) -> float:
-        """KV cache kept when the answer is complete, over the dense one: what is left of the prompt, and the answer.
+        """KV cache kept of prompt and answer when the answer is complete, as a share of the dense one.
 
         A layer with a window of its own keeps it.
         """
@@ -85,7 +85,7 @@ class Eviction:
 
 @dataclass(frozen=True)
 class Prefix:
-    """One layer after the prompt but for its last token. key, value: (batch, kv_heads, tokens, head_dim).
+    """One layer's cache of the prompt without its last token. key, value: (batch, kv_heads, tokens, head_dim).
 
     sums: by method, the attention that every key got, (batch, kv_heads, tokens); empty in a layer with a window of its own.
     """
@@ -136,7 +136,7 @@ def eviction_rows(run: Run, densities: Iterable[float], *, tasks: Sequence[str] 
     for eviction in evictions:
         left = iter(scores[eviction])
         for found in sets:
-            # What a row needs of a plan is its name; the share that is left depends on the answer.
+            # Only the name of this plan is used; the density depends on the answer and is set below.
             stand_in = dense_plan(run.geometry).renamed(eviction.name)
             share = float(np.mean([eviction.share(run.geometry, sample) for sample in found]))
             rows += [replace(row, density=share) for row in score_rows(stand_in, found, [next(left) for _ in found])]
@@ -163,7 +163,7 @@ def attention_sums(
         if softcap is not None:
             scores = softcap * torch.tanh(scores / softcap)
         scores = scores.view(batch, kv_heads, group, stop - start, stop)
-        # Only among the block's own keys does any lie after a query.
+        # Only the block's own keys can lie after a query.
         future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=key.device).triu(1)
         scores[..., start:].masked_fill_(future, float("-inf"))
         if sink_logits is None:
@@ -225,7 +225,7 @@ def _scored(model: PreTrainedModel, batch: Sequence[Sample], evictions: Sequence
 
 
 def _reader(layer: int, prefixes: dict[int, Prefix], methods: Sequence[Method]) -> Handler:
-    """Dense attention that leaves its keys, its values and their scores in `prefixes`."""
+    """Dense attention that stores its keys, values and attention sums in `prefixes`."""
 
     def attend(call: AttentionCall) -> torch.Tensor:
         if call.mask.explicit is not None:
@@ -246,7 +246,7 @@ def _reader(layer: int, prefixes: dict[int, Prefix], methods: Sequence[Method]) 
 
 
 def _answerer(layer: int, prefixes: Mapping[int, Prefix], method: Method, kept: int) -> Handler:
-    """Attention over what is left of a prefix; a layer with a window of its own drops nothing else."""
+    """Attention over what is left of a prefix; a layer with a window of its own drops nothing more."""
     prefix = prefixes[layer]
     if prefix.sums:
         positions = kept_positions(method, prefix.sums[method], kept)

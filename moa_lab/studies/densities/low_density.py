@@ -1,6 +1,6 @@
-"""Below the densities that the paper tried (it stops at 15%): where retrieval breaks, on which heads, and what helps.
+"""Below the densities that the paper tried (it stops at 15%): where retrieval fails, on which heads it depends, and what helps.
 
-Plans here have whole heads over a constant floor; which heads, the profile says. Beside them stands the plan whose spans were learned.
+Plans here keep the heads that the profile ranks first whole, the others at a constant floor. They are compared with learned spans.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TASKS = (NEEDLES, DOCUMENTS, SUMMARIES)
 
 
 def low_density(run: Run, scale: Scale) -> StudyRecord:
-    """The cliff, floors and sinks at equal bytes, learned spans, and what each whole head carries."""
+    """The retrieval cliff, floors and sinks at equal bytes, learned spans, and the loss when each whole head is cut."""
     lengths = tuple(sorted({run.lengths[0], run.lengths[-1]}))
     dense = run.measure([dense_plan(run.geometry)], lengths=lengths, tasks=TASKS)
     ranking, left_out = ranked_heads(run.table()), dict[str, str]()
@@ -46,7 +46,7 @@ def low_density(run: Run, scale: Scale) -> StudyRecord:
     ranked, found = _ranked_and_learned(run, density, lengths, left_out)
     rows += found
     changes = _cuts(run, ranked) if ranked else []
-    # Where the dense model itself finds nothing, no number of heads is too few.
+    # Where the dense model finds no needles, there is no cliff to see.
     seen = cliffs if all(row.value > 0 for row in dense if row.task == NEEDLES) else []
     compared = comparisons(rows, scale.low, lengths)
     return record_of(
@@ -70,7 +70,7 @@ def settings_at(density: float, low: Sequence[float]) -> list[tuple[int, int]]:
 
 
 def comparisons(rows: Sequence[Measurement], low: Sequence[float], lengths: Sequence[int]) -> list[Gain]:
-    """Floors against the usual floor, sinks against the usual sink, learned spans against the usual two; at lengths both were at."""
+    """Floors against the usual floor, sinks against the usual sink, learned spans against both usual; at lengths that both have."""
     pairs = []
     for density in low:
         for floor, sink in settings_at(density, low):
@@ -153,7 +153,7 @@ def _concentrated(changes: Sequence[Measurement]) -> str:
 def _floors_and_sinks(
     run: Run, scale: Scale, ranking: Sequence[tuple[int, int]], lengths: Sequence[int], left_out: dict[str, str]
 ) -> list[Measurement]:
-    """Every length has the plan that the density pays for there: equal bytes, whatever the floor."""
+    """Rows of a plan per length that fills the density there: equal bytes, whatever the floor."""
     rows = []
     for density in scale.low:
         for floor, sink in settings_at(density, scale.low):
@@ -171,7 +171,7 @@ def _floors_and_sinks(
 def _ranked_and_learned(
     run: Run, density: float, lengths: Sequence[int], left_out: dict[str, str]
 ) -> tuple[Plan | None, list[Measurement]]:
-    """The ranking's plan for all lengths at once, and the learned one; with the rows of both, the first is returned."""
+    """The ranked plan for all lengths (None where infeasible), and the rows of it and of the learned plan."""
     try:
         ranked = ranked_plan(run.table(), dict.fromkeys(lengths, density), floor_tokens=MIN_SPAN, name=name_of("ranked", density))
     except ValueError as error:

@@ -1,6 +1,6 @@
-"""What a density buys: tokens per second and KV bytes of the same plans whose needles are counted.
+"""The speed of a density: tokens per second, KV bytes and needles of the same plans.
 
-Decoding is measured by the code of `moa-lab bench generate`: a whole model, caches of random keys and values, as many rows as fit.
+Decoding is measured as in `moa-lab bench generate`: a whole model, caches of random keys and values, as many rows as fit.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ TIMED = (0.15, 0.25, 0.5)
 """Densities that are timed where they are among those asked for."""
 REPEATS = 3
 MOST_ROWS = 4096
-"""At so many rows a step is as good as all KV, and more of them only take longer to measure."""
+"""With so many rows reading the KV cache dominates a step; more rows only take longer to measure."""
 CPU_ROWS = 2
 LEVELS = (0.95, 0.9)
-"""Shares of the needles that the dense model finds, below which a speed is not worth telling."""
+"""Shares of the dense model's needles that a plan must find for its speed to be reported."""
 
 
 def speed(run: Run, scale: Scale) -> StudyRecord:
@@ -107,7 +107,7 @@ def speedup(row: Measurement, against: Measurement) -> Interval:
     ours, theirs = ([math.log(rate) for rate in one.detail["repeats"]] for one in (row, against))
     value = math.exp(fmean(ours) - fmean(theirs))
     n = min(len(ours), len(theirs))
-    # Repeats that are all alike, or single, say nothing of how far off they may be.
+    # Equal or single repeats give no variance, so no interval.
     if n < 2 or variance(ours) + variance(theirs) == 0:
         return unknown(value, n)
     ends = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
@@ -115,7 +115,7 @@ def speedup(row: Measurement, against: Measurement) -> Interval:
 
 
 def _choice(gains: Mapping[str, Interval], kept: Mapping[str, Interval], searched: Sequence[str], length: int) -> tuple[str, str]:
-    """The plan to speak of, and what is said of its speed and its needles."""
+    """The plan to report, and a clause on its needles and its speed."""
     fastest = max(searched, key=lambda plan: gains[plan].value)
     if not kept:
         none = f"The dense model finds no needle at {length:,} tokens, so none can be lost"
@@ -169,7 +169,7 @@ def _decoded(
             if "failed" in one:
                 failed[f"{plan.name}, {task}"] = one["failed"]
                 break
-            # A batch that turned out too large is not tried again; repeats are of one size.
+            # A batch that did not fit was made smaller: all repeats must have the same size.
             found, batch = [*(other for other in found if other["batch"] == one["batch"]), one], one["batch"]
         else:
             told: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Plans of few whole heads over a floor: how many are enough, how many a density pays for, and what each one carries."""
+"""Plans of few whole heads over a floor: how many are enough, how many fit a density, and the loss when one is cut."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from moa_lab.studies.compare import difference, ratio, row_of
 from moa_lab.studies.gains import pooled
 
 NEAR = 0.95
-"""Share of the needles that the dense model finds, from which on a plan is as good."""
+"""A plan that finds this share of the dense model's needles counts as equally good."""
 COUNTED = (0, 1, 2, 3, 4, 6, 8)
 COUNTED_PER_STEP = 22
-"""A step is this part of all heads: 4 of 90."""
+"""A step is the number of heads divided by this: 4 of 90 heads."""
 
 Head = tuple[int, int]
 """(layer, KV head)."""
@@ -27,10 +27,10 @@ Head = tuple[int, int]
 
 @dataclass(frozen=True)
 class Cliff:
-    """How few whole heads over a floor find as many needles as the dense model.
+    """The fewest whole heads over a floor that find as many needles as the dense model.
 
     enough: the first count that does at every length (None: none of those tried), its density at the shortest; short: the count before it.
-    decided: the intervals say so too, of `enough` and of `short`.
+    decided: whether the intervals confirm both.
     """
 
     floor: int
@@ -58,7 +58,7 @@ def floored(geometry: ModelGeometry, whole: Iterable[Head], floor: int, sink: in
 
 
 def fitted(geometry: ModelGeometry, ranking: Sequence[Head], density: float, length: int, *, floor: int, sink: int, name: str) -> Plan:
-    """As many of the first heads of `ranking` whole as `density` pays for at `length`. Raises InfeasibleError where the floor is dearer."""
+    """As many heads of `ranking` whole as fit `density` at `length`. Raises InfeasibleError where the floor alone exceeds it."""
     best: Plan | None = None
     for count in range(len(ranking) + 1):
         plan = floored(geometry, ranking[:count], floor, sink, name)
@@ -76,7 +76,7 @@ def find_cliff(
     geometry: ModelGeometry, ranking: Sequence[Head], floor: int, lengths: Sequence[int], dense: Sequence[Measurement], task: str,
     measure: Callable[[Plan], list[Measurement]],
 ) -> tuple[Cliff, list[Measurement]]:  # fmt: skip
-    """Measure more and more whole heads until they are as good as the dense model's rows; the cliff, and every row on the way."""
+    """Measure plans of more and more whole heads until one is as good as the dense rows; the cliff, and all rows measured."""
     rows: list[Measurement] = []
     before: tuple[int, bool] | None = None
     for count in counts(len(ranking)):
@@ -110,9 +110,9 @@ def floor_of(plan: Plan) -> int:
 
 
 def cut_changes(plan: Plan, samples: Sequence[Sample], losses: Callable[[Plan, Sequence[Sample]], list[Measurement]]) -> list[Measurement]:
-    """What each whole head carries alone: the change of the loss, in nats per answer token, when it is cut to the floor of the others.
+    """The change of the loss, in nats per answer token, when each whole head alone is cut to the floor of the others.
 
-    losses: rows of cross-entropy by (task, length). A row per head, "layer 3 head 1", paired over all samples.
+    losses: rows of cross-entropy by (task, length). One row per head ("layer 3 head 1"), paired over all samples.
     """
     here, rows = pooled(losses(plan, samples)), []
     for layer, head in whole_of(plan):

@@ -1,1 +1,1 @@
-"""What says beforehand how much a plan will lose."""
+"""Studies of how well a plan's loss can be predicted."""

@@ -1,4 +1,4 @@
-"""What to minimise, and with which solver: predicted losses held against measured ones."""
+"""Which objective to minimise, and with which solver: predicted against measured losses."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ GOAL = "rank correlation of predicted and measured loss of random plans of equal
 
 
 def search_goals(correlations: Sequence[Measurement]) -> list[StudyGoal]:
-    """The predictor that is best where it is worst: one density alone would let the luck of the better one count."""
+    """The predictor whose lowest correlation over the densities is highest: the best at one density alone may be so by chance."""
     lower: dict[str, Measurement] = {}
     for row in correlations:
         lower[row.plan] = min(lower.get(row.plan, row), row, key=lambda each: each.value)
@@ -81,7 +81,7 @@ def search_goals(correlations: Sequence[Measurement]) -> list[StudyGoal]:
 
 
 def search_answer(objectives: Sequence[str], rows: Sequence[Measurement], correlations: Sequence[Measurement]) -> str:
-    """A sentence each on objectives, solvers and predictors. rows: of plans by name; correlations: a row a predictor."""
+    """A sentence each on objectives, solvers and predictors. rows: of plans by name; correlations: one row per predictor and density."""
     found = {name: _mean_score(rows, name, "retrieval") for name in objectives}
     best = max(found, key=lambda name: found[name])
     paper = next(name for name in objectives if name.startswith("element"))
@@ -107,7 +107,7 @@ def _mean_score(rows: Sequence[Measurement], name: str, metric: str) -> float:
 
 
 def _objectives(run: Run, table: LossTable, density: Mapping[int, float], scale: Scale) -> list[Plan]:
-    """A plan for every idea of what to minimise, and those that are learned; nothing measured chooses."""
+    """A plan for every objective, and the learned ones; none is chosen by validation."""
     element = loss_table(run.profile(), table.rules, estimator="element")
     ways: dict[str, tuple[LossTable, Sequence[Goal]]] = {
         "element, sum": (element, paper_goals(element)),
@@ -148,7 +148,7 @@ def _solvers(run: Run, table: LossTable, density: Mapping[int, float], scale: Sc
         began = time.perf_counter()
         front = solve()
         took = time.perf_counter() - began
-        # 1 in a goal: what the cheapest rule everywhere loses.
+        # A goal is 1 where every head has the cheapest rule.
         volume = hypervolume(front_values(front.points, names), np.ones(len(names)))
         rows.append(_volume_row(name, volume, len(front), took))
         chosen.append(replace(run.validation(_thinned(front, names), name).best, name=name))
@@ -167,7 +167,7 @@ def _evolved(table: LossTable, density: Mapping[int, float], goals: Sequence[Goa
 
 
 def _swept(table: LossTable, density: Mapping[int, float], goals: Sequence[Goal], seconds: float, seed: int) -> Front:
-    """Slider answers at random weights of the goals, until the time is over."""
+    """Budget solves at random weights of the goals, until the time is up."""
     rng, end = np.random.default_rng(seed), time.perf_counter() + seconds
     points: list[FrontPoint] = []
     while not points or time.perf_counter() < end:

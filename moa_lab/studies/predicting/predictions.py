@@ -1,4 +1,4 @@
-"""Predictors held against what random plans of equal density lose when they are measured."""
+"""Predicted against measured losses of random plans of equal density."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ PLANS_PROFILED = 4
 PROFILED_TOKENS = 65_536
 """Calibration tokens that are profiled again under each of `PLANS_PROFILED` random plans."""
 PLANS_DRAWN = 256
-"""Random plans whose rules say with what chance a head is drawn at each."""
+"""Random plans that estimate the probability of each rule for each head."""
 SLOPE_STEPS = 240
 STEPS_PER_PLAN = 3
-"""Of the slopes' steps, at most, for every random plan that is predicted."""
+"""At most so many steps of the slopes for every random plan that is predicted."""
 
 
 def predictions(run: Run, density: float, plans: int) -> list[Measurement]:
@@ -52,7 +52,7 @@ def predictions(run: Run, density: float, plans: int) -> list[Measurement]:
 
 
 def _under_plans(run: Run, density: Mapping[int, float]) -> InfluenceProfile:
-    """The profile again, with the model under random plans of the density."""
+    """A profile of the model under random plans of the density."""
     samples, table = run.samples().limited(PROFILED_TOKENS), run.table()
     plans = [table.plan(choice, "random") for choice in random_choices(table, density, PLANS_PROFILED, run.settings.seed + 1)]
     parts = run.parts_dir("profile")
@@ -60,7 +60,7 @@ def _under_plans(run: Run, density: Mapping[int, float]) -> InfluenceProfile:
 
 
 def _slopes(run: Run, density: Mapping[int, float], steps: int) -> np.ndarray:
-    """What every rule loses to first order, under plans as random as those that are predicted: (heads, rules)."""
+    """First-order loss of every rule (heads, rules), under plans drawn like those that are predicted."""
     table = run.table()
     chances = chances_of(random_choices(table, density, PLANS_DRAWN, run.settings.seed + 2), len(table.rules))
     return mean_slopes(

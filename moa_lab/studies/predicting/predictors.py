@@ -1,4 +1,4 @@
-"""What says beforehand how much a plan will lose: several predictors, and random plans of equal density to try them on."""
+"""Predictors of a plan's loss, and random plans of equal density to test them on."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from moa_lab.search.goals import default_goals
 from moa_lab.search.problem import Density, Usage, densities
 
 SPREAD = 1.5
-"""Deviation of the logarithm of random spans: some heads whole, many at the floor."""
+"""Standard deviation of the logarithm of random spans: some heads whole, many at the floor."""
 BISECTIONS = 40
 FOLDS = 5
 RIDGES = tuple(10.0**power for power in range(-2, 5))
 
 Predictor = Callable[[np.ndarray], float]
-"""Takes a choice (layers, kv_heads), returns what the plan is thought to lose."""
+"""Takes a choice (layers, kv_heads), returns the plan's predicted loss."""
 
 
 def random_choices(table: LossTable, density: Density, count: int, seed: int = 0) -> list[np.ndarray]:
-    """Choices (layers, kv_heads) of equal density: log-normal spans, scaled until one more token a head would exceed a limit."""
+    """Choices (layers, kv_heads) of equal density: log-normal spans, scaled up until they reach a limit."""
     targets = densities(table, density)
     limits = Usage(table, targets).limits(targets)
     spans = np.mean([table.span_tokens(n) / n for n in targets], axis=0)
@@ -52,7 +52,7 @@ def predictors(profile: InfluenceProfile, under_plans: InfluenceProfile | None =
 
 
 def merged(profiles: Sequence[InfluenceProfile]) -> InfluenceProfile:
-    """One profile of the samples of several: blocks are averaged, what is kept per sample is put in a row."""
+    """One profile of the samples of several: blocks are averaged, values per sample concatenated."""
     first = profiles[0]
     together = {
         name: {key: np.concatenate([getattr(one, name)[key] for one in profiles]) for key in getattr(first, name)}
@@ -63,10 +63,10 @@ def merged(profiles: Sequence[InfluenceProfile]) -> InfluenceProfile:
 
 
 def regressed(table: LossTable, choices: Sequence[np.ndarray], losses: Sequence[float], seed: int = 0) -> np.ndarray:
-    """Losses of `choices` as a ridge regression predicts them that never saw them: fitted on the other folds, (choices,).
+    """Losses of `choices`, (choices,), cross-validated: each fold is predicted by a ridge regression fitted on the others.
 
-    Its features are what every head is predicted to lose (mean of the default goals), so that it starts from the profile and corrects
-    it head by head; the ridge is the one of `RIDGES` that does best within the other folds (Hoerl and Kennard, 1970).
+    Its features are the predicted losses of every head (mean of the default goals), so it corrects the profile head by head; the
+    ridge is the one of `RIDGES` that does best within the other folds (Hoerl and Kennard, 1970).
     """
     x, y = _head_losses(table, choices), np.asarray(losses, dtype=np.float64)
     parts = _folds(len(y), seed)
@@ -84,7 +84,7 @@ def _error(x: np.ndarray, y: np.ndarray, seen: np.ndarray, left_out: np.ndarray,
 
 
 def _ridge(x: np.ndarray, y: np.ndarray, ridge: float) -> Callable[[np.ndarray], np.ndarray]:
-    """Every coefficient is drawn to the one that all features share, and not to 0."""
+    """Ridge regression that shrinks coefficients towards one shared by all features, not towards 0."""
     total = x.sum(axis=1)
     shared = float(np.cov(total, y)[0, 1] / max(float(total.var(ddof=1)), 1e-12))
     scale = np.maximum(x.std(axis=0), 1e-9)

@@ -1,1 +1,1 @@
-"""What the search chooses from, and the stages after it."""
+"""Studies of the search space, and of the stages after the search."""

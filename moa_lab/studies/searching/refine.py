@@ -49,7 +49,7 @@ def refine(run: Run, scale: Scale) -> StudyRecord:
 
 
 def _stages(run: Run, density: float, scale: Scale) -> list[Plan]:
-    """The best plan of every stage by validation: what the ranking, the search and the descent found, and what is near the best."""
+    """The best plan of every stage by validation: ranked, searched, learned, and refined from the best of these."""
     front = run.front()
     parts: dict[str, list[FrontPoint]] = {name: [] for name in STAGES}
     for candidate in front:
@@ -68,7 +68,7 @@ def _stages(run: Run, density: float, scale: Scale) -> list[Plan]:
 def refine_goals(
     rows: Sequence[Measurement], densities: Sequence[float], lengths: Sequence[int], profiled: Sequence[int]
 ) -> list[StudyGoal]:
-    """What the densities aim at: nothing lost at 50%, needles at 25%; 0.9 of them at 20%, at the profiled lengths."""
+    """Goals by density: no loss at 50%; no needles lost at 25%, own answers half-way to uniform; 0.9 of dense's needles at 20%."""
     goals: list[StudyGoal] = []
     for density in densities:
         plan = name_of("refined", density)
@@ -93,7 +93,7 @@ def refine_goals(
 
 
 def _nothing_lost(name: str, lost: Interval) -> StudyGoal:
-    """Indistinguishable: the interval of what is lost reaches 0. That nothing is lost no interval can decide."""
+    """Met where the interval of the loss reaches 0: no interval can prove that nothing is lost."""
     return replace(StudyGoal.of(name, lost, 0.0, at_most=True), value=lost.low if math.isfinite(lost.low) else lost.value)
 
 

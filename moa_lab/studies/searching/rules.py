@@ -1,8 +1,8 @@
-"""Rules that are bounded or bend (left open by arXiv 2406.14909), against linear ones, where they were not profiled.
+"""Capped, power and logarithmic rules (left open by arXiv 2406.14909) against linear ones, also at lengths that were not profiled.
 
-A family of rules is a grid to choose from; all hold whole heads and the floor. One plan per family is solved for the same goal and the same
-densities; a family that leaves some of that is also held against linear rules that are limited to what it keeps. At a given length any rule
-is a number of tokens, so what is measured there is a plan of constant spans.
+A family of rules is a grid to choose from; all hold whole heads and the floor. One plan per family is solved for the same goal and
+densities; a family that keeps less is also compared with linear rules limited to what it keeps. At a given length any rule is a number
+of tokens, so a plan of constant spans is measured there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from moa_lab.studies.scale import Scale
 
 LINEAR = "linear"
 FAMILIES = ("capped", "power", "logarithmic")
-"""What linear rules are compared with."""
+"""Families that are compared with linear rules."""
 EXPONENTS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 STEPS = 8
 """Spans at the longest profiled length from which a power's coefficient is made, per exponent."""
@@ -39,7 +39,7 @@ CAPS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)
 class Curve(SpanRule):
     """A rule that is any function of the input length N: `clip(tokens(N), min_span, N)`; alpha and beta are its linear part.
 
-    For loss tables only: a config card and a plan's identity know nothing but alpha and beta. Write it as constant spans (`at_length`).
+    For loss tables only: config cards and plan identities hold alpha and beta alone. Save it as constant spans (`at_length`).
     """
 
     alpha: float = 0.0
@@ -55,7 +55,7 @@ class Curve(SpanRule):
 
     @property
     def keeps_everything(self) -> bool:
-        """Never: a whole head is `DENSE`, in every family."""
+        """False: a whole head is `DENSE` in every family."""
         return False
 
 
@@ -119,8 +119,8 @@ def rules(run: Run, scale: Scale) -> StudyRecord:
 def solved_families(
     tables: Mapping[str, LossTable], limits: Mapping[int, float]
 ) -> tuple[dict[str, BudgetAnswer], dict[str, str], dict[str, str]]:
-    """Answers by name within `limits` (density by length); of families that keep less than linear rules the name of the answer of linear
-    rules that keep no more than they do; and why a family has no answer."""
+    """Answers by family within `limits` (density by length); for a family that keeps less than linear rules, the name of a linear answer
+    that keeps no more than it does; and why a family has no answer."""
     solved: dict[str, BudgetAnswer] = {}
     left_out: dict[str, str] = {}
     for name, table in tables.items():

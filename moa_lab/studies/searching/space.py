@@ -1,7 +1,7 @@
-"""The search space, from uniform to elastic (arXiv 2406.14909, sec. 5.4), and what else the search takes for granted.
+"""The search space, from uniform to elastic (arXiv 2406.14909, sec. 5.4), and other settings: rules per layer, pooling, min_span.
 
-Every plan is solved from one profile, for the same goal and at the same density; nothing measured chooses among them. The goal is the
-mean of the default ones, by mixed-integer programming, so that what differs is the space and not how well it was searched.
+Every plan is solved from one profile, for the mean of the default goals and at the same density, without validation. All are solved
+by mixed-integer programming, so that plans differ by their space and not by how well it was searched.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STEPS = {
 ELASTIC = "elastic"
 MOST_RULES = (1, 2, 3)
 POOLS: tuple[Pool, ...] = ("sum", "mean")
-"""Beside the default, max. A mean is a sum over the heads of a group, and objectives are scaled: the two should give one plan."""
+"""Beside the default, max. As objectives are scaled, sum and mean should give the same plan."""
 MIN_SPANS = (192, 256)
 """Tokens, beside the default."""
 PUBLISHED = {"uniform": (0.25, 0.15), "layers": (0.31, 0.26), "heads": (0.95, 0.41), "elastic": (0.98, 0.43)}
@@ -54,9 +54,9 @@ def measured_lengths(run: Run) -> tuple[int, ...]:
 
 
 def space_plans(profile: InfluenceProfile, density: float, seconds: float) -> tuple[dict[str, Plan], dict[str, str], dict[str, str]]:
-    """Plans by name; which names stand for the very plan of another one; and why others are left out.
+    """Plans by name; names whose plan equals that of another name; and why others are left out.
 
-    seconds: what the solver may take for each.
+    seconds: time limit of each solve.
     """
     table, ratios, heads = loss_table(profile), ratio_table(profile), profile.geometry.kv_heads
     makers: dict[str, Callable[[], Plan]] = {
@@ -64,7 +64,7 @@ def space_plans(profile: InfluenceProfile, density: float, seconds: float) -> tu
         "layers": partial(_solved, ratios, density, seconds, "layers", 1),
         "heads": partial(_solved, ratios, density, seconds, "heads"),
         ELASTIC: partial(_solved, table, density, seconds, ELASTIC),
-        # As many rules as a layer has heads are no limit.
+        # A limit of as many rules as heads is no limit.
         **{f"rules-{n}": partial(_solved, table, density, seconds, f"rules-{n}", n) for n in MOST_RULES if n < heads},
         **{f"pool-{pool}": partial(_solved, loss_table(profile, pool=pool), density, seconds, f"pool-{pool}") for pool in POOLS},
         **{f"min-span-{n}": partial(_solved, loss_table(profile, min_span=n), density, seconds, f"min-span-{n}") for n in MIN_SPANS},
@@ -97,13 +97,13 @@ def ratio_table(profile: InfluenceProfile) -> LossTable:
 
 
 def step_pairs(plans: Mapping[str, Plan]) -> list[tuple[str, str]]:
-    """Every step that was solved, with the one before it."""
+    """Every solved step with the one before it."""
     solved = [name for name in STEPS if name in plans]
     return list(zip(solved[1:], solved, strict=False))
 
 
 def variants(plans: Mapping[str, Plan]) -> list[str]:
-    """Names of what is compared with the elastic plan: none where that could not be solved."""
+    """Names of the plans to compare with the elastic one: none where that could not be solved."""
     return [name for name in plans if name not in STEPS] if ELASTIC in plans else []
 
 
