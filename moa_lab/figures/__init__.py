@@ -1,4 +1,4 @@
-"""Records in, plotly figures out: pure functions, nothing printed, nothing written."""
+"""Plotly figures of records: pure functions that return a figure and neither print nor write."""
 
 from moa_lab.figures.benchmarks import goal_ratios
 from moa_lab.figures.comparisons import differences, matrix, predicted_vs_measured

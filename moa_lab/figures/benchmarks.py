@@ -1,4 +1,4 @@
-"""Benchmarks: how far beyond its goal, or short of it, every row is."""
+"""Benchmarks: how far every row is above or below its goal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MISSED = theme.UNIFORM_STYLE
 
 
 def goal_ratios(record: BenchRecord) -> go.Figure:
-    """A dot per row that has a ratio: right of the line it is better than its goal; the hover tells both sides and the goal.
+    """A dot per row that has a ratio: right of the line it is better than its goal; the hover shows both sides and the goal.
 
     Raises ValueError where no row has one.
     """

@@ -1,4 +1,4 @@
-"""What studies compare: differences with their intervals, predictions with what was measured, everything with everything."""
+"""Comparisons of studies: differences with intervals, predicted against measured losses, and matrices."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from moa_lab.figures.intervals import Bounds, error_bars, told
 def differences(found: Mapping[str, Bounds], title: str, unit: str, *, none: float = 0.0, goal: float | None = None) -> go.Figure:
     """A line per label with its value and 95% interval, and a line where there is no difference (a forest plot).
 
-    Filled markers are decided: their interval does not hold `none`, which is 0 for differences and 1 for ratios; open ones are not.
-    unit: of the axis, with what the numbers are; "%" at its end shows shares in percent. goal: a second line. Raises ValueError
-    without labels, and for an interval that does not hold its value.
+    Filled markers are decided: their interval leaves out `none`, which is 0 for differences and 1 for ratios; open ones are not.
+    unit: the axis title; "%" at its end shows shares in percent. goal: a second line. Raises ValueError without labels, and for an
+    interval that does not contain its value.
     """
     if not found:
         raise ValueError("found must hold at least one labelled interval")
@@ -60,7 +60,7 @@ def predicted_vs_measured(
 ) -> go.Figure:
     """Two numbers of every plan as a scatter, their rank correlation in the title and in `layout.meta["rank_correlation"]`.
 
-    labels: told on hover. series: what tells markers apart, one name a plan. Raises ValueError for lists of other lengths, or none.
+    labels: shown on hover. series: one name per plan, for colour and shape. Raises ValueError for lists of unequal length, or empty.
     """
     labels = [f"plan {index + 1}" for index in range(len(predicted))] if labels is None else labels
     series = ["plans"] * len(predicted) if series is None else series
@@ -88,7 +88,7 @@ def predicted_vs_measured(
 
 
 def with_rank_correlation(fig: go.Figure, x: Sequence[float], y: Sequence[float]) -> go.Figure:
-    """The figure with Spearman's coefficient in its title and its meta; as it is where fewer than three numbers differ."""
+    """The figure with Spearman's coefficient in its title and meta; unchanged with too few distinct values (3 in `x`, 2 in `y`)."""
     if len(set(x)) < 3 or len(set(y)) < 2:
         return fig
     correlation = float(spearmanr(x, y).statistic)
@@ -111,8 +111,8 @@ def matrix(
 ) -> go.Figure:
     """A small heat-map with its numbers: `values[row][column]`, NaN where nothing was measured.
 
-    unit: what the numbers are, over the colour bar; "%" at its end shows shares in percent. difference: colours about 0. digits: after the
-    point, None for none of percents and two of others. Raises ValueError where the labels do not fit the values, or all are NaN.
+    unit: title of the colour bar; "%" at its end shows shares in percent. difference: colours symmetric around 0. digits: decimals
+    (None: 0 for percents, else 2). Raises ValueError where the labels do not fit the values, or all are NaN.
     """
     grid = np.asarray(values, dtype=np.float64)
     if grid.shape != (len(rows), len(columns)) or not np.isfinite(grid).any():

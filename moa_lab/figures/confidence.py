@@ -1,4 +1,4 @@
-"""How sure the rank of a head is, over calibration sets."""
+"""How much a head's rank varies between calibration sets."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def percentile_ranks(influence: Mapping[str, np.ndarray]) -> np.ndarray:
 def rank_confidence(influence: Mapping[str, np.ndarray], top: float = 0.1, group_size: int = 1) -> go.Figure:
     """Heat-map of how far a head's percentile rank moves between calibration sets: `z[query_head, layer]`, largest minus smallest.
 
-    Dark heads are sure. A filled marker: among the strongest `top` (a fraction) in every set; an open one: in some. The hover tells the
-    rank in each set. Lines part the groups of `group_size` query heads that share a KV head.
+    Dark heads have stable ranks. A filled marker: among the strongest `top` (a fraction) in every set; an open one: in some. The hover
+    shows the rank in each set. Lines separate the groups of `group_size` query heads that share a KV head.
     Raises ValueError as `percentile_ranks` does, and for a `top` that is not between 0 and 1.
     """
     if not 0 < top < 1:
@@ -70,13 +70,13 @@ def rank_confidence(influence: Mapping[str, np.ndarray], top: float = 0.1, group
 
 
 def _strongest(hit: np.ndarray, top: float) -> list[go.Scatter]:
-    """Markers over the heads that `hit` (sets, layers, query_heads) says are among the strongest, in all sets and in some."""
+    """Markers on the strongest heads, in all sets and in some. hit: bool (sets, layers, query_heads)."""
     kinds = {"every": ("diamond", hit.all(axis=0)), "some": ("diamond-open", hit.any(axis=0) & ~hit.all(axis=0))}
     traces = []
     for kind, (symbol, where) in kinds.items():
         layer, head = np.nonzero(where)
         marker = {"symbol": symbol, "size": 9, "color": theme.OUTLINE, "line": {"width": 1.5, "color": theme.OUTLINE}}
         name = f"top {theme.percent(top)} in {kind} set{'s' if kind == 'some' else ''}"
-        # The cell beneath tells.
+        # The hover of the cell beneath shows the numbers.
         traces.append(go.Scatter(x=layer, y=head, mode="markers", marker=marker, name=name, hoverinfo="skip"))
     return traces

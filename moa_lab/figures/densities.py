@@ -12,7 +12,7 @@ from moa_lab.figures.measurements import metric_label
 from moa_lab.records import Measurement
 
 Of = str | Callable[[Measurement], object]
-"""What is taken of a row: a field, an entry of its detail, or what a function makes of it."""
+"""A value of a row: the name of a field or of an entry of its detail, or a function of the row."""
 
 
 def family(row: Measurement) -> str:
@@ -21,7 +21,7 @@ def family(row: Measurement) -> str:
 
 
 def score_by_density(rows: Iterable[Measurement], task: str, length: int) -> go.Figure:
-    """One score at one length over the density there, a line per family of plans with 95% intervals; dense is a level of its own.
+    """One score at one length over the density there, a line per family of plans with 95% intervals; dense is a horizontal line.
 
     Plans named `moa-25`, `moa-50`, ... are the family `moa`. Raises ValueError when nothing was measured.
     """
@@ -31,7 +31,7 @@ def score_by_density(rows: Iterable[Measurement], task: str, length: int) -> go.
     alone = {name for name in map(family, chosen) if sum(family(row) == name for row in chosen) == 1}
 
     def kept(row: Measurement) -> float | None:
-        # The dense model is a level to hold the others against.
+        # The dense model is drawn as a horizontal line to compare with.
         return None if row.density >= 1 and family(row) in alone else 100 * row.density
 
     title = f"density at {length:,} tokens (% of the dense KV cache)"
@@ -40,10 +40,10 @@ def score_by_density(rows: Iterable[Measurement], task: str, length: int) -> go.
 
 
 def score_by(rows: Iterable[Measurement], x: Of, x_title: str, *, series: Of = family, what: str = "", log: bool = False) -> go.Figure:
-    """One score over a number, a line per series with 95% intervals; a row without the number is a level across.
+    """One score over a number, a line per series with 95% intervals; a row without the number is a horizontal line.
 
-    x: where the number of a row is found, for instance "density", "whole_heads" of its detail, or a function. x_title: with the unit.
-    series: what tells lines apart. what: what was scored, for the title; left out, the tasks and lengths of `rows`. log: of the x axis.
+    x: the number of a row, for instance "density", "whole_heads" of its detail, or a function. x_title: with the unit. series: the line
+    of a row. what: what was scored, for the title (empty: the tasks and lengths of `rows`). log: logarithmic x axis.
     Raises ValueError for rows of several metrics, and where no row has the number.
     """
     rows = list(rows)

@@ -1,4 +1,4 @@
-"""The front: what the search promised, and whether the measurements agree."""
+"""The Pareto front of a search: predicted losses, and whether measurements agree."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moa_lab.records import Front, FrontPoint, Measurements
 
 
 def front_scatter(front: Front, x: str, y: str, chosen: Plan | str | None = None, reference: Iterable[FrontPoint] = ()) -> go.Figure:
-    """Scatter of the front over two goals, smaller is better in both; a line joins the points that no other beats in these two.
+    """Scatter of the front over two goals, smaller is better in both; a line joins the points that are non-dominated in these two.
 
     `x` and `y` are objective names, "density" (at the longest length) or "density@2048". `chosen` is a plan, or its name;
     `reference` holds points of plans outside the front (uniform, dense). Points without one of the goals are left out.
@@ -99,13 +99,13 @@ def predicted_against_measured(
 
 
 def goals(front: Front) -> tuple[str, ...]:
-    """The names that can be drawn: the front's own objectives first, then what else every point predicts."""
+    """Names of goals that can be drawn: the front's objectives first, then the others that every point predicts."""
     predicted = [name for point in front.points[:1] for name in point.predicted if all(name in other.predicted for other in front)]
     return tuple(dict.fromkeys((*front.objectives, *predicted)))
 
 
 def axes(front: Front) -> tuple[str, ...]:
-    """`goals`, and the density where it is none of them: all that a plan of the front can be placed by."""
+    """`goals`, and the density where it is not among them."""
     return tuple(dict.fromkeys((*goals(front), "density")))
 
 
@@ -142,7 +142,7 @@ def _goal_format(name: str) -> dict[str, str]:
 
 
 def _is(point: FrontPoint, chosen: Plan | str | None) -> bool:
-    # The chosen plan is usually renamed ("moa") after validation: what it does tells that it is the same.
+    # The chosen plan is usually renamed ("moa") after validation, so plans are compared by identity.
     return point.plan.identity() == chosen.identity() if isinstance(chosen, Plan) else point.plan.name == chosen
 
 
@@ -185,8 +185,8 @@ def _hover(point: FrontPoint) -> str:
 def parallel_goals(front: Front) -> go.Figure:
     """Every plan as a line through its goals and its density: drag along an axis to keep those that pass there.
 
-    An axis is named (`dimensions[i].name`) by its goal. A goal that some plan has not is left out: plotly would draw that plan at the
-    axis's end. Raises ValueError for a front without points, and where no goal is common to all.
+    `dimensions[i].name` is the goal of an axis. A goal that some plan lacks is left out: plotly would draw that plan at the end of the
+    axis. Raises ValueError for a front without points, and where no goal is common to all.
     """
     if not len(front):
         raise ValueError("the front has no points")
@@ -195,12 +195,12 @@ def parallel_goals(front: Front) -> go.Figure:
     if not common:
         raise ValueError(f"no goal is common to all {len(front)} plans; there are {', '.join(columns)}")
     dimensions = [{"name": name, "label": _axis_label(name), "values": values, "tickformat": ".3~f"} for name, values in common.items()]
-    # Thin lines: the ends of cividis are lost on a dark page or on a white one.
+    # Not cividis: thin lines in its end colours are invisible on a dark or a white page.
     scale = [[0, theme.MAIN_STYLE.color], [1, theme.UNIFORM_STYLE.color]]
     line = {"color": dimensions[-1]["values"], "colorscale": scale}
     left_out = ", ".join(theme.plain(name) for name in columns if name not in common)
     title = f"{len(front)} plans, by goal" + (f"; not every plan has {left_out}" if left_out else "")
-    # Names are longer than the axes are apart.
+    # Tilted labels: names are longer than the distance between axes.
     lines = go.Parcoords(dimensions=dimensions, line=line, labelangle=-30, labelfont={"size": 11}, rangefont={"size": 10})
     return theme.figure(lines, title, height=400, margin={"l": 60, "r": 140, "t": 160})
 

@@ -1,4 +1,4 @@
-"""Maps of all heads: which look far back, and how that differs between two lengths, tasks or profiles."""
+"""Maps of all heads: their long-range influence, and how it differs between two lengths, tasks or profiles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moa_lab.figures.influence import samples_of
 from moa_lab.records import BLOCK_TOKENS, InfluenceProfile, ProfileKey
 
 HeadPool = Literal["max", "mean", "sum"]
-"""How query heads that share a KV head are made one number."""
+"""How the query heads that share a KV head are reduced to one number."""
 
 
 def influence_map(profile: InfluenceProfile, task: str, length: int, beyond_tokens: int = 128, pool: HeadPool | None = None) -> go.Figure:
@@ -21,7 +21,7 @@ def influence_map(profile: InfluenceProfile, task: str, length: int, beyond_toke
     With `pool`, a row per KV head: `z[kv_head, layer]`.
     """
     long_range = long_range_influence(profile, task, length, beyond_tokens, pool)
-    # Of a group's influence, whichever way its heads are pooled: a share of maxima is a share of nothing.
+    # A share of the group's summed influence, whatever `pool` is: a ratio of maxima is no share.
     shared: HeadPool | None = "sum" if pool else None
     total = _pooled(profile.distance(task, length).sum(axis=2), profile.geometry.group_size, shared)
     part = long_range_influence(profile, task, length, beyond_tokens, shared)
@@ -53,7 +53,7 @@ def difference_map(
     pool: HeadPool | None = None,
     against: str = "the other",
 ) -> go.Figure:
-    """`influence_map` of (task, length) `key` less that of `other`, in nats, symmetric around 0; `against` names what is subtracted.
+    """`influence_map` of (task, length) `key` minus that of `other`, in nats, symmetric around 0; `against` names the other.
 
     `other` may be the same profile, at another key. Raises ValueError for a profile of another model.
     """

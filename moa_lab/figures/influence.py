@@ -1,4 +1,4 @@
-"""What a profile found of one head: at what distance it looks, and between which positions."""
+"""The influence of one head in a profile: by distance, and by query and key position."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def influence_by_distance(
     distance = (np.arange(len(mean)) + 0.5) * BLOCK_TOKENS
     top = max(float(mean.max()), 1e-12)
     floor = max(float(mean[mean > 0].min()) if (mean > 0).any() else top, top * 1e-6)
-    # Below two decades plotly's own ticks (1, 2, 5) say more than the powers of ten alone.
+    # Below two decades plotly's own ticks (1, 2, 5) are better than powers of ten alone.
     decades = {"dtick": 1} if top / floor > 100 else {}
     style = theme.MAIN_STYLE
     traces = []
@@ -70,7 +70,7 @@ def influence_by_distance(
 
 
 def head_blocks(profile: InfluenceProfile, task: str, length: int, layer: int, head: int, plan: PlanOrPath | None = None) -> go.Figure:
-    """Influence of one query head per block of (query, key) positions (nats, log colours), what `plan` lets it see outlined."""
+    """Influence of one query head per block of (query, key) positions (nats, log colours), with what it sees under `plan` outlined."""
     plan = None if plan is None else as_plan(plan)
     if (task, length) not in profile.blocks:
         raise ValueError(_unknown(profile, task, length))
@@ -126,14 +126,14 @@ def _draw_cut(fig: go.Figure, plan: Plan, profile: InfluenceProfile, mean: np.nd
     kv_head = head // profile.geometry.group_size
     window = min(int(plan.windows(length)[layer, kv_head]), profile.geometry.layer_windows[layer] or length)
     span = int(plan.spans(length)[layer, kv_head])
-    # Of the bin that the cut falls into, the part beyond it counts as lost.
+    # Of the bin that contains the cut, the part beyond it counts as lost.
     lost_part = np.clip((np.arange(len(mean)) + 1) - window / BLOCK_TOKENS, 0, 1)
     total = float(mean.sum())
     kept = 1 - float((mean * lost_part).sum()) / total if total > 0 else 1.0
     if window + plan.sink_tokens >= length:
         note = f"span {span:,} tokens: nothing is cut"
     else:
-        # floor: what is cut must never read as nothing.
+        # Rounded down, so that a cut never reads as 100% kept.
         note = f"span {span:,} tokens keeps {np.floor(1000 * kept) / 10:.1f}%"
         fig.add_vrect(x0=window, x1=length, fillcolor=theme.OUTLINE, opacity=0.12, line_width=0)
         fig.add_vline(x=window, line={"color": theme.OUTLINE, "width": 2, "dash": "dash"})
@@ -150,7 +150,7 @@ def _visible_outline(plan: Plan, length: int, layer: int, kv_head: int) -> tuple
     if window + sink >= length:
         corners = [(0, 0), (length, length), (0, length)]
     else:
-        # The own window also ends the strip of the sink.
+        # The layer's own window also limits the strip of the sink.
         end = length if own is None else own
         strip = [(sink, window + sink), (sink, min(end + sink, length)), (0, min(end, length))]
         corners = [(0, 0), (length, length), (length - window, length), *(strip if sink else [(0, window)])]
@@ -169,7 +169,7 @@ def _coarsened(blocks: np.ndarray, tokens: int) -> tuple[np.ndarray, int]:
 
 
 def samples_of(profile: InfluenceProfile, task: str, length: int) -> np.ndarray:
-    """Influence by distance of every sample. Raises ValueError where it was not profiled, and says what was."""
+    """Influence by distance of every sample. Raises ValueError, naming what was profiled, where this was not."""
     if (task, length) not in profile.distances:
         raise ValueError(_unknown(profile, task, length))
     return profile.distances[task, length]

@@ -1,4 +1,4 @@
-"""Intervals as figures draw and tell them."""
+"""Intervals in figures: error bars and text."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Bounds(Protocol):
 
 
 def error_bars(found: Iterable[Bounds], scale: float = 1, **options: Any) -> dict[str, Any]:
-    """Plotly's bars to the ends of intervals, times `scale`; none to an end that is not known."""
+    """Plotly error bars to the ends of intervals, times `scale`; none to an infinite end."""
     bounds = list(found)
     return {
         "type": "data", "symmetric": False,
@@ -37,7 +37,7 @@ def error_bars(found: Iterable[Bounds], scale: float = 1, **options: Any) -> dic
 
 
 def told(bounds: Bounds, show: Callable[[float], str] = "{:.3g}".format, between: str = " to ") -> str:
-    """The ends for a hover or a table, or that there is no interval."""
+    """Both ends as text for a hover or a table, or `NO_INTERVAL`."""
     if not has_interval(bounds.low, bounds.high):
         return NO_INTERVAL
     return f"{show(bounds.low)}{between}{show(bounds.high)}"

@@ -1,4 +1,4 @@
-"""Measured scores: by depth and length, by plan with intervals, and the bytes that the plans ask for."""
+"""Measured scores by depth and length, and by plan with intervals; KV bytes of plans."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Score:
 
 
 def metric_label(metric: str) -> tuple[str, str]:
-    """What a metric is called, and its unit; "%" marks shares between 0 and 1."""
+    """A metric's label and unit; "%" marks shares between 0 and 1."""
     known = _LABELS.get(metric)
     if known is not None:
         return known
@@ -55,15 +55,15 @@ def metric_label(metric: str) -> tuple[str, str]:
 
 
 def shown(metric: str, value: float) -> str:
-    """The value as a reader wants it: shares in percent, other scores with three decimals."""
+    """The value as text: shares in percent, other scores with three decimals."""
     return theme.percent(value) if metric_label(metric)[1] == "%" else f"{value:.3f}"
 
 
 def pooled(measurements: Measurements, plan: str, metric: str, length: int, task: str | None = None) -> Score | None:
     """One score over the tasks of a metric (or one task): the mean over all observations; None when nothing was measured.
 
-    Of several rows of a task the one with the most observations counts (the last of equal ones): they may share samples, which add
-    nothing twice; nor does a group of tasks beside its members. A single row keeps its interval. Several are pooled: a share gets
+    Of several rows of a task the one with the most observations counts (the last of equal ones), as they may share samples. For the
+    same reason a group of tasks does not count beside its members. A single row keeps its interval. Several are pooled: a share gets
     Wilson's interval of the joint count, anything else the interval of a weighted mean of independent means.
     """
     rows = _evidence(row for row in measurements.select(plan=plan, metric=metric, length=length) if task in (None, row.task))
@@ -120,7 +120,7 @@ def retrieval_heatmap(measurements: Measurements, plan: str, metric: str = "retr
 
 
 def score_bars(measurements: Measurements, metric: str, task: str | None = None, plans: Iterable[str] | None = None) -> go.Figure:
-    """One value with its 95% interval per plan and length; shares as bars from 0, other scores as markers (their zero says nothing).
+    """One value with its 95% interval per plan and length; shares as bars from 0, other scores as markers (their 0 has no meaning).
 
     Left out, `plans` are all that were measured and `task` pools the tasks. Raises ValueError when nothing was measured.
     """
@@ -161,7 +161,7 @@ def kv_bytes_bars(plans: Iterable[PlanOrPath], n_tokens: int) -> go.Figure:
         raise ValueError("plans must hold at least one plan")
     styles = theme.series_styles(plan.name for plan in shown)
     bars = []
-    # A trace per plan: plotly draws no pattern over bars whose colours are a list.
+    # One trace per plan: plotly draws no pattern over bars with a list of colours.
     for plan in shown:
         size = plan.kv_bytes(n_tokens)
         label = f"{theme.plain(plan.name)}<br>{theme.byte_size(size)} = {theme.percent(plan.density(n_tokens))}"
@@ -201,7 +201,7 @@ def _bars(
 
 
 def _evidence(rows: Iterable[Measurement]) -> list[Measurement]:
-    """One row a task and length, see `pooled`."""
+    """One row per task and length, chosen as in `pooled`."""
     best: dict[tuple[str, int], Measurement] = {}
     for row in rows:
         key = (row.task, row.length)

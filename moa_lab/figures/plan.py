@@ -1,4 +1,4 @@
-"""What a plan keeps: spans of every head, and what one head sees."""
+"""The spans of a plan's heads, the mask of one head, and the rules."""
 
 from __future__ import annotations
 
@@ -128,8 +128,8 @@ def rule_curves(plan: PlanOrPath, longest: int) -> go.Figure:
 def visible_share(n_tokens: int, sink_tokens: int, window_tokens: int, own_window: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Block edges in tokens, and the share of causal pairs that are visible per (query block, key block); NaN where none is causal.
 
-    Counted in closed form, so that a length of a million tokens costs as much as a thousand. `own_window` is the layer's own
-    sliding window, which hides also the sink.
+    Counted in closed form, so that the cost does not depend on the length. `own_window` is the layer's own sliding window, which
+    hides the sink as well.
     """
     size = -(-n_tokens // MAX_BLOCKS)
     edges = np.minimum(np.arange(0, n_tokens + size, size), n_tokens)

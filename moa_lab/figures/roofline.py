@@ -1,4 +1,4 @@
-"""The kernels under the roof that memory and arithmetic put over them."""
+"""Roofline of the kernels: measured rates under the limits of memory and arithmetic."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Point:
 
 
 def kernel_roofline(*records: BenchRecord) -> go.Figure:
-    """TFLOP/s against FLOP per byte, both logarithmic: every kernel of the records under the roof that its own process measured.
+    """TFLOP/s against FLOP per byte, both logarithmic: every kernel of the records under the roof measured in the same process.
 
     A roof is min(copy GB/s x FLOP per byte, matrix product TFLOP/s). Only visible pairs count as FLOP. Bytes are those that must move:
     kept K and V in decoding, Q, K, V and output once in prefill. A copy writes as much as it reads, so a kernel that only reads can
@@ -42,7 +42,7 @@ def kernel_roofline(*records: BenchRecord) -> go.Figure:
     traces = [_roof(record, edges, first=index == 0) for index, record in enumerate(records)]
     names = list(dict.fromkeys((OURS, *(point.who for point in points))))
     styles = theme.series_styles(names)
-    # Ours last, so that it lies on top.
+    # Ours last, so that it is drawn on top.
     traces += [_markers([point for point in points if point.who == who], styles[who]) for who in reversed(names)]
     devices = dict.fromkeys(str(record.settings.get("device", "unknown device")) for record in records)
     return theme.figure(
@@ -78,10 +78,10 @@ def _row_points(row: BenchRow, item_bytes: int) -> Iterable[Point]:
     if "useful_flops" in detail:
         moved = 2 * (shape["query_heads"] + shape["kv_heads"]) * shape["batch"] * shape["n_tokens"] * shape["head_dim"] * item_bytes
         for who, side in {OURS: detail, **peers}.items():
-            # TFLOP/s times ms: what this side counts as useful, all pairs where it is dense.
+            # TFLOP/s times ms: the FLOP that this side counts as useful (all pairs where it is dense).
             yield Point(who, side["rate"] * side["ms"] * 1e9 / moved, side["rate"], f"prefill, {told}")
     elif "useful_bytes" in detail and row.unit == "GB/s":
-        # Per kept token and KV head: 2 head_dim numbers are read, and each query head of the group makes 4 head_dim FLOP of them.
+        # Per kept token and KV head: 2 head_dim numbers are read, and each query head of the group does 4 head_dim FLOP.
         intensity = 2 * shape["query_heads"] / shape["kv_heads"] / item_bytes
         for who, rate in {OURS: row.ours, **{name: peer["rate"] for name, peer in peers.items()}}.items():
             yield Point(who, intensity, rate * intensity / 1e3, f"decoding, {told}")
@@ -106,7 +106,7 @@ def _roof(record: BenchRecord, edges: tuple[float, float], first: bool) -> go.Sc
 
 
 def _markers(points: list[Point], style: theme.Style) -> go.Scatter:
-    # Decoding has few intensities: what stands beneath ours must be seen through it.
+    # Open markers: in decoding, points share few intensities, and peers must show through ours.
     look = (
         {"symbol": f"{style.symbol}-open", "size": 12, "line": {"width": 2}}
         if points[0].who == OURS

@@ -1,4 +1,4 @@
-"""A search while it runs: how much better its front gets, generation by generation."""
+"""A search while it runs: hypervolume and archive by generation."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def hypervolume_curve(
 ) -> go.Figure:
     """Hypervolume after each generation, one line per search: `volumes[name][0]` is that of generation 1.
 
-    All are against one reference point, in the product of the goals' units. `seconds`: when each generation of a search ended, since
-    its start; shown on hover, and in the legend how long it took. `levels`: hypervolumes of finished fronts, drawn as lines across.
+    All use one reference point; the unit is the product of the goals' units. `seconds`: from the start of a search to the end of each
+    generation, shown on hover, the total in the legend. `levels`: hypervolumes of finished fronts, drawn as horizontal lines.
     Raises ValueError for a search without generations, with numbers that are not finite, or with seconds of another length.
     """
     times = {name: seconds.get(name) if seconds else None for name in volumes}
@@ -39,9 +39,9 @@ def hypervolume_curve(
 
 
 def archive_scatter(values: np.ndarray, goals: Sequence[str], generation: int) -> go.Figure:
-    """The plans that a search has after a generation, none of which another beats: values (plans, goals), drawn in the first two goals.
+    """The non-dominated plans of a search after a generation: values (plans, goals), drawn in the first two goals.
 
-    Smaller is better in both. Raises ValueError for fewer than two goals, and where a column is missing or one too many.
+    Smaller is better in both. Raises ValueError for fewer than two goals, and for values without one column per goal.
     """
     if len(goals) < 2 or values.ndim != 2 or values.shape[1] != len(goals):
         raise ValueError(f"values must be (plans, goals) of at least two goals, got {values.shape} for {', '.join(goals) or 'none'}")
@@ -62,7 +62,7 @@ def _search(name: str, values: Sequence[float], seconds: Sequence[float] | None,
     return go.Scatter(
         x=np.arange(1, len(values) + 1),
         y=list(values),
-        # Between two generations nothing is found.
+        # A step curve: nothing is found between two generations.
         line={"color": style.color, "dash": style.dash, "width": 2, "shape": "hv"},
         marker={"color": style.color, "symbol": style.symbol, "size": 6},
         mode="lines+markers",

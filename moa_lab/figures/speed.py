@@ -1,4 +1,4 @@
-"""What speed costs: tokens per second against what is still found, a marker per density."""
+"""Speed against accuracy: tokens per second over retrieval, a marker per density."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moa_lab.figures.intervals import error_bars, told
 from moa_lab.records import Measurement
 
 SAME_MODEL = {"transformers dense": "dense"}
-"""Plans that are another by other code: they find what that one finds."""
+"""Plans that are another plan run by other code, and share its retrieval score."""
 
 
 def speed_by_accuracy(
@@ -53,7 +53,7 @@ def _line(name: str, pairs: list[tuple[Measurement, Measurement]], style: theme.
         error_y=error_bars([rate for _, rate in pairs], 1, thickness=1),
         mode="lines+markers+text",
         text=[theme.percent(rate.density) for _, rate in pairs],
-        # Beside the interval, which goes through the marker to all four sides.
+        # Off the error bars, which extend to all four sides of the marker.
         textposition="top right",
         name=theme.plain(name),
         line={"color": style.color, "dash": style.dash, "width": 1.5},

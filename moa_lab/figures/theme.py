@@ -1,4 +1,4 @@
-"""The one look of every figure: templates for light, dark and either, colours that survive colour blindness, shapes beside colours."""
+"""The common look of all figures: templates for light, dark or either background, colour-blind-safe colours, and shapes beside colours."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 CONFIG: dict[str, Any] = {
     "displaylogo": False,
     "showSendToCloud": False,
-    # Without an address there is nothing to send to, whichever button an embedding page turns on.
+    # No upload address, even if an embedding page turns the upload button on.
     "plotlyServerURL": "",
     "responsive": True,
-    # Names come from files: a dollar sign in one is not mathematics.
+    # Names come from files: a dollar sign in them must not start LaTeX.
     "typesetMath": False,
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
     "toImageButtonOptions": {"format": "png", "scale": 2},
@@ -23,14 +23,14 @@ CONFIG: dict[str, Any] = {
 """Pass to `fig.show(config=CONFIG)`: no logo, no upload."""
 
 SPAN_SCALE = "Cividis"
-"""Spans, scores, shares: magnitudes with a natural top."""
+"""Spans, scores, shares: magnitudes with a natural maximum."""
 INFLUENCE_SCALE = "Viridis"
 """Influence: magnitudes without one."""
 DIFFERENCE_SCALE = "PuOr"
 """Differences, always with a symmetric range around 0."""
 
 OUTLINE = "#ff5c39"
-"""A line over a heat-map: far from every colour of cividis and viridis, and seen on black and on white."""
+"""Lines over a heat-map: visible on every colour of cividis and viridis, on black and on white."""
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
 MIN_HEIGHT = 220
@@ -44,7 +44,7 @@ LEGEND_HEIGHT = 26
 
 @dataclass(frozen=True)
 class Ink:
-    """What a background asks for: text, quieter text, grid lines, edges of markers; and the box of a hover with its text."""
+    """Colours for a background: text, quieter text, grid lines, edges of markers; and the box of a hover with its text."""
 
     text: str
     quiet: str
@@ -56,13 +56,13 @@ class Ink:
 
 _LIGHT = Ink("#1f2328", "#59616b", "#e3e6ea", "#ffffff", "#ffffff", "#1f2328")
 _DARK = Ink("#e8eaed", "#a9b0ba", "#343a43", "#22262d", "#22262d", "#e8eaed")
-# The grey that is as far from white as from JupyterLab's #111111: 4.3:1, and no colour has more to both.
+# The grey with equal contrast to white and to JupyterLab's #111111: 4.3:1, the best possible for both.
 _EITHER = Ink("#797979", "#797979", "rgba(128,128,128,0.28)", "rgba(128,128,128,0)", "#22262d", "#e8eaed")
 
 
 @dataclass(frozen=True)
 class Style:
-    """How one series looks everywhere: a colour and a shape that does not need the colour."""
+    """The look of one series in every figure: a colour, and shapes that identify it without colour."""
 
     color: str
     symbol: str
@@ -88,7 +88,7 @@ def series_styles(names: Iterable[str]) -> dict[str, Style]:
     """A style per name; "dense", "uniform" and "moa" look the same in every figure, whatever else is drawn."""
     fixed = {"dense": DENSE_STYLE, "uniform": UNIFORM_STYLE, "moa": MAIN_STYLE}
     unique = list(dict.fromkeys(names))
-    # A lone unknown name is the subject of its figure, so it gets the subject's colour.
+    # Without "moa", the first other name is the subject of the figure and gets the main colour.
     free = (*_OTHER_STYLES,) if "moa" in unique else (MAIN_STYLE, *_OTHER_STYLES)
     others = [name for name in unique if name not in fixed]
     return {**{name: fixed[name] for name in unique if name in fixed}, **{name: free[i % len(free)] for i, name in enumerate(others)}}
@@ -97,7 +97,7 @@ def series_styles(names: Iterable[str]) -> dict[str, Style]:
 def template(dark: bool | None = None) -> go.layout.Template:
     """The plotly template: transparent, quiet grid, text in the ink of the theme.
 
-    Left out, `dark` is not known, as in a saved notebook, which JupyterLab shows on white or on black: greys that are read on both.
+    None: unknown, as in a saved notebook, which JupyterLab shows on white or on black; the greys are readable on both.
     """
     ink = _EITHER if dark is None else _DARK if dark else _LIGHT
     quiet = {"color": ink.quiet, "size": 11}
@@ -135,24 +135,24 @@ def template(dark: bool | None = None) -> go.layout.Template:
 
 
 def with_theme(fig: go.Figure, dark: bool) -> go.Figure:
-    """A copy of `fig` in the dark or light theme; nothing but ink and grid changes."""
+    """A copy of `fig` in the dark or light theme; only text and grid colours change."""
     return go.Figure(fig).update_layout(template=template(dark))
 
 
 def figure(traces: Any, title: str, height: int, **layout: Any) -> go.Figure:
-    """A figure that is read on white and on black, `height` pixels tall; a colour bar goes between title and plot."""
+    """A figure readable on white and on black, `height` pixels tall; a colour bar goes between title and plot."""
     fig = go.Figure(traces).update_layout(template=template(), title_text=title, height=height, **layout)
     return fig.update_traces(colorbar_y=1 - TITLE_HEIGHT / height, selector={"type": "heatmap"})
 
 
 def bar_above(title: str, **options: Any) -> dict[str, Any]:
-    """A horizontal colour bar above the plot: it leaves the width to the cells, also on a phone."""
+    """A horizontal colour bar above the plot, which leaves the full width to the cells."""
     place = {"orientation": "h", "x": 0, "xanchor": "left", "yref": "container", "y": 1.0, "yanchor": "top", "len": 0.6, "thickness": 8}
     return {**place, "xpad": 0, "ypad": 0, "title": {"text": title, "side": "bottom"}, **options}
 
 
 def plain(text: object) -> str:
-    """Text that plotly shows as it is: its labels understand a subset of HTML, links included."""
+    """Text escaped for plotly, whose labels interpret a subset of HTML, links included."""
     return html.escape(str(text), quote=False)
 
 
@@ -162,7 +162,7 @@ def percent(share: float, digits: int = 0) -> str:
 
 
 def byte_size(count: float) -> str:
-    """Bytes for people: `23_592_960` as `22.5 MiB`."""
+    """Bytes with a unit: `23_592_960` as `22.5 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
@@ -183,6 +183,6 @@ def head_ticks(count: int) -> dict[str, Any]:
 
 
 def grid_height(rows: int) -> int:
-    """Height in pixels of a heat-map with `rows` rows: cells big enough to point at, the figure never taller than a screen."""
+    """Height in pixels of a heat-map with `rows` rows: cells large enough to point at, at most 720 in all."""
     cell = 28 if rows <= 4 else 20 if rows <= 12 else 13
     return min(max(rows * cell + 140, MIN_HEIGHT), 720)

@@ -1,4 +1,4 @@
-"""Decoding end to end: tokens per second, and the cache that each way of keeping it costs."""
+"""Decoding end to end: tokens per second against the KV bytes of each side."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def throughput_by_kv_bytes(record: BenchRecord, model: str | None = None) -> go.
     """Tokens/s of the whole batch against the KV bytes of one sequence (GiB), both logarithmic: a line per side through its prompt lengths.
 
     Reads `record.settings["sides"]`, which `moa-lab bench generate` writes: each side with as many sequences as fit. A side that was
-    measured compiled and not is drawn compiled; one that failed is left out. Left out, `model` is the first of the record.
+    measured both compiled and not is drawn compiled; one that failed is left out. model: None for the first of the record.
     Raises ValueError when nothing was measured, or nothing for `model`.
     """
     measured = [entry for entry in record.settings.get("sides", ()) if "failed" not in entry["found"]]
@@ -46,7 +46,7 @@ def throughput_by_kv_bytes(record: BenchRecord, model: str | None = None) -> go.
 
 
 def kv_gib(found: dict[str, Any]) -> float:
-    """GiB of K and V that one sequence keeps, of what was found of a side."""
+    """GiB of K and V that one sequence keeps. found: the measurement of a side."""
     return float(found["kept_bytes"] / found["batch"] / 2**30)
 
 
@@ -73,7 +73,7 @@ def _line(side: str, entries: list[dict[str, Any]], style: theme.Style) -> go.Sc
         mode="lines+markers",
         name=theme.plain(entries[0]["side"]),
         line={"color": style.color, "width": 1.5, "dash": style.dash},
-        # Open, since sides that keep as many bytes are as fast and lie on each other.
+        # Open markers: sides with equal bytes are equally fast and overlap.
         marker={"color": style.color, "symbol": f"{style.symbol}-open", "size": 12, "line": {"width": 2.5}},
         customdata=told,
         hovertemplate="%{customdata}<extra></extra>",
