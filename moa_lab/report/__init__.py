@@ -1,4 +1,4 @@
-"""Records in, one self-contained HTML page out: it opens from a file, asks the network for nothing, and shows no number it did not read."""
+"""One self-contained HTML page from records: it opens from a file, needs no network, and shows only numbers that it read."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def build_report(
     """Return the page about `plan` as HTML.
 
     Scores are found by plan name: `plan.name` and the names of `baselines` (the dense plan is added when it is missing and was
-    measured). `reference` holds predicted goals of plans outside the front, to be drawn beside it. density: that all are compared at;
-    which plans do not keep it is said below their scores. What is None, or holds nothing,
-    is left out of the page. Raises ValueError when `profile` or a baseline is of another geometry than the plan.
+    measured). `reference` holds predicted goals of plans outside the front, drawn beside it. density: the one all are compared at;
+    plans that do not keep it are named below the scores. What is None or empty is left out of the page. Raises ValueError when
+    `profile` or a baseline has another geometry than the plan.
     """
     plan, rivals = as_plan(plan), tuple(as_plan(other) for other in baselines)
     for other in (profile, *rivals):
@@ -63,5 +63,5 @@ def _rivals(plan: Plan, baselines: tuple[Plan, ...], measurements: Measurements)
     has_dense = any(other.is_dense for other in (plan, *others))
     if not has_dense and measurements.select(plan="dense"):
         others.insert(0, dense_plan(plan.geometry))
-    # Dense first: it is what the others are read against.
+    # Dense first: the others are compared with it.
     return tuple(sorted(others, key=lambda other: not other.is_dense))

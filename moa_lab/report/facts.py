@@ -1,4 +1,4 @@
-"""What the page is about, and the sentences that its numbers allow."""
+"""The records behind the page, and the sentences made from their numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BYTES_NOTE = (
 
 @dataclass(frozen=True)
 class Facts:
-    """The records behind a page; `rivals` are the plans to compare with, the dense one first; `density` is what they are compared at."""
+    """The records behind a page; `rivals`: plans to compare with, the dense one first; `density`: the one all are compared at."""
 
     plan: Plan
     rivals: tuple[Plan, ...]
@@ -39,7 +39,7 @@ class Facts:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Plans of the score table: those above, then what else was measured and is not just a candidate of the front."""
+        """Plans of the score table: rivals, other measured plans that are no candidates of the front, and last the plan."""
         known = [plan.name for plan in self.rivals]
         candidates = {point.plan.name for point in self.front} | {self.plan.name}
         others = [row.plan for row in self.measurements if row.plan not in candidates]
@@ -53,20 +53,20 @@ class Facts:
         return tuple(dict.fromkeys([*first, *found]))
 
     def tasks(self, metric: str) -> tuple[str, ...]:
-        """Tasks measured with `metric` for a plan of the table, the one that speaks for it first; they are never pooled: needles and
-        lines are not equally hard, and losses of different texts have no common scale."""
+        """Tasks measured with `metric` for a plan of the table, its leading task first. They are never pooled: needles and lines are
+        not equally hard, and losses of different texts have no common scale."""
         found = {row.task for row in self.measurements.select(metric=metric) if row.plan in self.names}
         return tuple(sorted(found, key=lambda task: (task != LEADING_TASKS.get(metric), task)))
 
     def heading(self, metric: str, task: str) -> str:
-        """What was measured: the metric, and the task where there are several."""
+        """Heading of a score: the metric, and the task where there are several."""
         label = metric_label(metric)[0].capitalize()
         if len(self.tasks(metric)) == 1:
             return label
         return f"{task.capitalize()} retrieved" if metric == "retrieval" else f"{label}, {task}"
 
     def role(self, name: str) -> str:
-        """What a reader calls a plan: the dense model, the uniform window, or its name."""
+        """A plan's name in sentences: dense, uniform window, or its own name."""
         plan = next((plan for plan in self.plans if plan.name == name), None)
         if plan.is_dense if plan else name == "dense":
             return DENSE_ROLE
@@ -79,7 +79,7 @@ class Facts:
 
     @property
     def main_length(self) -> int:
-        """The length at which spans are drawn: the longest that was measured, reported, or profiled, else the model's own."""
+        """The length at which spans are drawn: the longest measured, else of the plan, else profiled, else the model's maximum."""
         profiled = self.profile.lengths if self.profile else ()
         return max(self.lengths() or self.plan.lengths or profiled or (self.plan.geometry.max_length,))
 
@@ -88,7 +88,7 @@ class Facts:
         return unequal_plans(self.plans, self.density, self.lengths()) if self.density is not None else []
 
     def score(self, name: str, metric: str, length: int, task: str | None = None) -> Score | None:
-        """The score of a plan in a task; None takes the one that speaks for the metric."""
+        """The score of a plan in a task (None: the metric's leading task)."""
         return pooled(self.measurements, name, metric, length, task or next(iter(self.tasks(metric)), None))
 
     def allocated(self, name: str, length: int) -> int | None:
@@ -103,7 +103,7 @@ class Facts:
 
 
 def _is_uniform(plan: Plan) -> bool:
-    """One rule for all layers, or one for each kind of layer where some have a window of their own."""
+    """One rule for all heads, or one for each kind of layer where some layers have a window of their own."""
     kinds = {(plan.geometry.layer_windows[layer], rule) for layer, row in enumerate(plan.rules) for rule in row}
     return len(kinds) == len({window for window, _ in kinds})
 
@@ -114,7 +114,7 @@ def density_text(density: float) -> str:
 
 
 def answer(facts: Facts) -> str:
-    """The headline as HTML, computed from the measurements; what was not measured is not claimed."""
+    """The headline as HTML, from the measurements alone."""
     metric = next((name for name in ("retrieval", *facts.metrics) if facts.answer_length(name)), None)
     if metric is None:
         length = facts.main_length

@@ -1,4 +1,4 @@
-"""The frame of the page: skeleton, style, and the script that draws the figures in the reader's theme."""
+"""The frame of the page: HTML skeleton, style, and the script that draws the figures in the reader's theme."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ class Section:
 
 
 def panel(fig: go.Figure, heading: str, alt: str, caption: str = "") -> str:
-    """A figure with its heading, what a screen reader says of it, and a caption (HTML)."""
+    """A figure with its heading, its text for screen readers, and a caption (HTML)."""
     data = json.loads(fig.to_json())
     layout = data["layout"]
-    # The page brings the template (light or dark) and the heading.
+    # The page supplies the template (light or dark) and the heading.
     layout.pop("template", None)
     layout.pop("title", None)
     scales = [trace["colorbar"] for trace in data["data"] if trace["type"] == "heatmap" and trace.get("showscale", True)]
     has_legend = fig.layout.showlegend is not False and (fig.layout.showlegend or sum(trace.type != "heatmap" for trace in fig.data) > 1)
     for scale in scales:
         scale["y"] = 1
-    # A legend makes its own room: plotly pushes the plot down by as many lines as it needs.
+    # No margin for a legend: plotly moves the plot down by as many lines as it needs.
     top = SCALE_HEIGHT if scales else TOP_BARE
     layout["margin"] = {"t": top, "r": 8}
     layout["height"] = height = fig.layout.height - TITLE_HEIGHT - SCALE_HEIGHT + (TOP_LEGEND if has_legend else top)
-    # A finger that scrolls the page must not draw a zoom box; the mode bar still offers one.
+    # Scrolling on a touch screen must not draw a zoom box; the mode bar still offers zoom.
     layout["dragmode"] = False
     note = f"<figcaption>{caption}</figcaption>" if caption else ""
     drawing = _script_safe({"data": data["data"], "layout": layout})
@@ -94,7 +94,7 @@ def _script_safe(value: Any) -> str:
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-# Nothing may be fetched: a page that keeps this promise in every browser needs no trust in what is inlined.
+# No network access: the browser enforces it, whatever the inlined scripts do.
 POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 )

@@ -1,4 +1,4 @@
-"""The parts of the page, each from what the records hold; a part without records is left out."""
+"""The sections of the page; a section without records is left out."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Facts", "all_sections", "opening"]
 
 
 def opening(facts: Facts) -> str:
-    """The answer in a sentence, and a tile per plan."""
+    """The headline, a second sentence, and a tile per plan."""
     return f'<p class="answer">{answer(facts)}</p><p class="second">{second_sentence(facts)}</p>{_tiles(facts)}'
 
 
@@ -109,7 +109,7 @@ def _spans(facts: Facts) -> Section:
 
 
 def _masks(plan: Plan, length: int) -> str:
-    """A head of the shortest, the middle and the longest span, where they differ."""
+    """Masks of a head with the shortest, the middle and the longest span, where they differ."""
     spans = plan.spans(length)
     distinct = np.unique(spans)
     picked = dict.fromkeys([int(distinct[0]), int(distinct[len(distinct) // 2]), int(distinct[-1])])
@@ -200,7 +200,7 @@ def _front(facts: Facts) -> Section | None:
 
 
 def _axes(names: list[str], has_density: bool) -> tuple[str, str] | None:
-    """The two goals to draw: density first where the front trades it, else its first two."""
+    """The two goals to draw: density first where it is an objective of the front, else the first two."""
     density = [name for name in names if name.startswith("density")]
     others = [name for name in names if name not in density]
     pair = [*density[:1], *others] if has_density else [*others, *density]

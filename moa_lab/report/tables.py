@@ -1,4 +1,4 @@
-"""The tables of the page: scores, rules, spans, and where everything came from."""
+"""The tables of the page: scores, rules, spans and provenance."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def rules_table(plan: Plan, n_tokens: int) -> str:
 
 
 def rule_text(rule: SpanRule) -> str:
-    """A rule as people write it: `256 + 0.25 N`."""
+    """A rule as a formula: `256 + 0.25 N`."""
     slope = f"{rule.beta:.4g} N" if rule.beta != 1 else "N"
     if not rule.beta:
         return f"{rule.alpha:,.6g}"
@@ -121,11 +121,11 @@ def provenance_list(facts: Facts) -> str:
 
 
 def settings_details(facts: Facts) -> str:
-    """Every setting and the full provenance of each record, folded away."""
+    """All settings and the full provenance of each record, collapsed."""
     parts = []
     for name, (record, settings) in _records(facts).items():
         content = {**({"settings": settings} if settings else {}), "provenance": to_json(record)}
-        # default=str: a setting that is no JSON must not cost the page.
+        # default=str: a setting that JSON cannot hold must not fail the page.
         text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
         parts.append(f"<details><summary>Settings of the {name}</summary><pre>{escape(text)}</pre></details>")
     return "".join(parts)
@@ -143,7 +143,7 @@ def _records(facts: Facts) -> dict[str, tuple[Provenance, dict[str, Any]]]:
 
 
 def _all(records: dict[str, tuple[Provenance, dict[str, Any]]], name: str) -> list[str]:
-    """The distinct values of a provenance field, naming the record when they differ."""
+    """The distinct values of a provenance field, with the records' names where they differ."""
     found = {kind: str(getattr(record, name)) for kind, (record, _) in records.items() if getattr(record, name) not in (None, "")}
     if len(set(found.values())) <= 1:
         return list(found.values())[:1]
