@@ -1,4 +1,4 @@
-"""The kernels measured on this GPU, each against its peers and ceilings in the same process: `bench_kernels`."""
+"""`bench_kernels`: the kernels measured on this GPU, against peers and ceilings measured in the same process."""
 
 from __future__ import annotations
 
@@ -34,12 +34,11 @@ def bench_kernels(
 ) -> BenchRecord:
     """Measure the rows named, of D1, D2, D3, P1, P2 and M1; a few minutes on a GPU.
 
-    quick: tiny shapes, which show that everything runs and no more; without a GPU they do under TRITON_INTERPRET=1 (set before
-    Triton is imported), where no row meets its goal. plan: a plan or config card whose spans are stretched to the shapes; default:
-    the recorded ones of 50% and 25%. out: the record is written there after every shape. progress: called with shapes done and
-    shapes in all.
+    quick: tiny shapes, to test that everything runs; also without a GPU under TRITON_INTERPRET=1 (set before Triton is imported),
+    where no row meets its goal. plan: a plan or config card whose spans are stretched to the shapes; default: the recorded ones of
+    50% and 25%. out: the record is written there after every shape. progress: called with shapes done and shapes in all.
 
-    Raises ValueError for a row that there is not, and where nothing can be measured.
+    Raises ValueError for an unknown row, and where nothing can be measured.
     """
     unknown = sorted(set(rows) - set(ROWS))
     if unknown:
@@ -65,7 +64,7 @@ def _record(found: Collection[BenchRow], lab: Lab, quick: bool) -> BenchRecord:
 
 
 def _tasks(rows: Collection[str], quick: bool, lab: Lab) -> list[Callable[[], list[BenchRow]]]:
-    """One task a shape; P1 and P2 share theirs. FlexAttention's come last: each compiles for long."""
+    """One task per shape, shared by P1 and P2. Those of FlexAttention come last: they compile for long."""
     tasks: list[Callable[[], list[BenchRow]]] = []
     for row in ROWS:
         if row in rows and row not in PREFILL_ROWS:

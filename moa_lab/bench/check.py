@@ -1,4 +1,4 @@
-"""Is our loop right on a model of random weights? Its tokens against an uncached pass under the same plan."""
+"""Check our decode loop on a model with random weights: its tokens against an uncached pass under the same plan."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moa_lab.runtime.decoding import Decoder
 from moa_lab.runtime.generate import prefill
 
 NEAR_TIE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
-"""Logits (normal, with a deviation of 1.5) so close that two right orders of summation may choose differently."""
+"""Logits (normal, standard deviation 1.5) closer than this may swap with the order of summation."""
 
 
 @torch.no_grad()
@@ -25,8 +25,8 @@ def check_tokens(
 ) -> dict[str, Any]:
     """Greedy tokens of our loop, on two layers of the geometry, against an uncached pass under the same plan: counts, as JSON data.
 
-    The pass is fed what the loop said. equal: its likeliest token is what came next; near_ties: it is not, by less than `NEAR_TIE`;
-    wrong: the others. equal_dense: of a pass without the plan, which tells whether the plan showed at all.
+    The pass reads the loop's tokens. equal: its likeliest token is the loop's next one; near_ties: it is not, by less than `NEAR_TIE`;
+    wrong: the others. equal_dense: `equal` of a pass without the plan, which shows whether the plan changes tokens at all.
     """
     model = random_model(replace(shape, layers=2), n_tokens, device, dtype, spread=1.5)
     cut = stretched_plan(plan, geometry_of(model), n_tokens)
@@ -40,7 +40,7 @@ def check_tokens(
     dense = model(input_ids=whole, use_cache=False, logits_to_keep=new_tokens).logits
     equal = expected.argmax(dim=-1) == said
     short = expected.amax(dim=-1) - expected.gather(2, said[..., None])[..., 0]
-    # Not `short > NEAR_TIE`: a NaN is wrong.
+    # Not `short > NEAR_TIE`: NaN must count as wrong.
     wrong = ~equal & ~(short <= NEAR_TIE[dtype])
     return {
         "tokens": said.numel(), "equal": int(equal.sum()), "near_ties": int((~equal & ~wrong).sum()), "wrong": int(wrong.sum()),

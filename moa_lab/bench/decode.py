@@ -1,4 +1,4 @@
-"""Decode over full rings: bytes per second against a copy (D1, D3), and what unequal spans cost (D2)."""
+"""Decode over full rings: bytes per second against a copy (D1, D3), and the cost of unequal spans (D2)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class DecodeInputs:
     """One step's query (batch, query_heads, 1, head_dim), a ring in which every head is full, lengths int32 (batch,).
 
     dense: keys and values of all tokens, (batch, kv_heads, n_tokens, head_dim) each, of which the ring holds its part; None where
-    no peer reads them and the ring holds random numbers.
+    no peer reads them: the ring then holds random numbers.
     """
 
     query: torch.Tensor
@@ -39,7 +39,7 @@ class DecodeInputs:
 
     def attend(self) -> torch.Tensor:
         """Our kernel."""
-        # Imported here: Triton is not everywhere.
+        # Imported here: Triton may be missing.
         from moa_lab.kernels import decode
 
         return decode.decode_attention(self.query, self.ring, self.lengths, self.schedule, self.scale)
@@ -91,7 +91,7 @@ def decode_row(row: str, shape: Shape, lab: Lab) -> BenchRow:
     peers = _peers(shape, spans, lab)
     if inputs.dense is not None:
         key, value = inputs.dense
-        # By KV head and group, which is the order of query heads.
+        # Output by KV head and group: the order of query heads.
         peers["FlexAttention"] = measured(
             "FlexAttention", lambda: [flex_decode(inputs.query, key, value, spans)], ours.nbytes / GIGA, lab, inputs.expected()
         )
@@ -101,7 +101,7 @@ def decode_row(row: str, shape: Shape, lab: Lab) -> BenchRow:
 
 
 def heterogeneity_row(shape: Shape, lab: Lab) -> BenchRow:
-    """D2: milliseconds of a real plan's spans against those of equal spans, as many bytes in all."""
+    """D2: milliseconds with a real plan's spans against equal spans of the same total bytes."""
     spans = lab.spans(shape)
     _, ours = measure(shape, spans, lab)
     lab.release()

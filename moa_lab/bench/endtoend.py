@@ -1,4 +1,4 @@
-"""Decoding end to end: who decodes what (rows E1 to E4), and what was found."""
+"""Decoding end to end: the jobs and sides of rows E1 to E4, and the findings."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ class Job:
 
 @dataclass
 class Findings:
-    """What is to be measured, and what is measured so far.
+    """What to measure, and what is measured so far.
 
-    found: a side that did not run has only "failed". used: the plan of each of our sides. checks: of (model, plan), whether our loop
-    is right.
+    found: a side that did not run has only "failed". used: the plan of each of our sides. checks: results of `check_tokens` by (model,
+    plan).
     """
 
     device: torch.device
@@ -59,16 +59,16 @@ class Findings:
 
     @property
     def is_gpu(self) -> bool:
-        """True where times mean something."""
+        """True on a GPU: times on a CPU are not meaningful."""
         return self.device.type == "cuda"
 
     def n_tokens(self, prompt: int) -> int:
-        """Tokens of a row in the end."""
+        """Final length of a row in tokens."""
         return prompt + self.new_tokens
 
 
 def jobs_of(rows: Collection[str], quick: bool, plans: Collection[str], lengths: Collection[int] | None = None) -> tuple[Job, ...]:
-    """What the rows ask for; E3 looks at the plans of the others, and alone at those of E1. lengths: of prompts, None for all."""
+    """The jobs of the rows; E3 uses the jobs of the others, alone those of E1. lengths: of prompts, None for all."""
     half, quarter = DEFAULT_PLANS if set(DEFAULT_PLANS) <= set(plans) else tuple(plans) * 2
     short, long = (QUICK_LENGTHS, QUICK_LONG) if quick else (LENGTHS, LONG)
     every = {"E1": (LLAMA2_7B, short, half), "E2": (LLAMA2_7B, short, quarter), "E4": (LLAMA3_8B, long, half)}
@@ -83,7 +83,7 @@ def jobs_of(rows: Collection[str], quick: bool, plans: Collection[str], lengths:
 
 
 def tasks_of(state: Findings, shape: ModelShape) -> list[tuple[int, str]]:
-    """(prompt, side) of a model that are not measured yet, each once: quick ones first, last those that compile for most of a minute."""
+    """(prompt, side) of a model that are not measured yet, each once; those that compile for up to a minute come last."""
     jobs = [job for job in state.jobs if job.shape == shape]
     prompts = list(dict.fromkeys(job.prompt for job in jobs))
     ours = list(dict.fromkeys((job.prompt, ours_name(job.plan)) for job in jobs))

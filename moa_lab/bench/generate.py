@@ -1,4 +1,4 @@
-"""Decoding end to end, every side at the largest batch that fits: against transformers, a compiled cache, our own loop, the roofline."""
+"""Decoding end to end, every side at its largest batch: against transformers, a compiled cache, our dense loop, the roofline."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from moa_lab.provenance import provenance
 
 NEW_TOKENS, QUICK_NEW_TOKENS = 64, 16
 RESERVE_BYTES = 2 * 2**30
-"""For what is neither weights nor cache nor logits: other activations of one token a row, graphs, the workspaces of libraries."""
+"""Memory for other activations, CUDA graphs, and the workspaces of libraries."""
 
 QUICK_BYTES = 2**20
 
@@ -59,10 +59,10 @@ def bench_generate(
 ) -> BenchRecord:
     """Measure the rows named, of E1 to E4; about a quarter of an hour on a GPU of 80 GB.
 
-    quick: a tiny model, also without a GPU, where no row meets its goal. plan: a plan, a config card or a published plan, in place of
-    the recorded ones of 50% and 25%. out: the record is written there whenever a side was measured. sides: some of `KINDS`. lengths:
-    some prompt lengths. resume: sides of the record at `out` are kept and not measured again. progress: called with sides done and
-    sides in all. Raises ValueError for a row or side that there is not, and where nothing can be measured.
+    quick: a tiny model, also without a GPU, where no row meets its goal. plan: a plan, a config card or a published plan, instead of
+    the recorded ones of 50% and 25%. out: the record is written there after every side. sides: some of `KINDS`. lengths: some prompt
+    lengths. resume: sides in the record at `out` are not measured again. progress: called with sides done and sides in all. Raises
+    ValueError for an unknown row or side, and where nothing can be measured.
     """
     state = open_findings(rows, quick, plan, sides, lengths)
     if resume and out is not None and Path(out).exists():
@@ -96,7 +96,7 @@ def open_findings(
     sides: Collection[str] = KINDS,
     lengths: Collection[int] | None = None,
 ) -> Findings:
-    """Nothing measured but the copy rate. Raises ValueError as `bench_generate`."""
+    """Empty findings, with the copy rate measured. Raises ValueError as `bench_generate`."""
     for name, asked, known in (("rows", rows, ROWS), ("sides", sides, KINDS)):
         if not asked or not set(asked) <= set(known):
             raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(sorted(set(asked) - set(known))) or 'none'}")
@@ -114,13 +114,13 @@ def open_findings(
 
 
 def _take_up(state: Findings, record: BenchRecord) -> None:
-    """Go on where a record ended. Raises ValueError where it was made on another device, of other plans, or for other sizes."""
+    """Resume from a record. Raises ValueError where its device, dtype, plans or number of new tokens are others."""
     fresh = _record(state).settings
     for name in ("device", "dtype", "plans", "new_tokens"):
         if record.settings.get(name) != fresh[name]:
             raise ValueError(f"the record cannot be resumed: its {name} is {record.settings.get(name)!r}, here it is {fresh[name]!r}")
     for entry in record.settings["sides"]:
-        # What failed may have been mended.
+        # Failed sides are tried again.
         if "failed" not in entry["found"]:
             state.found[entry["model"], entry["prompt"], entry["side"]] = entry["found"]
 
@@ -140,7 +140,7 @@ def _record(state: Findings) -> BenchRecord:
 
 
 def _resolve(state: Findings, shape: ModelShape, model: PreTrainedModel) -> None:
-    """The plans of a model's jobs, and whether our loop is right under them."""
+    """Set the plans of a model's jobs, and check our loop under them."""
     for job in (job for job in state.jobs if job.shape == shape):
         plan = plan_for(state.plans[job.plan], geometry_of(model), state.n_tokens(job.prompt))
         state.used[shape.name, job.prompt, ours_name(job.plan)] = plan
@@ -158,7 +158,7 @@ def _measured(state: Findings, shape: ModelShape, model: PreTrainedModel, prompt
 
 
 def fitting_batch(model: PreTrainedModel, plan: Plan, side: str, n_tokens: int) -> int:
-    """Rows of `n_tokens` tokens that `side` should have room for beside a reserve: in what is free on a GPU, in `QUICK_BYTES` on a CPU."""
+    """Rows of `n_tokens` tokens of `side` that should fit beside a reserve: in the free memory of a GPU, in `QUICK_BYTES` on a CPU."""
     itemsize = model.dtype.itemsize
     row = plan.kv_bytes(n_tokens, itemsize) + extra_bytes(plan.geometry, side, n_tokens, itemsize)
     if model.device.type != "cuda":
@@ -169,11 +169,11 @@ def fitting_batch(model: PreTrainedModel, plan: Plan, side: str, n_tokens: int) 
 def measured_side(
     model: PreTrainedModel, plan: Plan, side: str, batch: int, prompt: int, new_tokens: int, copy_bytes: float
 ) -> dict[str, Any]:
-    """Decoding by `side` with `batch` rows of `prompt` tokens, or as many as are left once they fit: how fast, and how fast it could be.
+    """Speed of decoding by `side` with `batch` rows of `prompt` tokens (fewer where these do not fit), and its roofline.
 
     side: `DYNAMIC` or `STATIC` of transformers (`plan` is then the dense one), else our loop under `plan`, compiled where the name ends in
-    `COMPILED`. copy_bytes: what the device copies, bytes/s. Finds tokens/s of all rows (rate), ms a step, batch, bytes of K and V that
-    a step reads (kept_bytes), roofline_ms and over_roofline, batches tried; or why it "failed".
+    `COMPILED`. copy_bytes: the device's copy rate, bytes/s. Returns tokens/s of all rows (rate), ms per step, batch, bytes of K and V
+    that a step reads (kept_bytes), roofline_ms and over_roofline, batches tried; or why it "failed".
     """
     n_tokens, tried = prompt + new_tokens, 0
     found: dict[str, Any] = {"failed": f"not even one row of {n_tokens} tokens fits"}
@@ -195,12 +195,12 @@ def measured_side(
 
 
 def logits_bytes(model: PreTrainedModel) -> int:
-    """Bytes a row that the logits of a step take: in the model's type and in float32, inside a captured graph and before it."""
+    """Bytes per row of a step's logits: in the model's dtype and in float32, each inside a captured graph and before it."""
     return 2 * model.config.get_text_config(decoder=True).vocab_size * (model.dtype.itemsize + torch.float32.itemsize)
 
 
 def extra_bytes(geometry: ModelGeometry, side: str, n_tokens: int, itemsize: int) -> int:
-    """Bytes a row that a side needs beside the cache: copies of a layer, where it grows and where groups are written out."""
+    """Bytes per row that a side needs beside the cache: copies of a layer where the cache grows or KV heads are repeated per group."""
     layer = n_tokens * geometry.kv_bytes_per_token(itemsize)
     if side == DYNAMIC:
         return 2 * layer * geometry.kv_heads
@@ -208,10 +208,10 @@ def extra_bytes(geometry: ModelGeometry, side: str, n_tokens: int, itemsize: int
 
 
 def _tried(run: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """What `run` finds, or why it "failed"; nothing that it allocated stays."""
+    """The result of `run`, or why it "failed"; all its memory is freed."""
     try:
         found = run()
-    # Whatever a library of others raises, also from within a compiler: it must not end the run.
+    # Any error of a third-party library or compiler: it must not end the run.
     except Exception as error:
         reason = " ".join(str(error).split())
         logger.info("a side did not run: %s: %s", type(error).__name__, reason)

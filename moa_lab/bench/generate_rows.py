@@ -1,4 +1,4 @@
-"""The rows of decoding end to end, from what was found of each side."""
+"""The rows of decoding end to end, from the findings of each side."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rows_of(state: Findings) -> list[BenchRow]:
 
 
 def goal_of(job: Job, peer: str) -> Goal:
-    """What the ratio to a peer should reach; to DynamicCache, lengths without a goal of their own have that of 4k, if there is one."""
+    """The goal of the ratio to a peer; against DynamicCache, a length without its own goal has that of 4k, if there is one."""
     names = [f"{job.row} DynamicCache {prompt}" for prompt in (job.prompt, LENGTHS[0])] if peer == DYNAMIC else []
     return next((GOALS[name] for name in names if name in GOALS), GOALS[job.row])
 
@@ -43,7 +43,7 @@ def _ours(state: Findings, job: Job, plain: bool = False) -> dict[str, Any] | No
 
 
 def _rate_row(state: Findings, job: Job, peer: str) -> BenchRow:
-    """E1, E2, E4: tokens/s against a peer's; against our own dense loop both as they are, not compiled."""
+    """E1, E2, E4: tokens/s against a peer's; against our dense loop, both not compiled."""
     goal, ours = goal_of(job, peer), (_ours(state, job, plain=True) if peer == DENSE else None) or _ours(state, job)
     assert ours is not None
     plan, shape, detail = _told(state, job, ours)
@@ -53,7 +53,7 @@ def _rate_row(state: Findings, job: Job, peer: str) -> BenchRow:
 
 
 def _roofline_row(state: Findings, job: Job) -> BenchRow:
-    """E3: milliseconds of a step against those in which weights and kept cache can be read once."""
+    """E3: milliseconds of a step against the time to read weights and kept cache once."""
     ours = _ours(state, job)
     assert ours is not None
     _, shape, detail = _told(state, job, ours)
@@ -71,5 +71,5 @@ def _told(state: Findings, job: Job, ours: dict[str, Any]) -> tuple[Plan, dict[s
 
 
 def _trusted(state: Findings, job: Job) -> bool:
-    """True where a row may meet its goal: a real model on a GPU, and right tokens."""
+    """True where a row may meet its goal: a real model on a GPU, and no wrong tokens."""
     return state.is_gpu and job.shape != TINY and state.checks[job.shape.name, job.plan].get("wrong") == 0

@@ -1,4 +1,4 @@
-"""What all measurements of a record share: the device, the plans, the ceilings."""
+"""The setup that all measurements of a record share: device, plans, ceilings."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Lab:
 
     @property
     def is_gpu(self) -> bool:
-        """True where times mean something."""
+        """True on a GPU: times under the interpreter are not meaningful."""
         return self.device.type == "cuda"
 
     @property
@@ -46,7 +46,7 @@ class Lab:
         return stretched_spans(self.plans[shape.plan], shape.kv_heads, shape.n_tokens)
 
     def trusts(self, *errors: Mapping[str, float | None]) -> bool:
-        """True where a row may meet its goal: timed on a GPU, and right."""
+        """True where a row may meet its goal: timed on a GPU, with errors within the tolerance."""
         return self.is_gpu and all(is_right(dict(found)) for found in errors)
 
     def random(self, seed: int, *size: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ class Lab:
         return torch.randn(size, generator=generator, device=self.device, dtype=self.dtype)
 
     def release(self) -> None:
-        """Give freed memory back, so that the next shape finds it whole."""
+        """Return cached memory to the GPU, so that the next shape can use all of it."""
         if self.is_gpu:
             torch.cuda.empty_cache()
 
@@ -75,7 +75,7 @@ def open_lab(quick: bool, plan: PlanOrPath | None) -> Lab:
 
 
 def bench_device(name: str, quick: bool) -> torch.device:
-    """The GPU, or, quick, the CPU where there is none. Raises ValueError of the bench of that name where there is nothing to measure on."""
+    """The GPU, or, quick, the CPU where there is none. Raises ValueError, naming the benchmark, without a GPU if not quick."""
     if torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     if not quick:
@@ -84,7 +84,7 @@ def bench_device(name: str, quick: bool) -> torch.device:
 
 
 def bench_dtype(device: torch.device) -> torch.dtype:
-    """What a model is measured in."""
+    """The dtype that a model is measured in."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""A loss table as large as a 7B model's, drawn so that its heads are as unequal as measured ones."""
+"""A random loss table of a 7B model's size, with heads as unequal as measured ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ QUICK_SPANS = (192.0, 256.0, 512.0, 1024.0, 1536.0, 2048.0)
 
 
 def lifelike_table(quick: bool = False, seed: int = SEED) -> LossTable:
-    """The losses of a drawn profile, (rows, 32, 32, 48) or, quick, (rows, 4, 4, 8): sum, all-or-nothing, worst distance."""
+    """The losses of a random profile, (rows, 32, 32, 48) or, quick, (rows, 4, 4, 8): sum, all-or-nothing, worst distance."""
     side = 4 if quick else 32
     geometry = ModelGeometry(side, side, side, 128, 2 * max(LENGTHS))
     rules = rule_grid(LENGTHS, alphas=QUICK_SPANS) if quick else (*rule_grid(LENGTHS), *MORE_RULES)
@@ -27,8 +27,8 @@ def lifelike_table(quick: bool = False, seed: int = SEED) -> LossTable:
 
 
 def lifelike_profile(geometry: ModelGeometry, seed: int = SEED) -> InfluenceProfile:
-    """Influence as it was measured on a small model: a few heads hold most of it (log-normal, deviation 1.3 for questions and 0.95 for
-    summaries), the same ones at both lengths and largely in both tasks; near keys lead, and some heads look far behind."""
+    """Random influence, distributed as measured on a small model: a few heads hold most of it (log-normal, deviation 1.3 for questions and
+    0.95 for summaries), the same ones at both lengths and largely in both tasks; most is on near keys, some heads look far back."""
     random = np.random.default_rng(seed)
     heads = (geometry.layers, geometry.query_heads)
     common, far = random.normal(size=heads), random.lognormal(0.0, 1.2, heads)
@@ -43,6 +43,6 @@ def lifelike_profile(geometry: ModelGeometry, seed: int = SEED) -> InfluenceProf
             near = np.exp(-back / 4) + 0.3 / (1 + back)
             curve = np.exp(strength + 0.25 * random.normal(size=heads))[..., None] * (near + 4 * far[..., None] * bump)
             distances[task, length] = (curve * random.lognormal(0.0, 0.3, (*heads, bins)))[None].astype(np.float32)
-            # A loss table needs distances alone.
+            # A loss table reads distances only.
             blocks[task, length] = np.zeros((*heads, 0, 0), dtype=np.float32)
     return InfluenceProfile(geometry, SINK_TOKENS, blocks, distances)

@@ -1,4 +1,4 @@
-"""What the rings of a model allocate, against what the plan says they need (M1)."""
+"""Memory that the rings of a model allocate, against the plan's prediction (M1)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEBI = 2**20
 def memory_row(shape: Shape, lab: Lab, layers: int = MEMORY_LAYERS) -> BenchRow:
     """M1: MiB that `layers` full rings allocate, against density times the MiB of their dense cache.
 
-    On a GPU as torch's allocator counts them, rounding included; without one, the tensors' own bytes.
+    On a GPU as counted by torch's allocator, rounding included; without one, the bytes of the tensors.
     """
     spans = lab.spans(shape)
     layout = LayerLayout(spans.sink_tokens, spans.windows, None, shape.n_tokens)

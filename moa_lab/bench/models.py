@@ -1,4 +1,4 @@
-"""Whole models to decode with: real geometry, random weights, plans as unequal as recorded ones; what fits, and how fast it can be."""
+"""Whole models to decode with: real geometry, random weights, plans as unequal as recorded ones; largest batch and roofline."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moa_lab.plan import Plan, SpanRule
 from moa_lab.storage import RecordError
 
 STEP_BACK = 16
-"""After a batch that did not fit, the next is smaller by one part in so many, and by one row at least."""
+"""After a batch that did not fit, the next is smaller by 1/16, and by at least one row."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def random_model(
 ) -> PreTrainedModel:
     """A model with normal weights, made on the device itself; speed does not depend on their values.
 
-    spread: logits, and queries and keys before attention, deviate by about so much.
+    spread: approximate standard deviation of logits, and of queries and keys before attention.
     """
     config = LlamaConfig(
         vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
@@ -62,9 +62,9 @@ def random_model(
 
 
 def stretched_plan(plan: Plan, geometry: ModelGeometry, n_tokens: int, seed: int = 0) -> Plan:
-    """A plan for `geometry`, at every length near `n_tokens` as dense as `plan` is at home, and as unequal as its heads are.
+    """A plan for `geometry` with the density of `plan` at lengths near `n_tokens`, and heads as unequal as those of `plan`.
 
-    As `stretched_spans`, over the heads of all layers at once: layers differ as they do in `plan`, and have orders of their own.
+    As `stretched_spans`, over the heads of all layers together, shuffled.
     """
     parts, sink = stretched(plan, geometry.layers * geometry.kv_heads, n_tokens)
     shuffled = np.random.default_rng(seed).permutation(parts).reshape(geometry.layers, geometry.kv_heads)
@@ -91,7 +91,7 @@ def _loaded(path: str | Path, geometry: ModelGeometry) -> Plan:
 
 
 def described_plan(shape: ModelShape, plan: Plan, batch: int, n_tokens: int) -> dict[str, Any]:
-    """What a row says about its shape, as JSON data. skew: longest over mean span, of all layers."""
+    """The shape of a row as JSON data. skew: longest over mean span, over all layers."""
     spans = Spans(n_tokens, plan.sink_tokens, tuple(plan.spans(n_tokens).ravel().tolist()))
     return {
         "model": shape.name, "query_heads": shape.query_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim,
@@ -106,12 +106,12 @@ def largest_batch(free_bytes: int, reserve_bytes: int, row_bytes: int, at_most: 
 
 
 def smaller_batch(batch: int) -> int:
-    """What to try after a batch that did not fit."""
+    """The batch to try after one that did not fit."""
     return batch - max(1, batch // STEP_BACK)
 
 
 def read_weight_bytes(model: PreTrainedModel) -> int:
-    """Bytes of weights that a decode step reads: all but the table of embeddings, of which it takes a line a row."""
+    """Bytes of weights that a decode step reads: all but the input embeddings, of which it reads one vector per row."""
     table = model.get_input_embeddings().weight
     return sum(parameter.nbytes for parameter in model.parameters() if parameter is not table)
 

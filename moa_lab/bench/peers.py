@@ -1,4 +1,4 @@
-"""The kernels that ours are measured against; one that does not run here is recorded with its reason."""
+"""Peer kernels to compare with; one that does not run here is recorded with the reason."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def measured(
 ) -> dict[str, Any]:
     """A peer's ms and rate (`work` of one call per second), or why it "failed".
 
-    make: gives calls that do the same on copies of the inputs. expected: what the first must give (same number of elements, the
-    same order); a peer that is wrong counts as failed.
+    make: returns calls that do the same on copies of the inputs. expected: the result of the first, in any shape of as many elements;
+    a peer with a wrong result counts as failed.
     """
     try:
         calls = make()
@@ -43,7 +43,7 @@ def measured(
         if not is_right(found):
             return {"failed": f"wrong result: {found}"}
         timing = time_calls(calls, lab.device)
-    # Whatever a library of others raises, from a missing backend to a failed compilation: it must not end the run.
+    # Any error of a third-party library, from a missing backend to a failed compilation: it must not end the run.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         logger.info("%s does not run here: %s: %s", name, type(error).__name__, reason)
@@ -54,7 +54,7 @@ def measured(
 
 
 def sdpa(backend: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, causal: bool, grouped: bool = False) -> torch.Tensor:
-    """Scaled dot product attention by one backend, or RuntimeError."""
+    """Scaled dot product attention by one backend. Raises RuntimeError where it does not support the inputs."""
     with sdpa_kernel(BACKENDS[backend]):
         return F.scaled_dot_product_attention(query, key, value, is_causal=causal, enable_gqa=grouped)
 
@@ -62,7 +62,7 @@ def sdpa(backend: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tens
 def sdpa_decode(backend: str, shape: Shape, tokens: int, copies: int, lab: Lab) -> list[Attend]:
     """Decode over a dense cache of `tokens` tokens a head.
 
-    A group's query heads stand where queries would, so that no backend needs to know of groups and none reads a key twice.
+    A group's query heads are passed as queries of one head, so that no backend needs GQA support and none reads a key twice.
     """
 
     def one(seed: int) -> Attend:
@@ -74,7 +74,7 @@ def sdpa_decode(backend: str, shape: Shape, tokens: int, copies: int, lab: Lab) 
 
 
 def sdpa_prefill(backend: str, inputs: Sequence[Inputs]) -> list[Attend]:
-    """Dense causal prefill; K and V are repeated beforehand where the backend knows no groups."""
+    """Dense causal prefill; K and V are repeated beforehand where the backend has no GQA support."""
     query, key, value = inputs[0]
     group = query.shape[1] // key.shape[1]
     if group > 1 and not _takes_groups(backend, query, key, value):
@@ -98,15 +98,15 @@ def _takes_groups(backend: str, query: torch.Tensor, key: torch.Tensor, value: t
 def flex_decode(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, compiled: bool = True) -> Attend:
     """FlexAttention of the newest token over a cache of all tokens, masked to the spans: (batch, kv_heads, group, head_dim).
 
-    query: (batch, query_heads, 1, head_dim); key, value: (batch, kv_heads, n_tokens, head_dim). A group's query heads stand where
-    queries would: with one mask a KV head, the decode kernel applies, which it does not with one a query head.
+    query: (batch, query_heads, 1, head_dim); key, value: (batch, kv_heads, n_tokens, head_dim). A group's query heads are passed
+    as queries of one head: FlexAttention's decode kernel applies with one mask per KV head, not with one per query head.
     """
     kv_heads, n_tokens = key.shape[1:3]
     folded = query.reshape(len(query), kv_heads, -1, query.shape[-1])
     windows = torch.tensor(spans.windows, device=query.device)
 
     def mask(batch: torch.Tensor, head: torch.Tensor, asked: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-        # All of a group ask from the newest position; made of `asked`, because only pointwise arithmetic compiles here.
+        # All queries of a group are at the newest position; written with `asked`, as only pointwise arithmetic compiles here.
         return visible(asked * 0 + (n_tokens - 1), known, spans.sink_tokens, windows[head])
 
     blocks = create_block_mask(mask, None, kv_heads, folded.shape[2], n_tokens, device=query.device)
@@ -123,7 +123,7 @@ def flex_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sp
     def mask(batch: torch.Tensor, head: torch.Tensor, asked: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
         return visible(asked, known, spans.sink_tokens, windows[head])
 
-    # Compiled, the mask is never there as a whole: at 16k it would take 8 GB and more.
+    # Compiled, the full mask is never materialised: at 16k it would take over 8 GB.
     create = torch.compile(create_block_mask) if compiled else create_block_mask
     blocks = create(mask, None, query_heads, n_tokens, n_tokens, device=query.device)
     attend = _flex(compiled)
@@ -133,7 +133,7 @@ def flex_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sp
 def _flex(compiled: bool) -> Callable[..., torch.Tensor]:
     if not compiled:
         return flex_attention
-    # Each shape is a compilation of its own, of which torch allows only a few.
+    # Each shape compiles anew, and torch allows only a few compilations.
     torch.compiler.reset()
     return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 

@@ -20,7 +20,7 @@ TERA = 1e12
 
 
 def prefill_rows(shape: Shape, lab: Lab, rows: Collection[str]) -> list[BenchRow]:
-    """The rows of `rows`, of P1 and P2, that one measurement of `shape` gives: all share its times."""
+    """The rows of `rows` (P1, P2) from one measurement of `shape`."""
     spans = lab.spans(shape)
     inputs = _all_inputs(shape, lab)
     ours, trusted = _ours(shape, spans, inputs, lab)
@@ -39,7 +39,7 @@ def expected_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """The reference in float32, on the same numbers: (batch, query_heads, n_tokens, head_dim)."""
     n_tokens = query.shape[2]
     index = torch.arange(n_tokens, device=query.device, dtype=torch.int32)
-    # A view: as numbers, a position for every pair would take gigabytes. What is in the future, the reference itself hides.
+    # A view: a stored position for every pair would take gigabytes. The reference hides future keys by itself.
     positions = index.expand(1, 1, n_tokens, n_tokens)
     return windowed_attention(
         query.float(), key.float(), value.float(), index[None, None, :, None], positions, spans.sink_tokens, np.array(spans.windows), scale
@@ -58,8 +58,8 @@ def _all_inputs(shape: Shape, lab: Lab) -> list[Inputs]:
 
 
 def _ours(shape: Shape, spans: Spans, inputs: list[Inputs], lab: Lab) -> tuple[dict[str, Any], bool]:
-    """Our kernel's time, rate and errors, and whether they may meet a goal."""
-    # Imported here: Triton is not everywhere.
+    """Our kernel's time, rate and errors, and whether rows may meet their goals (`Lab.trusts`)."""
+    # Imported here: Triton may be missing.
     from moa_lab.kernels import prefill
 
     def attend(each: Inputs) -> torch.Tensor:
@@ -73,7 +73,7 @@ def _ours(shape: Shape, spans: Spans, inputs: list[Inputs], lab: Lab) -> tuple[d
 
 
 def _dense_peers(shape: Shape, inputs: list[Inputs], lab: Lab) -> dict[str, Any]:
-    """Dense causal attention, its rate in the FLOPs of the whole triangle."""
+    """Dense causal attention; its rate counts the FLOPs of all causal pairs."""
     work = dense_flops(shape) / TERA
     return {
         "SDPA flash": measured("SDPA flash", lambda: sdpa_prefill("SDPA flash", inputs), work, lab),
@@ -82,12 +82,12 @@ def _dense_peers(shape: Shape, inputs: list[Inputs], lab: Lab) -> dict[str, Any]
 
 
 def _rate_row(shape: Shape, spans: Spans, name: str, detail: dict[str, Any], trusted: bool) -> BenchRow:
-    """P1: TFLOP/s that are useful, against a peer's."""
+    """P1: useful TFLOP/s against a peer's."""
     goal, peer = GOALS[f"P1 {name}"], detail["peers"][name].get("rate")
     return judged("P1", goal, described(shape, spans), detail["rate"], peer, name, "TFLOP/s", trusted, detail)
 
 
 def _wall_clock_row(shape: Shape, spans: Spans, detail: dict[str, Any], trusted: bool) -> BenchRow:
-    """P2: milliseconds, against cuDNN's for the whole triangle."""
+    """P2: milliseconds against cuDNN's for all causal pairs."""
     peer = detail["peers"]["cuDNN"].get("ms")
     return judged("P2", GOALS["P2"], described(shape, spans), detail["ms"], peer, "cuDNN", "ms", trusted, detail)

@@ -1,4 +1,4 @@
-"""Profiling the influence of a 7B model's heads: seconds a sample and memory, against what they may take (C1)."""
+"""Profiling the influence of a 7B model's heads: seconds and memory per sample against limits (C1)."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ CHECK_TOKENS = 512
 SAMPLES = 4
 ANSWER_TOKENS = 64
 MOST_SECONDS, MOST_GB = 3.0, 12.0
-"""What a sample may take, in seconds and in bytes beside the weights."""
+"""Limits per sample: seconds, and GB of memory beside the weights."""
 
 
 def bench_profile(quick: bool = False, progress: Callable[[int, int], None] | None = None) -> BenchRecord:
     """Profile random samples of 4096 tokens on a random model of the Llama-2-7B geometry, as `profile` does for a user; row C1, twice.
 
-    Seconds a sample, and the most memory beside the weights: nothing is asked of `profile` that is not its default. A first sample,
-    which warms up, is not timed. quick: a tiny model, also without a GPU, where no row meets its goal and memory is the estimate.
+    Seconds per sample, and peak memory beside the weights, with the defaults of `profile`. The first sample, a warm-up, is not timed.
+    quick: a tiny model, also without a GPU, where no row meets its goal and memory is the estimate.
     progress: called with samples done and samples in all. Raises ValueError without a GPU where not quick.
     """
     device = bench_device("bench_profile", quick)
@@ -66,7 +66,7 @@ def bench_profile(quick: bool = False, progress: Callable[[int, int], None] | No
 
 
 def _profiled(model: PreTrainedModel, tokens: int, progress: Callable[[int, int], None] | None) -> tuple[float, dict[str, Any]]:
-    """Seconds a sample after the first, and what else was seen, as JSON data."""
+    """Seconds per sample after the first, and details as JSON data."""
     device, on_gpu = model.device, model.device.type == "cuda"
     weights = sum(parameter.nbytes for parameter in model.parameters())
     samples = random_samples(model.config.vocab_size, tokens)
@@ -94,16 +94,16 @@ def _profiled(model: PreTrainedModel, tokens: int, progress: Callable[[int, int]
 
 
 def random_samples(vocabulary: int, tokens: int) -> tuple[Sample, ...]:
-    """The one that warms up and those that are timed: random tokens, the last of them the answer."""
+    """One warm-up sample and the timed ones: random tokens, the last of them the answer."""
     random = np.random.default_rng(0)
     answer = ((tokens - min(ANSWER_TOKENS, tokens // 2), tokens),)
     return tuple(Sample("random", random.integers(vocabulary, size=tokens), answer) for _ in range(1 + SAMPLES))
 
 
 def seconds_each(ticks: list[tuple[int, float]]) -> list[float]:
-    """Seconds of every sample after the first batch, which warms up, from (samples done, time) at the start and after every batch.
+    """Seconds of every sample after the first batch, a warm-up, from (samples done, time) at the start and after every batch.
 
-    Samples of one batch share its time evenly; where there is but one batch, it is what there is to tell.
+    Samples of one batch share its time evenly; a single batch is timed itself.
     """
     times: list[float] = []
     timed = ticks[1:] if len(ticks) > 2 else ticks
@@ -113,7 +113,7 @@ def seconds_each(ticks: list[tuple[int, float]]) -> list[float]:
 
 
 def is_finite(found: InfluenceProfile) -> bool:
-    """True where a profile holds numbers alone, and every head has some influence."""
+    """True where a profile is finite and every head has some influence."""
     arrays = [*found.blocks.values(), *found.distances.values(), *found.span_effects.values()]
     return all(np.isfinite(array).all() for array in arrays) and all(
         bool((blocks.sum(axis=(-2, -1)) > 0).all()) for blocks in found.blocks.values()
@@ -121,7 +121,7 @@ def is_finite(found: InfluenceProfile) -> bool:
 
 
 def influence_errors(shape: ModelShape, tokens: int, device: torch.device, dtype: torch.dtype) -> dict[str, float | None]:
-    """Errors of a layer's influence by 64 x 64 blocks against the matrices written out in float32; random values of the geometry."""
+    """Errors of a layer's influence in 64 x 64 blocks against the naive full matrices in float32, on random values."""
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(heads: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The prompt's pass of a whole model, timed: all its tokens through the model, keys and values kept."""
+"""Prefill of a whole model, timed: all tokens of a prompt, keys and values stored in a cache."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from moa_lab.runtime.generate import PREFILL_TOKENS
 
 
 def prompt_rows(length: int) -> int:
-    """Prompts of `length` tokens that go through a model at once."""
+    """Prompts of `length` tokens in one prefill."""
     return max(1, PREFILL_TOKENS // length)
 
 
 def our_prompt_ms(model: PreTrainedModel, plan: Plan, rows: int, length: int, repeats: int) -> list[float]:
-    """Milliseconds of `repeats` passes of `rows` random prompts under `plan`, each into rings; one before them compiles and warms."""
+    """Milliseconds of `repeats` prefills of `rows` random prompts under `plan`, each into a ring cache; a warm-up comes first."""
     with apply_plan(model, plan, length):
         return _timed(model, lambda: ring_cache(model, length), rows, length, repeats)
 
 
 def transformers_prompt_ms(model: PreTrainedModel, rows: int, length: int, repeats: int) -> list[float]:
-    """The same of transformers' own dense model, each into a DynamicCache."""
+    """The same for transformers' own dense model, each into a DynamicCache."""
     return _timed(model, lambda: DynamicCache(config=model.config), rows, length, repeats)
 
 

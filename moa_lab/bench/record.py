@@ -1,4 +1,4 @@
-"""The record of a benchmark: rows, the goals they are held against, and the table of both."""
+"""The record of a benchmark: rows, their goals, and the table of both."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ TOLERANCE = 3e-2
 
 @dataclass(frozen=True)
 class Goal:
-    """What a row's ratio should reach, or stay below."""
+    """The ratio that a row should reach or, with `at_most`, stay below."""
 
     ratio: float
     at_most: bool = False
 
     def meets(self, ratio: float) -> bool:
-        """True where `ratio` is good enough."""
+        """True where `ratio` meets the goal."""
         return ratio <= self.ratio if self.at_most else ratio >= self.ratio
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ GOALS = {
 class BenchRow:
     """Ours against a peer at one shape: `ratio` = ours / peer, both in `unit`; None where the peer did not run.
 
-    meets: the ratio reaches `goal` (or, `at_most`, stays below it), measured on a GPU with a result that is right.
+    meets: the ratio reaches `goal` (or, `at_most`, stays below it) in a trusted measurement (see `judged`).
     detail: error (largest), relative_error (largest, over its output row's largest number), None where not finite; ms, timer and
     spread (see `moa_lab.bench.timing`); peers, each with its own ms and rate, or with the reason why it "failed".
     """
@@ -82,7 +82,7 @@ class BenchRow:
 
 @dataclass(frozen=True)
 class BenchRecord:
-    """Rows, what they were measured with, and where they came from."""
+    """Rows, settings and provenance."""
 
     rows: tuple[BenchRow, ...]
     settings: dict[str, Any] = field(default_factory=dict)
@@ -110,7 +110,7 @@ def judged(
     row: str, goal: Goal, shape: dict[str, Any], ours: float, peer: float | None, peer_name: str, unit: str, trusted: bool,
     detail: dict[str, Any],
 ) -> BenchRow:  # fmt: skip
-    """A row whose `meets` follows from the ratio; never where it is not `trusted`: wrong, or not timed on a GPU."""
+    """A row whose `meets` follows from the ratio, and is False where it is not `trusted` (wrong results, or not timed on a GPU)."""
     ratio = None if peer is None else ours / peer
     meets = trusted and ratio is not None and goal.meets(ratio)
     return BenchRow(row, shape, ours, peer, peer_name, ratio, goal.ratio, meets, unit, goal.at_most, detail)
@@ -119,13 +119,13 @@ def judged(
 def errors(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float | None]:
     """Largest error of `found` (..., head_dim) against `expected` in float32.
 
-    Averages over many random values are small, so that an output of zeros would pass an absolute tolerance: relative_error divides
-    by the largest number of the same output row.
+    Averages over many random values are so small that zeros would pass an absolute tolerance: relative_error divides by the largest
+    number of the same output row.
     """
     apart = (found.float() - expected).abs()
     size = expected.abs().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     worst = {"error": float(apart.max()), "relative_error": float((apart / size).max())}
-    # JSON has no word for NaN and infinity.
+    # None: JSON has no NaN or infinity.
     return {name: value if value <= torch.finfo(torch.float32).max else None for name, value in worst.items()}
 
 
@@ -135,7 +135,7 @@ def is_right(found: dict[str, float | None]) -> bool:
 
 
 def table(record: BenchRecord) -> str:
-    """The record as lines of text: one row per measurement, then what the ceilings were."""
+    """The record as lines of text: one row per measurement, then device, ceilings and versions."""
     rows = [["row", "shape", "ours", "peer", "ratio", "goal", "meets", "error", "other peers"], *(_cells(row) for row in record)]
     return "\n".join([*aligned(rows), _note(record)])
 

@@ -1,4 +1,4 @@
-"""The search timed on a table as large as a 7B model's (S1): a density slider, the exact program, a front of plans."""
+"""The search timed on a table of a 7B model's size (S1): the density slider, the exact solver, a front of plans."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ ROW = "S1"
 SLIDER_MS = 50.0
 EXACT_S = 10.0
 FRONT_S = 300.0
-"""What the answers may take at most."""
+"""Time limits of the three."""
 
 MOST_GAP = 0.01
-"""Largest proven gap of a slider's answer."""
+"""Largest proven gap allowed in the slider's solves."""
 
 LEAST_PLANS = 10
-"""Plans of a front, none of which another beats."""
+"""Fewest non-dominated plans that a front must have."""
 
 EXACT_GAP = 1e-4
 ROUNDING = 1e-9
 
 EXACT_DENSITIES = (0.25, 0.5, 0.75)
 DENSITIES = tuple(step / 48 for step in range(5, 45))
-"""Where the slider stands, 10% to 92%; the exact densities are among them."""
+"""Densities of the slider, 10% to 92%; `EXACT_DENSITIES` are among them."""
 
 QUICK_DENSITIES = DENSITIES[1::6] + EXACT_DENSITIES
 FRONT_DENSITY = 0.5
@@ -61,7 +61,7 @@ FRONT_DENSITY = 0.5
 
 @dataclass(frozen=True)
 class Move:
-    """A slider moved to `density`: milliseconds until its answer."""
+    """The slider moved to `density`: milliseconds of the solve, and its answer."""
 
     density: float
     ms: float
@@ -70,7 +70,7 @@ class Move:
 
 @dataclass
 class SearchBench:
-    """A table, what is asked of it, and the exact answers so far. counts: times are held against the goals."""
+    """A table, the densities to solve, and the exact answers so far. counts: whether rows may meet their goals."""
 
     table: LossTable
     densities: Sequence[float] = DENSITIES
@@ -79,12 +79,12 @@ class SearchBench:
 
     @property
     def goals(self) -> tuple[SearchGoal, ...]:
-        """The goal that a search has unless told otherwise, and the one that is hardest to bound: questions by worst distance."""
+        """The default goal of a search, and the one that is hardest to bound: questions by worst distance."""
         worst = next(each for each in goal_sets(self.table) if each.name == "worst-questions")
         return mean_goal(default_goals(self.table)), mean_goal(worst.goals, name=worst.name)
 
     def shape(self, asked: str, goal: str, density: float | None = None) -> dict[str, Any]:
-        """What a row is about."""
+        """The problem of a row, as JSON data."""
         geometry = self.table.geometry
         return {
             "asked": asked, "goal": goal, "density": density, "layers": geometry.layers, "kv_heads": geometry.kv_heads,
@@ -96,11 +96,11 @@ class SearchBench:
 def bench_search(progress: Callable[[int, int], None] | None = None, quick: bool = False) -> BenchRecord:
     """Measure row S1 on the CPU; some minutes.
 
-    The table is drawn with a seed: 32 layers x 32 KV heads x 48 rules, two tasks at two lengths, in all forms. quick: 4 x 4 x 8, which
-    shows that everything runs, and meets no goal. progress: called with steps done and steps in all.
+    The table is random, with a fixed seed: 32 layers x 32 KV heads x 48 rules, two tasks at two lengths, in all forms. quick: 4 x 4 x 8,
+    to test that everything runs; no row meets its goal. progress: called with steps done and steps in all.
 
-    A row is trusted where every plan keeps its density at every length, counted in tokens, and has the loss that was stated; and the
-    slider's where the exact answers agree with its gaps as well.
+    A row is trusted where every plan keeps its density at every length, counted in tokens, and has the loss that was stated; the
+    slider's rows only where the exact answers also confirm its gaps.
     """
     bench = open_search(quick)
     steps = _steps(bench)
@@ -121,12 +121,12 @@ def bench_search(progress: Callable[[int, int], None] | None = None, quick: bool
 
 
 def open_search(quick: bool) -> SearchBench:
-    """The table of a bench and the densities asked of it."""
+    """The table of the benchmark and the densities to solve."""
     return SearchBench(lifelike_table(quick), QUICK_DENSITIES if quick else DENSITIES, counts=not quick)
 
 
 def _steps(bench: SearchBench) -> list[Callable[[], list[BenchRow]]]:
-    """The exact answers first: the slider's are held against them."""
+    """Exact solves first: the slider's answers are checked against them."""
     exact = [partial(_exact_step, bench, goal, density) for goal in bench.goals for density in EXACT_DENSITIES]
     slider = [partial(slider_rows, bench, goal) for goal in bench.goals]
     return [*exact, *slider, partial(_front_step, bench)]
@@ -138,9 +138,6 @@ def _exact_step(bench: SearchBench, goal: SearchGoal, density: float) -> list[Be
 
 def _front_step(bench: SearchBench) -> list[BenchRow]:
     return [front_row(bench)]
-
-
-# --- what is right
 
 
 def keeps(table: LossTable, choice: np.ndarray, density: float) -> bool:
@@ -159,7 +156,7 @@ def keeps(table: LossTable, choice: np.ndarray, density: float) -> bool:
 
 
 def is_right(table: LossTable, goal: SearchGoal, density: float, answer: BudgetAnswer | MilpAnswer) -> bool:
-    """True where an answer keeps its density, loses what it says, and its bound and gap follow from one another."""
+    """True where an answer keeps its density, has the loss it states, and its bound and gap are consistent."""
     value = goal.value(table.predict(answer.choice))
     stated = abs(value - answer.value) <= ROUNDING * max(1.0, value)
     proven = answer.value * (1 - answer.gap) <= answer.bound + ROUNDING and answer.bound <= answer.value + ROUNDING
@@ -167,19 +164,16 @@ def is_right(table: LossTable, goal: SearchGoal, density: float, answer: BudgetA
 
 
 def agrees(slider: BudgetAnswer, exact: MilpAnswer) -> bool:
-    """True where the exact loss lies within the slider's gap, and neither lies below what the other has proven."""
+    """True where the exact loss lies within the slider's gap, and neither loss is below the other's bound."""
     return slider.value * (1 - slider.gap) <= exact.value + ROUNDING and exact.bound <= slider.value + ROUNDING
 
 
-# --- rows
-
-
 def slider_rows(bench: SearchBench, goal: SearchGoal) -> list[BenchRow]:
-    """Milliseconds of an answer of a prepared solver at a new density: the median and the worst over all densities."""
+    """Milliseconds of a prepared solver at a new density: the median and the worst over all densities."""
     began = time.perf_counter()
     solver = BudgetSolver(bench.table, goal)
     detail: dict[str, Any] = {"prepared_ms": 1e3 * (time.perf_counter() - began)}
-    # Not timed: the first call alone imports and allocates.
+    # Not timed: only the first call imports and allocates.
     solver.solve(FRONT_DENSITY)
     moves = [_moved(solver, density) for density in bench.densities]
     trusted = _are_right(bench, goal, moves) and bench.counts and all(move.answer.gap <= MOST_GAP for move in moves)
@@ -198,14 +192,14 @@ def _moved(solver: BudgetSolver, density: float) -> Move:
 
 
 def _are_right(bench: SearchBench, goal: SearchGoal, moves: Sequence[Move]) -> bool:
-    """True where all answers are right and, where an exact one is known, agree with it; one has to be known."""
+    """True where all answers are right and agree with the exact ones, of which at least one must be known."""
     held = [(move.answer, bench.exact[goal.name, move.density]) for move in moves if (goal.name, move.density) in bench.exact]
     right = all(is_right(bench.table, goal, move.density, move.answer) for move in moves)
     return bool(held) and right and all(agrees(slider, exact) for slider, exact in held)
 
 
 def _gaps(bench: SearchBench, goal: SearchGoal, moves: Sequence[Move]) -> dict[str, Any]:
-    """The proven gaps, and how far above the exact loss the slider's really is."""
+    """The proven gaps, and the slider's actual excess over the exact loss."""
     gaps = [move.answer.gap for move in moves]
     above = {
         f"{move.density:.4g}": move.answer.value / bench.exact[goal.name, move.density].value - 1
@@ -219,7 +213,7 @@ def _gaps(bench: SearchBench, goal: SearchGoal, moves: Sequence[Move]) -> dict[s
 
 
 def exact_row(bench: SearchBench, goal: SearchGoal, density: float) -> BenchRow:
-    """Seconds of the exact program at one density; it has to end by itself."""
+    """Seconds of the exact solver at one density; it must end before its time limit."""
     began = time.perf_counter()
     answer = solve_milp(bench.table, density, goal=goal, mip_gap=EXACT_GAP)
     seconds = time.perf_counter() - began
@@ -231,7 +225,7 @@ def exact_row(bench: SearchBench, goal: SearchGoal, density: float) -> BenchRow:
 
 
 def front_row(bench: SearchBench) -> BenchRow:
-    """Seconds of a search with its defaults; plans count that keep the density and that no other beats."""
+    """Seconds of a search with its defaults; trusted with enough non-dominated plans that keep the density."""
     began = time.perf_counter()
     front = search(bench.table, FRONT_DENSITY)
     seconds = time.perf_counter() - began
@@ -251,16 +245,13 @@ def front_row(bench: SearchBench) -> BenchRow:
 
 
 def _judged(shape: dict[str, Any], ours: float, limit: float, unit: str, trusted: bool, detail: dict[str, Any]) -> BenchRow:
-    """The limit stands where a peer would: the one that could be compared needs a licence."""
+    """A row with the time limit as the peer: the one solver to compare with needs a licence."""
     peers = {"Gurobi": {"failed": "not run: a licence is needed"}}
     return judged(ROW, GOALS[ROW], shape, ours, limit, "limit", unit, trusted, {**detail, "cpus": os.cpu_count(), "peers": peers})
 
 
-# --- as text
-
-
 def search_table(record: BenchRecord) -> str:
-    """The record as lines of text: one row per measurement, then what it was measured on."""
+    """The record as lines of text: one row per measurement, then the size of the table and the device."""
     rows = [["row", "asked", "goal", "density", "ours", "limit", "ratio", "goal ratio", "meets", "gap", "plans"], *map(_cells, record)]
     shape = record.rows[0].shape
     size = f"{shape['layers']} layers x {shape['kv_heads']} KV heads x {shape['rules']} rules"

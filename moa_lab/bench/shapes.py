@@ -1,4 +1,4 @@
-"""What is measured: shapes of attention, and windows as unequal as those of a real plan."""
+"""The measured shapes of attention, with windows as unequal as those of a real plan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEFAULT_PLANS = ("standard-50", "standard-25")
 class Shape:
     """Attention of one layer: `batch` rows of `n_tokens` tokens under the plan of that name.
 
-    flex: also FlexAttention is measured, which compiles for many seconds a shape.
+    flex: FlexAttention is measured too, which compiles for many seconds per shape.
     """
 
     query_heads: int
@@ -38,7 +38,7 @@ class Shape:
 
     @property
     def scale(self) -> float:
-        """What scores are multiplied with."""
+        """Factor of the attention scores."""
         return float(self.head_dim**-0.5)
 
 
@@ -67,21 +67,21 @@ class Spans:
 
     @property
     def mean(self) -> int:
-        """Mean span, to the next token."""
+        """Mean span, rounded to a token."""
         return round(sum(self.tokens) / len(self.tokens))
 
     def uniform(self) -> Spans:
-        """The same number of tokens in all, dealt out equally."""
+        """The same total of tokens, shared equally."""
         least, more = divmod(sum(self.tokens), len(self.tokens))
         return replace(self, tokens=tuple(least + (head < more) for head in range(len(self.tokens))))
 
 
 def stretched_spans(plan: Plan, kv_heads: int, n_tokens: int) -> Spans:
-    """Spans of a layer of `kv_heads` heads at `n_tokens` that is as dense as `plan`, and as unequal as its heads are among themselves.
+    """Spans of a layer of `kv_heads` heads at `n_tokens` with the density of `plan`, and heads as unequal as its heads.
 
     All heads of the plan, at the longest length that its card reports, are sorted by the fraction they keep and cut into `kv_heads`
-    equal parts; a head keeps its part's mean. So the density stays, whatever the number of heads, and few keep all while many keep
-    next to nothing. The order is shuffled, as heads of a model come. Below that length the sink shrinks with everything else.
+    equal parts; a head keeps its part's mean, which preserves the density for any number of heads. The order is shuffled, as in a
+    real model. Below that length the sink shrinks in proportion.
     """
     parts, sink = stretched(plan, kv_heads, n_tokens)
     tokens = np.clip(np.rint(parts * n_tokens), sink + 1, n_tokens).astype(int)
@@ -93,7 +93,7 @@ def stretched(plan: Plan, heads: int, n_tokens: int) -> tuple[np.ndarray, int]:
     """The fractions that `heads` heads keep, ascending, and the sink at `n_tokens`: see `stretched_spans`."""
     home = max(plan.lengths, default=plan.geometry.max_length)
     fractions = np.sort(plan.spans(home).ravel() / home)
-    # Parts of whole heads only after every head is there `heads` times.
+    # Every head repeated `heads` times, so that the parts have equal size.
     parts = np.repeat(fractions, heads).reshape(heads, -1).mean(axis=1)
     return parts, min(plan.sink_tokens, plan.sink_tokens * n_tokens // home)
 
@@ -116,7 +116,7 @@ def prefill_flops(shape: Shape, spans: Spans) -> int:
 
 
 def dense_flops(shape: Shape) -> int:
-    """FLOPs of the whole causal triangle."""
+    """FLOPs of all causal pairs."""
     return 4 * shape.head_dim * (shape.n_tokens * (shape.n_tokens + 1) // 2) * shape.query_heads * shape.batch
 
 
@@ -178,7 +178,7 @@ QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {
 
 
 def shapes_of(row: str, quick: bool, plans: Collection[str]) -> tuple[Shape, ...]:
-    """Shapes of a row of the table, under the one plan of a user where `plans` are not the recorded ones."""
+    """Shapes of a row, under the user's one plan where `plans` are not the recorded ones."""
     found = (QUICK_SHAPES if quick else SHAPES)[row]
     if set(DEFAULT_PLANS) <= set(plans):
         return found

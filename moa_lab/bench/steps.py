@@ -1,4 +1,4 @@
-"""One decode step of a whole model, timed for every side, over caches that random keys and values fill."""
+"""One decode step of a whole model, timed for every side, over caches filled with random keys and values."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from moa_lab.runtime import RingCache, Sampling, apply_plan, ring_cache
 from moa_lab.runtime.decoding import WARM_UP, Decoder, clock
 
 SETTLED = WARM_UP + 3
-"""Steps before the clock starts: those that compile, those that are captured, and the first replays."""
+"""Untimed steps: compilation, graph capture, and the first replays."""
 
 FIRST_TOKENS = 8
-"""Tokens that go through the model for our cache to be made; random keys and values take the place of the others."""
+"""Tokens that are run through the model to create our cache; random keys and values fill the rest."""
 
 FILL_TOKENS = 1024
-"""Tokens that are written to a StaticCache at once."""
+"""Tokens written to a StaticCache at once."""
 
 
 def transformers_step(model: PreTrainedModel, static: bool, batch: int, prompt: int, new_tokens: int) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def transformers_step(model: PreTrainedModel, static: bool, batch: int, prompt: 
     """
     device, compiled = model.device, static and model.device.type == "cuda"
     cache = StaticCache(config=model.config, max_cache_len=prompt + new_tokens) if static else DynamicCache(config=model.config)
-    # A cache that grows copies itself with every chunk.
+    # In one chunk: a DynamicCache copies itself with every chunk.
     fill_cache(cache, model, batch, prompt, FILL_TOKENS if static else prompt)
     forward = torch.compile(model, mode="reduce-overhead", dynamic=False) if compiled else model
     tokens = torch.randint(model.config.vocab_size, (batch, 1), device=device)
@@ -63,7 +63,7 @@ def fill_cache(cache: Cache, model: PreTrainedModel, batch: int, prompt: int, ch
 
 
 def our_step(model: PreTrainedModel, plan: Plan, batch: int, prompt: int, new_tokens: int, compiled: bool = False) -> dict[str, Any]:
-    """Milliseconds (ms) of a step of our loop after `prompt` tokens; on a GPU it is a graph, and where asked for compiled before."""
+    """Milliseconds (ms) of a step of our loop after `prompt` tokens; on a GPU a CUDA graph, `compiled` by torch.compile if asked."""
     compiled = compiled and model.device.type == "cuda"
     with apply_plan(model, plan, prompt + new_tokens):
         cache = ring_cache(model, prompt + new_tokens)
@@ -80,7 +80,7 @@ def our_step(model: PreTrainedModel, plan: Plan, batch: int, prompt: int, new_to
 
 
 def fill_rings(cache: RingCache, prompt: int) -> None:
-    """Make a cache that saw a few tokens one that saw `prompt` tokens, with random keys and values in all slots."""
+    """Bring a cache that holds a few tokens to `prompt` tokens, with random keys and values in all slots."""
     for ring in cache.rings:
         ring.keys.normal_()
         ring.values.normal_()
@@ -89,7 +89,7 @@ def fill_rings(cache: RingCache, prompt: int) -> None:
 
 
 class TimedDecoder(Decoder):
-    """A decoder that looks at the clock once its steps have settled. began: seconds."""
+    """A decoder that reads the clock after `SETTLED` steps. began: seconds."""
 
     began = 0.0
 
@@ -109,6 +109,6 @@ class TimedDecoder(Decoder):
         return step
 
     def _look(self) -> None:
-        # Never while a step is captured, which is earlier.
+        # Never during graph capture, which comes earlier: reading the clock synchronises with the GPU.
         if self.steps == SETTLED:
             self.began = clock(self._tokens.device)

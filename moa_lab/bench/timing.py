@@ -1,4 +1,4 @@
-"""Time on a GPU as its kernels take it: replayed graphs, cold caches, medians; and the ceilings that rates are held against."""
+"""Kernel time on a GPU: replayed CUDA graphs, cold caches, medians; and the ceilings that rates are compared with."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import torch
 Call = Callable[[], object]
 
 REPLAYS = 20
-"""Times that are taken; their median stands for all."""
+"""Timed replays, of which the median is taken."""
 
 REPLAY_MS = 20.0
-"""What a replay should last, so that neither its start nor the clock's grain shows."""
+"""Length of a replay: long enough that launch overhead and clock resolution do not matter."""
 
 WARM_UP_REPLAYS = 2
 CACHES = 4
-"""Working sets smaller than so many L2 caches are rotated with copies of themselves."""
+"""Working sets smaller than this many L2 caches take turns with copies of themselves."""
 
 MAX_COPIES = 32
 COPY_BYTES = 2 * 2**30
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 class Timing:
     """Median milliseconds of one call; `spread`: the quartiles' distance over the median.
 
-    timer: "graph" where calls were replayed from a CUDA graph, "events" where they could not be captured and their launches count,
-    "clock" on a CPU, where the number says nothing.
+    timer: "graph" where calls were replayed from a CUDA graph, "events" where they could not be captured, so that launches count,
+    "clock" on a CPU, where the number is not meaningful.
     """
 
     ms: float
@@ -49,7 +49,7 @@ class Timing:
 
 
 def copies_past_cache(working_bytes: int, device: torch.device) -> int:
-    """How many copies of inputs of `working_bytes` must take turns, so that none finds itself in the L2."""
+    """How many copies of inputs of `working_bytes` must take turns, so that none is still in the L2 cache."""
     if device.type != "cuda":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -99,7 +99,7 @@ def _by_clock(calls: Sequence[Call]) -> Timing:
 
 
 def _rounds(calls: Sequence[Call]) -> int:
-    """Rounds over `calls` that last about a replay; compiles and warms on the way, on a stream of its own as captures ask for."""
+    """Rounds over `calls` that take about `REPLAY_MS`; also compiles and warms up, on a side stream, as graph capture requires."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -114,7 +114,7 @@ def _captured(loop: Call) -> torch.cuda.CUDAGraph | None:
     """A graph of `loop`; None where it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
-        # The outer one gives the stream back, which a capture that fails does not.
+        # The outer context restores the stream, which a failed capture does not.
         with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             loop()
     except RuntimeError as error:
