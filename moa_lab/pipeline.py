@@ -1,4 +1,4 @@
-"""All stages in order, one folder per run: every stage leaves a record, and a run that was killed goes on where it was."""
+"""All stages in order, one folder per run: every stage saves a record, and a killed run resumes."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ Record = TypeVar("Record", SampleSet, InfluenceProfile, LossTable, Front, Plan, 
 logger = logging.getLogger(__name__)
 
 QUESTIONS_FIRST = {"questions": 3.0}
-"""Weights of the first descent: a token of an answer counts more than one of a text, as the answer is right or wrong as a whole."""
+"""Task weights of the first descent: questions weigh more, as an answer is right or wrong as a whole."""
 WORDS_FIRST = {"summaries": 2.0, "text": 3.0}
-"""Weights of a second descent, which keeps what is said nearer to the dense model; validation chooses. Its answers have more tokens, so
-that half the steps do."""
+"""Task weights of a second descent, for a lower loss on text; validation chooses. Its answers have more tokens, so that half the steps
+are enough."""
 
 
 class Run(RunInputs):
-    """A run in `folder`. Stages are methods; each reads its record where it is intact and makes it where it is not."""
+    """A run in `folder`. Stages are methods; each loads its record if it is intact, else makes and saves it."""
 
     def everything(self) -> dict[str, Any]:
-        """Run all stages and return the summary. What cannot be had is refused before the first."""
+        """Run all stages and return the summary. Raises ValueError for unusable settings before the first stage."""
         self._check_documents()
         self._check_lengths()
         self.check_density()
@@ -64,7 +64,7 @@ class Run(RunInputs):
         return self.report()
 
     def at(self, density: float) -> Run:
-        """The same run at another density: what does not depend on it is made once. Raises InfeasibleError as `check_density` does."""
+        """The same run at another density, sharing all that does not depend on it. Raises InfeasibleError as `check_density` does."""
         other = Run(self.folder, replace(self.settings, density=density), self.progress)
         other.__dict__.update(_loaded=self._loaded, documents=self.documents, suites=self.suites)
         other.check_density(tested=False)
@@ -80,7 +80,7 @@ class Run(RunInputs):
         return self._calibrated("samples", "calibrate", self.lengths, wanted)
 
     def lessons(self) -> SampleSet:
-        """Samples that spans are learned from: more than are profiled, in more wordings, and at the shorter tested lengths too.
+        """Samples that spans are learned from: more than those profiled, in other wordings, and at the shorter tested lengths too.
 
         The profiled ones where the preset learns nothing.
         """
@@ -119,7 +119,7 @@ class Run(RunInputs):
         return self._stored("front.json", Front.load, self._searched)
 
     def plan(self) -> Plan:
-        """Stage validate: the plan that lost least when measured."""
+        """Stage validate: the candidate with the lowest measured loss."""
         return self._stored("plan.json", Plan.load, self._validated)
 
     def baselines(self) -> tuple[Plan, ...]:
@@ -136,7 +136,7 @@ class Run(RunInputs):
         return tuple(plans)
 
     def measurements(self) -> Measurements:
-        """Stage evaluate: the chosen plan and the baselines on test samples that nothing was chosen by."""
+        """Stage evaluate: the chosen plan and the baselines on test samples, which no choice has used."""
         return self._stored("measurements.json", Measurements.load, self._measured)
 
     def measure(
@@ -193,7 +193,7 @@ class Run(RunInputs):
         )  # fmt: skip
 
     def learned(self) -> Front:
-        """Stage learn: the plans of two descents, with questions first and with words first; none where the preset learns nothing."""
+        """Stage learn: the plans of two descents, `QUESTIONS_FIRST` and `WORDS_FIRST`; none where the preset learns nothing."""
         steps = self.preset.learning_steps
         if not steps:
             return Front((), ())
@@ -231,7 +231,7 @@ class Run(RunInputs):
         self.progress("evaluate", before + finished, total)
 
     def origin(self) -> Provenance:
-        """Where this run's numbers come from."""
+        """The provenance of this run's numbers."""
         model = self.model
         return provenance(
             model=model_name(model), weights=weights_fingerprint(model), tokenizer=tokenizer_fingerprint(self.tokenizer),

@@ -1,4 +1,4 @@
-"""What decides a run's numbers: its settings, and the sizes that quick, standard and full stand for."""
+"""The settings of a run, and its presets: named sizes such as quick, standard and full."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from moa_lab.plan import MIN_SPAN, SINK_TOKENS, check_density
 
 SETTINGS_SCHEMA = "moa-lab/run/1"
 QUESTIONS_PER_LESSON = 2
-"""Facts asked in one text that is learned from: more slopes for the same tokens, but only the first question is asked as in a test."""
+"""Questions about one text of the lessons (training samples): more slopes for the same tokens, but only the first is asked as in a test."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How much of everything a run takes. Counts are per length.
+    """Sizes of a run. Counts are per length.
 
     questions (questions_per_sample in one text), summaries, texts: calibration samples; answer_tokens: tokens of a summary.
     validation_*: samples at a length that is not profiled, and at the longest profiled one if validate_profiled. candidates: plans of
-    the search that are measured there. learning_steps: of a descent that finds one more (0: none), questions first, from
-    learning_questions, and learning_others of each other task; a second one, words first, takes half of them. refine_rounds: how often
-    the best candidate is improved (0: it is taken as it is). needles (needles_per_text in one text), own_answers, lines, documents:
-    test samples at every tested length. baselines: plans measured beside dense, uniform and the chosen one.
+    the search that are measured there. learning_steps: of the descent that learns more candidates (0: none), with most weight on
+    questions, from learning_questions and learning_others of each other task; a second descent, with most weight on text, takes half
+    as many. refine_rounds: rounds of refinement of the best candidate (0: none), each on refine_heads heads. needles (needles_per_text
+    in one text), own_answers, lines, documents: test samples at every tested length. baselines: plans measured beside dense, uniform
+    and the chosen one.
     """
 
     lengths: tuple[int, ...]
@@ -73,7 +74,7 @@ PRESETS: Mapping[str, Preset] = {
         test_lengths=(2048, 4096), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=16,
         baselines=("ranked", "paper"), search_seconds=30.0,
     ),
-    # Many densities and many plans from one profile: less is spent on each, plain text counts too, and more is tested.
+    # Many densities and many plans from one profile: less time for each, plain text as a task, more test samples.
     "study": Preset(
         lengths=(2048, 4096), questions=32, questions_per_sample=2, summaries=12, texts=12, answer_tokens=128,
         candidates=8, learning_steps=640, learning_questions=128, learning_others=24, refine_rounds=0, refine_heads=0,
@@ -81,7 +82,7 @@ PRESETS: Mapping[str, Preset] = {
         test_lengths=(1024, 2048, 4096, 8192), needles=512, needles_per_text=1, own_answers=64, lines=64, documents=32,
         baselines=(), search_seconds=15.0,
     ),
-    # The same on a laptop's two cores, in minutes and for the look of it alone: no interval is narrow enough to decide anything.
+    # The same on a laptop's two cores, in minutes: to see every study run, with intervals too wide to decide anything.
     "sketch": Preset(
         lengths=(512,), questions=2, questions_per_sample=2, summaries=1, texts=1, answer_tokens=16,
         candidates=3, learning_steps=3, learning_questions=1, learning_others=1, refine_rounds=0, refine_heads=0,
@@ -97,14 +98,14 @@ PRESETS: Mapping[str, Preset] = {
         baselines=("ranked", "paper"), search_seconds=300.0,
     ),
 }  # fmt: skip
-"""Presets by name. Lengths beyond a model's maximum are left out, and said so; lengths that the user names are refused."""
+"""Presets by name. Their lengths beyond a model's maximum are left out; lengths that the user names are refused instead."""
 
 
 @dataclass(frozen=True)
 class RunSettings:
     """Everything that decides a run's numbers. source: documents (see `load_documents`); None takes the embedded texts.
 
-    test_seed: draws the test samples and nothing else; what was developed on one draw is tested on another. plain_prompts: questions
+    test_seed: of the test samples alone, so that what was developed on one draw can be tested on another. plain_prompts: questions
     and answers are plain text, whatever chat template the tokenizer has. min_span: the floor, tokens that every head keeps at least,
     its sink among them.
     """

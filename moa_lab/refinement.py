@@ -1,10 +1,9 @@
-"""From a good plan to a better one: a few heads at a time are moved, by what each was measured to be worth under the plan.
+"""Refine a plan: change the rules of a few heads at a time, by their measured effect under the plan.
 
-A profile of the dense model says what each head is worth while all the others are whole. Under a plan others have gone, and what
-is left is worth more. So every round measures the heads under the plan itself, one at a time; asks for the best plans that
-differ in a few heads, as if their effects added up; measures those; and goes on from the best (a trust region: Conn, Gould and
-Toint, 2000). One profile under the plan would be cheaper, but led to no better plan of SmolLM2-135M at 2k and 4k tokens; `learning`
-takes slopes under many plans.
+A profile of the dense model gives the effect of a head while all others are whole; under a plan, the heads that are left matter more. So
+every round measures the heads under the plan itself, one at a time; solves for the best plans that differ in a few heads, assuming
+that effects add up; measures those; and continues from the best (a trust region: Conn, Gould and Toint, 2000). One profile under the
+plan would be cheaper, but led to no better plan of SmolLM2-135M at 2k and 4k tokens; `learning` takes slopes under many plans.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from moa_lab.search.problem import Density, feasible
 logger = logging.getLogger(__name__)
 
 MOVES = (1, 2, 3, 4, 6, 8, 12, 16)
-"""Heads that a step may move: one plan is made and measured for each number."""
+"""Numbers of heads that a step may move: one plan is solved and measured for each."""
 BISECTIONS = 24
 
 Progress = Callable[[int, int], None]
-"""Called with (hundredths of rounds done, and in all)."""
+"""Called with (hundredths of rounds done, hundredths in all)."""
 
 
 def refine(
@@ -58,10 +57,10 @@ def refine(
     """The plan of every round that lowers the loss on `samples`, at most `rounds` of them; empty when none does.
 
     The loss is the mean over (task, length) of nats per answer token, as in validation. A round measures `heads` heads (None: all)
-    and takes steps from what it found until none helps. samples: calibration samples; validation must choose among the start and
-    the points, since these were chosen by `samples`. table: the rules to choose from, what says which heads are worth measuring,
-    and what predicts the points' losses; `density` and its lengths are as in `search`. parts_dir keeps what was measured, so that
-    the same call after a kill goes on. tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a
+    and takes steps until none lowers the loss. samples: calibration samples; validation must choose among the start and the points,
+    since these were chosen by `samples`. table: the rules to choose from; it also predicts which heads to measure and the points'
+    losses. `density` and its lengths are as in `search`. parts_dir stores measurements, so that the same call resumes after a kill.
+    tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a
     table of another model, a plan of another geometry or with rules that the table lacks, and InfeasibleError as `search` does.
     """
     plan = as_plan(plan)
@@ -94,7 +93,7 @@ def refine(
         still = np.ones(choice.shape, dtype=bool)
         still[tuple(np.array(chosen).T)] = False
         while True:
-            # What a step moved was measured where it was: it stays until it is measured again.
+            # The measured effect of a moved head no longer holds: it stays until it is measured again.
             tried = [(loss_of(near), near) for near in neighbours.of(choice, change, moves, still)]
             best, near = min(tried, key=lambda pair: pair[0], default=(loss, choice))
             logger.info("refinement round %d: loss %.4f, best of %d neighbours %.4f", number, loss, len(tried), best)
@@ -129,7 +128,7 @@ def refine(
 
 
 def _worth_measuring(table: LossTable, choice: np.ndarray, heads: int | None) -> list[tuple[int, int]]:
-    """At most `heads` heads: half that gain most per token by being whole, half that lose least by being cut, as predicted."""
+    """At most `heads` heads by predicted loss per token: half that gain most when made whole, half that lose least when cut."""
     every = [(int(layer), int(head)) for layer, head in np.ndindex(choice.shape)]
     if heads is None or heads >= len(every):
         return every
@@ -144,9 +143,9 @@ def _worth_measuring(table: LossTable, choice: np.ndarray, heads: int | None) ->
 
 
 def _rule_changes(table: LossTable, choice: np.ndarray, effects: Mapping[ProfileKey, np.ndarray]) -> np.ndarray:
-    """Loss change of every rule, (layers, kv_heads, rules): between a head's own span and its ends, linear in tokens.
+    """Loss change of every rule, (layers, kv_heads, rules): linear in tokens between a head's own, shortest and longest span.
 
-    A fact may lie at any distance, so half the tokens hold half the facts.
+    Linear, since a fact may lie at any distance: half the tokens hold half the facts.
     """
     changes = []
     for (_, length), (cut, whole) in effects.items():
@@ -174,12 +173,11 @@ class _Neighbours:
         """For each number in `moves` the best choice that differs from `choice` in at most so many heads, none twice.
 
         change: (layers, kv_heads, rules), the loss change of every rule. still: bool (layers, kv_heads), heads that do not move. A
-        toll on every head that moves is raised until few enough do; where none would be left then, the last plan before that is
-        taken, which moves the fewest.
+        penalty per moved head (`toll`) is bisected until few enough move; where none would, the plan that moves the fewest is taken.
         """
         pinned = {(int(layer), int(head)): int(choice[layer, head]) for layer, head in np.argwhere(still)}
         highest = float(np.abs(change).max())
-        # Every bisection starts at the same tolls: none is solved twice.
+        # Cached: all bisections start with the same tolls.
         solved_at = cache(lambda toll: self._solved(change, choice, toll, pinned))
         found: dict[bytes, np.ndarray] = {}
         for most in moves:
@@ -205,7 +203,7 @@ class _Neighbours:
         costs = change + toll
         np.put_along_axis(costs, choice[:, :, None], 0.0, axis=2)
         objective = Objective("refined", self._table.lengths[-1], "sum", (0, 1))
-        # The same for all rules of a head changes no choice; losses are told from 0 on.
+        # Subtracting a head's least cost changes no choice and makes losses start at 0.
         table = replace(self._table, objectives=(objective,), losses=(costs - costs.min(axis=2, keepdims=True))[None])
         goal = Goal("refined", {objective.name: 1.0})
         if self._max_rules is None:

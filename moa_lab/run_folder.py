@@ -1,8 +1,8 @@
-"""Where the records of a run lie: what depends on a setting has a place of its own for every value of it; the last ones are on top.
+"""Paths of a run's records: one folder per value of the settings that a record depends on, and copies of the last run's at the top.
 
-runs/demo/samples.safetensors, profile.safetensors   one of each: what they depend on cannot change in a folder
+runs/demo/samples.safetensors, profile.safetensors   one of each: the settings they depend on are fixed per folder
 runs/demo/density-0.5/plan.json, ...                 of one density
-runs/demo/plan.json, ...                             copies of the last run's: what people and the workbench open
+runs/demo/plan.json, ...                             copies of the last run's, for people and the workbench
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
     "summary.json": _TESTED,
     "report.html": _TESTED,
 }
-"""By record: the settings, beyond `FIXED`, that it depends on. They are those of `RunSettings`, and short_lengths: the tested lengths
-below the longest profiled one, which spans are chosen for as well. floor is min_span, told also where it is the usual one."""
+"""By record: the settings, beyond `FIXED`, that it depends on. Beside fields of `RunSettings` these are short_lengths, the tested lengths
+below the longest profiled one (spans are chosen for them as well), and floor: min_span, in the folder's name even if it is the default."""
 
 ON_TOP = ("table.safetensors", "front.json", "plan.json", "validation.json", "measurements.json", "summary.json", "report.html")
 """Records that have a copy at the top of the folder."""
@@ -73,7 +73,7 @@ class RunFolder:
         return _place(self.path, name, self.settings)
 
     def begin(self) -> None:
-        """Note the settings: from now on the top of the folder is this run's. What lies there of others goes to its own place."""
+        """Write the settings: the top of the folder now belongs to this run. Records of the last run there move to their own folders."""
         before = self._before() or self.settings
         for name in DEPENDS:
             top, own = self.path / name, _place(self.path, name, before)
@@ -88,7 +88,7 @@ class RunFolder:
             self.publish(name)
 
     def publish(self, name: str) -> None:
-        """Copy a record that there is to the top, where this run has begun."""
+        """Copy a record to the top, if it exists and this run has begun."""
         top, own = self.path / name, self.place(name)
         if self.is_current and name in ON_TOP and own.exists() and not (top.exists() and filecmp.cmp(top, own, shallow=False)):
             _copy(own, top)
@@ -97,7 +97,7 @@ class RunFolder:
         path = self.path / "settings.json"
         if not path.exists():
             return None
-        # Not to be deleted: the records beside it are of these settings.
+        # The usual advice to delete it would be wrong: the records beside it were made with these settings.
         read = read_json(path, SETTINGS_SCHEMA, "choose another folder, or write again what it said")
         stored = {name: value for name, value in read.items() if name != "schema"}
         return parse(RunSettings, stored, path)
@@ -116,20 +116,20 @@ def _place(folder: Path, name: str, settings: RunSettings) -> Path:
 
 
 def _word(key: str, settings: RunSettings) -> str:
-    """A setting in the name of a folder; empty where it is the usual one."""
+    """A setting as part of a folder's name; empty for the default."""
     value, usual = _values(settings)[key]
     if value == usual:
         return ""
     if isinstance(value, tuple):
         told = "+".join(map(str, value)) or "none"
     else:
-        # Every digit that tells two densities apart.
+        # As many digits as it takes to tell two densities apart.
         told = f"{value:g}" if float(f"{value:g}") == value else repr(value)
     return f"{key.replace('_', '-').removesuffix('-per-layer')}-{told}"
 
 
 def _values(settings: RunSettings) -> dict[str, tuple[Any, Any]]:
-    """By key of `DEPENDS`: the value, and the usual one, which no folder is named after."""
+    """By key of `DEPENDS`: the value, and the default, which no folder is named after."""
     usual = RunSettings(lengths=settings.lengths, preset=settings.preset)
     return {
         "density": (settings.density, None),

@@ -1,4 +1,4 @@
-"""What a run starts from: its folder and settings, the model, lengths, documents and test samples."""
+"""Inputs of a run: folder and settings, model, lengths, documents, validation and test samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moa_lab.run_folder import RunFolder
 from moa_lab.search.problem import check_floor, least_density, limits_of
 
 ANSWER_BATCH = 32
-"""Samples that a GPU answers at once: a step costs nearly the same for one."""
+"""Samples that a GPU answers at once: a step takes nearly as long for one."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (stage, steps done, steps in all)."""
@@ -30,10 +30,10 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class RunInputs:
-    """What the stages of a run share, before any of them has run.
+    """The inputs that the stages of a run share.
 
-    Raises ValueError when the folder belongs to a run whose samples are of other settings, and when the model is loaded, to one whose
-    weights or tokenizer were others.
+    Raises ValueError when the folder holds a run with other `FIXED` settings and, once the model is loaded, one of other weights or
+    another tokenizer.
     """
 
     folder: Path
@@ -45,7 +45,7 @@ class RunInputs:
         self.records = RunFolder(self.folder, self.settings)
 
     def begin(self) -> None:
-        """Check the documents, lengths and chat template, and note the settings: from now on the top of the folder is this run's."""
+        """Check the documents, lengths, chat template and model, then write the settings: the top of the folder now belongs to this run."""
         self._check_documents()
         self._check_lengths()
         check_turns(self.tokenizer, self.preset.turns)
@@ -54,14 +54,14 @@ class RunInputs:
 
     @property
     def limits(self) -> dict[int, float]:
-        """The lengths at which plans keep to the density: the profiled ones, twice the longest, and shorter tested ones where the
-        floor takes at most a quarter of it."""
+        """The density by length at which it limits plans: the profiled lengths, twice the longest, and shorter tested ones where the
+        floor takes at most a quarter of the density."""
         density, floor = self.settings.density, self.settings.min_span
         short = {n for n in self.test_lengths if n < min(self.lengths) and least_density(self.geometry, n, floor) <= density / 4}
         return dict.fromkeys(sorted({*limits_of(self.lengths, self.geometry.max_length), *short}), density)
 
     def check_density(self, *, tested: bool = True) -> None:
-        """Raise InfeasibleError where the floor alone exceeds the density: at a length of `limits`, or a tested one that was asked for."""
+        """Raise InfeasibleError where the floor alone exceeds the density, at a length of `limits` or a tested one that the user named."""
         asked = (self.settings.test_lengths or self.settings.lengths or ()) if tested else ()
         check_floor(self.geometry, {**self.limits, **dict.fromkeys(asked, self.settings.density)}, self.settings.min_span)
 
@@ -115,7 +115,7 @@ class RunInputs:
 
     @cached_property
     def suites(self) -> Suites:
-        """What plans are chosen by and tested on."""
+        """Validation and test samples."""
         seeds: dict[Split, int] = {"validation": self.settings.seed, "test": self.settings.test_seed}
         return Suites(
             self.model, self.tokenizer, self.preset, self.lengths, self.documents, seeds,
@@ -128,7 +128,7 @@ class RunInputs:
         return 1 if self.model.device.type == "cpu" else ANSWER_BATCH
 
     def parts_dir(self, name: str) -> Path:
-        """Where finished pieces of that name are kept."""
+        """Folder for the finished parts of `name`, from which a killed run resumes."""
         return self.folder / "parts" / name
 
     def _steps(self, stage: str) -> Callable[[int, int], None]:
@@ -143,7 +143,7 @@ class RunInputs:
         return reached
 
     def _check_documents(self) -> None:
-        # Read before the model, which takes longer to load.
+        # Checked before the model is loaded, which takes longer.
         documents = self.documents["calibration"]
         if self.settings.supervision == "human":
             answered_documents(documents or ())
