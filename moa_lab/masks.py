@@ -1,4 +1,4 @@
-"""Who sees whom: the one expression that masks, kernels, cache and density are held against."""
+"""Which keys a query sees: the one expression that masks, kernels, cache and density are tested against."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ def visible(query: Array, key: Array, sink_tokens: int, window_tokens: Array | i
 
 @dataclass(frozen=True)
 class KeyMask:
-    """What a model hides from its queries, in all heads of a layer alike: the future, padding, and what lies beyond its own window.
+    """The model's own mask, the same for all heads of a layer: it hides the future, padding, and keys beyond a sliding window.
 
-    The queries are the last n_queries of n_keys tokens. real: bool (batch, n_keys), False for padding (None: there is none).
-    reach: the model's own window in tokens (None: no end). explicit: what the others cannot say, and they are not looked at then:
-    (batch or 1, 1, n_queries, n_keys), int32 `positions`, or a mask of one's own: boolean, or added to scores, very negative where a
-    key is hidden.
+    The queries are the last n_queries of n_keys tokens. real: bool (batch, n_keys), False for padding (None: no padding).
+    reach: the model's own sliding window in tokens (None: unlimited). explicit: a full mask (batch or 1, 1, n_queries, n_keys) that
+    replaces `real` and `reach`: int32 `positions`, boolean, or additive (very negative where a key is hidden).
     """
 
     batch: int
@@ -42,7 +41,7 @@ class KeyMask:
     def positions(self) -> torch.Tensor:
         """The key's position in its own sequence, padding not counted, or -1 where the model hides the key.
 
-        int32 (batch or 1, 1, n_queries, n_keys). A padding query sees nothing, and its softmax would be 0/0: it may see all.
+        int32 (batch or 1, 1, n_queries, n_keys). A padding query may see all keys: with none its softmax would be 0/0.
         """
         if self.explicit is not None:
             return _positions_of(self.explicit)
@@ -63,7 +62,7 @@ class KeyMask:
 
     @cached_property
     def first(self) -> torch.Tensor | None:
-        """int32 (batch,), each row's first token, where all padding lies on the left; None where more is hidden than that says."""
+        """Index of each row's first token under left padding, int32 (batch,); None for other padding or an explicit mask."""
         if self.explicit is not None:
             return None
         if self.real is None:
@@ -72,7 +71,7 @@ class KeyMask:
 
     @cached_property
     def padded_on_the_left(self) -> bool:
-        """True where no padding follows a token in any row."""
+        """True where no padding follows a token in any row; False for an explicit mask."""
         return self.explicit is None and (self.real is None or not bool((self.real[:, :-1] & ~self.real[:, 1:]).any()))
 
 

@@ -1,4 +1,4 @@
-"""Head to slots: where the KV heads of one layer keep their tokens."""
+"""Which slots of a layer's buffer hold the tokens of each KV head."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from moa_lab.plan import Plan
 
 @dataclass(frozen=True)
 class LayerLayout:
-    """Slots of a flat buffer per KV head: first a sink that stays, then a ring, one head after the other.
+    """Slots of a flat buffer, one KV head after the other: first the sink, which stays, then a ring for the window.
 
-    sink_tokens, windows: what queries see, per KV head (see `moa_lab.masks.visible`). reach: the layer's own window in tokens,
-    beyond which nothing is seen, the sink neither. capacity: tokens of a sequence for which there is room; a head that would
-    keep more gets no more than that, and none of its slots is written twice.
+    sink_tokens, windows: what queries see, per KV head (see `moa_lab.masks.visible`). reach: the model's own window in this layer
+    (None: unlimited), beyond which nothing is seen, not even the sink. capacity: tokens per sequence that must fit; a head with a
+    longer span gets `capacity` slots, none of which is overwritten.
 
-    The position of a token in its own sequence says its slot, so nothing moves when a ring wraps.
+    A token's slot depends only on its position in the sequence, so nothing moves when a ring wraps.
     """
 
     sink_tokens: int
@@ -32,14 +32,14 @@ class LayerLayout:
 
     @cached_property
     def sinks(self) -> np.ndarray:
-        """Slots of the sink: int64 (kv_heads,). None where the layer's own window makes one ring of all that is seen."""
+        """Slots of the sink: int64 (kv_heads,). 0 where sink and window exceed `reach`: then the ring alone holds all that is seen."""
         if self.reach is None:
             return np.full(len(self.windows), self.sink_tokens)
         return np.where(self.sink_tokens + np.array(self.windows) > self.reach, 0, self.sink_tokens)
 
     @cached_property
     def rings(self) -> np.ndarray:
-        """Slots that a ring needs, whether there is room or not: int64 (kv_heads,)."""
+        """Slots that each ring needs, not limited by `capacity`: int64 (kv_heads,)."""
         windows = np.array(self.windows)
         return windows if self.reach is None else np.where(self.sink_tokens + windows > self.reach, self.reach, windows)
 
@@ -50,7 +50,7 @@ class LayerLayout:
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """First slot of every head, and the number of all: int64 (kv_heads + 1,)."""
+        """First slot of every head, then the total: int64 (kv_heads + 1,)."""
         return np.concatenate([[0], np.cumsum(self.slots)])
 
     @property

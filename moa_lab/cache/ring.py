@@ -1,4 +1,4 @@
-"""Keys and values of one layer in their slots: written by position, read back with it."""
+"""Keys and values of one layer in a ring cache, written and read by token position."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from moa_lab.plan import Plan
 class RingLayer:
     """One layer's flat K and V: (batch, layout.total, head_dim) each.
 
-    Which tokens are there is told by each row's length alone: `lengths`, int32 (batch,), tokens of the row so far, padding not
-    counted. It belongs to the caller, since all layers share it. Slots that were never written hold anything.
+    Which tokens it holds follows from `lengths`, int32 (batch,): tokens of each row so far, without padding. The caller keeps it,
+    since all layers share it. Slots that were never written hold arbitrary values.
     """
 
     def __init__(self, layout: LayerLayout, batch: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -28,7 +28,7 @@ class RingLayer:
         return self.keys.nbytes + self.values.nbytes
 
     def positions(self, lengths: torch.Tensor) -> torch.Tensor:
-        """The position whose token is in each slot, -1 where there is none: int32 (batch, layout.total)."""
+        """The position of the token in each slot, -1 for an empty slot: int32 (batch, layout.total)."""
         device = lengths.device
         heads = torch.from_numpy(self.layout.slots).to(device)
         of = torch.repeat_interleave(self.table[:, 1:3], heads, dim=0, output_size=self.layout.total)
@@ -50,14 +50,14 @@ class RingLayer:
     def write(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, padding: torch.Tensor) -> None:
         """Write the newest tokens: key, value (batch, kv_heads, tokens, head_dim).
 
-        lengths: with the new tokens counted. padding: int32 (batch,), how many of the first columns of each row are none.
+        lengths: including the new tokens. padding: int32 (batch,), number of leading padding columns in each row.
         """
         tokens = key.shape[2]
         column = torch.arange(tokens, device=key.device)
         positions = lengths[:, None].long() - tokens + column
         _, sinks, rings, _ = self.table.long().unbind(dim=1)
         at = positions[..., None]
-        # Of the ring, only what the newest token leaves there: a slot is written once.
+        # Skip tokens that later ones would overwrite: the order of writes to one slot is undefined.
         kept = (column >= padding[:, None])[..., None] & ((at < sinks) | (at >= lengths[:, None, None] - rings))
         batch = torch.arange(len(key), device=key.device)[:, None, None].expand_as(kept)[kept]
         slots = self.slots_of(positions)[kept]

@@ -11,7 +11,7 @@ from moa_lab.geometry.config import read_geometry
 MAX_TOKENS = 2**31 - 1
 """Kernels count positions in 32 bits."""
 MAX_COUNT = 2**16
-"""Of layers, of heads, of numbers in a head: far beyond any model, and small enough to count with."""
+"""Limit of layers, heads and head_dim: far beyond any model, and small enough that their products do not overflow."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class ModelGeometry:
     """Layers, heads and lengths of a decoder-only model.
 
     `layer_windows[layer]` is the model's own sliding window in tokens, or None where the layer attends to everything.
-    Query head h reads KV head `h // group_size`. `max_length`: tokens that the model takes, RoPE scaling counted (see
+    Query head h reads KV head `h // group_size`. `max_length`: tokens that the model takes, with RoPE scaling (see
     `moa_lab.geometry.length`).
     """
 
@@ -59,9 +59,9 @@ class ModelGeometry:
         return 2 * self.head_dim * dtype_bytes
 
     def fits(self, other: ModelGeometry) -> bool:
-        """Whether a plan or a record for one is right for the other: all is the same but for the length that tokens may reach.
+        """Whether a plan or record for one geometry holds for the other: all fields but `max_length` are equal.
 
-        How long a model's texts may be decides nothing about its heads, and is read anew from the model that is used.
+        The maximum length does not concern the heads; it is read from the model in use.
         """
         return replace(other, max_length=self.max_length) == self
 
@@ -84,7 +84,7 @@ class ModelGeometry:
 
 
 def check_whole(name: str, value: object, low: int, high: int = MAX_TOKENS) -> None:
-    """Raise ValueError that names `name` where `value` is no whole number from `low` to `high`."""
+    """Raise a ValueError that names `name` unless `value` is a whole number from `low` to `high`."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise ValueError(f"{name} must be a whole number, got {value!r}")
     if int(value) < low:

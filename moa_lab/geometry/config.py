@@ -1,4 +1,4 @@
-"""What a Hugging Face config says of its attention, read attribute by attribute; what cannot be read is refused by name."""
+"""Read the attention geometry from a Hugging Face config; an attribute that cannot be read is named in the error."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def read_geometry(config: Any) -> dict[str, Any]:
 
 
 def attribute(config: Any, name: str) -> Any:
-    """`config.name`, None where there is none.
+    """`config.name`, or None if it is missing.
 
-    Raises ValueError where the config answers with an error of its own, as transformers' configs do for an attribute that
-    differs between layers.
+    Raises ValueError where the config raises an error of its own, as transformers' configs do for an attribute that differs
+    between layers.
     """
     try:
         return getattr(config, name, None)
-    except Exception as error:  # the class is the config's own
+    except Exception as error:  # configs raise classes of their own
         reason = " ".join(str(error).split())
         raise ValueError(f"{_named(config)} does not say its {name} ({type(error).__name__}: {reason:.160}); not supported") from error
 
@@ -62,14 +62,14 @@ def _required(config: Any, name: str) -> Any:
 
 
 def _layer_configs(config: Any, layers: int) -> list[Any]:
-    """One config per layer: Gemma 4 and others have attributes that only a layer's own config answers."""
+    """One config per layer: Gemma 4 and others have attributes that only the layer's own config has."""
     if attribute(config, "is_heterogeneous"):
         return [config.per_layer_config[layer] for layer in range(layers)]
     return [config] * layers
 
 
 def _same(values: Sequence[Any], name: str, config: Any) -> Any:
-    """The one value that all layers share: a plan counts all KV heads alike."""
+    """The one value that all layers share: a plan assumes equal KV heads."""
     if len(set(values)) > 1:
         found = ", ".join(str(value) for value in dict.fromkeys(values))
         raise ValueError(f"{_named(config)}: {name} differs between layers ({found}); layers whose KV heads differ are not supported")
@@ -80,7 +80,7 @@ def _layer_windows(config: Any, each: Sequence[Any]) -> tuple[int | None, ...]:
     kinds = attribute(config, "layer_types")
     windows = [attribute(layer, "sliding_window") for layer in each]
     if kinds is None:
-        # Mistral and Phi-3 slide in every layer; Qwen2 carries a window that `use_sliding_window` switches off.
+        # Mistral and Phi-3 use the window in every layer; Qwen2 configures one that `use_sliding_window` switches off.
         uses = attribute(config, "use_sliding_window")
         return tuple(int(window) if window and uses is not False else None for window in windows)
     if len(kinds) != len(each):

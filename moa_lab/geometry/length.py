@@ -9,12 +9,12 @@ from typing import Any
 def max_length(configured: int, rope: Mapping[str, Any] | None, stated: int | None = None) -> int:
     """Tokens that a model takes.
 
-    configured: `max_position_embeddings`. rope: `rope_parameters` (once `rope_scaling`), flat or one per layer type; None for a model
-    without rotary positions, which takes what is configured. stated: `max_sequence_length`, which some configs carry beside a scaling
-    (vicuna-13b-16k) and which a user may add to a `config.json` that does not tell; it holds before what the scaling says.
+    configured: `max_position_embeddings`. rope: `rope_parameters` (formerly `rope_scaling`), flat or one per layer type; None for a
+    model without rotary positions, which takes what is configured. stated: `max_sequence_length`, which some configs have beside a
+    scaling (vicuna-13b-16k) and which a user may add to `config.json`; it overrides the scaling.
 
-    With a rotary embedding per layer type the least scaled one decides: Gemma 3 scales its full layers alone, and its configured
-    length is the extended one.
+    With a rotary embedding per layer type the least scaled one decides: Gemma 3 scales only its full-attention layers, and its
+    configured length is the extended one.
     """
     if not rope:
         return configured
@@ -29,13 +29,13 @@ def _reached(configured: int, rope: Mapping[str, Any]) -> int:
     kind = rope.get("rope_type") or rope.get("type")
     factor = float(rope.get("factor") or 1.0)
     original = int(rope.get("original_max_position_embeddings") or configured)
-    # These stretch the configured length, unless the config names a shorter one that it was stretched from.
+    # These scale the original length, which is the configured one unless the config names another.
     if kind in ("linear", "dynamic"):
         return max(configured, int(original * factor))
-    # A config that names a longer original length than it configures wants fewer tokens than its scaling allows.
+    # A configured length below the original one is a limit on purpose: no scaling is added.
     if kind == "yarn" and configured >= original:
         return max(configured, int(original * factor))
-    # Llama 3.2 names a factor of 32 over 8,192 and takes 131,072: the factor counts only where nothing was configured with it.
+    # Llama 3.2 has a factor of 32 over 8,192 but configures 131,072: the factor counts only where the original length is configured.
     if kind in ("llama3", "longrope") and configured == original:
         return max(configured, int(original * factor))
     return configured

@@ -1,4 +1,4 @@
-"""The geometry of a loaded model: what its config says, held against its attention modules."""
+"""The geometry of a loaded model: read from its config, checked against its attention modules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from moa_lab.geometry import ModelGeometry
 
 
 def geometry_of(model: Any) -> ModelGeometry:
-    """Read the geometry from the config of a `PreTrainedModel` and hold it against what its attention modules say.
+    """Read the geometry from the config of a `PreTrainedModel` and check it against its attention modules.
 
     Raises ValueError that names the missing config attribute, or the module and attribute that contradict the config
     (heads that differ between layers, keys and values of different widths, layers that share their KV cache).
@@ -33,6 +33,6 @@ def geometry_of(model: Any) -> ModelGeometry:
 
 
 def _decoder(model: Any) -> Any:
-    """The text decoder of a model that may also see or hear: the other towers have heads of their own."""
+    """The text decoder of a model that may be multimodal: vision and audio towers have heads of their own."""
     get_decoder = getattr(model, "get_decoder", None)
     return (get_decoder() if get_decoder else None) or model
