@@ -1,4 +1,4 @@
-"""The model and the answers of samples: how likely it finds them, and what it would answer itself."""
+"""How likely a model finds the answers of samples, and what it would answer itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moa_lab.calibration.samples import Sample
 
 @dataclass(frozen=True, eq=False)
 class AnswerScore:
-    """How one answer of a sample fared: loss, mean nats per token; exact, whether greedy decoding gives exactly this answer."""
+    """Score of one answer. loss: mean nats per token. exact: whether greedy decoding gives exactly this answer."""
 
     loss: float
     exact: bool
@@ -35,7 +35,7 @@ def answer_logits(model: PreTrainedModel, batch: Sequence[Sample], embedded: tor
     counts = [len(where) for where in positions]
     rows = np.repeat(np.arange(len(batch)), counts)
     columns = np.searchsorted(kept, np.concatenate(positions))
-    # Picked at once: a gradient through a pick is as large as what it was picked from.
+    # One indexing for the whole batch: the gradient of every indexing is as large as all the logits.
     picked = logits[torch.from_numpy(rows).to(logits.device), torch.from_numpy(columns).to(logits.device)]
     return list(picked.split(counts))
 

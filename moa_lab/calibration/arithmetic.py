@@ -8,7 +8,7 @@ from random import Random
 
 from moa_lab.calibration.documents import JOINT, Document
 
-# None of these is a name that `wordings` plants facts about.
+# No name of `wordings.WORDINGS` is among these, so that documents do not mention the planted facts.
 NAMES = (
     "Anna", "Boris", "Cecily", "Daniel", "Elena", "Farid", "Gloria", "Henrik", "Irene", "Jakub", "Katya", "Leon", "Maria", "Nadia",
     "Oscar", "Paula", "Rafael", "Sofia", "Tomas", "Ursula", "Viktor", "Wanda", "Xavier", "Yusuf", "Zoe", "Anton", "Bettina", "Carlos",
@@ -42,7 +42,7 @@ class Step:
 
     @property
     def result(self) -> int:
-        """What the line comes to."""
+        """The result of the line."""
         return _SIGNS[self.sign](self.left, self.right)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Problem:
 
 
 def arithmetic_documents(count: int = 24, characters: int = 30_000, seed: int = 0) -> tuple[Document, ...]:
-    """`count` documents of at least `characters` characters (and at most one problem more); no problem comes twice in any of them."""
+    """`count` documents of at least `characters` characters (and at most one problem more); no problem is repeated, in any of them."""
     random = Random(seed)
     seen: set[str] = set()
     documents = []

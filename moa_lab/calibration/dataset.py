@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 Supervision = Literal["model", "human", "text"]
 SUPERVISIONS: tuple[Supervision, ...] = get_args(Supervision)
 
-# Drafts that may be turned down, per sample wanted, before answers that the model got wrong are taken as it gives them.
+# Drafts that may be rejected per sample wanted; after that, samples keep the model's own wrong answers.
 SPARE_DRAFTS = 1.0
 
 Progress = Callable[[int, int], None]
@@ -57,7 +57,7 @@ def requests(
 
     model: questions about planted facts, and summaries, both answered by the dense model; and `texts` samples of plain text. human:
     the documents' own human answers. text: plain text, no instruction. Raises ValueError for another name.
-    wordings: of the questions; None for their split's.
+    wordings: of the questions; None: those of the split.
     """
     if supervision == "model":
         answered = (Request(Questions(per_sample, wordings=wordings), questions), Request(Summaries(answer_tokens=answer_tokens), others))
@@ -84,8 +84,8 @@ def calibrate(
 ) -> SampleSet:
     """Samples of exactly `lengths` tokens for every request, answered by `model` where the task says so.
 
-    lengths: each is taken once. documents: None takes the embedded ones of `split`; control tokens that they spell are text, counted in
-    `settings`. batch_size: samples answered at once. parts_dir: finished samples are kept there and not answered again after a kill.
+    lengths: duplicates count once. documents: None takes the embedded ones of `split`; control tokens spelled in them stay text and are
+    counted in `settings`. batch_size: samples answered at once. parts_dir: keeps finished samples, to go on after a kill.
     Raises ValueError for an empty or unusable request, a length beyond the model, a chat template that cannot be used, or documents
     that cannot fill a length.
     """
@@ -104,8 +104,8 @@ def calibrate(
     for length in lengths:
         sources: dict[str, Source] = {}
         for request in wanted:
-            # A generator of its own per (task, length): asking for more of one changes nothing of another. Two requests of one task
-            # share it, or the second would draw the texts of the first.
+            # One random generator per (task, length): asking for more of one does not change another. Two requests of one task share
+            # it, or both would draw the same texts.
             name = request.task.name
             if name not in sources:
                 own_seed = int(digest(f"{seed}/{split}/{name}/{length}".encode())[:8], 16)
@@ -127,7 +127,7 @@ def calibrate(
 
 
 def _told(request: Request) -> dict[str, Any]:
-    """A request in JSON: of wordings, which hold functions, the names."""
+    """A request as JSON; of wordings, which hold functions, only the names."""
     task = request.task
     told = {"task": task.name, "count": request.count}
     if isinstance(task, Questions) and task.wordings:
@@ -175,7 +175,7 @@ class _Answerer:
         return list(zip(drafts, score_answers(self.model, drafts), strict=True))
 
     def _keep_right(self, draft: Sample, scores: list[AnswerScore]) -> Sample | None:
-        """The sample with the loss on the answers that the model gives itself; None when those are fewer than half."""
+        """The sample with only the answers that the model gives itself; None when those are fewer than half."""
         right = [score.exact for score in scores]
         if 2 * sum(right) < len(right):
             return None
@@ -183,7 +183,7 @@ class _Answerer:
         return replace(draft, answers=answers, detail={**draft.detail, "right": right})
 
     def _stored(self, drafts: list[Sample], kind: str, answer: Callable[[list[Sample]], list[Sample | None]]) -> list[Sample | None]:
-        """`answer(drafts)`, each result read from its file where an earlier run left one. A file without a sample says: turned down."""
+        """`answer(drafts)`, each result read from its file if an earlier run left one. A file without a sample marks a rejected draft."""
         if self.folder is None:
             return answer(drafts)
         paths = {draft.identity: self.folder / f"{draft.identity}-{self.weights}-{kind}.safetensors" for draft in drafts}
@@ -202,7 +202,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def _check(model: PreTrainedModel, lengths: Sequence[int], wanted: Sequence[Request]) -> None:
-    # A model that no plan can be applied to is not worth its answers.
+    # Refuse a model that no plan can be applied to before it answers anything.
     attention_sites(model)
     longest = geometry_of(model).max_length
     for length in lengths:

@@ -102,7 +102,7 @@ _told: set[tuple[str, tuple[str, ...]]] = set()
 
 
 def tell_escaped(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """How often the documents spell each control token of the tokenizer; all are kept as text, which a warning says once."""
+    """How often the documents spell each control token of the tokenizer; they are kept as text, with one warning per document set."""
     texts = [text for document in documents for text in (document.text, document.summary, document.question, document.answer)]
     escaped = escaped_controls(tokenizer, texts)
     key = (documents_hash(documents), tuple(escaped)) if escaped else None
@@ -205,7 +205,7 @@ class TextStream:
         queue = self._queue()
         chosen, spare = queue[:count], sorted(queue[count:], key=self._length)
         while sum(map(self._length, chosen)) < n_tokens:
-            # Too short together: the shortest makes way for the longest of the rest, which ends at the `count` longest.
+            # Too short together: replace the shortest by the longest of the rest, until at worst the `count` longest are chosen.
             chosen[min(range(count), key=lambda index: self._length(chosen[index]))] = spare.pop()
         self._position += count
         shares = _fair_shares(n_tokens, [self._length(document) for document in chosen])
@@ -217,7 +217,7 @@ class TextStream:
         return len(self._tokens[document])
 
     def _queue(self) -> list[int]:
-        """All documents, each once, from the next one of the walk on; a finished walk begins again in a new order."""
+        """All documents once, starting with the next in the random order; after the last one a new order is drawn."""
         if self._position >= len(self._order):
             self._order = self._random.sample(range(len(self._tokens)), len(self._tokens))
             self._position = 0
@@ -241,7 +241,7 @@ def _fair_shares(total: int, limits: Sequence[int]) -> list[int]:
     """Split `total` into one positive share per limit, as equal as the limits allow; sum(limits) must be at least `total`."""
     shares = [0] * len(limits)
     for rank, index in enumerate(sorted(range(len(limits)), key=lambda index: limits[index])):
-        # The shortest first: what it cannot hold is shared out among the longer ones.
+        # Shortest first: what it cannot hold is divided among the longer ones.
         shares[index] = min(limits[index], (total - sum(shares)) // (len(limits) - rank))
     return shares
 
@@ -257,7 +257,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int],
     starts = {0}
     for character in characters:
         token = bisect.bisect_right(ends, character)
-        # A token that also holds the end of the sentence before is no clean start.
+        # Skip a token that also holds the end of the previous sentence.
         if token < len(begins) and not text[begins[token] : character].strip():
             starts.add(token)
     return ids, sorted(starts)

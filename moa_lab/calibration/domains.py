@@ -20,11 +20,11 @@ LEAST = 6
 
 
 def domain_documents(name: str) -> tuple[Document, ...]:
-    """Documents of a domain, no text twice, in an order that is always the same; `split_documents` parts them.
+    """Documents of a domain, no text twice, in a fixed order; `split_documents` splits them.
 
-    addresses: the embedded speeches, those of all splits. code: modules of Python's own standard library without their docstrings,
-    which are the summaries: a human's own words about the text (which modules there are depends on the Python version). arithmetic:
-    generated word problems with worked solutions. Raises ValueError for another name, and where the standard library has too few sources.
+    addresses: the embedded speeches of all splits. code: modules of Python's standard library (which depend on its version) without
+    their docstrings, which serve as human summaries. arithmetic: generated word problems with worked solutions.
+    Raises ValueError for another name, and where the standard library has too few sources.
     """
     if name == "addresses":
         return tuple(document for split in SPLITS for document in embedded_documents(split))
@@ -54,9 +54,9 @@ def code_documents(folder: Path) -> tuple[Document, ...]:
 
 
 def enough_documents(documents: Sequence[Document], characters: int) -> tuple[Document, ...]:
-    """As many of the documents, in their order, as it takes to hold so many characters; never fewer than six, where there are six.
+    """The first documents that together hold `characters` characters, but at least six if there are six.
 
-    A stream tokenizes all it is given: a few short samples need not wait for a whole domain.
+    A TextStream tokenizes all its documents: a few short samples do not need a whole domain.
     """
     chosen: list[Document] = []
     held = 0
@@ -71,7 +71,7 @@ def enough_documents(documents: Sequence[Document], characters: int) -> tuple[Do
 def _module(path: Path) -> Document | None:
     """The module without its docstring; None where it has none of that length, or cannot be read as Python."""
     try:
-        # tokenize.open heeds the encoding that the file declares.
+        # tokenize.open uses the encoding that the file declares.
         with tokenize.open(path) as stream:
             source = stream.read()
         tree = ast.parse(source)

@@ -1,4 +1,4 @@
-"""Rows of local files: JSON lines, JSON, CSV, TSV, Parquet and plain text, packed or not, one file or a folder of them."""
+"""Rows of local files: JSON lines, JSON, CSV, TSV, Parquet and plain text, compressed or not, one file or a folder of them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DAMAGED = (ValueError, OSError, EOFError, RecursionError, csv.Error, lzma.LZMAEr
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of one file or hub dataset. stem: what its documents are called. columns: whether they are named by the source."""
+    """Rows of one file or hub dataset. stem: how the names of its documents begin. columns: whether the source has named columns."""
 
     source: str
     stem: str
@@ -40,7 +40,7 @@ class Table:
 
 
 class _Refused(ValueError):
-    """A fault that a line of its own explains, with its cure."""
+    """An error whose message already names the fault and its cure."""
 
 
 def is_file_name(name: str) -> bool:
@@ -73,7 +73,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _kind(path: Path) -> str | None:
-    """The suffix that names the format, in small letters, without that of the packing; None for no known one."""
+    """The suffix of the format in lower case, without that of the compression; None for an unknown one."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in (*UNPACK, ".zst"):
         suffixes.pop()
@@ -107,7 +107,7 @@ def _decoded(content: bytes) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # The positions do not count the mark.
+        # The error's positions do not count the byte order mark.
         content = content.removeprefix(codecs.BOM_UTF8)
         line = content.count(b"\n", 0, error.start) + 1
         raise _Refused(f"line {line} is not UTF-8 (byte 0x{content[error.start]:02x}); write the file as UTF-8") from error
@@ -145,7 +145,7 @@ def _read_csv(content: bytes, dialect: str = "excel") -> list[Row]:
         reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect, strict=True)
         rows = []
         for row in reader:
-            # DictReader fills what a short line lacks with None, and collects what a long line has too much under None.
+            # DictReader gives None for missing fields, and collects surplus fields under the key None.
             if None in row or None in row.values():
                 raise ValueError(f"line {reader.line_num} has another number of fields than the header")
             rows.append(row)
@@ -159,7 +159,7 @@ def _read_tsv(content: bytes) -> list[Row]:
 
 
 def _read_text(content: bytes) -> list[Row]:
-    """One document; form feeds part a file into several."""
+    """One document, or several that are separated by form feeds."""
     return [{TEXT: part} for part in _decoded(content).split("\f") if part.strip()]
 
 
@@ -169,7 +169,7 @@ def _read_parquet(content: bytes) -> list[Row]:
 
 
 def first_line(error: BaseException) -> str:
-    """The type of an error and the first line of what it says."""
+    """The type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

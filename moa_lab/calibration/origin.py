@@ -1,4 +1,4 @@
-"""Whether a record belongs to the model it meets: samples, profiles and tables hold for the weights and the tokenizer they name."""
+"""Check that samples, profiles and tables were made with the weights and the tokenizer of the model they are used with."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ RECORD_ENDINGS = (".json", ".safetensors")
 def same_weights(origin: Provenance, model: PreTrainedModel) -> bool:
     """Whether `model` may have the weights that a record names; True where it names none.
 
-    float32 and bfloat16 loads of a file agree. float16 rounds small weights otherwise: a record of such a load is compared after the
-    same rounding; what a model loaded in float16 had before cannot be told, and its name decides.
+    A file loaded in float32 and in bfloat16 has one fingerprint. float16 rounds small weights differently: a record of a float16 load
+    is compared after the same rounding; the original weights of a model in float16 are unknown, so its name decides.
     """
     if origin.weights is None or origin.weights in (weights_fingerprint(model), weights_fingerprint(model, torch.float16)):
         return True
@@ -32,9 +32,9 @@ def check_origin(
     origin: Provenance, model: PreTrainedModel, what: str, tokenizer: PreTrainedTokenizerBase | None = None, *,
     cure: str = "make them with this model, or take them as they are with any_model=True (--any-model)",
 ) -> None:  # fmt: skip
-    """Refuse what was made with other weights, or with another tokenizer (None: not compared).
+    """Refuse a record that was made with other weights, or with another tokenizer (None: not compared).
 
-    what: of a record, for instance "samples"; cure: what the user can do. Raises ValueError that names both models.
+    what: the record's name in the message, for instance "samples"; cure: what the user can do. Raises ValueError that names both models.
     """
     there, here = f"model {origin.model!r}", f"model {model_name(model)!r}"
     if not same_weights(origin, model):
@@ -60,14 +60,14 @@ def check_vocabulary(samples: Iterable[Sample], model: PreTrainedModel) -> None:
 
 
 def check_folder(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse to go on in a run's folder whose records were made with other weights or another tokenizer. Raises ValueError."""
+    """Raise ValueError if a record in a run's folder was made with other weights or another tokenizer."""
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]) if folder.is_dir() else ():
         if path.suffix in RECORD_ENDINGS:
             check_origin(_origin_of(path), model, str(path), tokenizer, cure="choose another folder, or delete this one")
 
 
 def _origin_of(path: Path) -> Provenance:
-    """What a record says of where it came from; nothing where it is broken, which its own stage will say."""
+    """The provenance of a record; an empty one if the file is broken, which its own stage will report."""
     try:
         data: Any = read_description(path)
         return parse(Provenance, (data.get("provenance") if isinstance(data, dict) else None) or {}, path)

@@ -16,7 +16,7 @@ from moa_lab.prompting.rendering import SHAPES, Marks, render, shape_of, split_a
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and what precedes the answer in the reply: `lead` is given, the tokens after it are the answer."""
+    """One question and how its reply begins: `lead` is given in the prompt, the tokens after it are the answer."""
 
     question: str
     lead: str = ""
@@ -24,7 +24,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Frame:
-    """Token ids around the context and the answers: `opening`, context, then for each turn `before[i]`, answer i; `closing` last."""
+    """Token ids around the context and the answers: `opening`, context, then for each turn `before[i]`, answer i."""
 
     opening: list[int]
     before: list[list[int]]

@@ -81,7 +81,7 @@ class SampleSet:
         return tuple(s for s in self.samples if task in (None, s.task) and length in (None, s.length))
 
     def limited(self, tokens: int) -> SampleSet:
-        """The first samples of every (task, length): as many as share `tokens` evenly among the pairs, at least one of each."""
+        """The first samples of every (task, length), `tokens` divided evenly among the pairs; at least one sample of each."""
         groups = group_by_shape(self.samples)
         kept = {key: group[: max(1, tokens // len(groups) // key[1])] for key, group in groups.items()}
         chosen = {id(sample) for group in kept.values() for sample in group}
@@ -128,7 +128,7 @@ class _SetHead:
 
 
 def distinct(samples: Iterable[Sample]) -> list[Sample]:
-    """Every sample once, in order: one that is there twice adds no evidence. A repetition is logged."""
+    """The samples in order without repetitions, which add no evidence; their number is logged."""
     given = list(samples)
     kept: dict[str, Sample] = {}
     for sample in given:
@@ -139,7 +139,7 @@ def distinct(samples: Iterable[Sample]) -> list[Sample]:
 
 
 def group_by_shape(samples: Iterable[Sample]) -> dict[tuple[str, int], list[Sample]]:
-    """Samples by (task, length), in order: those can share a batch without padding."""
+    """Samples by (task, length), in order: a group can share a batch without padding."""
     groups: dict[tuple[str, int], list[Sample]] = {}
     for sample in samples:
         groups.setdefault((sample.task, sample.length), []).append(sample)

@@ -168,7 +168,7 @@ def _row_documents(where: str, name: str, row: Row, columns: ColumnMap) -> list[
         raise ValueError(f"{where} has {len(questions)} questions and {len(answers)} answers; give as many of the one as of the other")
     count = max(len(questions), len(answers))
     questions, answers = questions or [None] * count, answers or [None] * count
-    # A blank question asks for the summary (so the authors' set does for MultiNews): its answer is the summary itself.
+    # In the authors' set a blank question (MultiNews) asks for the summary: its answer is the summary.
     pairs = [pair for pair in zip(questions, answers, strict=True) if pair[0]]
     if not pairs:
         return [Document(name, text, summary or next(filter(None, answers), None))]
@@ -178,7 +178,7 @@ def _row_documents(where: str, name: str, row: Row, columns: ColumnMap) -> list[
 
 
 def _string(where: str, column: str, value: Any) -> str | None:
-    """A stripped string, None where there is none."""
+    """The stripped string, None if it is missing or blank."""
     if value is None:
         return None
     if not isinstance(value, str):

@@ -16,7 +16,7 @@ from moa_lab.calibration.wordings import WORDINGS, Fact, Wording
 from moa_lab.models import opening_ids
 
 MIN_CONTEXT_TOKENS = 64
-# After the prompt of RULER's needle tasks (Hsieh et al., 2024): a model that is told what will be asked is tested on its memory.
+# Modelled on RULER's needle tasks (Hsieh et al., 2024), whose prompt says what will be asked for.
 QUESTIONS_INTRODUCTION = (
     "Some facts are hidden within the following text. Make sure to memorize them. I will quiz you about them afterwards.\n\n"
 )
@@ -56,7 +56,7 @@ class Questions:
         random, tokenizer = source.random, source.tokenizer
         taken: set[str] = set()
         wordings = self.wordings or WORDINGS[source.split]
-        # Each wording once before any comes twice: facts that differ only in their key are mixed up by small models.
+        # Use each wording once before repeating any: small models mix up facts that differ only in their key.
         kinds = [wording for _ in range(-(-self.per_sample // len(wordings))) for wording in random.sample(wordings, len(wordings))]
         facts = [wording.draw(random, taken) for wording in kinds[: self.per_sample]]
         depths = self.depths or _stratified_depths(self.per_sample, random)
@@ -139,7 +139,7 @@ class PlainText:
     def draft(self, source: Source, length: int) -> Sample:
         """One sample."""
         start = source.tokenizer.bos_token_id
-        # Where there is a BOS, documents begin with it, also where the tokenizer adds none: models use the first token as a sink.
+        # Begin with BOS if there is one, even where the tokenizer adds none: models use the first token as an attention sink.
         opening = opening_ids(source.tokenizer) or ([] if start is None else [start])
         tokens = np.array([*opening, *source.stream.take(length - len(opening))], dtype=np.int64)
         return Sample(self.name, tokens, ((max(1, round(length * (1 - self.scored))), length),))
@@ -176,7 +176,7 @@ class Lines:
         room = _room(length, frame, answers, 0, self.name)
         kept = list(range(len(lines)))
         while sum(len(lines[i]) for i in kept) > room:
-            # Lines go from the end; the asked one always stays.
+            # Drop lines from the end, but never the one asked for.
             kept.remove(next(i for i in reversed(kept) if i != asked))
         register = [token for i in kept for token in lines[i]]
         spare = room - len(register)

@@ -11,7 +11,7 @@ from moa_lab.calibration.documents import Split
 
 @dataclass(frozen=True)
 class Fact:
-    """A planted sentence, the question about it, the words that lead the answer in, and the answer itself."""
+    """A planted sentence, the question about it, the words that introduce the answer, and the answer itself."""
 
     wording: str
     key: str
@@ -23,7 +23,7 @@ class Fact:
 
 @dataclass(frozen=True)
 class Wording:
-    """How a kind of fact is said and asked; `{key}` and `{value}` are filled in."""
+    """How a kind of fact is stated and asked for; `{key}` and `{value}` are filled in."""
 
     name: str
     sentence: str
@@ -230,4 +230,4 @@ LESSONS: tuple[Wording, ...] = (
         "The recipe for {key} soup is on page", (_SOUPS,), _digits(3),
     ),
 )  # fmt: skip
-"""Wordings that spans are learned from: many, since what is learned from five kinds of sentence serves those five best."""
+"""Wordings for learning spans: many, since spans learned from five kinds of sentence would serve those five best."""
