@@ -1,4 +1,4 @@
-"""How far a plan departs from the dense model, token by token, whatever the right answer is."""
+"""How far a plan's next-token predictions are from the dense model's, whatever the right answer is."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ KEPT_LOGITS = 2**27
 def agreement_rows(
     model: PreTrainedModel, plans: Sequence[Plan], samples: Sequence[Sample], progress: Progress | None = None
 ) -> list[Measurement]:
-    """Two rows per (task, length) and plan, with a 95% interval over the samples, whose values stand in the detail as `per_sample`.
+    """Two rows per (task, length) and plan, with a 95% interval over the samples; their values are in the detail, as `per_sample`.
 
     kl: Kullback-Leibler divergence of the plan's next token from the dense model's, KL(dense || plan), mean nats per answer token,
     over the whole vocabulary. token_match: share of the answer's tokens where both find the same token most likely.
-    Every token is predicted after the sample's own ones (teacher forcing); on the dense model's own answers that is where it would
-    have been. The dense model runs once for all plans. progress: called with (samples done, samples in all).
+    Every token is predicted from the sample's own previous tokens (teacher forcing). The dense model runs once for all plans.
+    progress: called with (samples done, samples in all).
     """
     rows = []
     done = 0
@@ -68,7 +68,7 @@ def _compared(model: PreTrainedModel, plans: Sequence[Plan], batch: Sequence[Sam
     dense = [logits.float().log_softmax(dim=-1) for logits in answer_logits(model, batch)]
     compared = []
     for plan in plans:
-        # The dense plan needs no mask of ours.
+        # The dense plan needs no mask.
         with contextlib.nullcontext() if plan.is_dense else apply_plan(model, plan, batch[0].length):
             found = answer_logits(model, batch)
         pairs = []

@@ -1,4 +1,4 @@
-"""What heads are worth under a plan, measured: one at a time is cut to the floor and made whole, and the loss taken again."""
+"""Measured importance of heads under a plan: the change of the loss when one head is cut to the floor, or made whole."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 class MeasuredLosses:
     """Losses of plans on `samples`: a call gives nats per answer token by (task, length), as `mean_losses` does.
 
-    No plan is measured twice. folder: losses are kept there too, a small file per plan, for the same samples another time.
+    Each plan is measured once. folder: keeps the losses, a small file per plan, for later runs with the same samples.
     """
 
     def __init__(self, model: PreTrainedModel, samples: SampleSet, folder: str | Path | None = None) -> None:
@@ -59,8 +59,8 @@ def head_effects(
 ) -> dict[ProfileKey, np.ndarray]:
     """How the loss changes when one head is cut to the cheapest rule, and when it is made whole: (2, layers, kv_heads), in nats.
 
-    choice: int (layers, kv_heads), the plan that all other heads stay in. heads: (layer, kv_head) to measure; the others are 0.
-    Two plans are measured for each head, one where it is at an end already.
+    choice: int (layers, kv_heads), the plan that all other heads keep to. heads: (layer, kv_head) to measure; the others are 0.
+    Two plans are measured per head, or one if it already has the cheapest or longest rule.
     """
     spans = np.sum([table.span_tokens(length) for length in table.lengths], axis=0)
     ends = np.stack([spans.argmin(axis=1), spans.argmax(axis=1)])

@@ -1,4 +1,4 @@
-"""Whether plans that are compared at a density keep that density, and why not where they do not."""
+"""Whether plans that are compared at a density keep that density, and if not, why."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def unequal_plans(plans: Iterable[Plan], asked: float, lengths: Sequence[int]) -
 
 
 def unequal_rows(rows: Iterable[Measurement]) -> str:
-    """A sentence that names plans measured at one length which do not keep the same there; empty where all do. Dense ones are left out."""
+    """A sentence naming plans that keep different densities at one length; empty if there are none. Dense plans are left out."""
     densities: dict[int, dict[str, float]] = {}
     for row in rows:
         if row.density < 1:

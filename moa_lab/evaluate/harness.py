@@ -48,14 +48,14 @@ def harness(
     in the prompt (None: as the task says). chat_template: prompts as turns of a chat, as models tuned for it expect. Without it, special
     tokens that documents spell are text, which a warning counts; in a chat the harness itself puts both in one string.
     lengths: in tokens, of the texts of tasks that make their own (RULER; prompt and answer together), a row for each; `seed` draws them.
-    n_tokens: the length that elastic rules are evaluated at. None: that of each prompt, with the answer where the harness scores
-    given ones, without it where the model writes its own; in a batch, the length its rows are padded to.
+    n_tokens: the length that elastic rules are evaluated at. None: that of each prompt, including the answer where the harness
+    scores given answers, without it where the model generates; in a batch, the padded length.
     A row's density, and its length where the texts are given, are means over the task's prompts. Its interval is Wilson's where the
     scores are hits and misses, else 1.96 of the harness's standard errors; where the harness has none, that of the documents' scores if
     they are shares, and unknown otherwise. `per_sample`, in the detail, holds the scores of the documents in order, for paired
     comparisons of plans.
-    Raises ValueError where the harness is missing, for no task or an unknown one, for lengths that cannot be had, for a task whose texts
-    cannot be loaded, and for what `apply_plan` refuses.
+    Raises ValueError where the harness is missing, for no task or an unknown one, for unusable lengths, for a task whose texts cannot be
+    loaded, and for what `apply_plan` refuses.
     """
     plan = None if plan is None else as_plan(plan)
     if batch_size < 1:
@@ -68,9 +68,9 @@ def harness(
     named = HarnessTasks(manager_type, tasks, include_path, tokenizer)
     added = len(chat_ids(tokenizer, [{"role": "user", "content": ""}])) if chat_template else 0
     named.check_lengths(lengths, geometry_of(model).max_length - added)
-    # A copy: the harness gives a tokenizer without a padding token one.
+    # A copy, since the harness adds a padding token where there is none.
     own = copy.deepcopy(tokenizer)
-    # A special token that a document spells is text; in a chat, the template's come in the same string.
+    # Special tokens spelled in documents stay text; not in a chat, where the template's own are in the same string.
     own.split_special_tokens = not chat_template
     wrapped = wrapped_type(pretrained=model, tokenizer=own, batch_size=batch_size)
     rows: list[Measurement] = []
@@ -109,21 +109,21 @@ def harness(
 def harness_rows(
     results: Mapping[str, Any], plan: Plan, lengths: Mapping[int, int], n_tokens: int | None = None, asked: int | None = None
 ) -> list[Measurement]:
-    """Rows of what `lm_eval.simple_evaluate` returned. lengths: how many prompts had a length in tokens.
+    """Rows of what `lm_eval.simple_evaluate` returned. lengths: number of prompts by length in tokens.
 
-    asked: the length that the texts were made to, which is the rows' then; what the harness says of other lengths is left out. Some
-    tasks make shorter ones (`ruler_cwe` counts a worked example that it leaves out): `prompt_tokens`, in the detail, is their mean.
+    asked: the length that the texts were generated for, which rows then name; scores at other lengths are left out. Some texts are
+    shorter (`ruler_cwe` counts a worked example that it leaves out): `prompt_tokens`, in the detail, is the mean length.
     """
     counts = list(lengths.values())
     length = round(np.average(list(lengths), weights=counts)) if counts else 0
     density = float(np.average([plan.density(n_tokens or n) for n in lengths], weights=counts)) if counts else 1.0
     rows = []
     for task, scores in results["results"].items():
-        # A group's score is made of its members': beside them it is no further evidence.
+        # A group's score is computed from its members' scores and adds no evidence of its own.
         below = list(results.get("group_subtasks", {}).get(task, ()))
         members = {"members": below} if below else {}
         for key, value in scores.items():
-            # Keys are `metric,filter`; what has no comma, and standard errors, are no metrics.
+            # Keys of metrics are `metric,filter`; skip other keys and standard errors.
             name, comma, by = key.partition(",")
             if not comma or name.endswith("_stderr") or not isinstance(value, Real):
                 continue
@@ -141,7 +141,7 @@ def harness_rows(
 
 
 def _check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError where the harness, which hands over one user message as a string, cannot use the chat template."""
+    """Raise ValueError unless the chat template takes what the harness passes: one user message, a string."""
     if not tokenizer.chat_template:
         raise ValueError("chat_template: the tokenizer has none; leave the option out")
     try:
@@ -200,9 +200,9 @@ def _per_sample(samples: Sequence[Mapping[str, Any]], metric: str, by: str) -> l
 
 def _interval(value: float, n: int, stderr: float | None, per_sample: Sequence[float]) -> Interval:
     if per_sample and set(per_sample) <= {0.0, 1.0} and np.isclose(np.mean(per_sample), value):
-        # The harness's standard error is 0 where all are hits, which no sample can tell.
+        # The harness's standard error is 0 where all are hits, although the true share may be lower.
         return proportion(int(sum(per_sample)), len(per_sample))
-    # 0, or NaN, is what the harness says of one document, and of a score that it has no standard error for.
+    # The harness gives 0 or NaN for a single document, and for scores that it has no standard error for.
     if not stderr or not math.isfinite(stderr):
         shares = per_sample and all(0 <= score <= 1 for score in per_sample) and np.isclose(np.mean(per_sample), value)
         return mean_share(per_sample) if shares else unknown(value, n)

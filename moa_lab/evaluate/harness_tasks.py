@@ -1,4 +1,4 @@
-"""Tasks of the evaluation harness: found by name, loaded, and made to the lengths asked for where they make their own texts."""
+"""Tasks of the evaluation harness: found by name, loaded, and given the lengths asked for if they generate their texts."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ EXTRA = 'pip install "moa-lab[eval]"'
 MISSING = f"the evaluation harness is not installed: {EXTRA}"
 NAMES_SHOWN = 5
 SHORTEST_TOKENS = 1024
-"""RULER's shortest prompts with their worked examples; below that its generators look for a fitting text without end."""
+"""RULER's shortest prompts with their worked examples; for shorter ones its generators never finish."""
 WORDS = "Below is a numbered list of words, some of which appear more often than others: memorise the ones that appear most often."
 TOKENS_PER_WORD = 3.0
-"""Of `WORDS`, at most: the worked example of `ruler_vt` has 500 tokens, which a tokenizer of single letters cannot fit."""
+"""Limit for `WORDS`: the worked example of `ruler_vt` must fit 500 tokens, which a character-level tokenizer cannot do."""
 
 
 def installed() -> tuple[Any, Any, Any]:
@@ -60,9 +60,9 @@ class HarnessTasks:
                 raise ValueError(f"the harness knows no task {name!r}{hint}; a task of your own needs its folder as include_path")
 
     def _where(self, own: str | None) -> tuple[list[str] | None, bool]:
-        """Folders of task files, and whether the harness's own are read too: they are many, and take seconds.
+        """Folders of task files, and whether all tasks of the harness are read too, which takes seconds.
 
-        Groups may name tasks that are among those.
+        They are needed if the folders lack a task, for instance a member of a group.
         """
         import lm_eval.tasks
 
@@ -76,7 +76,7 @@ class HarnessTasks:
         return self._type(include_path=self._places, include_defaults=self._defaults, metadata=metadata)
 
     def makes_texts(self, name: str) -> bool:
-        """Whether a task, or one in a group or tag of that name, makes its texts to a length in tokens, as RULER's do."""
+        """Whether a task (or one in a group or tag of that name) generates texts of a given length in tokens, as RULER's do."""
         entry = self._index.get(name)
         settings = (entry.cfg if entry else None) or {}
         members = settings["task"] if isinstance(settings.get("task"), list) else ()
@@ -84,7 +84,7 @@ class HarnessTasks:
         return "custom_dataset" in settings or any(self.makes_texts(one) for one in (*_names(members), *tagged) if one != name)
 
     def check_lengths(self, lengths: Sequence[int] | None, longest: int) -> None:
-        """Raise ValueError where the lengths asked for cannot be had: `longest` is the model's maximum in tokens, less what a chat adds."""
+        """Raise ValueError for unusable lengths. longest: the model's maximum in tokens, less what a chat template adds."""
         sized = [name for name in self.names if self.makes_texts(name)]
         if not sized:
             if lengths:
@@ -109,18 +109,18 @@ class HarnessTasks:
         Raises ValueError where it cannot be loaded: the message says what was missing.
         """
         with tempfile.TemporaryDirectory(prefix="moa_lab-") as folder:
-            # RULER loads the tokenizer that counts its tokens by name.
+            # RULER loads the tokenizer that counts its tokens by name or folder.
             metadata: dict[str, Any] = {}
             if length is not None:
                 self._tokenizer.save_pretrained(folder)
                 metadata = {"tokenizer": folder, "max_seq_lengths": [length]}
             manager = self._manager(metadata)
-            # What makes texts draws from these, and seeds them nowhere.
+            # Generators of texts use these global random states and never seed them.
             random.seed(seed)
             np.random.seed(seed)
             _forget_generators()
             try:
-                # Generators print what they try.
+                # Generators print their attempts.
                 with contextlib.redirect_stdout(io.StringIO()):
                     found = manager.load([name])
             except ImportError as error:
@@ -134,7 +134,7 @@ class HarnessTasks:
 
 
 def _forget_generators() -> None:
-    """A task file that keeps a generator of its own would go on where its last texts ended: it is read anew, so texts come again."""
+    """Unload task modules that hold a `random.Random`: imported anew, they generate the same texts again."""
     for name, module in list(sys.modules.items()):
         if name.startswith("lm_eval.tasks.") and any(isinstance(value, random.Random) for value in vars(module).values()):
             del sys.modules[name]

@@ -13,7 +13,7 @@ Z = 1.959964
 
 
 class Interval(NamedTuple):
-    """A mean, the number of observations, and the ends of its 95% interval; an end that nothing is known of is infinite."""
+    """A mean, the number of observations, and the ends of its 95% interval; an unknown end is infinite."""
 
     value: float
     n: int
@@ -21,13 +21,13 @@ class Interval(NamedTuple):
     high: float
 
     def mapped(self, rising: Callable[[float], float]) -> Interval:
-        """That of a rising function of the value; what is unknown stays so."""
+        """The interval of a rising function of the value; infinite ends stay infinite."""
         low, high = (rising(end) if math.isfinite(end) else end for end in (self.low, self.high))
         return Interval(rising(self.value), self.n, low, high)
 
 
 def unknown(value: float, n: int = 1) -> Interval:
-    """A value whose interval the observations do not tell: one observation says nothing of how far it is off."""
+    """A value with an infinite interval, for instance of a single observation, which says nothing about the spread."""
     return Interval(value, n, -math.inf, math.inf)
 
 
@@ -38,15 +38,15 @@ def proportion(hits: float, n: int) -> Interval:
     share = hits / n
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
-    # At 0 and 1 an end is the share itself, but for a rounding.
+    # At shares of 0 and 1 one end equals the share; min and max remove rounding errors.
     return Interval(share, n, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share))
 
 
 def mean(values: Sequence[float]) -> Interval:
-    """Mean with Student's t interval, which one observation does not have: its ends are infinite.
+    """Mean with Student's t interval; its ends are infinite for a single observation.
 
-    Observations that vary freely are never all equal by chance, so that equal ones are taken as a constant. Hits and shares may be:
-    `mean_share` and `mean_of_hit_differences` are for those.
+    Equal observations give an interval of width 0. That is wrong for hits and shares, which may be equal by chance: use `mean_share`
+    or `mean_of_hit_differences` for those.
     """
     n = len(values)
     if n < 1:
@@ -59,15 +59,15 @@ def mean(values: Sequence[float]) -> Interval:
 
 
 def mean_share(values: Sequence[float]) -> Interval:
-    """Mean of values in [0, 1] with Student's t interval; where all are equal, Wilson's, as no such value varies more than a hit does."""
+    """Mean of values in [0, 1] with Student's t interval; Wilson's where all are equal, since a share varies no more than a hit."""
     return proportion(sum(values), len(values)) if values and len(set(values)) == 1 else mean(values)
 
 
 def mean_of_hit_differences(values: Sequence[float]) -> Interval:
     """Mean of differences of paired hits, each -1, 0 or 1, with Student's t interval.
 
-    Where all pairs come out alike: another pair may come out otherwise as often as Wilson's bound of 0 in n allows, and then be off by
-    1 from 0, or by 2 from -1 or 1.
+    Where all are equal, the share of pairs that may differ is at most Wilson's bound for 0 of n; each is off by at most 1 (from 0) or
+    2 (from -1 or 1).
     """
     if not values or len(set(values)) > 1:
         return mean(values)

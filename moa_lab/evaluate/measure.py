@@ -75,7 +75,7 @@ def perplexity(
 
 
 def _chosen(model: PreTrainedModel, plan: PlanOrPath | None) -> Plan:
-    """The plan, fit for the model: refused before texts are drawn, and also where nothing is applied since it is dense."""
+    """The plan, checked against the model before texts are drawn; a dense plan too, which `apply_plan` never sees."""
     geometry = geometry_of(model)
     chosen = dense_plan(geometry) if plan is None else as_plan(plan)
     chosen.check_model(geometry)
@@ -83,7 +83,7 @@ def _chosen(model: PreTrainedModel, plan: PlanOrPath | None) -> Plan:
 
 
 def _checked(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[int, ...]:
-    """The lengths, each once: the samples of a length that is named twice are the same ones."""
+    """The lengths, each once: a repeated length would give the same samples again."""
     longest = geometry_of(model).max_length
     for length in lengths:
         if not 1 <= length <= longest:

@@ -1,4 +1,4 @@
-"""What a plan's cache really takes, beside what its spans predict."""
+"""Bytes that a plan's cache really allocates, to compare with those its spans predict."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ from moa_lab.records import ALLOCATED, Measurement
 
 
 def memory_row(plan: Plan, length: int, device: torch.device | str = "cpu") -> Measurement:
-    """Bytes of K and V that were allocated for one sequence of `length` tokens at 2 bytes a number."""
+    """Bytes of K and V allocated for one sequence of `length` tokens, in bfloat16."""
     size = float(allocated_kv_bytes(plan, length, torch.bfloat16, device))
     return Measurement(plan.name, ALLOCATED, "cache", length, size, 1, size, size, plan.density(length))

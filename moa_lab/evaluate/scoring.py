@@ -19,7 +19,7 @@ from moa_lab.records import Measurement
 from moa_lab.runtime import apply_plan
 
 DEPTH_BINS = 10
-# Tokens in one forward pass on a GPU: fills it, and keeps masks of (batch, heads, N, N) in memory.
+# Tokens in one forward pass on a GPU: enough to fill it, few enough for masks (batch, heads, N, N) to fit in memory.
 GPU_BATCH_TOKENS = 32_768
 
 Progress = Callable[[int, int], None]
@@ -37,9 +37,8 @@ def score_samples(
     """Loss and exact match of every answer of every sample, in order, with `plan` applied.
 
     The plan's rules are evaluated at each sample's own length, prompt and answers together. One forward pass per batch:
-    prefill and decoding see the same keys under a plan, so this equals generating the answers token by token. A sample that is there
-    twice is run once.
-    store: scores found there are taken, new ones are put there.
+    prefill and decoding see the same keys under a plan, so this equals generating the answers token by token. A repeated sample is run
+    once. store: where known scores are read and new ones kept.
     """
     check_vocabulary(samples, model)
     scores = {sample.identity: store.get(plan, sample) if store else None for sample in samples}
@@ -49,7 +48,7 @@ def score_samples(
     groups = group_by_shape(missing)
     for length in dict.fromkeys(length for _, length in groups):
         size = 1 if model.device.type == "cpu" else max(1, GPU_BATCH_TOKENS // length)
-        # The dense plan needs no mask of ours.
+        # The dense plan needs no mask.
         with contextlib.nullcontext() if plan.is_dense else apply_plan(model, plan, length):
             for group in (group for (_, n), group in groups.items() if n == length):
                 for start in range(0, len(group), size):
@@ -65,7 +64,7 @@ def score_samples(
 
 
 def retrieval_rows(plan: Plan, samples: Sequence[Sample], scores: Sequence[Sequence[AnswerScore]]) -> list[Measurement]:
-    """Exact match per (task, length): a row each, with every hit, and the accuracy by depth and by wording, in its detail."""
+    """One row of exact match per (task, length); its detail holds every hit and the accuracy by depth and by wording."""
     rows = []
     for (task, length), group in _groups(samples, scores).items():
         facts = [(fact, score.exact) for sample, result in group for fact, score in zip(_asked(sample), result, strict=True)]
@@ -120,7 +119,7 @@ def _asked(sample: Sample) -> list[dict[str, Any]]:
 def _groups(
     samples: Sequence[Sample], scores: Sequence[Sequence[AnswerScore]]
 ) -> dict[tuple[str, int], list[tuple[Sample, Sequence[AnswerScore]]]]:
-    """Samples with their scores by (task, length); one that is there twice counts once."""
+    """Samples with their scores by (task, length); a repeated sample counts once."""
     groups: dict[tuple[str, int], list[tuple[Sample, Sequence[AnswerScore]]]] = {}
     result_of = {sample.identity: result for sample, result in zip(samples, scores, strict=True)}
     for sample in distinct(samples):
@@ -129,7 +128,7 @@ def _groups(
 
 
 def _which(group: Sequence[tuple[Sample, Sequence[AnswerScore]]]) -> str:
-    """Which samples a row is about: only rows of the same ones are compared in pairs."""
+    """Hash of a row's samples: only rows over the same samples are compared in pairs."""
     return SampleSet(tuple(sample for sample, _ in group)).identity
 
 

@@ -1,4 +1,4 @@
-"""What a preset chooses plans by and tests them on, drawn once."""
+"""The samples that a preset validates and tests plans on, drawn once."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Suites:
 
     @cached_property
     def validation(self) -> list[Sample]:
-        """What plans are chosen by: needles, the dense model's own answers and plain texts, at a length that was not profiled, and at
-        the profiled ones where the preset says so."""
+        """Samples for choosing a plan: needles, the dense model's own answers and plain texts, at a length that was not profiled, and
+        at the profiled ones if the preset says so."""
         preset = self.preset
         between = validation_length(self.lengths, geometry_of(self.model).max_length)
         shared: dict[str, Any] = {"split": "validation", "seed": self.seeds["validation"], "documents": self.documents["validation"]}

@@ -11,7 +11,7 @@ from moa_lab.records import ALLOCATED, Measurement, Measurements
 from moa_lab.storage import to_json
 from moa_lab.text import aligned, interval_text
 
-# Which test samples stand for a score in the summary.
+# Metric and task of each score in the summary.
 SCORES = {
     "retrieval": ("retrieval", "needles"),
     "line_retrieval": ("retrieval", "lines"),
@@ -24,7 +24,7 @@ VALUE_NAMES = {"retrieval": "accuracy", "cross_entropy": "value"}
 def summarise(plans: Sequence[Plan], measurements: Measurements, n_tokens: int, density: float | None = None) -> dict[str, Any]:
     """Scores of every plan by name; `density` and bytes at 2 bytes a number, predicted and allocated, are those at `n_tokens`.
 
-    density: that the plans are compared at; `unequal` says which do not keep it at a measured length, and why.
+    density: the one that plans are compared at; `unequal` says which do not keep it at a measured length, and why.
     """
     lengths = sorted({row.length for row in measurements})
     return {

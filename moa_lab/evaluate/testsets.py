@@ -1,4 +1,4 @@
-"""What plans are tested on: needles, lines, held-out documents, and the dense model's own answers."""
+"""Test samples: needles, lines, held-out documents, and the dense model's own answers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def own_answer_samples(
     answer_tokens: int = 128, documents: Sequence[Document] | None = None, batch_size: int = 1,
     parts_dir: str | Path | None = None, progress: Progress | None = None,
 ) -> list[Sample]:  # fmt: skip
-    """`n` multi-document summaries written by the dense model itself: a plan is as good as it finds them likely."""
+    """`n` multi-document summaries written by the dense model itself: the likelier a plan finds them, the better."""
     wanted = (Request(Summaries(answer_tokens=answer_tokens), n),)
     found = calibrate(
         model, tokenizer, [length], wanted=wanted, documents=documents, split=split, seed=seed, batch_size=batch_size,

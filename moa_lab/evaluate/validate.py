@@ -69,7 +69,7 @@ def choose(
     chosen = replace(found, name=name, search={**found.search, **told}, scores=scores_of_best)
     origin = front.provenance
     if not same_weights(origin, model):
-        # The scores are this model's, whichever one the plans were made on.
+        # The scores are of this model, also where the plans were made on another.
         origin = replace(origin, model=model_name(model), weights=weights_fingerprint(model))
     return Validation(chosen, excess, Measurements(tuple(rows), {"excess_loss": excess, "chosen": found.name}, origin))
 
@@ -101,9 +101,9 @@ def validate(
 
 
 def validation_length(lengths: Sequence[int], max_length: int) -> int:
-    """A length that was not profiled: half-way between the two longest profiled ones (or 3/4 of the only one), in 64s.
+    """A length that was not profiled: half-way between the two longest profiled ones (or 3/4 of the only one), a multiple of 64.
 
-    Between them, an elastic rule is asked for spans that no profile saw, at no more cost than the longest.
+    There, elastic rules have spans that no profile saw, and samples cost no more than at the longest length.
     """
     ordered = sorted({n for n in lengths if n <= max_length})
     if not ordered:

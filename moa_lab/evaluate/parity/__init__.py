@@ -1,4 +1,4 @@
-"""Parity: what runs in production, held against masks that are written out in full, on the model at hand."""
+"""Parity: the ring cache and the kernels compared with full attention masks, on the user's own model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["PARITY_SCHEMA", "Parity", "ParityRow", "default_tokens", "parity", "
 
 MIN_TOKENS = 32
 MOST_TOKENS = {"cpu": 1024, "cuda": 4096}
-"""Default length at most, by device; other devices take that of the CPU."""
+"""Upper limit of the default length by device; other devices take that of the CPU."""
 
 
 def parity(
@@ -37,22 +37,22 @@ def parity(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Parity:
-    """Compare the ring cache and the kernels that run under `plan` with uncached passes whose masks are written out, head by head.
+    """Compare the ring cache and the kernels under `plan` with uncached passes under full masks, head by head.
 
     n_tokens: the length N of the spans and of the longest texts, 32 up to the model's maximum; None: `default_tokens`. Texts are
-    excerpts of the embedded test documents, drawn by `seed`. Every reference is a pass over one row alone, without padding, over all
-    of its tokens, so it knows neither caches nor padding nor chunks. Cases that a plan has no head for, or that N is too short for,
-    are left out and named in `settings["left_out"]`. needles: so many are asked for as well, each in a text of n tokens: by the decode
-    loop, and by the reference. progress: called with (cases done, cases in all).
+    excerpts of the embedded test documents, drawn by `seed`. Every reference is one pass over all tokens of a single row, without
+    cache, padding or chunks. Cases that a plan has no head for, or that N is too short for, are left out and named in
+    `settings["left_out"]`. needles: number of needles, each in a text of n tokens, answered by the decode loop and by the reference.
+    progress: called with (cases done, cases in all).
 
-    Tolerances: 1e-3 in float32 and above. In half precision twice what two right orders of summation differ by on this model (the
-    reference in one pass, and token by token over the reversed keys of a cache that keeps everything), at least 8 times the dtype's
-    epsilon. An error that moves no logit by more than that is not seen there: run float32 to look closer.
+    Tolerances: 1e-3 in float32 and above. In half precision twice the difference between two equally right orders of summation on this
+    model (the reference in one pass, and token by token over a full cache with reversed keys), at least 8 times the dtype's epsilon;
+    smaller errors show in float32 only.
     Raises ValueError for a plan of another geometry and for a length outside the model.
     """
     plan = as_plan(plan)
     geometry = geometry_of(model)
-    # Small weights are rounded in float16, which makes other fingerprints of the same weights.
+    # float16 rounds small weights, which changes the fingerprint.
     comparable = plan.provenance.weights and model.dtype != torch.float16
     plan.check_model(geometry, weights_fingerprint(model) if comparable else None)
     n = default_tokens(model, plan) if n_tokens is None else n_tokens
@@ -61,7 +61,7 @@ def parity(
     samples = needle_samples(tokenizer, n, needles, seed=seed) if needles else []
     stream = TextStream(embedded_documents("test"), tokenizer, seed)
     texts = torch.tensor([stream.take(n) for _ in range(ROWS)], device=model.device)
-    # Without its provenance: the weights were looked at, once is enough.
+    # Without its provenance: the weights were compared above.
     bench = Bench(model, replace(plan, provenance=Provenance()), n, texts)
     found = _rows(bench, samples, progress)
     origin = provenance(
@@ -73,14 +73,14 @@ def parity(
 
 
 def default_tokens(model: PreTrainedModel, plan: Plan) -> int:
-    """The shortest length (a multiple of 64) at which all heads but full ones have wrapped, the smallest of them twice.
+    """The shortest length (a multiple of 64) at which the rings of all heads but full ones have wrapped, the smallest twice.
 
     At most the model's maximum length, and at most 1024 tokens on a CPU, 4096 on a GPU.
     """
     most = min(geometry_of(model).max_length, MOST_TOKENS.get(model.device.type, MOST_TOKENS["cpu"]))
     for n in range(256, most, 64):
         sizes = ring_sizes(plan, n)
-        # 8: a few tokens more, so that the second turn's first slots are written and read.
+        # 8 more tokens, so that the first slots are written and read after the second wrap.
         if all(sink + ring < n for sink, ring in sizes) and all(sink + 2 * ring + 8 <= n for sink, ring in sizes[:1]):
             return n
     return most
@@ -89,7 +89,7 @@ def default_tokens(model: PreTrainedModel, plan: Plan) -> int:
 def _rows(bench: Bench, samples: Sequence[Sample], progress: Progress | None) -> list[ParityRow]:
     cases, bench.left_out = all_cases(bench.n, ring_sizes(bench.plan, bench.n))
     jobs: list[Callable[[], ParityRow]] = [lambda case=case: bench.scripted(case) for case in cases]  # type: ignore[misc]
-    # The bytes are those of all caches before.
+    # `allocated` checks the bytes of all caches before it.
     jobs += [bench.generated, bench.decoded, bench.allocated]
     if samples:
         jobs.append(lambda: answered(bench, samples))

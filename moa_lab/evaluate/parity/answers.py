@@ -1,4 +1,4 @@
-"""Needles, answered over the ring and by the kernels, and held against the reference: the same answers, the same loss."""
+"""Needles answered with the ring cache and the kernels, compared with the reference: the same answers, the same loss."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from moa_lab.runtime.decoding import Decoder
 from moa_lab.runtime.generate import prefill
 
 SAME_ANSWERS = 0.98
-"""Share of needles that must be answered alike: sums in another order may turn an answer that the model itself is torn about."""
+"""Share of needles that must be answered alike: another order of summation may change an answer between two close tokens."""
 LOSS_TOLERANCE = 0.01
 """Relative, of the mean loss of the answers."""
 
 
 @torch.no_grad()
 def answered(bench: Bench, samples: Sequence[Sample]) -> ParityRow:
-    """The first answer of every sample, by our loop and by the reference; and how likely each finds the right one.
+    """The first answer of every sample, by our decode loop and by the reference; and the loss of both on the right answer.
 
-    The spans are those of each sample's own length. An answer is the same where every one of its tokens is the reference's likeliest
-    after those before it.
+    The spans are those of each sample's own length. An answer is the same if each of its tokens is the reference's likeliest one
+    given the tokens before it.
     """
     same, hits, losses = 0, [0, 0], []
     for batch in _batches(samples):
@@ -39,7 +39,7 @@ def answered(bench: Bench, samples: Sequence[Sample]) -> ParityRow:
             ours = answer_logits(bench.model, batch)
         with bench.masked(length):
             reference = answer_logits(bench.model, batch)
-            # The reference goes on from what was said; where that is the right answer, it just did.
+            # The reference's predictions after each token of our answers (teacher forcing).
             after = answer_logits(bench.model, [_answering(sample, row) for sample, row in zip(batch, said, strict=True)])
         for row in range(len(batch)):
             same += np.array_equal(_likeliest(after[row]), said[row])
@@ -56,7 +56,7 @@ def answered(bench: Bench, samples: Sequence[Sample]) -> ParityRow:
 
 
 def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """Samples with nothing but their first answer; those of a batch have it at the same place."""
+    """Batches of samples with only their first answer, which is at the same place in all samples of a batch."""
     first = [replace(sample, answers=sample.answers[:1]) for sample in samples]
     for (_, length), alike in group_by_shape(first).items():
         size = max(1, GPU_BATCH_TOKENS // length)
@@ -66,7 +66,7 @@ def _batches(samples: Sequence[Sample]) -> Iterator[list[Sample]]:
 
 
 def _said(bench: Bench, batch: Sequence[Sample]) -> np.ndarray:
-    """As many tokens as the answers have, int64 (batch, tokens), from our loop over the prompts before them."""
+    """Tokens that our decode loop generates from the prompts, as many as the answers have: int64 (batch, tokens)."""
     length, (first, last) = batch[0].length, batch[0].answers[0]
     with apply_plan(bench.model, bench.plan, length):
         cache = ring_cache(bench.model, length)
@@ -87,5 +87,5 @@ def _likeliest(logits: torch.Tensor) -> np.ndarray:
 
 
 def _loss(logits: torch.Tensor, right: np.ndarray) -> float:
-    """Mean nats a token."""
+    """Mean nats per token."""
     return float(torch.nn.functional.cross_entropy(logits.float(), torch.from_numpy(right).to(logits.device)))

@@ -1,4 +1,4 @@
-"""The cases, run on a model: what runs in production beside the reference."""
+"""Run the parity cases on a model: the ring cache and the kernels beside the reference."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class Bench:
         self.tolerance = FULL_PRECISION_TOLERANCE if self.noise is None else max(NOISE_FACTOR * self.noise, floor)
 
     def settings(self) -> dict[str, Any]:
-        """For the record."""
+        """The settings that the record stores."""
         return {"n_tokens": self.n, "tolerance": self.tolerance, "noise": self.noise, "left_out": list(self.left_out)}
 
     @torch.no_grad()
     def scripted(self, case: Case) -> ParityRow:
-        """Run a case's scripts over a ring, and each of their rows alone through the reference."""
+        """Run a case's scripts over a ring cache, and each row alone through the reference."""
         tally = Tally(self.tolerance)
         for script in case.scripts:
             with apply_plan(self.model, self.plan, self.n):
@@ -56,10 +56,10 @@ class Bench:
 
     @torch.no_grad()
     def generated(self) -> ParityRow:
-        """What transformers' `generate` says, and its logits, against one pass over what it said."""
+        """Tokens and logits of transformers' `generate` against one reference pass over the same tokens."""
         new = min(self.n // 8, NEW_TOKENS)
         prompt = self.texts[:1, : self.n - new]
-        # Nothing but the likeliest token: models bring settings of their own.
+        # Greedy, whatever the model's generation config says.
         greedy: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         generate: Any = self.model.generate
         with apply_plan(self.model, self.plan, self.n):
@@ -76,7 +76,7 @@ class Bench:
 
     @torch.no_grad()
     def decoded(self) -> ParityRow:
-        """What the decode loop of `moa_lab.generate` says (on a GPU a captured graph), rows of unequal lengths together."""
+        """Tokens of the decode loop of `moa_lab.generate` (on a GPU a captured graph), for a batch of unequal lengths."""
         new = min(self.n // 16, NEW_TOKENS)
         lengths = [max((self.n - new) // share, 1) for share in (1, 3, 11)]
         with apply_plan(self.model, self.plan, self.n):
@@ -104,7 +104,7 @@ class Bench:
         return ParityRow("allocated bytes", compared, 0, max(shares), same / len(shares), len(shares), 0.0, same == len(shares))
 
     def reference(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-        """Logits (positions, vocabulary), float32, of one uncached pass over `tokens` (1, n) with every head's mask written out.
+        """Logits (positions, vocabulary), float32, of one uncached pass over `tokens` (1, n) with a full mask for every head.
 
         at: int64 (positions,).
         """
@@ -113,7 +113,7 @@ class Bench:
         return logits[0].float()
 
     def masked(self, n_tokens: int | None = None, reverse: bool = False) -> AbstractContextManager[None]:
-        """Every head's mask of all (query, key) pairs, with the spans of length `n_tokens` (None: the length of the bench).
+        """Attend with a full mask for every head, with the spans of length `n_tokens` (None: the length of the bench).
 
         reverse: attention sums over the keys from the newest to the oldest.
         """
@@ -127,9 +127,9 @@ class Bench:
 
     @torch.no_grad()
     def _noise(self) -> float:
-        """By how much two right orders of summation differ on this model, in standard deviations of a position's logits.
+        """Difference between two equally right orders of summation on this model, in standard deviations of a position's logits.
 
-        The other order is that of tokens that come one by one, over transformers' own cache of everything and under the same masks.
+        The second order: token by token over transformers' full cache with reversed keys, under the same masks.
         """
         tokens, cache, found = self.texts[:1], DynamicCache(), []
         alone = min(POSITIONS, self.n // 2)

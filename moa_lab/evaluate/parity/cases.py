@@ -1,4 +1,4 @@
-"""What is compared: which tokens come in which steps, for the heads that a plan has."""
+"""The parity cases: how many tokens are fed in which steps, chosen for the spans of a plan."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from moa_lab.cache import layer_layouts
 from moa_lab.plan import Plan
 
 DECODED = 96
-"""Tokens that come one by one at most."""
+"""Most tokens that a case decodes one by one."""
 ROWS = 3
-"""Texts that are drawn, and rows of the widest batch."""
+"""Number of texts, and rows of the largest batch."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """Scripts that are run one after the other. A script is steps; a step is how many new tokens every row gets."""
+    """Scripts that are run one after the other. A script is a list of steps; a step is the number of new tokens for every row."""
 
     name: str
     compared: str
@@ -40,7 +40,7 @@ def all_cases(n: int, sizes: Sequence[tuple[int, int]]) -> tuple[list[Case], lis
     part, chunk = n // 16, n // 7 + 1
     chunks = tuple((min(chunk, n - start),) for start in range(0, n, chunk))
     ragged = (n - 8, n // 2, part)
-    # The third time, one row has nothing to say.
+    # In the third turn one row gets no tokens.
     turns = ((6 * part, part), *[(1, 1)] * 4, (part, 6 * part), *[(1, 1)] * 4, (2 * part, 0), (1, 1))
     cases = [
         Case("one prompt", f"a prompt of {n}", (((n,),),)),

@@ -1,4 +1,4 @@
-"""Passes of a model over a ring, and over masks that are written out."""
+"""Passes of a model over a ring cache, and under full masks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from moa_lab.masks import visible
 from moa_lab.runtime import RingCache
 
 QUERY_BLOCK = 128
-"""Queries whose masks of all keys are in memory at once."""
+"""Queries whose full masks are in memory at once."""
 POSITIONS = 64
-"""Positions of one pass whose logits are compared at most: more of them would be a matter of memory."""
+"""Most positions of one pass whose logits are compared, to limit memory."""
 
 
 def masked_in_blocks(call: AttentionCall, sink_tokens: int, windows: torch.Tensor, reverse: bool) -> torch.Tensor:
@@ -34,9 +34,9 @@ def masked_in_blocks(call: AttentionCall, sink_tokens: int, windows: torch.Tenso
 def produce(
     model: PreTrainedModel, cache: RingCache, script: Sequence[tuple[int, ...]], texts: torch.Tensor, positions: int = POSITIONS
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Run a script over `cache`: of every row, logits (positions, vocabulary), float32, and where in the row's text they are.
+    """Run a script over `cache`: for every row, logits (positions, vocabulary), float32, and their positions in the row's text.
 
-    Of every step at most `positions` columns are looked at, the newest among them; those that are padding are left out.
+    From every step at most `positions` columns are taken, the newest among them; padding is left out.
     """
     device, rows = texts.device, len(script[0])
     done = torch.zeros(rows, dtype=torch.long, device=device)

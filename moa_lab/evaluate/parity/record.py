@@ -17,13 +17,12 @@ PARITY_SCHEMA = "moa-lab/parity/1"
 class ParityRow:
     """One case.
 
-    compared: in words, with tokens per row. positions: where logits (or tokens) were compared. difference: the largest of
-    |logit - reference|, in standard deviations of the reference's logits at that position (over the vocabulary); where only tokens are
-    known, how far a token's reference logit lies below the best, in the same unit; of bytes, |allocated / predicted - 1|; of needles,
-    |loss / reference - 1|. None where it is not a finite number. agreement: share of the `decided` positions whose likeliest token is
-    the reference's (for bytes, of caches; for needles, of answers, of which two in a hundred may differ); a position is decided where
-    the reference's best two logits are further apart than two right answers can move them: twice the tolerance. None where there is
-    none. tolerance: for `difference`; of chosen tokens twice the one of logits.
+    compared: in words, with tokens per row. positions: number of positions (or needles) compared.
+    difference: the largest |logit - reference|, in standard deviations of the reference's logits at that position; where only tokens are
+    known, how far a token's reference logit lies below the best, in the same unit; for bytes |allocated / predicted - 1|; for needles
+    |loss / reference - 1|. None where it is not finite. tolerance: for `difference`; twice that of logits where only tokens are known.
+    decided: positions whose best two reference logits are further apart than twice the tolerance of logits. agreement: share of these
+    with the same likeliest token (for bytes, of caches; for needles, of answers, of which 2% may differ). None where none is decided.
     """
 
     name: str
@@ -38,7 +37,7 @@ class ParityRow:
 
 @dataclass(frozen=True)
 class Parity:
-    """All cases, with what they were run with (`settings`) and on (`provenance`)."""
+    """All cases, with the settings and the provenance of the run."""
 
     rows: tuple[ParityRow, ...]
     settings: dict[str, Any] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Differences and agreements, counted up."""
+"""Differences and agreements of a parity case, summed up."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moa_lab.evaluate.parity.record import ParityRow
 
 
 class Tally:
-    """What was found of one case so far."""
+    """The largest difference and the number of agreements in one case so far."""
 
     def __init__(self, tolerance: float) -> None:
         self._tolerance = tolerance
@@ -19,14 +19,14 @@ class Tally:
         self._positions = self._decided = self._agreeing = 0
 
     def add(self, found: torch.Tensor, expected: torch.Tensor, said: torch.Tensor | None = None, never: Sequence[int] = ()) -> None:
-        """Logits (positions, vocabulary) beside the reference's. said: tokens that were chosen by them, those of `never` left out."""
+        """Add logits (positions, vocabulary) and the reference's. said: the tokens chosen (None: the likeliest); never: excluded ones."""
         difference = (found.to(expected) - expected).abs().amax(dim=-1) / expected.std(dim=-1)
         self._largest(difference)
         chosen = found.argmax(dim=-1) if said is None else said
         self._choices(chosen, expected, never, 2 * self._tolerance)
 
     def add_tokens(self, said: torch.Tensor, expected: torch.Tensor) -> None:
-        """Tokens (positions,) beside the reference's logits (positions, vocabulary)."""
+        """Add tokens (positions,) and the reference's logits (positions, vocabulary)."""
         below = expected.amax(dim=-1) - expected.gather(1, said[:, None])[:, 0]
         self._largest(below / expected.std(dim=-1))
         self._choices(said, expected, (), self._tolerance)
@@ -39,7 +39,7 @@ class Tally:
         return ParityRow(name, compared, self._positions, difference, agreement, self._decided, self._tolerance, passed)
 
     def _largest(self, differences: torch.Tensor) -> None:
-        # torch's maximum lets a NaN through, Python's may not.
+        # torch's maximum propagates NaN, Python's may not.
         self.difference = float(torch.cat([differences, differences.new_tensor([self.difference])]).amax())
 
     def _choices(self, chosen: torch.Tensor, expected: torch.Tensor, never: Sequence[int], apart: float) -> None:
