@@ -62,7 +62,7 @@ class HarnessTasks:
     def _where(self, own: str | None) -> tuple[list[str] | None, bool]:
         """Folders of task files, and whether all tasks of the harness are read too, which takes seconds.
 
-        They are needed if the folders lack a task, for instance a member of a group.
+        They are, unless one folder has every name as a single task: a group may contain tasks of the harness.
         """
         import lm_eval.tasks
 

@@ -1,1 +1,1 @@
-"""Attention arithmetic: the plain reference, the Triton kernel held against it, and which of them runs."""
+"""Attention: the plain PyTorch reference, the Triton kernels tested against it, and the choice between them."""

@@ -1,4 +1,4 @@
-"""Decode attention in Triton: one new query per row over the ring cache, all heads' slots read at the speed of the memory."""
+"""Decode attention in Triton: one new query per row over the ring cache, limited by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from moa_lab.cache import RingLayer
 from moa_lab.kernels.schedule import DecodeSchedule
 
 PROGRAMS_PER_CORE = 3
-"""Programs that a streaming multiprocessor gets when there is enough to read."""
+"""Most programs per streaming multiprocessor."""
 TILES_PER_PROGRAM = 32
-"""Tiles that a program should have before there is a second one on its multiprocessor: each leaves a part to merge."""
+"""Fewest tiles per program, where there are several per multiprocessor: each program adds a partial result to merge."""
 
 
 @triton.jit
@@ -39,7 +39,7 @@ def _decode_kernel(
         asked = tl.load(
             query + batch * query_batch + (head * GROUP + rows)[:, None].to(tl.int64) * query_head + dims[None, :], mask=asking, other=0.0
         )
-        # int64: rows times slots times head_dim pass 2^31.
+        # int64: rows times slots times head_dim can exceed 2^31.
         base = batch * ring_batch + start.to(tl.int64) * HEAD_DIM
         scores_max = tl.full([ROWS], float("-inf"), tl.float32)
         scores_sum = tl.zeros([ROWS], tl.float32)
@@ -52,7 +52,7 @@ def _decode_kernel(
             key = tl.load(keys + offsets, mask=there, other=0.0)
             scores = tl.dot(asked, tl.trans(key), input_precision=PRECISION) * scale
             if CAPPED:
-                # tanh by a sigmoid; in base 2 from here on.
+                # tanh via sigmoid. Below, scores are in base 2.
                 scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
             scores = scores * 1.4426950408889634
             if REACHES:
@@ -61,7 +61,7 @@ def _decode_kernel(
                 held = held & (back < reach) & ((back < window) | (length - 1 - back < sink_tokens))
             scores = tl.where(held[None, :], scores, float("-inf"))
             new_max = tl.maximum(scores_max, tl.max(scores, axis=1))
-            # Where a whole tile is hidden there is no maximum to subtract.
+            # If the whole tile is hidden, there is no maximum to subtract.
             safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
             weights = tl.exp2(scores - safe_max[:, None])
             shrink = tl.exp2(scores_max - safe_max)
@@ -80,7 +80,7 @@ def _merge_kernel(
     part_output, part_max, part_sum, firsts, sink_logits, output, output_batch, output_head, query_heads,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """Put the segments of one row and query head together, in their order: the same sum every time."""
+    """Merge the segments of one row and query head in a fixed order, so that sums are reproducible."""
     batch = tl.program_id(0) // query_heads
     head = tl.program_id(0) % query_heads
     owner = batch * (query_heads // GROUP) + head // GROUP
@@ -88,7 +88,7 @@ def _merge_kernel(
     scores_max = tl.full([], float("-inf"), tl.float32)
     scores_sum = tl.full([], 0.0, tl.float32)
     if SINK_LOGITS:
-        # One key of this score, in base 2, whose value is 0: here, where it is counted once, not in every segment.
+        # The sink logit is a key of this score (in base 2) and value 0; added here to count it once, not in every segment.
         scores_max = tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634
         scores_sum += 1.0
     total = tl.zeros([PADDED_DIM], tl.float32)
@@ -126,7 +126,7 @@ def _write_kernel(
     sink = tl.load(table + head * 4 + 1)
     ring = tl.load(table + head * 4 + 2)
     at = length - tokens + columns
-    # Of the ring, only what the newest token leaves there: a slot is written once.
+    # Skip tokens that later ones would overwrite: the order of writes to one slot is undefined.
     kept = (columns < tokens) & (columns >= tl.load(padding + batch)) & ((at < sink) | (at >= length - ring))
     slots = start + tl.where(at < sink, at, sink + (at - sink) % ring)
     there = kept[:, None] & (dims[None, :] < HEAD_DIM)
@@ -138,7 +138,7 @@ def _write_kernel(
 
 
 def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, padding: torch.Tensor) -> None:
-    """`RingLayer.write` in one kernel, without a word to the host."""
+    """`RingLayer.write` in one kernel, without host synchronisation."""
     _write(key, value, ring.keys, ring.values, ring.table, lengths, padding)
 
 
@@ -153,9 +153,9 @@ def decode_attention(
 ) -> torch.Tensor:
     """Attention of every row's newest token, already in the ring: (batch, query_heads, 1, head_dim), as `newest_attention`.
 
-    query: (batch, query_heads, 1, head_dim), float16, bfloat16 or float32; lengths: int32 (batch,), at least 1. schedule: for this
+    query: (batch, query_heads, 1, head_dim), float16, bfloat16 or float32; lengths: int32 (batch,), at least 1. schedule: made for this
     batch and the ring's slots. sink_logits: (query_heads, 1, 1).
-    Sums are in float32 and in the same order every time.
+    Sums are in float32, in a fixed order.
     Source: split-KV decoding as in Flash-Decoding (Dao et al., 2023), over heads of unequal spans.
     """
     batch, kv_heads = len(query), len(ring.layout.windows)
@@ -193,7 +193,7 @@ def _decode(
     batch, query_heads, _, head_dim = query.shape
     group = query_heads // len(table)
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    # As transformers wants it: (batch, tokens, heads, head_dim) in memory, which is the same for one token.
+    # transformers expects (batch, tokens, heads, head_dim) in memory, which is the same for one token.
     output = torch.empty(batch, query_heads, 1, head_dim, dtype=query.dtype, device=query.device)
     part_output = torch.empty(len(segments), group, padded_dim, dtype=torch.float32, device=query.device)
     part_max, part_sum = torch.empty(2, len(segments), group, dtype=torch.float32, device=query.device)
@@ -219,7 +219,7 @@ def _(query: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 def tile_slots(head_dim: int, dtype: torch.dtype) -> int:
-    """Slots that a program reads at once."""
+    """Slots per tile, which a program reads at once."""
     size = 4 if dtype == torch.float32 else 2
     return max(16, min(128, 16384 // (triton.next_power_of_2(head_dim) * size)))
 

@@ -24,19 +24,19 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def _finds(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    # What hides modules may raise instead of finding nothing.
+    # An import hook that hides modules may raise instead of returning None.
     except ModuleNotFoundError:
         return False
 
 
-# Asked once: within a pass that is compiled, nothing may look for modules.
+# Checked once, at import: torch.compile cannot trace a search for modules.
 HAS_TRITON = _finds("triton")
 
 
 def kernel_applies(query: torch.Tensor, *others: torch.Tensor) -> bool:
-    """True where the Triton kernel can take the place of the reference: on a GPU, for its dtypes, where no gradient is asked for.
+    """True where the Triton kernel can replace the reference: on a GPU, for its dtypes and head_dim, without gradients.
 
-    others: key and value, which a gradient may be asked for alone.
+    others: key and value, which may need gradients even where the query does not.
     """
     wants_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, *others))
     return _fits(query) and not wants_gradient
@@ -47,7 +47,7 @@ def _fits(query: torch.Tensor) -> bool:
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
-    """Where kernels run."""
+    """Whether the tensor is on a device where kernels run."""
     return tensor.is_cuda
 
 
@@ -62,12 +62,12 @@ def span_attention(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention in which KV head g sees the sink and its own `windows[g]` tokens, by the fastest way that is right.
+    """Attention in which KV head g sees the sink and its own `windows[g]` tokens, by the kernel where it applies.
 
     Shapes as in `windowed_attention`. mask: what the model itself hides.
     """
     if kernel_applies(query, key, value) and mask.first is not None:
-        # Imported here: Triton is not everywhere.
+        # Imported here, since Triton may be missing.
         from moa_lab.kernels.prefill import prefill_attention
 
         return prefill_attention(
@@ -93,7 +93,7 @@ def drawn_attention(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`drawn_windows`, by its kernel where it runs and nothing is padded; elsewhere by `mixed_windows`, recomputed in backward."""
+    """`drawn_windows` where its kernel runs and nothing is padded; elsewhere `mixed_windows`, recomputed in the backward pass."""
     if _fits(query) and mask.explicit is None and mask.real is None:
         from moa_lab.kernels.drawn import drawn_windows
 
@@ -117,10 +117,10 @@ def ring_attention(
     schedule: DecodeSchedule | None = None,
     keep: bool = True,
 ) -> torch.Tensor:
-    """Attend from new tokens to what the ring holds and to one another, and write them: (batch, query_heads, tokens, head_dim).
+    """Attend from new tokens to the ring and to one another, and write them to it: (batch, query_heads, tokens, head_dim).
 
-    Shapes as in `chunk_attention`. schedule: what `new_schedule` made, for one token; without it the reference runs. keep: False
-    writes nothing.
+    Shapes as in `chunk_attention`. schedule: of `new_schedule`, for a single token; None: the reference runs. keep: False writes
+    nothing.
     """
     if query.shape[2] > 1 or not keep:
         found = _chunk_attention(query, key, value, ring, lengths, padding, scale, softcap, sink_logits)
@@ -144,8 +144,8 @@ def _chunk_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
 
 def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, padding: torch.Tensor) -> None:
-    """`RingLayer.write`, in one kernel where there is Triton."""
-    # What is kept is a copy: no gradient goes through a cache.
+    """`RingLayer.write`, in one kernel where that applies."""
+    # No gradient flows through a cache.
     key, value = key.detach(), value.detach()
     if kernel_applies(key, value):
         from moa_lab.kernels import decode
@@ -159,7 +159,7 @@ def new_schedule(ring: RingLayer, batch: int) -> DecodeSchedule | None:
     """A schedule for the decode kernel that fills this device; None where the kernel does not run."""
     if not kernel_applies(ring.keys):
         return None
-    # Imported here: Triton is not everywhere.
+    # Imported here, since Triton may be missing.
     from moa_lab.kernels.decode import programs_for, tile_slots
 
     tile = tile_slots(ring.keys.shape[-1], ring.keys.dtype)
@@ -168,5 +168,5 @@ def new_schedule(ring: RingLayer, batch: int) -> DecodeSchedule | None:
 
 
 def _cores(device: torch.device) -> int:
-    """Streaming multiprocessors; in the interpreter, a number that a test can wait for."""
+    """Number of streaming multiprocessors; few in the interpreter, so that tests are fast."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -1,6 +1,7 @@
-"""`mixed_windows` in Triton for windows that are drawn: forward through one window a head, slopes for all of them.
+"""`mixed_windows` in Triton for sampled windows: forward with one window per head, backward with the slopes of all windows.
 
-Everything is in whole blocks of 64 tokens, so tiles are seen or not seen, and only the model's own mask cuts through them.
+Slope is short for derivative. Windows are whole blocks of 64 tokens, so a tile is visible or hidden as a whole, except where the
+model's own mask cuts through it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def _scores(
     columns = key_block * BLOCK + tl.arange(0, BLOCK)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
     if CAPPED:
-        # tanh by a sigmoid.
+        # tanh via sigmoid.
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
     back = rows[:, None] - columns[None, :]
     return tl.where((back >= 0) & (back < reach) & (columns[None, :] < n_tokens), scores, float("-inf"))
@@ -58,7 +59,7 @@ def _forward_kernel(
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     if SINK_LOGITS:
-        # As if every query had seen a key of this score whose value is 0.
+        # The sink logit is a key of this score and value 0 that every query sees.
         highest = tl.zeros((BLOCK,), tl.float32) + tl.load(sink_logits + head)
         total += 1.0
     found = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
@@ -93,7 +94,7 @@ def _rows_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Slope in the queries; and of every block of keys, by its distance: log of its mass, and mean slope of its values."""
+    """Slopes of the queries; and for every block of keys, by its distance: log of its mass, and its mean of slope . value."""
     block, head = tl.program_id(0), tl.program_id(1)
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
     rows = block * BLOCK + tl.arange(0, BLOCK)
@@ -134,7 +135,7 @@ def _columns_kernel(
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Slopes in keys and values, of each query head by itself."""
+    """Slopes of keys and values, for each query head separately."""
     block, head = tl.program_id(0), tl.program_id(1)
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
     known = _tile(key + head // GROUP * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
@@ -180,7 +181,7 @@ def drawn_windows(
 ) -> torch.Tensor:
     """`mixed_windows` whose weights are 1 for the last `counts` blocks, int32 (batch, kv_heads), plus `shift`: as `query`.
 
-    shift: (batch, kv_heads, blocks), all zeros, there for its slope: what each other window would have changed. query:
+    shift: (batch, kv_heads, blocks), all zeros; its slope says what each other window would have changed. query:
     (batch, query_heads, tokens, head_dim); key, value: (batch, kv_heads, tokens, head_dim), without padding. reach: the model's own
     window in tokens. sink_logits: (query_heads, 1, 1), as in `masked_attention`.
     """
@@ -205,7 +206,7 @@ class _Drawn(torch.autograd.Function):
         numbers = (-(-sink_tokens // BLOCK), reach or NO_REACH, scale, softcap or 1.0)
         grid = (shift.shape[-1], batch * heads)
         counts = counts.to(query.device, torch.int32).contiguous()
-        # Of every row and head, as the kernels count them.
+        # One per row and head, in the order of the grid.
         logits = None if sink_logits is None else sink_logits.float().flatten().repeat(batch)
         _forward_kernel[grid](
             query, key, value, counts, normaliser if logits is None else logits, output, normaliser, n_tokens, *numbers,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 BLOCK = 64
-"""Windows end at multiples of so many tokens."""
+"""Tokens per block; windows are whole blocks."""
 LEAST = 1e-20
 
 
@@ -24,12 +24,12 @@ def mixed_windows(
     """`sum over n of weights[..., n - 1] * (attention to the sink and the last n blocks)`: as `query`.
 
     query: (batch, query_heads, tokens, head_dim); key, value: (batch, kv_heads, tokens, head_dim); shown: bool, broadcastable to
-    (batch, query_heads, tokens, tokens), what the model itself shows. weights: (batch, kv_heads, blocks), where blocks are those of
-    `tokens`, the last one begun counted. A block of queries sees the same blocks of keys, so a window of n blocks holds
-    64 (n - 1) to 64 n tokens; the sink is rounded up to whole blocks. sink_logits: (query_heads, 1, 1), as in `masked_attention`.
+    (batch, query_heads, tokens, tokens), what the model itself shows. weights: (batch, kv_heads, blocks), with
+    blocks = ceil(tokens / 64). A block of queries sees the same blocks of keys, so a window of n blocks holds 64 (n - 1) to 64 n
+    tokens; the sink is rounded up to whole blocks. sink_logits: (query_heads, 1, 1), as in `masked_attention`.
 
     A query's softmax over its last n blocks is `exp(score) / Z_n`, so the mean over n weighs a key d blocks away by
-    `exp(score) * sum over n > d of weights[n] / Z_n`: the scores are taken once for all windows.
+    `exp(score) * sum over n > d of weights[n] / Z_n`: the scores are computed once for all windows.
     """
     batch, query_heads, tokens, _ = query.shape
     blocks = weights.shape[-1]
@@ -58,7 +58,7 @@ def mixed_windows(
     by_distance = F.pad(far, (0, 1)).gather(-1, distance.clamp(max=blocks).expand(batch, query_heads, -1, -1))
     held = torch.where(sink, per_block, 0.0).sum(dim=-1, keepdim=True) + by_distance.cumsum(dim=-1)
     if sink_logits is not None:
-        # Every window's sum has it: it is seen by all.
+        # The sink logit is part of every window's sum.
         held = held + (sink_logits - highest).exp().float()
     share = weights.float().repeat_interleave(group, dim=1)[:, :, None] / held.clamp(min=LEAST)
     beyond = F.pad(share.flip(-1).cumsum(dim=-1).flip(-1), (0, 1))

@@ -1,6 +1,6 @@
-"""Prefill attention in Triton: every KV head has its sink and window, and tiles that nobody sees are never loaded.
+"""Prefill attention in Triton: every KV head has its sink and window, and tiles that no query sees are never loaded.
 
-Shapes, sizes of tiles and the call; the kernel is in `prefill_kernel`.
+Checks, tile sizes and the launch; the kernel is in `prefill_kernel`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moa_lab.cache import RingLayer
 from moa_lab.kernels.prefill_kernel import prefill_kernel
 
 NO_REACH = 2**30
-"""Tokens that no sequence has: the reach of a layer without a window of its own."""
+"""The reach of a layer without a window of its own: longer than any sequence."""
 
 
 def prefill_attention(
@@ -37,9 +37,9 @@ def prefill_attention(
 
     query: (batch, query_heads, query_tokens, head_dim), the last of the key_tokens; key, value: (batch, kv_heads, key_tokens,
     head_dim), float16, bfloat16 or float32, the last dimension contiguous; query head h reads KV head h // group. windows: tokens per
-    KV head, known to the host. first: int32 (batch,), each row's first key that is not padding (None: 0 for
-    all); the sink starts there, and a padding query's output is 0. reach: the layer's own window, beyond which nothing is seen, the
-    sink neither. softcap: as in `masked_attention`. sink_logits: (query_heads, 1, 1), likewise.
+    KV head, on the host. first: int32 (batch,), each row's first key that is not padding (None: 0 for all); the sink starts there, and
+    a padding query's output is 0. reach: the model's own window, beyond which nothing is seen, not even the sink. softcap: as in
+    `masked_attention`. sink_logits: (query_heads, 1, 1), likewise.
 
     Work grows with what the windows keep. Sums are in float32; the result has the dtype of `query`. Raises ValueError for
     shapes that do not fit and for a scale that is not positive. Source: FlashAttention-2 (Dao, 2023) with the spans of MoA
@@ -69,7 +69,7 @@ def chunk_attention(
 ) -> torch.Tensor:
     """`moa_lab.kernels.ring_reference.chunk_attention` in one kernel: new tokens attend to the ring and to one another.
 
-    Of the ring, nothing is read that no new token sees. float16, bfloat16 or float32.
+    Tiles of the ring that no new token sees are not read. float16, bfloat16 or float32.
     """
     _check(query, key, value, scale)
     layout = ring.layout
@@ -82,9 +82,9 @@ def chunk_attention(
 
 @lru_cache(maxsize=4096)
 def _heads(windows: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernel needs to know of heads without a ring, as `LayerLayout.table`, and the heads in order, longest window first.
+    """The kernel's table, as `LayerLayout.table`, for heads without a ring; and the heads ordered by window, longest first.
 
-    Kept: a copy to the device in every layer of every prefill would make the host wait.
+    Cached: a copy to the device in every layer of every prefill would mean a host synchronisation each.
     """
     found = np.zeros((len(windows), 4), dtype=np.int32)
     found[:, 3] = np.minimum(windows, NO_REACH)
@@ -138,20 +138,20 @@ def _(query: torch.Tensor, *_: object) -> torch.Tensor:
 
 
 def _like(query: torch.Tensor) -> torch.Tensor:
-    """Room for the output, as transformers wants it: (batch, tokens, heads, head_dim) in memory."""
+    """An empty output, in memory as transformers expects: (batch, tokens, heads, head_dim)."""
     batch, query_heads, n_queries, head_dim = query.shape
     return query.new_empty(batch, n_queries, query_heads, head_dim).transpose(1, 2)
 
 
 def _describes(tensor: torch.Tensor) -> bool:
-    """Whether tiles may be loaded by a tensor descriptor, as Hopper's copy engine does: it wants all but the last stride on 16 bytes."""
+    """Whether tiles can be loaded by a tensor descriptor (Hopper's TMA): all strides but the last must be multiples of 16 bytes."""
     able = not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (9, 0)
     aligned = tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
     return able and aligned and 0 not in tensor.shape
 
 
 def _tiles(padded_dim: int, query: torch.Tensor, over_ring: bool) -> tuple[int, int, int, int]:
-    """Queries and keys of a tile, warps and stages: as many of these as the device's shared memory holds."""
+    """Queries and keys per tile, warps, and as many stages as fit in the device's shared memory."""
     if query.dtype == torch.float32:
         return (64, 32, 4, 1) if padded_dim <= 128 else (32, 32, 4, 1)
     block_m, block_n, warps, stages = (64, 64, 4, 2 if over_ring else 3) if padded_dim <= 128 else (128, 64, 8, 2)
@@ -164,5 +164,5 @@ def _tiles(padded_dim: int, query: torch.Tensor, over_ring: bool) -> tuple[int, 
 
 @cache
 def _shared_memory(device: int) -> int:
-    """Bytes that a program may have; asked once, not in every layer of every prefill."""
+    """Bytes of shared memory per program; cached, since every layer of every prefill asks."""
     return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])

@@ -1,4 +1,4 @@
-"""The prefill kernel itself: what one block of queries of one head reads, and how it is summed up."""
+"""The prefill kernel: which keys one block of queries of one head reads, and their running softmax."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _load(
 ):  # fmt: skip
     """Keys or values at BLOCK_N positions from `start` on, before `stop`: those from `past` on are new, the others lie in the ring."""
     if DESCRIBED:
-        # Past the last column there are zeros.
+        # Columns past the end load as zeros.
         found = tiles.load([batch, head, start - origin, 0]).reshape(BLOCK_N, PADDED_DIM)
     else:
         positions = start + tl.arange(0, BLOCK_N)
@@ -44,10 +44,10 @@ def _fold(
         HEAD_DIM, PADDED_DIM, BLOCK_N, OVER_RING, DESCRIBED,
     )  # fmt: skip
     scores = tl.dot(query, tl.trans(near_key), input_precision=PRECISION)
-    # What is left to multiply with is folded into the exponent: one operation a score.
+    # The scale is applied in the exponent: one operation per score.
     factor = scale * 1.4426950408889634
     if CAPPED:
-        # tanh by a sigmoid.
+        # tanh via sigmoid.
         scores = softcap * (2.0 * tl.sigmoid(2.0 * scale * scores / softcap) - 1.0)
         factor = 1.4426950408889634
     if MASKED:
@@ -79,7 +79,7 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     CAPPED: tl.constexpr, OVER_RING: tl.constexpr, DESCRIBED: tl.constexpr, SINK_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # Long work starts first, or the device waits for it in the end: the heads of the longest windows, in every row, and of each
+    # Longest work first, so that it does not run alone at the end: the heads with the longest windows, in every row, and within each
     # the last queries, which see most keys.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
     rows_of_head = tl.num_programs(1) // kv_heads
@@ -125,7 +125,7 @@ def prefill_kernel(
     scores_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     scores_sum = tl.zeros([BLOCK_M], tl.float32)
     if SINK_LOGITS:
-        # As if every query had seen a key of this score, in base 2, whose value is 0.
+        # The sink logit is a key of this score (in base 2) and value 0 that every query sees.
         scores_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634
         scores_sum += 1.0
     total = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
@@ -136,7 +136,7 @@ def prefill_kernel(
             length, query_positions, sink_tokens, window, reach, scale, softcap,
             HEAD_DIM, PADDED_DIM, BLOCK_N, False, CAPPED, OVER_RING, DESCRIBED, PRECISION,
         )  # fmt: skip
-    # What is masked lies in three places, and takes one loop: three would fill and drain the pipeline of loads three times.
+    # The masked tiles lie in three ranges but share one loop: three loops would fill and drain the load pipeline three times.
     of_sink = tl.maximum(sink_stop - begin, 0)
     of_window = of_sink + inner - near
     for done in range(0, of_window + tl.maximum(highest + 1 - diagonal, 0), BLOCK_N):
@@ -147,7 +147,7 @@ def prefill_kernel(
             length, query_positions, sink_tokens, window, reach, scale, softcap,
             HEAD_DIM, PADDED_DIM, BLOCK_N, True, CAPPED, OVER_RING, DESCRIBED, PRECISION,
         )  # fmt: skip
-    # A padding query of a row's first tokens sees nothing: its output is 0.
+    # A left-padding query sees nothing: its output is 0.
     total = total / tl.where(scores_sum == 0.0, 1.0, scores_sum)[:, None]
     output += batch * output_batch + head * output_head
     tl.store(output + rows.to(tl.int64)[:, None] * output_token + dims[None, :], total.to(output.dtype.element_ty), mask=real)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from moa_lab.masks import KeyMask, visible
 
 QUERY_BLOCK = 512
-"""Queries that read their keys together: wider reads keys that most of them do not see, narrower starts more kernels."""
+"""Queries per block: larger blocks read keys that most of their queries do not see, smaller ones launch more kernels."""
 
 
 def masked_attention(
@@ -26,8 +26,8 @@ def masked_attention(
     query: (batch, query_heads, query_tokens, head_dim); key, value: (batch, kv_heads, key_tokens, head_dim), where query
     head h reads KV head h // group. shown: bool, broadcastable to (batch, query_heads, query_tokens, key_tokens).
     softcap: scores become `softcap * tanh(score / softcap)` before masking (Gemma 2). sink_logits:
-    broadcastable to (batch, query_heads, query_tokens, 1), the score of a key that all see and that has no value, so that a row's
-    weights sum to less than 1 (gpt-oss); not capped.
+    broadcastable to (batch, query_heads, query_tokens, 1), the score of a key that all queries see and whose value is 0, so that a
+    row's weights sum to less than 1 (gpt-oss); not capped.
     """
     group = query.shape[1] // key.shape[1]
     key = key.repeat_interleave(group, dim=1)
@@ -45,7 +45,7 @@ def masked_attention(
 
 
 def softmax_with_sink(scores: torch.Tensor, sink_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax over the keys and one more of score `sink_logits`: the keys' weights, and that one's (..., queries, 1).
+    """Softmax over the keys and one more key of score `sink_logits`: the weights of the keys, and of that one (..., queries, 1).
 
     At least float32. Source: gpt-oss (OpenAI, 2025), after StreamingLLM's sink of zero (Xiao et al., 2023).
     """
@@ -94,7 +94,7 @@ def windowed_attention(
     group = query.shape[1] // key.shape[1]
     tokens, keys = query.shape[2], key.shape[2]
     offset = keys - tokens
-    # The newest key's position says which key of its row has position 0: one after the padding, or one that a cache dropped.
+    # The newest key's position tells where position 0 is: after the padding, or before the first column if a cache dropped it.
     sink_end = max(keys - 1 - int(positions[:, 0, -1, -1].min()) + sink_tokens, 0)
     output = torch.empty_like(query)
     for window in np.unique(windows):
@@ -116,6 +116,6 @@ def windowed_attention(
 
 
 def _reached(first: int, stop: int, sink_end: int, window: int) -> list[slice]:
-    """The keys that queries at keys `first` to `stop` may see: the sink and the window before the first of them."""
+    """The keys that queries at columns `first` to `stop` may see: the sink, and all from the first query's window on."""
     near = max(first - window + 1, 0)
     return [slice(0, stop)] if near <= sink_end else [slice(0, sink_end), slice(near, stop)]

@@ -20,11 +20,11 @@ def chunk_attention(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention of new tokens to what the ring holds from before and to one another: (batch, query_heads, query_tokens, head_dim).
+    """Attention of new tokens to the ring and to one another: (batch, query_heads, query_tokens, head_dim).
 
     query: (batch, query_heads, query_tokens, head_dim), the last of the new tokens; key, value: (batch, kv_heads, tokens, head_dim),
-    not yet written to the ring. lengths: int32 (batch,), tokens of each row with the new ones; padding: int32 (batch,), how many of
-    a row's first columns are no tokens. What they get has no meaning. sink_logits: (query_heads, 1, 1), as in `masked_attention`.
+    not yet written to the ring. lengths: int32 (batch,), tokens of each row with the new ones; padding: int32 (batch,), number of
+    leading padding columns, whose output has no meaning. sink_logits: (query_heads, 1, 1), as in `masked_attention`.
     """
     tokens, group = key.shape[2], query.shape[1] // key.shape[1]
     layout = ring.layout
@@ -41,7 +41,7 @@ def chunk_attention(
         near_value = torch.cat([ring.values[:, None, part], value[:, head : head + 1]], dim=2)
         heads = slice(head * group, (head + 1) * group)
         shown = _shown(asked[:, None, :, None], known, layout.sink_tokens, window, layout.reach)
-        # A padding query sees nothing, and its softmax would be 0/0: it may see all.
+        # A padding query may see all keys: with none its softmax would be 0/0.
         shown = shown | ~real[:, None, :, None]
         sinks = None if sink_logits is None else sink_logits[heads]
         output[:, heads] = masked_attention(query[:, heads], near_key, near_value, shown, scale, softcap, sinks)
@@ -68,12 +68,12 @@ def newest_attention(
     for head, window in enumerate(layout.windows):
         part = slice(int(layout.starts[head]), int(layout.starts[head + 1]))
         if positions is None:
-            # A ring holds what its head sees, and nothing else.
+            # The ring holds exactly what its head sees.
             shown = torch.arange(part.stop - part.start, device=query.device) < lengths[:, None]
         else:
             shown = _shown(lengths[:, None] - 1, positions[:, part], layout.sink_tokens, window, layout.reach)
         rows = slice(head * group, (head + 1) * group)
-        # One KV head: its query heads stand where queries would.
+        # One KV head: its query heads take the place of the query tokens.
         asked = query[:, rows].transpose(1, 2)
         sinks = None if sink_logits is None else sink_logits[rows].transpose(0, 1)
         held = (ring.keys[:, None, part], ring.values[:, None, part])

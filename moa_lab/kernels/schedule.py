@@ -1,4 +1,4 @@
-"""Who reads what in a decode step: the tiles of all heads and rows, dealt out in equal runs."""
+"""Which program reads what in a decode step: the tiles of all heads and rows, divided into equal runs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 
 @dataclass(frozen=True)
 class DecodeSchedule:
-    """Work for `decode_attention`, made once for a batch and a layout and shared by all layers that have it.
+    """Work for `decode_attention`, made once for a batch and a layout and shared by all layers with that layout.
 
-    segments: int32 (n, 4): row, KV head, first slot and slot after the last, counted in the head. A segment lies within one head
-    of one row; those of a row and head follow one another. bounds: int32 (programs + 1,), the segments of every program.
-    firsts: int32 (batch * kv_heads + 1,), the segments of every row and head. tile: slots that a program reads at once.
+    segments: int32 (n, 4): row, KV head, first slot and slot after the last, counted within the head. A segment lies within one head
+    of one row; those of a row and head are consecutive. bounds: int32 (programs + 1,), first segment of every program.
+    firsts: int32 (batch * kv_heads + 1,), first segment of every row and head. tile: slots that a program reads at once.
 
-    Heads of very different spans would leave programs idle if each took one head: here a program takes its run of tiles, of as many
-    heads as it spans (the idea of stream-K: Osama et al., 2023).
+    One program per head would leave programs idle where spans differ: here every program takes an equal run of tiles, across heads
+    (the idea of stream-K: Osama et al., 2023).
     """
 
     segments: torch.Tensor
@@ -32,12 +32,12 @@ class DecodeSchedule:
 
 
 def decode_schedule(slots: np.ndarray, batch: int, tile: int, programs: int, device: torch.device) -> DecodeSchedule:
-    """Deal `batch` rows of heads with `slots` slots each, int (kv_heads,), out to at most `programs` programs."""
+    """Divide `batch` rows of heads with `slots` slots each, int (kv_heads,), among at most `programs` programs."""
     tiles = np.tile(-(-np.asarray(slots) // tile), batch)
     ends = np.cumsum(tiles)
     total = int(ends[-1])
     programs = max(1, min(programs, total))
-    # A run begins at a program's share of the tiles, or where a head of a row begins.
+    # A segment begins where a program's share of the tiles begins, or a head of a row.
     shares = total * np.arange(1, programs) // programs
     cuts = np.unique(np.concatenate([[0], shares, ends]))
     begins, stops = cuts[:-1], cuts[1:]
