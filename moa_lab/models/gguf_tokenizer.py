@@ -1,8 +1,8 @@
-"""What a GGUF file says of its tokenizer, and a tokenizer that holds to it.
+"""Tokenizer settings of a GGUF file, and how they are applied to transformers' tokenizer.
 
-transformers takes vocabulary, merges, special tokens and chat template from the file. What it leaves out is set here: whether a text
-begins with BOS and ends with EOS, the space before it, words that are tokens whatever the merges say, and further end tokens. Where
-a file is silent, the defaults are llama.cpp's (src/llama-vocab.cpp), whose format it is.
+transformers takes vocabulary, merges, special tokens and chat template from the file. What it ignores is set here: whether a text
+begins with BOS and ends with EOS, the space before it, words that are tokens whatever the merges say, and further end tokens.
+Missing keys have llama.cpp's defaults (src/llama-vocab.cpp), whose format it is.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _LLAMA3 = ("llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral",
 PRE_WITH_BOS = frozenset({*_LLAMA3, "tekken", "chameleon"})
 PRE_WITHOUT_MERGES = frozenset({*_LLAMA3, "tekken", "youtu", "minicpm5", "granite-embed-multi-97m"})
 
-# Ways of cutting a text into words before merging: those that transformers (5.19) knows, and those that are GPT-2's (also after single
-# digits), which it takes for all others.
+# Pre-tokenizers, which split a text into words before merging: those that transformers (5.19) knows, and those that are GPT-2's (some
+# split single digits first), which it uses for all others.
 _LIKE_QWEN = ("qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez", "qwen35")
 _LIKE_GPT4O = ("gpt-4o", "llama4", "kanana2", "talkie", "minimax-m2")
 _LIKE_GPT2 = ("gpt-2", "phi-2", "gigachat", "a.x-4.0", "mellum", "exaone4", "mpt", "olmo", "jais", "default")
@@ -37,10 +37,10 @@ PRE_KNOWN = frozenset({*_LLAMA3, "dbrx", "smaug-bpe", "tekken", *_LIKE_QWEN, *_L
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the file says: `kind` is its `tokenizer.ggml.model`.
+    """Tokenizer settings of a GGUF file. kind: its `tokenizer.ggml.model`.
 
-    pre: how a text is cut into words before merging. words_first: a word that is a token needs no merges.
-    end_ids: tokens beside EOS that end a turn or a message. special_ids: of bos, eos, unk and pad, those that the file names.
+    pre: its pre-tokenizer. words_first: a word that is a token needs no merges. end_ids: tokens beside EOS that end a turn or a message.
+    special_ids: of bos, eos, unk and pad, those that the file names.
     """
 
     kind: str
@@ -54,7 +54,7 @@ class TokenizerFacts:
 
 
 def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
-    """Read them, with llama.cpp's defaults for what the file does not say."""
+    """Read the settings, with llama.cpp's defaults for missing keys."""
 
     def said(key: str, default: Any = None) -> Any:
         return value_of(reader, f"tokenizer.ggml.{key}", default)
@@ -65,7 +65,7 @@ def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
     named = {name: said(f"{key}_token_id") for name, key in SPECIAL_KEYS.items()}
     return TokenizerFacts(
         kind=kind,
-        # gemma4: llama.cpp overrides files that say no.
+        # gemma4: llama.cpp adds BOS even where the file says no.
         add_bos=kind == "gemma4" or bool(said("add_bos_token", kind == SENTENCEPIECE or (byte_level and pre in PRE_WITH_BOS))),
         add_eos=bool(said("add_eos_token", kind == UNIGRAM)),
         add_space_prefix=bool(said("add_space_prefix", kind == SENTENCEPIECE)),
@@ -77,7 +77,7 @@ def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
 
 
 def hold_to(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Make `tokenizer` do what the file says, and the model end where it says. What agrees already is left as it is."""
+    """Apply the file's settings to `tokenizer`, and its end tokens to the model. Settings that agree already are not touched."""
     _hold_special(facts, tokenizer)
     _hold_frame(facts, tokenizer)
     _hold_prefix_space(facts, tokenizer)
@@ -113,7 +113,7 @@ def _hold_prefix_space(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase
     if facts.kind != SENTENCEPIECE or facts.add_space_prefix:
         return
     if isinstance(backend.pre_tokenizer, pre_tokenizers.Metaspace):
-        # What transformers makes of Llama's files; of Phi-3's, a sequence that begins with the space; Gemma's have none.
+        # For Llama's files; for Phi-3's transformers makes a normalizer sequence that begins with the space, for Gemma's neither.
         backend.pre_tokenizer.prepend_scheme = "never"
     elif isinstance(backend.normalizer, normalizers.Sequence):
         backend.normalizer = normalizers.Replace(" ", "\u2581")

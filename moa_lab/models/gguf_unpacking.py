@@ -32,8 +32,8 @@ def unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
         facts = tokenizer_facts(reader)
         with without_progress_bars():
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            # Asking for unpacked weights keeps transformers from leaving GGUF blocks packed where a kernel for them exists
-            # (they could not be profiled), and leaves an ordinary model: without it `.float()` and `.half()` refuse.
+            # dequantize: else transformers keeps GGUF blocks packed where it has a kernel for them, and these cannot be profiled;
+            # `.float()` and `.half()` would refuse as well.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **source, dtype=dtype, quantization_config=GgufConfig(dequantize=True), output_loading_info=True
             )
@@ -45,15 +45,15 @@ def unpack(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedT
 
 
 def tokenizer_settings(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a tokenizer is told beside its tokenizer.json, as JSON data."""
+    """Settings of a tokenizer beside its tokenizer.json, as JSON data."""
     names = ("padding_side", "truncation_side", "clean_up_tokenization_spaces", "chat_template")
-    # Only where it is set: any word on these replaces what the tokenizer itself does at the ends of a text.
+    # Only if True: passing these, even as False, replaces what the tokenizer itself adds at the ends of a text.
     ends = {name: True for name in ("add_bos_token", "add_eos_token") if getattr(tokenizer, name)}
     return {**tokenizer.special_tokens_map, **{name: getattr(tokenizer, name) for name in names}, **ends}
 
 
 def general_tokenizer(settings: dict[str, Any], **source: Any) -> PreTrainedTokenizerFast:
-    """A tokenizer of transformers' general class: those of single models rebuild their parts, not always alike, when read again."""
+    """A tokenizer of transformers' general class: those of single models may rebuild their parts differently when read again."""
     return PreTrainedTokenizerFast(**source, **settings)
 
 

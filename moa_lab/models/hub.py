@@ -15,9 +15,9 @@ NAMES_SHOWN = 3
 def check_hub(name: str, embedded: Sequence[str]) -> None:
     """Raise ValueError for a hub id that is neither in the hub's cache nor on the hub, or that holds nothing but GGUF files.
 
-    embedded: the names that are no hub ids, for the message.
+    embedded: names of embedded models, for the message.
     """
-    # Asked first because from_pretrained tries an unreachable hub for 20 s, loudly, before it says so.
+    # Checked first, since from_pretrained retries an unreachable hub for 20 s, with many warnings.
     from huggingface_hub import HfApi, try_to_load_from_cache
 
     try:

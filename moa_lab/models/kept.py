@@ -15,7 +15,7 @@ from typing import Any
 from moa_lab.models.embedded import cache_folder, sha256_of
 from moa_lab.storage import RecordError, parse, read_json, to_json, write_json
 
-# Another number where unpacking, or what is set in a tokenizer, changes: entries of another number are not read.
+# Raise the number when unpacking or the tokenizer's settings change: entries of another number are not read.
 SCHEMA = "moa_lab.unpacked/1"
 RECORD = "unpacked.json"
 WEIGHTS = ".safetensors"
@@ -24,7 +24,7 @@ ABANDONED_S = 24 * 3600
 
 @dataclass(frozen=True)
 class Entry:
-    """What an entry says of itself.
+    """The description that an entry holds of itself.
 
     source: name of the GGUF file. weights: fingerprint of the model. tokenizer: its settings beside tokenizer.json.
     sizes: bytes of every file. sha256: of all but the weights, whose bytes would take longer to hash than to read.
@@ -39,12 +39,12 @@ class Entry:
 
 
 def unpacked_folder() -> Path:
-    """Where the entries lie."""
+    """Folder of the entries."""
     return cache_folder() / "unpacked"
 
 
 def describe(folder: Path, **said: Any) -> None:
-    """Write what a folder holds into it, as its last file. said: the fields of `Entry` that are not about files."""
+    """Write the description of a folder into it, as its last file. said: the fields of `Entry` other than sizes and hashes."""
     files = sorted(path for path in folder.iterdir() if path.name != RECORD)
     sizes = {path.name: path.stat().st_size for path in files}
     entry = Entry(sizes=sizes, sha256={path.name: sha256_of(path) for path in files if path.suffix != WEIGHTS}, **said)
@@ -52,7 +52,7 @@ def describe(folder: Path, **said: Any) -> None:
 
 
 def entry_of(folder: Path) -> Entry:
-    """What an entry says of itself. Raises RecordError where its files are not what it says."""
+    """The description of an entry. Raises RecordError where its files do not match it."""
     data = read_json(folder / RECORD, SCHEMA)
     entry = parse(Entry, {key: value for key, value in data.items() if key != "schema"}, folder / RECORD)
     for name, size in entry.sizes.items():
@@ -88,7 +88,7 @@ def new_entry(name: str) -> Iterator[Path]:
 
 
 def kept_models() -> list[tuple[str, int]]:
-    """What the cache keeps unpacked: "FILE (dtype)" and bytes of every entry; "unfinished" where an entry is none (any more)."""
+    """What the cache keeps unpacked: "FILE (dtype)" and bytes of every entry; "unfinished" for one without a valid description."""
     found = []
     for folder in sorted(unpacked_folder().iterdir() if unpacked_folder().is_dir() else ()):
         try:
@@ -101,7 +101,7 @@ def kept_models() -> list[tuple[str, int]]:
 
 
 def clear_kept() -> int:
-    """Remove all of it; the bytes that were freed."""
+    """Remove all entries; returns the bytes that were freed."""
     freed = sum(size for _, size in kept_models())
     shutil.rmtree(unpacked_folder(), ignore_errors=True)
     return freed

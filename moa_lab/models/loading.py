@@ -31,11 +31,11 @@ def load_model(
     `name` is "smollm2" (fetched once, see `embedded_file`), a folder or a `.gguf` file on this machine, a hub id, or a `.gguf`
     file of a hub repository, "owner/repository:file.gguf".
     `device` defaults to cuda where there is one; `dtype` (float32, float16 or bfloat16) to bfloat16 on a GPU that has it and
-    float32 elsewhere. GGUF weights are unpacked to `dtype`, and kept so for the next time (see `unpacked`). The model comes in
-    eval mode and its parameters need no gradient. plain_prompts: without the tokenizer's chat template, for one that cannot be used.
+    float32 elsewhere. GGUF weights are unpacked to `dtype` and cached (see `unpacked`). The model is in eval mode and its parameters
+    need no gradient. plain_prompts: drop the tokenizer's chat template, where it cannot be used.
 
-    Raises ValueError, in one line that names the cure, for a device that is not there, for another dtype, for a name that leads
-    nowhere and for a model that no plan can be applied to (see `moa_lab.interface.attention_sites`).
+    Raises ValueError, in one line that names the cure, for a missing device, another dtype, an unknown name, and a model that no plan
+    can be applied to (see `moa_lab.interface.attention_sites`).
     """
     target = device_of(device)
     wanted = dtype_of(dtype) or default_dtype(target)
@@ -47,13 +47,13 @@ def load_model(
         raise ValueError(f"model {name!r} cannot be loaded: {one_line(error)[:ERROR_CHARACTERS]}") from error
     model.name_or_path = name
     if attribute(model.config.get_text_config(decoder=True), "attn_logit_softcapping"):
-        # transformers' sdpa leaves soft-capping out without a word: dense scores would be those of another model.
+        # transformers' sdpa silently ignores soft-capping, so its scores would be those of another model.
         model.set_attn_implementation("eager")
     if plain_prompts:
         tokenizer.chat_template = None
     torch.nn.Module.to(model, target)
     model.eval().requires_grad_(False)
-    # What no plan can be applied to is refused here, before anything is made of it.
+    # Refuse a model that no plan can be applied to, before any work is done.
     attention_sites(model)
     return model, tokenizer
 
@@ -61,7 +61,7 @@ def load_model(
 def _read(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if source.gguf is not None:
         return unpacked(source.gguf, dtype)
-    # The bars of a download stay.
+    # Downloads keep their progress bars.
     with without_progress_bars() if source.is_here else contextlib.nullcontext():
         tokenizer = AutoTokenizer.from_pretrained(source.place)
         return AutoModelForCausalLM.from_pretrained(source.place, dtype=dtype), tokenizer

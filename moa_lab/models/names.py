@@ -1,4 +1,4 @@
-"""What a model name leads to: an embedded model, a .gguf file here or on the hub, a folder, or a hub id."""
+"""What a model name means: an embedded model, a .gguf file here or on the hub, a folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def is_gguf(name: str) -> bool:
 def source_of(name: str) -> Source:
     """Find the model of that name; `owner/repository:file.gguf` is fetched from the hub, or found in the hub's cache.
 
-    Raises ValueError, in one line that names the cure, for a name that leads nowhere.
+    Raises ValueError, in one line that names the cure, for an unknown name.
     """
     if name in EMBEDDED:
         return _in_file(embedded_file(name))

@@ -1,4 +1,4 @@
-"""Where a model is put and in which numbers: devices and dtypes by name, refused before anything is loaded."""
+"""Devices and dtypes by name, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 def device_of(device: str | int | torch.device | None = None) -> torch.device:
     """The device of that name; None: cuda where there is one, else the CPU.
 
-    Raises ValueError for a name that is none, and for a device that this machine (or this build of PyTorch) does not have.
+    Raises ValueError for an unknown name, and for a device that this machine (or this build of PyTorch) does not have.
     """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

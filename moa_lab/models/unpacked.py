@@ -1,6 +1,6 @@
-"""GGUF files as models, unpacked once: that takes minutes, reading what came out of it seconds.
+"""GGUF models, unpacked once and cached: unpacking takes minutes, reading the result seconds.
 
-What is kept has the dtype that was asked for, so that a kept model is bit for bit the one that a fresh load gives.
+Weights are cached in the dtype that was asked for, so a cached model equals a freshly unpacked one bit for bit.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from moa_lab.text import one_line
 logger = logging.getLogger(__name__)
 
 SWITCH = "MOA_LAB_KEEP_UNPACKED"
-# Beside the entry itself: a disk is not filled to its last byte for a cache.
+# Disk space that must stay free beside an entry.
 SPARE_BYTES = 1 << 30
 TOKENIZER = "tokenizer.json"
-# What decides what comes out of a file.
+# Packages whose versions change the result of unpacking.
 DECIDING = ("transformers", "gguf", "tokenizers")
 
 
 def unpacked(path: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model (on the CPU, weights in `dtype`) and tokenizer of a GGUF file; kept in the cache for the next time.
 
-    An entry belongs to the file's SHA-256, the dtype, and the versions of transformers, gguf and tokenizers. One that is damaged is
-    made again, with a warning; a model that cannot be kept (a full disk) is there all the same. MOA_LAB_KEEP_UNPACKED=0 neither reads
-    nor keeps; `moa-lab doctor --clear-cache` removes what was kept.
+    An entry belongs to the file's SHA-256, the dtype, and the versions of transformers, gguf and tokenizers. A damaged entry is made
+    again, with a warning; a model that cannot be cached (a full disk) is returned all the same. MOA_LAB_KEEP_UNPACKED=0 neither reads
+    nor writes the cache; `moa-lab doctor --clear-cache` empties it.
     """
     if os.environ.get(SWITCH, "1").lower() in ("0", "no", "off", "false"):
         return _settled(*unpack(path, dtype), path, dtype)
@@ -97,7 +97,7 @@ def _keep(name: str, path: Path, model: PreTrainedModel, tokenizer: PreTrainedTo
 def _settled(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """What reading and writing an entry changes in a config, set alike whether it was kept or not."""
+    """Set the config fields that the cache would change, so that a model is the same with and without it."""
     model.config.architectures, model.config.dtype = [type(model).__name__], dtype
     model.config.name_or_path = tokenizer.name_or_path = str(path.parent)
     return model, tokenizer
