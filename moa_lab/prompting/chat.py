@@ -23,7 +23,7 @@ def conversation_ids(
     if not tokenizer.chat_template:
         lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
         return text_ids(tokenizer, "".join(lines) + ("Assistant:" if add_generation_prompt else ""), add_special_tokens=True)
-    # A message that the template leaves out would be lost without a word; that it shows one twice or elsewhere is its own business.
+    # Refuse a template that drops a message; it may repeat or reorder messages.
     shapes = [shape for shape in SHAPES if shape.last_answer]
     shape = shape_of(tokenizer, [message["role"] for message in messages], shapes, add_generation_prompt, in_order=False)
     marks = Marks(tokenizer, contents)

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from transformers import PreTrainedTokenizerBase
 
-# Added tokens of these names are how some tokenizers (Gemma's) write ordinary HTML, so they are text.
+# Some tokenizers (Gemma's) have added tokens for ordinary HTML elements: these are text.
 HTML = frozenset({
     "a", "b", "blockquote", "body", "br", "caption", "code", "div", "em", "footer", "h1", "h2", "h3", "h4", "h5", "h6", "html", "i",
     "iframe", "img", "li", "ol", "p", "pre", "s", "span", "strong", "sub", "sup", "table", "tbody", "td", "tfoot", "th", "thead", "tr",
@@ -25,7 +25,7 @@ _NEVER = re.compile(r"(?!)")
 class Controls:
     """Control tokens of one tokenizer.
 
-    ids: by content. pattern: finds the longest content at a place of a text. unflagged: those that the tokenizer does not call special.
+    ids: by content. pattern: matches the longest control token. unflagged: those that the tokenizer does not flag as special.
     """
 
     ids: Mapping[str, int]
@@ -41,10 +41,10 @@ _known: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, Controls]] = WeakK
 
 
 def controls_of(tokenizer: PreTrainedTokenizerBase) -> Controls:
-    """The tokenizer's control tokens: its special tokens, and other added tokens that are marks and no text.
+    """The tokenizer's control tokens: its special tokens, and other added tokens that are not text.
 
-    A token that is not flagged as special is a mark when it is bracketed (`<tool_call>`, `<|fim_prefix|>`) and no HTML element,
-    unless the chat template itself uses that element. Blank tokens (line breaks) and words added to a vocabulary are text.
+    A token that is not flagged as special is a control token when it is bracketed (`<tool_call>`, `<|fim_prefix|>`) and no HTML
+    element, unless the chat template itself uses that element. Blank tokens (line breaks) and added words are text.
     """
     if not hasattr(tokenizer, "added_tokens_decoder"):  # mistral_common, which recognises no control token in a text
         return Controls({}, _NEVER)
@@ -56,7 +56,7 @@ def controls_of(tokenizer: PreTrainedTokenizerBase) -> Controls:
 
 
 def escaped_controls(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str | None]) -> dict[str, int]:
-    """How often the texts spell each control token, the most frequent first: all of these are kept as text."""
+    """How often the texts spell each control token, the most frequent first."""
     controls = controls_of(tokenizer)
     found: Counter[str] = Counter()
     for text in texts:
@@ -73,7 +73,7 @@ def told(escaped: Mapping[str, int], shown: int = 5) -> str:
 
 
 def unused_characters(text: str, start: int) -> Iterator[str]:
-    """Characters of a private-use plane of Unicode, from `start` on, that `text` does not hold; they are no letters and no blanks."""
+    """Characters of a private-use plane of Unicode, from `start` on, that `text` does not hold; never letters or blanks."""
     held = set(text)
     return (chr(code) for code in range(start, (start | 0xFFFF) - 1) if chr(code) not in held)
 
@@ -84,7 +84,7 @@ def _read(tokenizer: PreTrainedTokenizerBase) -> Controls:
     ids = {token.content: index for index, token in added.items() if token.special or _is_mark(token.content, template)}
     special = {str(content): index for content, index in zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)}
     ids = {content: index for content, index in {**special, **ids}.items() if content.strip()}
-    # The longest first: so the tokenizer itself matches.
+    # Longest first, as the tokenizer itself matches.
     contents = sorted(ids, key=len, reverse=True)
     unflagged = frozenset(token.content for token in added.values() if not token.special and token.content not in special)
     return Controls(ids, re.compile("|".join(map(re.escape, contents))) if contents else _NEVER, unflagged & ids.keys())

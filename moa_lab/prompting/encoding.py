@@ -1,4 +1,4 @@
-"""Token ids of texts in which control tokens are text, and of rendered chats in which the template's are control tokens."""
+"""Token ids of texts, whose control tokens are text, and of rendered chats, where those of the template count."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ STAND_INS = 0xF0000
 def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool = False) -> list[int]:
     """Token ids of a user's text: a control token that it spells is cut into ordinary tokens.
 
-    Text that spells none has exactly the ids that the tokenizer gives it. add_special_tokens: those that the tokenizer puts around
-    every text (BOS).
+    Text without control tokens has exactly the ids that the tokenizer gives it. add_special_tokens: those that the tokenizer puts
+    around every text (BOS).
     """
     return text_tokens(tokenizer, text, add_special_tokens=add_special_tokens)[0]
 
@@ -30,7 +30,7 @@ def text_tokens(
     tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = False, offsets: bool = False
 ) -> tuple[list[int], list[tuple[int, int]]]:
     """`text_ids`, and with `offsets` the [begin, end) characters of every token (fast tokenizers only), else an empty list."""
-    # verbose=False: that a text is longer than the model's context is no reason for a warning.
+    # verbose=False: no warning for a text longer than the model's context.
     options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
     found = tokenizer(text, **options, **({"return_offsets_mapping": True} if offsets else {}))
     if not _spells_controls(tokenizer, text, () if add_special_tokens else found.input_ids):
@@ -44,9 +44,9 @@ def text_tokens(
 def rendered_ids(
     tokenizer: PreTrainedTokenizerBase, text: str, quoted: Mapping[str, str] | None = None, add_special_tokens: bool = False
 ) -> list[int]:
-    """Token ids of what a chat template made: the control tokens in `text` are recognised.
+    """Token ids of a rendered chat: the control tokens in `text` are recognised.
 
-    quoted: characters of `text` that stand for a control token which the user wrote, and which is text.
+    quoted: placeholder characters in `text`, mapped to the control tokens that the user wrote, which are encoded as text.
     """
     if not quoted:
         return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
@@ -68,10 +68,10 @@ class _Encoding:
 
 @dataclass(frozen=True)
 class _Plain:
-    """The tokenizer's backend in which every control token is spelled as one private character.
+    """The tokenizer's backend with every control token renamed to one private-use character.
 
-    Everything else (normalisation, prefix spaces, merges) is the backend's own, so a text is cut as if the control tokens did not
-    exist, and where the character stands there is the control token, with its stripping of blanks.
+    Everything else (normalisation, prefix spaces, merges) is unchanged, so texts are tokenized as if control tokens did not exist;
+    the private character gives the control token, with its stripping of blanks.
     """
 
     backend: Tokenizer
@@ -87,11 +87,11 @@ _made: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Controls, _Plain]] = Wea
 
 
 def _spells_controls(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequence[int]) -> bool:
-    """Whether `text`, whose ids as the tokenizer gives them are `ids`, holds a control token."""
+    """Whether `text` holds a control token. ids: those that the tokenizer gives it."""
     controls = controls_of(tokenizer)
     if not controls.ids:
         return False
-    # By the ids too: a tokenizer may normalise before it matches ("<BOS>"). The unknown token says nothing of what was written.
+    # Look at the ids too: a tokenizer may normalise before it matches ("<BOS>"). The unknown token may stand for any text.
     marks = set(controls.ids.values()) - {tokenizer.unk_token_id}
     return controls.pattern.search(text) is not None or not marks.isdisjoint(ids)
 
@@ -103,7 +103,7 @@ def _without_controls(tokenizer: PreTrainedTokenizerBase, text: str) -> _Plain:
     if known is None or known[0] is not controls or any(character in text for character in known[1].stand_ins.values()):
         characters = unused_characters(text, STAND_INS)
         known = _made[tokenizer] = (controls, _respelled(original, {content: next(characters) for content in controls.ids}, controls))
-    # These may be changed in place (`tokenizer.add_bos_token = True`); the vocabulary may not.
+    # These may have been changed in place (`tokenizer.add_bos_token = True`); the vocabulary cannot.
     for part in ("normalizer", "pre_tokenizer", "post_processor"):
         setattr(known[1].backend, part, getattr(original, part))
     return known[1]
@@ -114,7 +114,7 @@ def _respelled(original: Tokenizer, stand_ins: Mapping[str, str], controls: Cont
     for token in data["added_tokens"]:
         token["content"] = stand_ins.get(token["content"], token["content"])
     _respell_model(data["model"], stand_ins)
-    # An odd tokenizer may number added tokens otherwise when it is read again.
+    # Some tokenizers number added tokens differently when read again, hence `real`.
     backend = Tokenizer.from_str(json.dumps(data))
     backend.no_truncation()
     backend.no_padding()
@@ -123,7 +123,7 @@ def _respelled(original: Tokenizer, stand_ins: Mapping[str, str], controls: Cont
 
 
 def _respell_model(model: dict[str, Any], stand_ins: Mapping[str, str]) -> None:
-    """Spell control tokens in the vocabulary otherwise, and drop the merges that lead to them."""
+    """Rename control tokens in the vocabulary, and drop the merges that lead to them."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {stand_ins.get(piece, piece): index for piece, index in vocabulary.items()}
@@ -137,7 +137,7 @@ def _respell_model(model: dict[str, Any], stand_ins: Mapping[str, str]) -> None:
 
 
 def _rendered_slowly(tokenizer: PreTrainedTokenizerBase, text: str, quoted: Mapping[str, str], add_special_tokens: bool) -> list[int]:
-    """Tokenizers in Python know no second spelling: the text between the template's control tokens is cut on its own."""
+    """For tokenizers in Python, whose control tokens cannot be renamed: each text between the template's is encoded on its own."""
     controls = controls_of(tokenizer)
     ids: list[int] = []
     last = 0

@@ -1,4 +1,4 @@
-"""Chats as text: the tokenizer's template asked in the ways that templates want, and held to what it must not do."""
+"""Render chats with the tokenizer's template, in a message format that it takes, and check that it keeps all messages."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MARKS = 0x100000
 
 @dataclass(frozen=True)
 class Shape:
-    """How a template takes a message: its content as one string or as a list of parts, and whether it shows a last answer."""
+    """A message format: content as one string or as a list of parts, and whether the template shows a last answer."""
 
     parts: bool = False
     last_answer: bool = True
@@ -31,9 +31,9 @@ SHAPES = (Shape(), Shape(parts=True), Shape(last_answer=False), Shape(parts=True
 
 @dataclass
 class Marks:
-    """Private characters that stand in messages for what the template must not see: none of them occurs in `texts`.
+    """Private-use characters that replace in messages what the template must not see; none of them occurs in `texts`.
 
-    quoted: those that stand for control tokens which the user wrote.
+    quoted: those that replace control tokens which the user wrote.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -45,13 +45,13 @@ class Marks:
         self._of: dict[str, str] = {}
 
     def new(self) -> str:
-        """A character that was not given before."""
+        """The next unused character."""
         return next(self._unused)
 
     def quote(self, text: str, role: str = "user") -> str:
         """`text` with a character in place of every control token that it spells.
 
-        What an assistant wrote keeps the marks that are not special (`<think>`, `<tool_call>`): they are its own, and templates read them.
+        An assistant's text keeps control tokens that are not special (`<think>`, `<tool_call>`), since templates read them.
         """
         controls = controls_of(self.tokenizer)
         kept = controls.unflagged if role == "assistant" else frozenset()
@@ -65,9 +65,9 @@ class Marks:
 
 
 def check_turns(tokenizer: PreTrainedTokenizerBase, turns: int = 1) -> None:
-    """Ask the chat template for a conversation of so many questions and answers.
+    """Try the chat template, if there is one, on a conversation of `turns` questions and answers.
 
-    Raises ValueError, in one line with the cure, where it raises, or drops, repeats or reorders messages. Without a template all is well.
+    Raises ValueError, in one line with the cure, where it raises, or drops, repeats or reorders messages.
     """
     if tokenizer.chat_template and turns:
         shape_of(tokenizer, ["user", "assistant"] * turns, SHAPES)
@@ -99,7 +99,7 @@ def shape_of(
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], shape: Shape, add_generation_prompt: bool = False) -> str:
-    """What the template makes of the messages; raises ValueError where it raises.
+    """The chat as text; raises ValueError where the template raises.
 
     A shape without the last answer ends where that answer begins.
     """
@@ -117,7 +117,7 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], shap
 
 
 def split_at(text: str, marks: Sequence[str]) -> Iterator[str]:
-    """The pieces of `text` before each of the marks; raises ValueError where these do not stand there once, in order."""
+    """The pieces of `text` before each of the marks; raises ValueError unless each mark occurs once, in order."""
     complaint = _complaint(text, marks, [], in_order=True)
     if complaint is not None:
         raise ValueError(f"the chat template {complaint}; {CURE}")
