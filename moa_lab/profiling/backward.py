@@ -1,4 +1,4 @@
-"""The backward pass that every profile is made of, and recomputation when its activations would not fit."""
+"""The backward pass behind every profile, and recomputation of activations that would not fit in memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def backward_pass(
 
     The loss of a sample is the mean over its answer tokens; the batch's loss is the sum over samples, so that every
     sample's influence is the one it would have alone. windows: int (layers, kv_heads), tokens, of a plan that the model runs
-    under; None: the dense model. Parameters need no gradient: it starts at the embeddings.
+    under; None: the dense model. Gradients start at the embeddings, so parameters need none.
     """
     tokens = torch.tensor(np.stack([sample.tokens for sample in batch]), device=model.device)
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
@@ -35,7 +35,7 @@ def backward_pass(
         for sample, logits in zip(batch, answer_logits(model, batch, embedded), strict=True):
             targets = torch.from_numpy(sample.tokens[sample.answer_positions]).to(logits.device)
             loss = loss + torch.nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
-        # Not loss.backward(): that would also fill .grad of every parameter that asks for one.
+        # Not loss.backward(), which would also fill .grad of every parameter that requires one.
         torch.autograd.grad(loss, embedded)
 
 

@@ -106,7 +106,7 @@ def _backward_by_row_blocks(
     window = None
     if wanted.windows is not None:
         window = torch.from_numpy(wanted.windows).to(query.device, torch.int32)[:, None, None, None]
-    # As wide as scores are: (kv_heads, group, 1, 1).
+    # Broadcastable to the scores: (kv_heads, group, 1, 1).
     sinks = None if sink_logits is None else sink_logits.reshape(kv_heads, heads // kv_heads, 1, 1)
     tiles = -(-n // BLOCK_TOKENS)
     result = LayerInfluence(
@@ -153,7 +153,7 @@ def _backward_by_row_blocks(
 
 
 def _weights(scores: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The keys' weights, and what a sink logit leaves them short of 1: (..., rows, 1), None where there is none."""
+    """Softmax weights of the keys, and of the sink logit: (..., rows, 1), None where there is none."""
     return (scores.softmax(dim=-1), None) if sinks is None else softmax_with_sink(scores, sinks)
 
 

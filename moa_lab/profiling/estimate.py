@@ -1,4 +1,4 @@
-"""What a profile will need, measured on a short run before the long one: memory and time."""
+"""Memory and time that a profile will need, extrapolated from a short run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROW_BLOCK_ARRAYS = 8
 SAFETY = 1.15
 GPU_BATCH_TOKENS = 32_768
 GPU_BYTES = 12 * 10**9
-"""What a profile takes of a GPU's free memory at most where recomputing can spare the rest: at 7B and 4k a quarter of it will do."""
+"""Most GPU memory for a profile before activations are recomputed to save more; with 7B weights at 4k a quarter of it is enough."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Estimate:
 
     @property
     def budget_bytes(self) -> int:
-        """Bytes that activations may take before they are recomputed: what is free, on a GPU at most `GPU_BYTES`."""
+        """Bytes that activations may take before they are recomputed: all free ones, on a GPU at most `GPU_BYTES`."""
         return self.free_bytes if self.device == "cpu" else min(self.free_bytes, GPU_BYTES)
 
     @property
@@ -49,7 +49,7 @@ class Estimate:
         return self.needed_bytes > self.budget_bytes
 
     def samples_in_flight(self, length: int) -> int:
-        """Samples of `length` tokens that fit in half the budget at once: one on a CPU, which a batch does not speed up."""
+        """Samples of `length` tokens that fit in half the budget at once; one on a CPU, where batches are no faster."""
         if self.device == "cpu" or self.checkpoint:
             return 1
         fitting = int(self.budget_bytes / 2 // max(self.bytes_per_token * length * SAFETY, 1))
@@ -102,7 +102,7 @@ def estimate_cost(model: PreTrainedModel, samples: Iterable[Sample], *, sink_tok
     mask = 5 * longest**2
     tiles = geometry.layers * geometry.query_heads * (-(-longest // 64)) ** 2 * 4
     fixed = logits + rows + mask + 2 * tiles
-    # Recomputing keeps one hidden state a layer, and one layer's activations at a time.
+    # Recomputing keeps one hidden state per layer, and one layer's activations at a time.
     hidden = width * model.dtype.itemsize * geometry.layers
     checkpointed = hidden * longest + per_token * longest / geometry.layers
     return Estimate(

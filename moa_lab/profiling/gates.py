@@ -1,7 +1,7 @@
-"""Gates between all a head may see and its sink and window, trained for minutes (DuoAttention: Xiao et al., 2024, arXiv 2410.10819).
+"""Trained gates between a head's full attention and its sink and window (DuoAttention: Xiao et al., 2024, arXiv 2410.10819).
 
-An influence is a slope where all heads are whole. A gate is trained while the others close too, so that heads which can stand in for
-one another need not all stay open.
+Influence is a gradient of the dense model. Gates are trained while the others close too, so that of heads which can replace one
+another not all stay open.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def train_gates(
     """How far each head stays open: float64 (layers, kv_heads) in [0, 1].
 
     A head's output is `gate * (all it may see) + (1 - gate) * (sink and window)`; the loss is the divergence of the answers from the
-    dense model's, in nats a token, plus `penalty` times the mean gate. All gates start at 1. The weights of `model` stay as they are.
+    dense model's, in nats per token, plus `penalty` times the mean gate. All gates start at 1. The weights of `model` stay as they are.
     span_tokens: what a closed head keeps. Raises ValueError for fewer than one step, or no samples.
     """
     if steps < 1 or not len(samples):

@@ -4,8 +4,8 @@ With A the softmax weights of a head and L the loss,
     E[i, j] = A[i, j] / (1 - A[i, j]) * (sum_n dL/dA[i, n] A[i, n] - dL/dA[i, j]),
 the first-order change of L when the logit (i, j) goes to minus infinity.
 
-A sink logit (gpt-oss) is one more key n of value 0, which masking never takes away: dL/dA is 0 there, so the sum over n stays one over
-the keys, and all that it changes is that A sums to less than 1. A row's only key can then be masked as well.
+A sink logit (gpt-oss) is one more key n of value 0 that is never masked: dL/dA is 0 there, so the sum over n stays one over the keys,
+and A sums to less than 1. A row's only key can then be masked as well.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ def span_effect(
 
     With the keys beyond a window lost, a row renormalises: o = sum_kept A v / sum_kept A, so to first order in the output the
     loss changes by dL/do . (o - o_dense). Rows add up with their signs: unlike in a sum of |E| over the masked values, a row's
-    many small values cancel here as they do in the output, which leaves the heads that carry something.
+    many small values cancel here as they do in the output, so that heads which carry something far stand out.
     weights A and gradient dL/dA = dL/do . v: (..., rows, keys), the dense causal ones of the rows from `first_row` on, a multiple of
     64; dL/do may be that of a model under a plan. pairs: `weights * gradient` where it is known. rest: (..., rows, 1), the weight of
     a sink logit, which no window loses.
     """
     pairs = weights * gradient if pairs is None else pairs
-    # Kept sums are added up, never taken as 1 - lost: a head with nearly all its weight on one far key is the one to measure best.
+    # Sum what is kept, instead of 1 - lost, which is inexact for the most important heads: nearly all weight on one far key.
     rows = weights.shape[-2]
     kept_weight, kept_pairs = (_kept(pad_to_tiles(x), first_row, sink_tokens, steps)[..., :rows, :] for x in (weights, pairs))
     kept_weight = kept_weight if rest is None else kept_weight + rest
@@ -138,7 +138,7 @@ def naive_influence(
     scale: float,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """E of all entries at once, (batch, query_heads, N, N): the twin that tests hold the block-wise path against."""
+    """E of all entries at once, (batch, query_heads, N, N): the reference that tests compare the block-wise path with."""
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     scores = (query @ key.transpose(-1, -2) * scale).masked_fill(~shown, float("-inf"))

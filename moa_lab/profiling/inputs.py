@@ -1,4 +1,4 @@
-"""What a search with the model starts from: samples and a loss table that are both of that model."""
+"""Check that samples and loss table belong to the model that a search runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_inputs(
 ) -> None:  # fmt: skip
     """Refuse samples and a table of another model. Raises ValueError that names both.
 
-    any_model: other weights and another tokenizer will do; another geometry or token ids beyond the vocabulary never do.
+    any_model: accept other weights and another tokenizer, but never another geometry or token ids beyond the vocabulary.
     """
     geometry = geometry_of(model)
     if table.geometry != geometry:

@@ -47,11 +47,11 @@ def profile(
 ) -> InfluenceProfile:
     """Influence of every (layer, query head) on the answers of `samples`, per (task, length).
 
-    plan: the model runs under it; what a span is worth is then measured where the plan's losses have moved the gradients.
+    plan: the model runs under it, so that gradients are those of the plan's loss; None: dense.
     Each finished sample is written to `parts_dir`; the same call after a kill reads those and computes only the rest.
-    batch_size: samples in flight; None: as many as fit (one on a CPU). Lengths are taken as they are, each sequence whole.
-    tokenizer: held against the one that the samples name. any_model: take samples of other weights or another tokenizer, whose answers
-    are not the model's own, as they are.
+    batch_size: samples in flight; None: as many as fit (one on a CPU). Sequences are neither padded nor cut.
+    tokenizer: compared with the one that the samples name. any_model: accept samples of other weights or another tokenizer, whose
+    answers are not the model's own.
     Raises ValueError for samples of another model, a plan of another geometry, a model that cannot be routed, a length beyond the
     model's maximum, and (before it happens) a length that does not fit in memory.
     """

@@ -19,8 +19,8 @@ def profile_part(
 ) -> InfluenceProfile:
     """The profile of `samples` of every (task, length) in `tasks` and `lengths` (None: all); a mapping gives a slice for each.
 
-    `blocks`, which are averages over all samples, are only there for a (task, length) that keeps all of its samples: a part with fewer
-    can make loss tables, but not be saved. Raises ValueError where nothing is left of a (task, length), or of the profile.
+    `blocks`, which are averages over all samples, exist only for a (task, length) that keeps all of its samples: a part with fewer can
+    make loss tables, but not be saved. Raises ValueError where nothing is left of a (task, length), or of the profile.
     """
     keys = [(task, n) for task, n in profile.keys if (tasks is None or task in tasks) and (lengths is None or n in lengths)]
     if not keys:
