@@ -1,4 +1,4 @@
-"""What a step of learning looks at."""
+"""Random batches of samples for the steps of learning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from moa_lab.search.goals import QUESTIONS
 
 BATCH_TOKENS = {"cpu": 1024, "cuda": 32_768}
 QUESTIONS_SHARE = 0.5
-"""Of the samples of a step, where there are other tasks: a question has few answer tokens."""
+"""Share of questions in a step, where there are other tasks: a question has few answer tokens."""
 
 
 def batch_tokens(model: PreTrainedModel) -> int:
@@ -21,8 +21,8 @@ def batch_tokens(model: PreTrainedModel) -> int:
 class Batches:
     """Batches of one length and all tasks, as many samples as `tokens` hold and at least one of each; drawn at random.
 
-    A length is drawn in proportion to its tokens: what a span costs grows with them, and a short length, where many spans see all there
-    is, would ask for spans that are short at the others. Raises ValueError for a task that lacks a length.
+    A length is drawn in proportion to its tokens, as the cost of a span grows with them: a short length, where many spans see everything,
+    would favour spans that are too short at the others. Raises ValueError for a task that lacks a length.
     """
 
     def __init__(self, samples: SampleSet, tokens: int, seed: int) -> None:

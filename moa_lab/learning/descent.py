@@ -1,10 +1,11 @@
-"""Spans learned by descent, where the budget is: plans are drawn, and every rule is judged by what it would have changed in them.
+"""Spans learned by gradient descent under the budget: plans are drawn, and rules are judged by what they would have changed in them.
 
-A profile asks what a head is worth while all others are whole, and adds that up. Heads are redundant, so sums mislead where few heads are
-left. Here every head has a distribution over rules. A step draws plans, and takes the slope of what they lose in all chances at once:
-for each rule, the first-order change if the head had followed it in that plan. The mean of that over plans is the slope of the expected
-loss (the multilinear extension of a set function: Calinescu et al., 2011), and the chances go down it by exponentiated gradients (Kivinen
-and Warmuth, 1997). The budget begins at nearly the whole cache and shrinks, so that heads give up their tokens one after another.
+A profile measures each head while all others are whole, and adds that up. Heads are redundant, so such sums mislead where few heads
+are left. Here every head has a distribution over rules ("chances"). A step draws plans and computes the gradient ("slope") of their loss
+in all chances at once: for each rule, the first-order change if the head had followed it in that plan. Its mean over plans is the
+gradient of the expected loss (the multilinear extension of a set function: Calinescu et al., 2011), which the chances descend by
+exponentiated gradients (Kivinen and Warmuth, 1997). The budget begins at nearly the whole cache and shrinks, so that heads give up
+their tokens one after another.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ STEPS = 400
 RATE = 0.2
 FIRST_DENSITY = 0.95
 SHRINKING = 0.3
-"""Share of the steps in which the budget shrinks: what is left is learned from plans of the density itself."""
+"""Share of the steps in which the budget shrinks; in the others, plans are drawn at the final density."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -56,12 +57,12 @@ def learn_spans(
     """The plan that the descent ends at, as a front of one point called `name`, origin `learned`.
 
     The loss is the divergence of the answers of `samples` from the dense model's, in nats per answer token, the sum of the tasks'
-    means, each times its weight (1 unless `weights` says another); a step takes samples of one length. table: the rules to choose from,
-    and what predicts the point's losses; nothing of what it predicts is used. `density`, its lengths and max_rules_per_layer, which only
-    the last plan keeps, are as in `search`. rate: nats that the evidence for a rule of usual slope gains in a step.
+    means, each times its weight (`weights`, 1 where not given); a step takes samples of one length. table: the rules to choose from; its
+    predicted losses are reported for the point, but not used in learning. `density`, its lengths and max_rules_per_layer, which only
+    the final plan keeps to, are as in `search`. rate: nats by which a step changes the evidence for a rule with a slope of average size.
     tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a table of another model, fewer than
-    one step, no samples, a task that lacks a length, weights that are below 0 or of tasks there are none of, or samples that do not fit
-    in memory, and InfeasibleError as `search` does.
+    one step, no samples, a task that lacks a length, negative weights or weights of unknown tasks, or samples that do not fit in
+    memory, and InfeasibleError as `search` does.
     """
     if steps < 1 or not len(samples):
         raise ValueError(f"learning needs at least one step and one sample, got {steps} and {len(samples)}")

@@ -1,4 +1,4 @@
-"""A distribution over rules for every head, which keeps density limits on average and moves down a slope."""
+"""A distribution over rules for every head, which keeps density limits on average and descends the slope of a loss."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BISECTIONS = 48
 
 
 class Mixtures:
-    """Chances of the rules of every head: `softmax(evidence - price . usage)`, where the prices are those that the limits ask for.
+    """Chances of the rules of every head: `softmax(evidence - price . usage)`, with prices such that the limits hold on average.
 
     evidence: float64 (heads, rules), in nats, 0 to begin with; it takes steps against the slope of a loss in the chances (exponentiated
     gradients). heads are flattened: layer * kv_heads + kv_head. targets: density by length, as `densities` gives it. Raises
@@ -42,14 +42,14 @@ class Mixtures:
         self._slope, self._size, self._steps = np.zeros_like(self.evidence), 0.0, 0
 
     def chances(self, limit: np.ndarray) -> np.ndarray:
-        """Chances (heads, rules) whose mean usage is `limit` at a length and nowhere above; (limits,), shares of the dense cache."""
+        """Chances (heads, rules) whose mean usage equals one of `limit`, (limits,) shares of the dense cache, and exceeds none."""
         if (self._mean_usage(self._at(np.zeros(len(limit)))) >= limit).any():
             found = minimize(
                 self._dual, self._prices, args=(limit,), jac=True, bounds=[(0, None)] * len(limit), method="L-BFGS-B",
             )  # fmt: skip
             self._prices = found.x
             return self._at(found.x)
-        # More is allowed than the evidence alone would take: one price below 0 for all lengths.
+        # The limit allows more than the evidence alone would use: one negative price for all lengths.
         low, high = -DEAREST, 0.0
         for _ in range(BISECTIONS):
             middle = (low + high) / 2
@@ -60,9 +60,9 @@ class Mixtures:
     def step(self, chances: np.ndarray, slope: np.ndarray) -> None:
         """Move the evidence against `slope` (heads, rules), of the loss in `chances`.
 
-        All heads share one scale, the slope's own: where nothing is at stake, nothing is learned.
+        All heads share one scale, the slope's root mean square, so that heads which matter little change little.
         """
-        # Only differences within a head count.
+        # Only differences between a head's rules matter.
         slope = slope - (chances * slope).sum(axis=1, keepdims=True)
         self._steps += 1
         self._slope = MOMENTUM * self._slope + (1 - MOMENTUM) * slope
@@ -73,7 +73,7 @@ class Mixtures:
             self.evidence -= np.clip(self._rate * direction / scale, -LARGEST_STEP, LARGEST_STEP)
 
     def choice(self, max_rules_per_layer: int | None = None) -> np.ndarray:
-        """The rules (layers, kv_heads) of most evidence that keep the density. Raises InfeasibleError as `solve_milp` does."""
+        """The rules (layers, kv_heads) with the most evidence that keep the density. Raises InfeasibleError as `solve_milp` does."""
         table = self._table
         missing = self.evidence.max(axis=1, keepdims=True) - self.evidence
         objective = Objective("learned", table.lengths[-1], "sum", (0, 1))
@@ -95,7 +95,7 @@ class Mixtures:
         return np.asarray((self._usage * chances).sum(axis=(1, 2)) / self._heads)
 
     def _dual(self, prices: np.ndarray, limit: np.ndarray) -> tuple[float, np.ndarray]:
-        """What the prices minimise, and its slope: the limits less the mean usage."""
+        """The dual function, which the prices minimise, and its gradient: the limits less the mean usage."""
         values = self._priced(prices)
         top = values.max(axis=1)
         total = np.log(np.exp(values - top[:, None]).sum(axis=1)) + top

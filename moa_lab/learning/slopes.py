@@ -1,4 +1,4 @@
-"""What every rule of every head would have changed, under plans that are drawn: the model's side of learning."""
+"""Slopes: what every rule of every head would have changed in drawn plans, to first order; the model's side of learning."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import LossTable
 
 FREE_SHARE = 0.5
-"""Of the free memory, for what autograd saves: logits and the kernels' sums come on top."""
+"""Share of the free memory for what autograd saves; logits and the kernels' sums come on top."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -30,19 +30,19 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class DrawnSlope:
-    """divergence: of the answers from the dense model's, by task, in nats a token. slope: float64 (heads, rules), of the tasks' weighted
-    sum."""
+    """divergence: of the answers from the dense model's, by task, in nats per token. slope: float64 (heads, rules), of the tasks'
+    weighted sum."""
 
     divergence: dict[str, float]
     slope: np.ndarray
 
 
 class SlopeSampler:
-    """Runs samples of one length under plans drawn from chances, a plan for each sample.
+    """Runs samples of one length under plans drawn from chances, one plan per sample.
 
-    A rule's window is taken in whole blocks of 64 tokens, rounded up or down by chance so that its mean is right. tokens_in_flight: of
-    a batch at once, at least one sample; the others follow. checkpoint: recompute a layer's activations in backward. weights: of the
-    tasks in the slope, 1 each unless given.
+    A rule's window is rounded to whole blocks of 64 tokens, up or down at random so that its mean is right. tokens_in_flight: tokens
+    run at once, at least one sample. checkpoint: recompute a layer's activations in the backward pass. weights: of the tasks in the
+    slope, 1 where not given.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class SlopeSampler:
     def fitting(
         cls, model: PreTrainedModel, table: LossTable, samples: SampleSet, seed: int, weights: Mapping[str, float] | None = None
     ) -> SlopeSampler:
-        """One that keeps as much of a batch of `samples` in flight as fits in memory; on a CPU, which that does not speed up, a sample.
+        """A sampler that runs as much of a batch of `samples` at once as fits in memory; on a CPU, where batches are no faster, one.
 
         Raises ValueError where not even one sample fits with its activations recomputed.
         """
@@ -148,10 +148,10 @@ def mean_slopes(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """What every rule of every head loses under plans drawn from `chances` (heads, rules), to first order, as a mean of `steps` batches.
+    """Mean slope of every rule of every head over `steps` batches, under plans drawn from `chances` (heads, rules).
 
-    float64 (heads, rules), in nats per answer token, summed over tasks; only differences within a head count. Raises ValueError for
-    samples or a table of another model, a task that lacks a length, and for samples that do not fit in memory.
+    float64 (heads, rules), in nats per answer token, summed over tasks; only differences between a head's rules matter. Raises
+    ValueError for samples or a table of another model, a task that lacks a length, and for samples that do not fit in memory.
     """
     check_inputs(model, samples, table)
     batches, sampler = Batches(samples, batch_tokens(model), seed), SlopeSampler.fitting(model, table, samples, seed)
