@@ -1,4 +1,4 @@
-"""The budget: what a density buys, head by head, answered while a slider moves; heads pinned, the rest solved again."""
+"""The budget: the best spans for a density, fast enough for a slider; pinned heads keep theirs, the rest is solved again."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from moa_lab.records import LossTable
 from moa_lab.search import BudgetSolver, Goal, default_goals, mean_goal, solve_milp
 
 STEP = 0.005
-"""Of the slider."""
+"""Step of the density slider."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a density buys at `n_tokens`.
+    """The plan found for a density, with its predicted losses and bytes at `n_tokens`.
 
-    losses: predicted loss per goal (0 dense, 1 with every head at the shortest rule), and their mean, "mean". losses_at: the same mean of
-    each profiled length that the goals look at, alone. kv_bytes: of one sequence,
-    predicted from the spans; allocated_bytes: of the tensors that the ring cache makes for it; dense_bytes: of the dense cache; all at two
-    bytes a number. gap: (value - bound) / value of the mean, proven. solver: "slider" or "exact". rules_ignored: the cap on rules per
-    layer does not hold yet.
+    losses: predicted loss per goal (0 dense, 1 with every head at the shortest rule), and their mean, "mean". losses_at: that mean by
+    profiled length. kv_bytes: of one sequence, predicted from the spans; allocated_bytes: of the tensors that the ring cache makes for
+    it; dense_bytes: of the dense cache; all at two bytes a number. gap: proven bound on (value - optimum) / value of the mean. solver:
+    "slider" or "exact (status)". rules_ignored: the plan exceeds the cap on rules per layer.
     """
 
     plan: Plan
@@ -46,7 +45,7 @@ class Budget:
     """Density, pinned heads and a cap on rules per layer, over one loss table.
 
     density: of the KV cache, kept at every limit length (the profiled ones and twice the longest). pinned: {(layer, kv_head): rule
-    index}. goals: default, one per task; their mean is minimised. Raises ValueError (InfeasibleError) for what cannot be.
+    index}. goals: default, one per task; their mean is minimised. Raises ValueError (InfeasibleError) for an infeasible density.
     """
 
     def __init__(self, table: LossTable, density: float = 0.5, n_tokens: int | None = None, goals: tuple[Goal, ...] | None = None) -> None:
@@ -69,7 +68,7 @@ class Budget:
         return self._solver.lengths
 
     def answer(self, density: float | None = None) -> Answer:
-        """What `density` (None: the one it is at) buys, in tens of milliseconds; it is kept when it can be had."""
+        """Solve for `density` (None: the current one), in tens of milliseconds; it becomes the current one if it is feasible."""
         asked = self.density if density is None else check_density(density)
         found = self._solver.solve(asked, self.pinned)
         self.density = asked
@@ -77,7 +76,7 @@ class Budget:
         return self._told(found.choice, found.gap, found.seconds, "slider", not few)
 
     def exact(self, time_limit_s: float = 30.0, cancel: threading.Event | None = None) -> Answer:
-        """The best there is, or the best known when the time is over, with its proven gap; the cap on rules holds."""
+        """The optimal plan, or the best one found in time, with its proven gap; the cap on rules holds."""
         found = solve_milp(
             self.table, self.density, goal=self.goal, max_rules_per_layer=self.max_rules, pinned=self.pinned,
             time_limit_s=time_limit_s, cancel=cancel,
@@ -87,8 +86,8 @@ class Budget:
     def pin(self, layer: int, kv_head: int, tokens: int | None = None) -> int:
         """Give a head the shortest rule that keeps at least `tokens` at `n_tokens`, or everything (None); returns the span it gets.
 
-        Raises ValueError for a head that there is not, for a span outside 1..n_tokens, and where the rest no longer fits: then the head
-        is as it was.
+        Raises ValueError for an unknown head, for a span outside 1..n_tokens, and where the budget becomes infeasible: then the head stays
+        as it was.
         """
         geometry = self.table.geometry
         if not (0 <= layer < geometry.layers and 0 <= kv_head < geometry.kv_heads):
@@ -119,11 +118,11 @@ class Budget:
         self.pinned.clear()
 
     def density_of_bytes(self, kv_bytes: float) -> float:
-        """The density at which one sequence of `n_tokens` takes so many bytes, at least the least there is, at most 1."""
+        """The density at which one sequence of `n_tokens` takes `kv_bytes`, at least the least feasible one, at most 1."""
         return self._possible(kv_bytes / self.dense_bytes)
 
     def density_of_span(self, tokens: float) -> float:
-        """The density at which heads keep so many of `n_tokens` on average, at least the least there is, at most 1."""
+        """The density at which heads keep `tokens` of `n_tokens` on average, at least the least feasible one, at most 1."""
         geometry = self.table.geometry
         return self._possible(tokens * geometry.layers * geometry.kv_heads / self.table.dense_tokens(self.n_tokens))
 
@@ -141,7 +140,7 @@ class Budget:
         losses = {goal.name: goal.value(predicted) for goal in (*self.goals, replace(self.goal, name="mean"))}
         search = {"density": self.density, "solver": solver, "gap": gap, "pinned": [[*head, rule] for head, rule in self.pinned.items()]}
         plan = self.table.plan(choice, "budget", lengths=self.lengths, search=search)
-        # The cache's own tensors without storage: a slider must not fill the memory at every step.
+        # On the meta device, without storage: a slider must not allocate memory at every step.
         allocated = allocated_kv_bytes(plan, self.n_tokens, device="meta")
         return Answer(
             plan=plan, choice=choice, density=plan.density(self.n_tokens), losses=losses,

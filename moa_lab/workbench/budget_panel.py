@@ -17,7 +17,7 @@ MIB = 2**20
 
 
 class BudgetPanel:
-    """Needs a loss table in the state; what it answers becomes the state's plan."""
+    """Needs a loss table in the state; the plan it finds becomes the state's plan."""
 
     def __init__(self, state: State, density: float = 0.5) -> None:
         if state.table is None:
@@ -77,7 +77,7 @@ class BudgetPanel:
         self.solve(density)
 
     def solve(self, density: float) -> None:
-        """Answer a density; the slider and the boxes follow."""
+        """Solve for a density, and update the slider and the boxes."""
         if not self._moving:
             self.show(self.budget.answer(density))
 

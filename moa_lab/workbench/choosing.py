@@ -1,4 +1,4 @@
-"""Choosing a plan from a front: searched or loaded, two of its plans side by side, some of them kept by brushes."""
+"""Choosing a plan from a front: searched or loaded, two plans compared, plans filtered by brushes (ranges of goals)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moa_lab.workbench.state import State
 EPSILON, PYMOO = "epsilon (exact)", "pymoo"
 SOLVERS = (EPSILON, PYMOO)
 REFERENCE = 1.1
-"""Of the hypervolume, in every goal: a little more than everything at the shortest rule loses."""
+"""Reference point of the hypervolume, in every goal: a little above the loss with every head at the shortest rule."""
 
 Ranges = tuple[tuple[float, float], ...]
 
@@ -37,8 +37,8 @@ class Generation:
 class Choosing:
     """The state's front. picked: at most two plans, the one chosen last at the end. brushes: ranges per goal, smallest first.
 
-    A new front in the state ends both. volumes, seconds: hypervolume after every generation of the searches made here, by what was
-    searched, and when, since its start; levels: hypervolume of the fronts of the exact search.
+    A new front in the state clears both. volumes, seconds: hypervolume after every generation and seconds since the start, by search;
+    levels: hypervolume of the fronts of the exact search.
     """
 
     def __init__(self, state: State) -> None:
@@ -57,12 +57,12 @@ class Choosing:
 
     @property
     def goals(self) -> tuple[str, ...]:
-        """What the plans can be placed by."""
+        """Names of the goals that plans can be plotted by."""
         return axes(self.state.front) if self.state.front is not None and self.points else ()
 
     @property
     def first_goals(self) -> tuple[str, str]:
-        """The two goals that a front is seen by first: of whole tasks where it has them, and not twice the same where it has two."""
+        """The two goals of the first plot: those of whole tasks where there are any, and two different ones where there are two."""
         whole = [name for name in self.goals if "@" not in name and name != "density"]
         names = [*whole, *(name for name in self.goals if name not in whole)]
         return names[0], names[min(1, len(names) - 1)]
@@ -70,7 +70,7 @@ class Choosing:
     def references(self) -> tuple[FrontPoint, ...]:
         """The dense plan, and the largest uniform one (one rule for all heads) that is no denser than the front's densest plan.
 
-        Only where the loss table says what they lose; a name that a plan of the front has is left to that plan.
+        Empty without a loss table that predicts their loss; one whose name a plan of the front has is left out.
         """
         table = self.state.table
         if table is None or not self.points or not self.points[0].plan.geometry.fits(table.geometry):
@@ -87,10 +87,10 @@ class Choosing:
         return tuple(self._reference(table, choice, name, lengths) for name, choice in found.items() if name not in taken)
 
     def search(self, solver: str, density: float, effort: int, handle: Handle, told: Callable[[Generation], None] | None = None) -> Front:
-        """A front at `density`: `effort` intervals of the exact search, or generations of pymoo's. `keep` shows it.
+        """A front at `density`: `effort` intervals of the exact search, or generations of pymoo's. `keep` makes it the state's.
 
         told: called by pymoo's search after every generation. A search that is stopped returns what it has. Raises ValueError for an
-        unknown solver, without a loss table, and for a density that cannot be had.
+        unknown solver, without a loss table, and for an infeasible density.
         """
         if solver not in SOLVERS:
             raise ValueError(f"search with one of {', '.join(SOLVERS)}, got {solver!r}")
@@ -145,7 +145,7 @@ class Choosing:
         return None if len(front.objectives) < 2 else _volume(front_values(front))
 
     def pick(self, name: str) -> FrontPoint:
-        """Choose the plan of that name, of the front or of `references`; the one chosen before is what it is compared with.
+        """Choose the plan of that name, of the front or of `references`; it is compared with the one chosen before.
 
         Raises ValueError where there is none.
         """
@@ -157,7 +157,7 @@ class Choosing:
         return point
 
     def compared(self, names: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
-        """What is picked, side by side: (what, one value a plan), with the goals named; nothing where nothing is picked."""
+        """Rows that compare the picked plans: (label, one value per plan), with the goals in `names`; empty where none is picked."""
         if not self.picked:
             return []
         n = self.state.n_tokens
@@ -175,7 +175,7 @@ class Choosing:
     def brush(self, ranges: Mapping[str, Ranges]) -> bool:
         """Keep the plans that lie, in every goal named, in one of its ranges, both ends included; {} keeps all.
 
-        Returns False where that is what was asked for before. Raises ValueError for a goal that the front has not.
+        Returns False if nothing changed. Raises ValueError for a goal that the front does not have.
         """
         unknown = sorted(set(ranges) - set(self.goals))
         if unknown:
@@ -186,7 +186,7 @@ class Choosing:
         return changed
 
     def kept(self) -> tuple[FrontPoint, ...]:
-        """The plans that the brushes leave; one that has not a brushed goal is not among them."""
+        """The plans that the brushes leave; plans without a value for a brushed goal are left out."""
         return tuple(point for point in self.points if all(_lies(goal(point, name), ranges) for name, ranges in self.brushes.items()))
 
     def listed(self) -> tuple[list[str], list[list[str]]]:

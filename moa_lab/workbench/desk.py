@@ -24,8 +24,8 @@ from moa_lab.workbench.widgets import STYLE, Errors, button, row
 class Workbench:
     """Panels over `state`. In a notebook the last line of a cell shows it. panels: by the title of their tab.
 
-    model: what `load_model` takes, loaded when something is measured first; None for what the records say. Another run can be opened
-    in its place: then `state` and `panels` are others.
+    model: what `load_model` takes, loaded at the first measurement; None: the one that the records name. Opening another run replaces
+    `state` and `panels`.
     """
 
     def __init__(self, state: State, model: str | None = None, run: str | Path | None = None, **sizes: Any) -> None:
@@ -56,13 +56,13 @@ class Workbench:
     def open(cls, run: str | Path | None = None, model: str | None = None, **sizes: Any) -> Workbench:
         """The workbench over the records of a run's folder (`moa-lab run`): profile, loss table, front, measurements, whichever are there.
 
-        run: None for the folder that `moa-lab lab --run` was given, or else the recorded demo. Raises ValueError where none is.
+        run: None for the folder that `moa-lab lab --run` was given, or else the recorded demo. Raises ValueError where there is no run.
         """
         folder = Path(run) if run is not None else default_run()
         return cls(open_run(folder), model, named(folder), **sizes)
 
     def reopen(self, run: str | Path, model: str | None = None) -> None:
-        """Look at another run in place of this one. Raises ValueError where there is none: then nothing changes."""
+        """Show another run instead. Raises ValueError, and changes nothing, where there is none."""
         if not str(run).strip():
             raise ValueError("name the folder of a run")
         state = open_run(run)
@@ -74,7 +74,7 @@ class Workbench:
         self._look_at(state, model)
 
     def show(self, title: str) -> w.Widget:
-        """Turn to a panel, and return the whole. Raises ValueError for a title that there is not."""
+        """Select a panel, and return the whole workbench. Raises ValueError for an unknown title."""
         if title not in self.panels:
             raise ValueError(f"there is no panel {title!r}; there are {', '.join(self.panels)}")
         self.tabs.selected_index = list(self.tabs.titles).index(title)
@@ -90,7 +90,7 @@ class Workbench:
         ]  # fmt: skip
         needed = {"Heads": state.profile, "Budget": state.table}
         titles = [title for title, _ in makes if needed.get(title, state) is not None]
-        # Before the panels: those behind draw when they are in front.
+        # Set before the panels are made: hidden panels draw only when they are selected.
         state.set(tab=titles[0])
         # The budget first: it chooses the plan that the others show.
         order = sorted(makes, key=lambda made: made[0] != "Budget")
@@ -109,7 +109,7 @@ class Workbench:
         self.state.set(tab=titles[index if index is not None and index < len(titles) else 0])
 
     def _ipython_display_(self) -> None:
-        # Found by IPython; only in a notebook is there one.
+        # Called by IPython, which is there in notebooks only.
         from IPython.display import display
 
         display(self.box)

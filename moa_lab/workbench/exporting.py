@@ -20,14 +20,14 @@ FORMATS = {
     "HTML report": ".html",
 }  # fmt: skip
 PLAN = "plan"
-"""In a measured row's detail: the identity of the plan, for names are given more than once."""
+"""Key in a measured row's detail: the identity of its plan, since names are not unique."""
 SAME_DENSITY = 0.02
-"""Farther apart, a uniform plan is no baseline."""
+"""Largest difference in density for a uniform plan to be a baseline."""
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Records that a report is made of, beside its plan. n_tokens: the length at which spans are told."""
+    """Records for a report, beside its plan. n_tokens: the length at which spans are given."""
 
     n_tokens: int
     profile: InfluenceProfile | None = None
@@ -40,10 +40,10 @@ def export(
 ) -> list[Path]:
     """Write `plan` to `folder` in each of `formats` (of `FORMATS`), named `name`; returns the paths, in the order of `FORMATS`.
 
-    A Python snippet brings the config card that it loads. sources: what a report is made of, or the length in tokens alone. Every file
-    that holds the whole plan is read back and compared; a report, that it arrived whole, holds the plan's identity and asks nothing of
-    the network. Raises FileExistsError, before anything is written, where a file is there and not to be replaced; ValueError for an
-    unknown format, a name that is no file name, and a plan that a format or a record does not fit.
+    A Python snippet comes with the config card that it loads. sources: records for a report, or the length in tokens alone. Every file
+    that holds the whole plan is read back and compared; a report must be complete, hold the plan's identity and load nothing from the
+    network. Raises FileExistsError, before anything is written, where a file exists and `replace` is False; ValueError for an unknown
+    format, a name that is no file name, and a plan that a format or a record does not fit.
     """
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
@@ -96,9 +96,9 @@ def spans_csv(plan: Plan, n_tokens: int) -> str:
 
 
 def known_of(plan: Plan, measurements: Measurements | None) -> Measurements:
-    """What was measured of `plan` (by its identity), under its name, and of the dense plan and a uniform one of its density.
+    """Measurements of `plan` (found by its identity), under its name, and of the dense plan and a uniform one of its density.
 
-    Of a score that was measured twice, the last stays.
+    Of a score that was measured twice, the last one counts.
     """
     if measurements is None:
         return Measurements(())

@@ -1,4 +1,4 @@
-"""A folder of the user's for the notebooks of an installed package, with the records that they read; nothing is written over."""
+"""Copy the notebooks of an installed package, and the records they read, to a folder of the user's; nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECORDS = ("runs", "studies", "benchmarks", "parity", "pictures")
 
 @dataclass(frozen=True)
 class LaidOut:
-    """What was done in `folder`: files that were copied, and the user's own that are not those of this version and stay."""
+    """What `lay_out` did: files copied to `folder`, and the user's own, which differ from this version's and stay."""
 
     folder: Path
     copied: tuple[Path, ...]
@@ -70,6 +70,6 @@ def _shipped() -> Iterator[tuple[Path, Path]]:
         raise ValueError(f"the notebooks are not in {notebooks_folder()}: install moa-lab again, or take a checkout of the project")
     for root, place in roots.items():
         for source in sorted(root.rglob("*")):
-            # What JupyterLab leaves beside notebooks, for instance .ipynb_checkpoints, is not ours.
+            # Skip what JupyterLab leaves beside notebooks, for instance .ipynb_checkpoints.
             if source.is_file() and not any(part.startswith(".") for part in source.relative_to(root).parts):
                 yield source, place / source.relative_to(root)

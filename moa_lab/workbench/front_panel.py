@@ -1,4 +1,4 @@
-"""Front: plans to choose among, searched here or loaded; two of them side by side, some of them kept by brushes."""
+"""Front: search or load plans, compare two of them, filter them by brushes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import HALF, WIDE, Canvas, Errors, Work, button, choice, facts, grid, number, ring, row, whole
 
 DRAW_S = 0.25
-"""A search that is faster than this is not drawn at every generation."""
+"""Least seconds between two drawings of a running search."""
 
 
 class FrontPanel:
@@ -97,7 +97,7 @@ class FrontPanel:
         picked = self.choosing.picked
         known = self.choosing.references()
         fig = front_scatter(front, self.x.value, self.y.value, picked[-1].plan if picked else None, known)
-        # Two names of the legend in a line.
+        # The legend has two names per line.
         lines = -(-sum(trace.showlegend is not False for trace in fig.data) // 2)
         fig.update_layout(margin_t=TITLE_HEIGHT + 20 * lines, height=360 + 20 * lines)
         self.scatter.draw(_dimmed(fig, {point.plan.name for point in (*self.choosing.kept(), *known)}), self.state.dark)
@@ -194,7 +194,7 @@ class FrontPanel:
 
 
 def _dimmed(fig: go.Figure, kept: set[str]) -> go.Figure:
-    """All plans but those named `kept` nearly transparent."""
+    """The figure with all plans but those named `kept` nearly transparent."""
     for trace in fig.data:
         if trace.customdata is not None:
             trace.selectedpoints = [index for index, name in enumerate(trace.customdata) if name in kept]

@@ -1,4 +1,4 @@
-"""Heads: which matter far back, one of them up close, and whether another profile, task or length says the same of them."""
+"""Heads: their long-range influence, details of one of them, and the rank correlation with another profile, task or length."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rank_stability(
 ) -> float:
     """Spearman's correlation of the heads' long-range influence in two profiles (or two lengths or tasks of one).
 
-    NaN where either says the same of all heads. Raises ValueError for profiles of other models.
+    NaN where all heads are equal in either. Raises ValueError for profiles of other models.
     """
     if not first.geometry.fits(second.geometry):
         raise ValueError("the two profiles are of models of different geometry: their heads cannot be compared")
@@ -33,10 +33,10 @@ def rank_stability(
 
 
 class Heads:
-    """The state's profile, and others of the same model to hold against it. query_head: of the group that shares the state's KV head.
+    """The state's profile, and others of the same model to compare it with. query_head: the selected one, of the state's KV head.
 
-    beyond: tokens back from which influence counts as long-range. pool: how the query heads of a KV head are made one row, None for a
-    row each. against: what is compared with. Raises ValueError without a profile.
+    beyond: distance in tokens from which influence counts as long-range. pool: how the query heads of a KV head become one row; None:
+    one row each. against: the source compared with. Raises ValueError without a profile.
     """
 
     def __init__(self, state: State, others: dict[str, InfluenceProfile] | None = None) -> None:
@@ -53,24 +53,24 @@ class Heads:
 
     @property
     def key(self) -> ProfileKey:
-        """The task and the length that are looked at."""
+        """The selected task and length."""
         return self.state.task, self.state.length
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """All that can be compared with."""
+        """All sources to compare with."""
         return tuple((name, key) for name, profile in self.profiles.items() for key in profile.keys)
 
     def choose_key(self, task: str, length: int) -> None:
-        """Look at another task or length. Raises ValueError where it was not profiled."""
+        """Select another task or length. Raises ValueError where it was not profiled."""
         if (task, length) not in self.profile.keys:
             raise ValueError(f"{task!r} at {length} tokens was not profiled; there is {', '.join(map(str, self.profile.keys))}")
         self.state.set(task=task, length=length)
 
     def choose(self, layer: int, query_head: int) -> bool:
-        """Look at a query head; its KV head becomes the state's. Returns False where that is already so: then nobody else is told.
+        """Select a query head, and its KV head in the state. Returns False, and no watcher is called, where that one was selected already.
 
-        Raises ValueError for a head that there is not.
+        Raises ValueError for an unknown head.
         """
         geometry = self.profile.geometry
         if not (0 <= layer < geometry.layers and 0 <= query_head < geometry.query_heads):
@@ -83,27 +83,27 @@ class Heads:
         return before != (self.state.layer, self.state.kv_head)
 
     def choose_row(self, layer: int, row: int) -> bool:
-        """`choose` by a row of the map: a query head, or where heads are pooled the one of a KV head that looks furthest."""
+        """`choose` by a row of the map: a query head or, for pooled heads, the one of the KV head with the most long-range influence."""
         return self.choose(layer, row if self.pool is None else self._furthest(layer, row))
 
     def follow(self) -> int:
-        """The query head that is looked at; when a KV head was chosen elsewhere, the one of its group that looks furthest."""
+        """The selected query head; if another KV head was selected since, the one of its group with the most long-range influence."""
         if self.query_head // self._group != self.state.kv_head:
             self.query_head = self._furthest(self.state.layer, self.state.kv_head)
         return self.query_head
 
     def row(self) -> int:
-        """The row of the map that is looked at."""
+        """The selected row of the map."""
         return self.follow() if self.pool is None else self.state.kv_head
 
     def influence(self, source: Source | None = None) -> np.ndarray:
         """Long-range influence in nats of every row of the map (layers, query_heads, or kv_heads where they are pooled), in `source`
-        (None: in what is looked at)."""
+        (None: the selected one)."""
         name, key = source or (OWN, self.key)
         return long_range_influence(self.profiles[name], *key, self.beyond, self.pool)
 
     def facts(self) -> list[tuple[str, str]]:
-        """The head that is looked at: which it is, its influence and rank here and in what it is compared with, its rule."""
+        """Facts about the selected head: its influence and rank here and in the source compared with, and its rule."""
         layer, kv_head, head = self.state.layer, self.state.kv_head, self.follow()
         rows = [
             ("head", f"layer {layer}, query head {head} (KV head {kv_head})"),
@@ -120,13 +120,13 @@ class Heads:
         return rows
 
     def compare(self, source: Source) -> None:
-        """Compare with another profile, task or length from now on. Raises ValueError where there is none such."""
+        """Compare with another profile, task or length. Raises ValueError for an unknown one."""
         if source not in self.sources:
             raise ValueError(f"there is no {described(source)} to compare with")
         self.against = source
 
     def stability(self) -> float:
-        """`rank_stability` of what is looked at and what it is compared with."""
+        """`rank_stability` of the selected source and the one compared with."""
         name, key = self.against
         return rank_stability(self.profile, self.key, self.profiles[name], key, self.beyond, self.pool)
 
@@ -139,8 +139,8 @@ class Heads:
         self.profiles[name] = profile
 
     def load(self, path: str | Path) -> str:
-        """Read a profile to compare with, from its file or a run's folder, and compare with what it says of the same task and length
-        where it has them; returns its name.
+        """Read a profile from its file or a run's folder, and compare with it, at the same task and length where it has them; returns
+        its name.
 
         Raises ValueError for what is no profile of this model, FileNotFoundError where there is no such file.
         """
@@ -171,7 +171,7 @@ class Heads:
         return int((far > far[layer, self.row()]).sum()) + 1
 
     def _confidence(self, layer: int) -> str:
-        """Between which ranks the head moves over the samples, one by one, and over all that can be compared with."""
+        """The range of the head's ranks over single samples, and over all sources."""
         samples = self.profile.distances[self.key]
         alone = [replace(self.profile, distances={self.key: samples[index : index + 1]}) for index in range(len(samples))]
         ranks = [self._rank(long_range_influence(one, *self.key, self.beyond, self.pool), layer) for one in alone]

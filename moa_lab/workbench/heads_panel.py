@@ -1,4 +1,4 @@
-"""Heads: which matter far back, one of them up close, and what another profile, task or length says of them."""
+"""Heads: a map of their long-range influence, details of one of them, and a comparison with another profile, task or length."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from moa_lab.workbench.widgets import WIDE, Canvas, Errors, button, choice, fact
 
 INFLUENCE, DIFFERENCE = "influence", "difference"
 EACH = "each"
-"""A list whose value is None would have nothing chosen."""
+"""Stands for None, with which a drop-down list has nothing selected."""
 POOLS = [("every query head", EACH), ("KV heads: largest", "max"), ("KV heads: mean", "mean"), ("KV heads: sum", "sum")]
 
 
@@ -67,7 +67,7 @@ class HeadsPanel:
         changed()
 
     def draw(self) -> None:
-        """Draw what changed: the map only where it is another."""
+        """Draw the panel; the map only if it changed."""
         heads, state = self.heads, self.state
         self.what.value = heads.key
         head = heads.follow()
@@ -78,7 +78,7 @@ class HeadsPanel:
         task, length = heads.key
         where = f"Layer {state.layer}, head {head}"
         blocks = head_blocks(heads.profile, task, length, state.layer, head, state.plan)
-        # The whole title, which names task and length as the one beside it does, is wider than the figure.
+        # A shorter title: the full one, with task and length, is wider than the figure.
         self.blocks.draw(blocks.update_layout(title_text=f"{where}; outlined: seen" if state.plan else where), state.dark)
         curve = influence_by_distance(heads.profile, task, length, state.layer, head, state.plan)
         self.curve.draw(curve.update_layout(title_text="Influence by distance"), state.dark)
@@ -89,7 +89,7 @@ class HeadsPanel:
         self.heads.load(path)
         against = self.heads.against
         self.against.options = self._sources()
-        # Setting the options chose the first of them.
+        # Setting the options selected the first one.
         self.against.value = against
         self.draw()
 
@@ -126,5 +126,5 @@ class HeadsPanel:
     def _clicked(self, place: Any) -> None:
         row, layer = (int(index) for index in place)
         if not self.heads.choose_row(layer, row):
-            # Another query head of the same KV head: nothing changed for the others.
+            # Another query head of the same KV head: the state is unchanged, so no watcher draws.
             self.draw()

@@ -20,22 +20,22 @@ class Cancelled(Exception):
 
 @dataclass
 class Handle:
-    """What work is given: a way to tell how far it is, which is where it stops when asked to."""
+    """Given to the work of a job, to report its progress and to stop when asked to."""
 
     cancel: threading.Event
     _tell: Callable[[int, int], None]
 
     def progress(self, done: int, total: int) -> None:
-        """Tell that `done` of `total` steps are done. Raises Cancelled where the job is to stop."""
+        """Report that `done` of `total` steps are done. Raises Cancelled where the job is to stop."""
         self.check()
         self.tell(done, total)
 
     def tell(self, done: int, total: int) -> None:
-        """As `progress`, for work that looks at `cancel` itself and ends early with what it has."""
+        """As `progress`, for work that checks `cancel` itself and ends early with what it has."""
         self._tell(done, total)
 
     def check(self) -> None:
-        """Raises Cancelled where the job is to stop."""
+        """Raise Cancelled where the job is to stop."""
         if self.cancel.is_set():
             raise Cancelled
 
@@ -43,8 +43,8 @@ class Handle:
 class Job(Generic[T]):
     """Work in a thread. status: waiting, running, done, cancelled, failed. on_change is called, in that thread, when anything changes.
 
-    done, total: steps. result: what the work returned. error: why it failed, in words. elapsed_s, left_s: seconds since the start and,
-    as far as can be told, to the end.
+    done, total: steps. result: what the work returned. error: why it failed, in words. elapsed_s, left_s: seconds since the start, and
+    estimated seconds to the end.
     """
 
     def __init__(self, work: Callable[[Handle], T], on_change: Callable[[Job[T]], None] | None = None) -> None:
@@ -70,12 +70,12 @@ class Job(Generic[T]):
         self._cancel.set()
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait for the end; False where it did not come in time."""
+        """Wait for the end; False on timeout."""
         return self._ended.wait(timeout_s)
 
     @property
     def is_running(self) -> bool:
-        """From the start to the end."""
+        """True from the start to the end."""
         return self.status == "running"
 
     @property
@@ -85,18 +85,18 @@ class Job(Generic[T]):
 
     @property
     def left_s(self) -> float | None:
-        """Seconds to the end, if it goes on as so far; None where nothing is known."""
+        """Estimated seconds to the end, at the speed so far; None where nothing is known."""
         return self.elapsed_s * (self.total - self.done) / self.done if self.is_running and self.done else None
 
     def _run(self) -> None:
         status: Status = "failed"
         try:
             self.result = self._work(Handle(self._cancel, self._progress))
-            # Work that looks at the event itself may end early without an exception.
+            # Work that checks the event itself may end early without an exception.
             status = "done"
         except Cancelled:
             status = "cancelled"
-        # Whatever goes wrong must be seen: an exception in a thread is seen by nobody.
+        # An exception in a thread would go unnoticed.
         except Exception as error:
             self.error = one_line(error)
         self._stopped = time.monotonic()

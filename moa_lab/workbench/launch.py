@@ -1,4 +1,4 @@
-"""JupyterLab on the notebooks, for this machine alone, with settings that let them work as they are meant to."""
+"""Start JupyterLab on the notebooks, reachable from this machine only, with the settings that they need."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moa_lab.workbench.folder import FIRST
 
 RUN_VARIABLE = "MOA_LAB_RUN"
 
-# Windowed notebooks take figures out of the page and lose them; news would be the first thing a reader sees.
+# Windowed notebooks remove figures from the page and lose them; news would cover what a reader sees first.
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "defer"},
     "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
@@ -22,15 +22,15 @@ SETTINGS = {
 
 
 def check_installed() -> None:
-    """Raise ValueError where JupyterLab is not there."""
+    """Raise ValueError where JupyterLab is not installed."""
     if importlib.util.find_spec("jupyterlab") is None:
         raise ValueError('JupyterLab is not installed: pip install "moa-lab[lab]"')
 
 
 def command(port: int | None = None, browser: bool = True, notebooks: Path | None = None) -> list[str]:
-    """The command line of JupyterLab, listening on the loopback alone, its token kept.
+    """The command line of JupyterLab, listening on the loopback interface only, with its token.
 
-    Raises ValueError where JupyterLab or the notebooks are not there.
+    Raises ValueError where JupyterLab or the notebooks are missing.
     """
     check_installed()
     folder = notebooks or notebooks_folder()
@@ -38,13 +38,13 @@ def command(port: int | None = None, browser: bool = True, notebooks: Path | Non
         raise ValueError(f"the notebooks are not in {folder}: install moa-lab again, or take a checkout of the project")
     line = [sys.executable, "-m", "jupyterlab", "--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={folder.parent}"]
     line.append(f"--LabApp.default_url=/lab/tree/{folder.name}/{FIRST}")
-    # In a container, people are root; JupyterLab would refuse and say how to allow it to those who call it themselves.
+    # In a container the user is often root, which JupyterLab refuses without this option.
     root = ["--allow-root"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
     return [*line, *([] if port is None else [f"--ServerApp.port={port}"]), *([] if browser else ["--no-browser"]), *root]
 
 
 def environment(run: Path | None = None, settings: Path | None = None) -> dict[str, str]:
-    """Environment variables for JupyterLab: its settings, which a user may change and keep, and the run to open.
+    """Environment variables for JupyterLab: its settings, which keep a user's changes, and the run to open.
 
     Raises ValueError for a run that is no folder.
     """
@@ -61,6 +61,6 @@ def environment(run: Path | None = None, settings: Path | None = None) -> dict[s
 
 
 def launch(run: Path | None = None, port: int | None = None, browser: bool = True, notebooks: Path | None = None) -> None:
-    """Become JupyterLab; does not return. Raises ValueError as `command` and `environment`."""
+    """Replace this process by JupyterLab; does not return. Raises ValueError as `command` and `environment`."""
     line = command(port, browser, notebooks)
     os.execve(line[0], line, environment(run))

@@ -1,4 +1,4 @@
-"""Apply and measure: plans on the model itself, side by side, with a table that keeps everything."""
+"""Apply and measure: plans on the model itself, side by side, with a table of all measurements."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from moa_lab.workbench.widgets import Errors, Work, button, number, row, whole
 
 PROMPT = "Say in one sentence what this is about."
 TEXT_TOKENS = 512
-"""Before the prompt: a plan that is asked less than its shortest span leaves nothing out."""
+"""Tokens of text before the prompt: with fewer than its shortest span, a plan would drop nothing."""
 
 
 class MeasurePanel:
@@ -87,7 +87,7 @@ class MeasurePanel:
         self.show()
 
     def offer(self) -> None:
-        """What can be measured: dense, uniform, the state's plans."""
+        """List the plans that can be measured: dense, uniform, the state's plans."""
         before = {plan.name for plan in self.plans.value}
         offered = self.known.offered(self.uniform.value, (self.length.value,))
         self.plans.options = [(f"{plan.name} ({plan.density(self.length.value):.0%} at {self.length.value:,})", plan) for plan in offered]
@@ -95,7 +95,7 @@ class MeasurePanel:
         self.plans.value = tuple(chosen or offered[:1])
 
     def show(self) -> None:
-        """Show what was measured here and before, and add it to what the state knows was measured."""
+        """Show the measurements made here and before, and add them to the state's."""
         measured = self._measuring.history if self._measuring is not None else []
         if measured:
             self.state.set(measurements=self._with(measured))
@@ -111,11 +111,11 @@ class MeasurePanel:
         self.history.value = f'<div class="moa-history">{told.to_html(index=False, border=0)}<p>{unequal}</p></div>'
 
     def _with(self, measured: Sequence[Entry]) -> Measurements:
-        """What was known before and what was measured here: a log, in which a row may stand twice."""
+        """The measurements known before and those made here: a log, in which a row may occur twice."""
         return replace(self._before, rows=(*self._before.rows, *(entry.row for entry in measured)))
 
     def another_model(self) -> None:
-        """Load the model again, which may be another, when something is measured next; what was measured stays.
+        """Load the model named now at the next measurement; earlier measurements stay.
 
         Raises ValueError while something runs.
         """
@@ -144,7 +144,7 @@ class MeasurePanel:
             try:
                 return self._model().measure(plans, kinds, length, n, seed, handle)
             finally:
-                # Also what was measured before a stop.
+                # Also what was measured before a cancellation.
                 self.show()
 
         return work
@@ -172,7 +172,7 @@ class MeasurePanel:
         self.checked.value += f"<pre>{html.escape(parity_table(found))}</pre>"
 
     def _check_idle(self) -> None:
-        """A model is under one plan at a time."""
+        """Raise ValueError while a job runs: a model can be under one plan only."""
         busy = next((work.start.description for work in self.works if work.is_running), "")
         if busy:
             raise ValueError(f"the model is busy ({busy}): cancel that first, or wait for its end")

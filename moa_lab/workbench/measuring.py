@@ -1,4 +1,4 @@
-"""Apply and measure: plans beside each other on one model, generation on a prompt, and a table that forgets nothing."""
+"""Apply and measure: plans beside each other on one model, generation on a prompt, and a history of all measurements."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from moa_lab.workbench.state import State
 KINDS = ("retrieval", "perplexity", "throughput", "memory")
 THROUGHPUT = "decode_tokens_per_s"
 NEW_TOKENS = 32
-"""That a measurement of the throughput decodes for every text, at most half of its length."""
+"""Tokens decoded per text to measure throughput, at most half of its length."""
 COLUMNS = ("plan", "density", "metric", "task", "length", "value", "low", "high", "n", "when", "device", "model")
 
 
@@ -44,7 +44,7 @@ class Entry:
 
 
 def recorded(measurements: Measurements) -> list[Entry]:
-    """The rows of a record, with what its provenance says of when and where."""
+    """The rows of a record, with time, device and model from its provenance."""
     origin = measurements.provenance
     return [Entry(row, origin.created, origin.device or "", origin.model or "") for row in measurements]
 
@@ -56,9 +56,9 @@ def history_table(entries: Sequence[Entry]) -> pd.DataFrame:
 
 
 class Plans:
-    """What can be measured: the state's plan and the one it is compared with, those of its run or loaded, dense, uniform.
+    """Plans that can be measured: the state's plan and the one it is compared with, those of its run or loaded, dense, uniform.
 
-    Each name once: a plan that has the name of another gets the start of its identity added.
+    Names are unique: a plan with the name of another gets the start of its identity added.
     """
 
     def __init__(self, state: State) -> None:
@@ -66,13 +66,13 @@ class Plans:
 
     @property
     def geometry(self) -> ModelGeometry | None:
-        """Of the model that the state is about; None where nothing says."""
+        """Geometry of the state's model; None where no record tells it."""
         state = self.state
         records = (state.table, state.profile, state.plan, *state.plans, *(point.plan for point in state.front or ()))
         return next((record.geometry for record in records if record is not None), None)
 
     def offered(self, uniform: float, lengths: Sequence[int] = ()) -> list[Plan]:
-        """All of them, the uniform one at density `uniform` and `lengths`; nothing where no model is known."""
+        """All of them, the uniform one at density `uniform` and `lengths`; empty where no model is known."""
         geometry, state = self.geometry, self.state
         if geometry is None:
             return []
@@ -103,7 +103,7 @@ class Plans:
 class Measuring:
     """Measures plans on one model. history: every row measured here, oldest first; nothing is ever replaced.
 
-    A row's `detail["plan"]` is the plan's identity: plans of a slider all have one name.
+    A row's `detail["plan"]` is the plan's identity, since all plans of a slider have the same name.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -132,10 +132,10 @@ class Measuring:
     def generate(
         self, prompt: str, plans: Sequence[Plan], max_new_tokens: int, handle: Handle, text_tokens: int = 0
     ) -> dict[str, Generation]:
-        """What the model says to `prompt` under each plan, by name; its tokens a second and bytes enter the history.
+        """The model's answer to `prompt` under each plan, by name; its tokens per second and bytes enter the history.
 
-        text_tokens: of an embedded document before the prompt; where prompt and answer are no longer than a plan's shortest span, it
-        leaves nothing out. Raises ValueError for what `moa_lab.generate` refuses; Cancelled between plans.
+        text_tokens: of an embedded document before the prompt; where prompt and answer are no longer than a plan's shortest span, the
+        plan drops nothing. Raises ValueError for what `moa_lab.generate` refuses; Cancelled between plans.
         """
         said: dict[str, Generation] = {}
         asked = f"{self._texts(text_tokens, 1, 0)[0]}\n\n{prompt}" if text_tokens else prompt
@@ -171,7 +171,7 @@ class Measuring:
         if kind == "throughput":
             new = max(min(NEW_TOKENS, length // 2), 1)
             texts = self._texts(max(length - new, 1), n, seed)
-            # No end of sequence: every side decodes as many tokens.
+            # No stop tokens: all plans decode the same number of tokens.
             return [_rate(plan, generate(self.model, self.tokenizer, texts, plan=plan, max_new_tokens=new, stop_tokens=()), "texts")]
         measured = retrieval if kind == "retrieval" else perplexity
         return list(measured(self.model, self.tokenizer, plan, lengths=[length], n=n, seed=seed, progress=told))
@@ -188,7 +188,7 @@ class Measuring:
 
 
 def _rate(plan: Plan, found: Generation, task: str) -> Measurement:
-    """Tokens a second of all rows together, at the length of the longest with its answer; timed once, so without an interval."""
+    """Tokens per second of all rows together, at the length of the longest with its answer; timed once, so without an interval."""
     length = max(prompt + len(answer) for prompt, answer in zip(found.prompt_tokens, found.tokens, strict=True))
     rate, rows = found.decode_tokens_per_s, len(found.texts)
     detail = {"kv_bytes_predicted": found.kv_bytes_predicted, "kv_bytes_allocated": found.kv_bytes_allocated, "prefill_s": found.prefill_s}

@@ -1,4 +1,4 @@
-"""Notebooks: figures that are seen with and without JavaScript, and running them from first to last cell."""
+"""Notebooks: show figures with and without JavaScript, and run notebooks from first to last cell."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WIDTH = 860
 
 def show(fig: go.Figure) -> None:
     """Show a figure in a notebook: interactive in JupyterLab, a still picture where there is no JavaScript."""
-    # Found by IPython; only in a notebook is there one.
+    # Imported here: IPython is there in notebooks only.
     from IPython.display import display
 
     display(mime_bundle(fig), raw=True)
@@ -44,8 +44,8 @@ def mime_bundle(fig: go.Figure) -> dict[str, Any]:
 def picture_of(figure: str) -> bytes:
     """The PNG of a figure that is given as JSON."""
     picture: bytes = pio.from_json(figure).to_image("png", width=WIDTH)
-    # The first has a browser of its own, which says what is wrong with it; one that stays open is fifteen times as fast, but would
-    # wait for ever where there is none.
+    # The first picture starts a browser of its own, which reports errors. One that stays open is fifteen times as fast, but would wait
+    # forever where there is no browser.
     _stay_open()
     return picture
 
@@ -60,12 +60,12 @@ def _stay_open() -> None:
 
 @cache
 def _painter() -> ProcessPoolExecutor:
-    """A process for pictures: when their browser ends, files are closed by numbers that a kernel's sockets may have by then."""
+    """A process for pictures: when the browser ends, it closes file descriptors that the notebook kernel's sockets may have reused."""
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"), initializer=_without_words)
 
 
 def _without_words() -> None:
-    # What the browser's driver says as it ends would stand in the notebook; what is wrong comes back with the picture.
+    # The browser driver's messages at its end would show in the notebook; errors are raised with the picture.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
@@ -76,11 +76,11 @@ def execute(path: Path) -> nbformat.NotebookNode:
     """
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=TIMEOUT_S, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
-    # Progress bars are for who waits, not for who reads.
+    # No progress bars in stored notebooks.
     client.execute(env={**os.environ, "TQDM_DISABLE": "1"})
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
-        # When a cell ran is no result: it would change with every run.
+        # Times of execution would change with every run.
         cell.metadata.pop("execution", None)
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
@@ -88,7 +88,7 @@ def execute(path: Path) -> nbformat.NotebookNode:
 
 
 def _is_progress(output: nbformat.NotebookNode) -> bool:
-    """A progress bar that some library showed as a widget."""
+    """Whether an output is a progress bar that some library showed as a widget."""
     data = output.get("data", {})
     return WIDGET in data and re.search(r"\d+%\|", data.get("text/plain", "")) is not None
 

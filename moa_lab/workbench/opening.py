@@ -1,4 +1,4 @@
-"""Opening a run: its folder's records as one state, the runs that there are, and the model that a run is of."""
+"""Opening a run: its folder's records as one state, the runs that are found, and the model of a run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from moa_lab.workbench.state import State
 DEMO = data_folder("runs") / "demo"
 MODEL = "smollm2"
 RECORDS = ("profile.safetensors", "table.safetensors", "front.json")
-"""One of these makes a folder a run that can be shown."""
+"""A folder with one of these is a run that can be shown."""
 
 
 def default_run() -> Path:
@@ -27,9 +27,9 @@ def default_run() -> Path:
 
 
 def known_runs(folders: Iterable[Path] | None = None) -> list[Path]:
-    """Folders of runs within `folders` and the default one, without doubles.
+    """Folders of runs within `folders`, and the default one, each once.
 
-    None: the folders called runs in the working folder, which is a notebook's own, and in the two above it; and the recorded runs.
+    None: the folders named runs in the working folder (a notebook's own) and in the two above it, and the recorded runs.
     """
     if folders is None:
         here = Path.cwd()
@@ -39,7 +39,7 @@ def known_runs(folders: Iterable[Path] | None = None) -> list[Path]:
 
 
 def named(path: Path) -> str:
-    """A path as people would write it here: from the working folder, where that is shorter."""
+    """A path as text: relative to the working folder where that is shorter."""
     absolute = str(path.resolve())
     try:
         return min(os.path.relpath(absolute), absolute, key=len)
@@ -48,7 +48,7 @@ def named(path: Path) -> str:
 
 
 def open_run(folder: str | Path) -> State:
-    """What a run's folder holds (`moa-lab run`): profile, loss table, front, measurements and chosen plan, whichever are there.
+    """The records of a run's folder (`moa-lab run`): profile, loss table, front, measurements and chosen plan, whichever are there.
 
     Raises ValueError where there is no profile, loss table or front.
     """
@@ -56,7 +56,7 @@ def open_run(folder: str | Path) -> State:
     if not _is_run(given):
         raise ValueError(f"{folder} holds no profile, loss table or front: run `moa-lab run --out {folder}` first")
     profile, table, front = (given / name for name in RECORDS)
-    # The profile of one density's folder lies in the run's own, above it.
+    # The folder of a density has no profile of its own: it is in the run's folder above.
     if not profile.exists() and (given.parent / "settings.json").is_file():
         profile = given.parent / profile.name
     influence = InfluenceProfile.load(profile) if profile.exists() else None
@@ -72,7 +72,7 @@ def open_run(folder: str | Path) -> State:
 
 
 def model_of(state: State) -> str:
-    """The name of the model that the state's records are of, as far as they say; else the embedded one."""
+    """The model that the state's records name, or else the embedded one."""
     records = (state.profile, state.table, state.front, state.plan)
     return next((record.provenance.model for record in records if record is not None and record.provenance.model), MODEL)
 
@@ -82,7 +82,7 @@ def _is_run(folder: Path) -> bool:
 
 
 def _measured(folder: Path, chosen: Plan | None) -> Measurements | None:
-    """What a run measured, the rows of its chosen plan with that plan's identity; None where nothing was."""
+    """A run's measurements, the rows of its chosen plan with that plan's identity; None where there are none."""
     stored = folder / "measurements.json"
     if chosen is None or not stored.exists():
         return None

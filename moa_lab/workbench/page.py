@@ -1,4 +1,4 @@
-"""What the page must know: plotly, once for all figures; and what it tells: whether JupyterLab is dark."""
+"""The browser's side: plotly, loaded once for all figures, and whether JupyterLab's theme is dark."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ const shared = globalThis.moaLabPlotly ??= (() => {
 
 
 class PageTheme(anywidget.AnyWidget):
-    """Follows JupyterLab's theme; where a page is not JupyterLab's, `dark` stays as it is. Shows nothing."""
+    """Follows JupyterLab's theme; outside JupyterLab `dark` stays as it is. Invisible."""
 
     dark = traitlets.Bool(False).tag(sync=True)
     _esm = """
@@ -45,7 +45,7 @@ class PageTheme(anywidget.AnyWidget):
 
 
 class Bundle(anywidget.AnyWidget):
-    """Brings plotly's five megabytes to a page once; a figure widget of plotly's own brings them with every figure."""
+    """Sends plotly's five megabytes to a page once; plotly's own figure widget sends them with every figure."""
 
     source = traitlets.Unicode().tag(sync=True)
     _esm = (
@@ -62,10 +62,10 @@ class Bundle(anywidget.AnyWidget):
 
 
 class Figure(go.FigureWidget):
-    """A figure widget that reaches the page with what it shows and can be shown there at once.
+    """A figure widget that is ready on the page at once, with its content.
 
-    anywidget gives a figure two seconds, after which nothing that is sent to it arrives. So it is ready at once: what is sent while
-    plotly is not there yet is kept, and done then.
+    anywidget drops messages to a widget that is not ready within two seconds. This one is ready before plotly is loaded: messages until
+    then are kept, and handled when it is.
     """
 
     _esm = (
@@ -107,7 +107,7 @@ class Figure(go.FigureWidget):
         self.open()
 
     def open(self) -> None:
-        """Tell the page, once there is something to show."""
+        """Open the connection to the page, once the figure has content."""
         if self._filled:
             super().open()
 

@@ -1,4 +1,4 @@
-"""What all panels look at, in one place: whoever changes it, everyone who watches hears of it once."""
+"""The state that all panels share; a change of several fields calls every watcher once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ Watcher = Callable[[], None]
 
 @dataclass
 class State:
-    """Records, and what is looked at: a plan, another to compare it with, a KV head, a task, lengths in tokens.
+    """Records, and what is selected: a plan, another to compare it with, a KV head, a task, lengths in tokens.
 
-    n_tokens: the length that spans and bytes are shown at; length: a profiled one. measurements: the run's and what was measured here;
-    a row's `detail["plan"]` is the plan's identity. plan: what the budget or the front chose last. plans: others by name, of the run or
-    loaded. dark:
-    the colours of figures. tab: the panel in front, "" for all. Raises ValueError where a field is set that there is not, or a head
-    that the model has not.
+    n_tokens: the length that spans and bytes are shown at; length: a profiled one. measurements: the run's and those made here; a row's
+    `detail["plan"]` is the plan's identity. plan: what the budget or the front chose last. plans: others, of the run or loaded. dark:
+    the colours of figures. tab: the selected panel, "" for all.
     """
 
     profile: InfluenceProfile | None = None
@@ -49,7 +47,10 @@ class State:
         self.n_tokens = self.n_tokens or self.length or max(lengths, default=0)
 
     def set(self, **changes: Any) -> None:
-        """Change fields together; watchers of any that changed are called once, in the order in which they came."""
+        """Change fields together; watchers of any that changed are called once, in the order in which they were added.
+
+        Raises ValueError for an unknown field, and for a head that the model does not have.
+        """
         known = {each.name for each in fields(self) if not each.name.startswith("_")}
         unknown = sorted(set(changes) - known)
         if unknown:
@@ -63,15 +64,15 @@ class State:
                 watcher()
 
     def watch(self, names: Iterable[str], watcher: Watcher) -> Callable[[], None]:
-        """Call `watcher` whenever one of `names` changes; returns what ends that."""
+        """Call `watcher` whenever one of `names` changes; returns a function that ends that."""
         entry = (frozenset(names), watcher)
         self._watchers.append(entry)
         return lambda: self._watchers.remove(entry)
 
     def watch_in(self, tab: str, names: Iterable[str], watcher: Watcher) -> Watcher:
-        """As `watch`, for a panel: while another is in front, nothing is called; when it comes to the front again, once.
+        """As `watch`, for a panel: changes while another panel is selected call `watcher` once, when this one is selected again.
 
-        Returns what does as if one of `names` had changed.
+        Returns a function that acts as if one of `names` had changed.
         """
         missed: list[bool] = []
 

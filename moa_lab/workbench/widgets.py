@@ -1,4 +1,4 @@
-"""What all panels are made of: errors that are seen, figures that are redrawn in place, a bar for long work."""
+"""Parts of all panels: error messages, figures that are redrawn in place, progress of long work."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STYLE = """<style>
 
 
 class Errors:
-    """A place where errors are shown in words. `guard` makes a callback that puts its error there, and clears what was there."""
+    """A box for error messages. `guard` makes a callback that clears the box and shows its own error there."""
 
     def __init__(self, name: str) -> None:
         self.box = w.HTML()
@@ -49,15 +49,15 @@ class Errors:
         self.box.value = f'<div class="moa-error" role="alert">{html.escape(message)}</div>' if message else ""
 
     def guard(self, callback: Callable[P, object]) -> Callable[P, None]:
-        """`callback`, whose errors are shown: one that is raised in a widget's callback would be seen by nobody."""
+        """`callback` with its errors shown; an error raised in a widget's callback would go unnoticed."""
 
         @wraps(callback)
         def guarded(*args: P.args, **settings: P.kwargs) -> None:
-            # Before the call, not after it: what a watcher or a job that it started says meanwhile must stay.
+            # Cleared before the call, not after it: messages of watchers and jobs that it starts must stay.
             self.show("")
             try:
                 callback(*args, **settings)
-            # Whatever goes wrong.
+            # Any error.
             except Exception as error:
                 self.show(one_line(error))
 
@@ -65,7 +65,7 @@ class Errors:
 
 
 class Canvas:
-    """A figure `width` pixels wide that is redrawn in place: in a tab that is hidden, plotly cannot measure its room.
+    """A figure `width` pixels wide that is redrawn in place; the width is fixed, since plotly cannot measure it in a hidden tab.
 
     Nothing reaches the page before the first `draw`.
 
@@ -96,7 +96,7 @@ class Canvas:
         layout = {**fig.layout.to_plotly_json(), "width": self._width, "template": _template(dark)}
         for trace in traces:
             if trace["type"] == "heatmap":
-                # A grid is sent as JSON, which knows no NaN.
+                # A grid is sent as JSON, which has no NaN.
                 trace.update({name: _with_none(trace[name]) for name in ("z", "customdata") if name in trace})
         drawn = (dark, to_json_plotly({name: value for name, value in layout.items() if name != "template"}))
         if self._widget is None:
@@ -113,13 +113,13 @@ class Canvas:
                 self.widget.data = []
                 self.widget.add_traces(traces)
                 self._listen()
-        # A layout is as much work for the page as the traces.
+        # An unchanged layout is not sent: it is as much work for the page as the traces.
         if drawn != self._drawn:
             self._lay_out(layout)
             self._drawn = drawn
 
     def _lay_out(self, layout: dict[str, Any]) -> None:
-        # A new layout is merged into the page's: what it has no more (shapes, notes) would stay.
+        # The page merges a new layout into the old one: entries it no longer has (shapes, notes) must be removed.
         gone = set(self.widget.layout.to_plotly_json()) - set(layout)
         if gone:
             self.widget.plotly_relayout(dict.fromkeys(gone))
@@ -194,7 +194,7 @@ class Work:
 
     @property
     def is_running(self) -> bool:
-        """From the press of the button to the end."""
+        """True from the press of the button to the end of the job."""
         return self.job is not None and self.job.is_running
 
     def stop(self) -> None:
@@ -224,12 +224,12 @@ class Work:
 
 
 def row(*children: w.Widget) -> w.HBox:
-    """Side by side, wrapping where there is no room."""
+    """Widgets side by side, wrapping where there is no room."""
     return w.HBox(list(children), layout=w.Layout(flex_flow="row wrap", align_items="center", grid_gap="6px 10px"))
 
 
 def number(label: str, value: float, low: float, high: float, step: float, name: str, width: str = "190px") -> w.BoundedFloatText:
-    """A number box, which screen readers name and a slider does not."""
+    """A number box, which unlike a slider has a name for screen readers."""
     box = w.BoundedFloatText(
         value=value, min=low, max=high, step=step, description=label, layout=w.Layout(width=width), style={"description_width": "initial"}
     )
