@@ -98,7 +98,7 @@ class RunFolder:
         if not path.exists():
             return None
         # The usual advice to delete it would be wrong: the records beside it were made with these settings.
-        read = read_json(path, SETTINGS_SCHEMA, "choose another folder, or write again what it said")
+        read = read_json(path, SETTINGS_SCHEMA, "choose another folder, or restore this file")
         stored = {name: value for name, value in read.items() if name != "schema"}
         return parse(RunSettings, stored, path)
 

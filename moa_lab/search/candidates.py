@@ -37,7 +37,7 @@ WORST_GAP = 1e-2
 
 @dataclass(frozen=True)
 class GoalSet:
-    """Goals that span one epsilon front; `name` becomes its points' origin."""
+    """Goals that span one epsilon-constraint front; `name` becomes its points' origin."""
 
     name: str
     goals: tuple[Goal, ...]

@@ -65,7 +65,7 @@ def solved_plan(table: LossTable, density: Density, name: str, goals: Sequence[G
 
 
 def equal_uniform(plan: Plan, length: int, name: str) -> Plan:
-    """The uniform plan (StreamingLLM, arXiv 2309.17453) that keeps as many tokens at `length` as `plan` does, to a token a head.
+    """The uniform plan (StreamingLLM, arXiv 2309.17453) that keeps as many tokens at `length` as `plan`, rounded down per head.
 
     A layer with a window of its own keeps the same share of that.
     """

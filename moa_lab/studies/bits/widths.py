@@ -74,7 +74,7 @@ def allocate(losses: np.ndarray, costs: np.ndarray, budgets: np.ndarray, time_li
     items, widths = losses.shape
     cheapest = costs.min(axis=2).sum(axis=1)
     if (cheapest > budgets * (1 + 1e-9)).any():
-        raise InfeasibleError(f"the narrowest widths take {max(cheapest / budgets):.2f} times the bytes that there are")
+        raise InfeasibleError(f"the narrowest widths take {max(cheapest / budgets):.2f} times the byte budget")
     one_each = kron(np.eye(items), np.ones((1, widths)))
     spent = csr_array(costs.reshape(len(costs), -1) / budgets[:, None])
     lower, upper = np.r_[np.ones(items), np.full(len(costs), -np.inf)], np.ones(items + len(costs))
@@ -95,7 +95,7 @@ def random_choices(costs: np.ndarray, budgets: np.ndarray, count: int, seed: int
     index. Raises InfeasibleError where even the cheapest widths cost more.
     """
     if (costs[:, :, 0].sum(axis=1) > budgets * (1 + 1e-9)).any():
-        raise InfeasibleError("the narrowest widths take more bytes than there are")
+        raise InfeasibleError("the narrowest widths exceed the byte budget")
     random = np.random.default_rng(seed)
     _, items, widths = costs.shape
     every = np.arange(items)

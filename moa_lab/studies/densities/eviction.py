@@ -229,7 +229,7 @@ def _reader(layer: int, prefixes: dict[int, Prefix], methods: Sequence[Method]) 
 
     def attend(call: AttentionCall) -> torch.Tensor:
         if call.mask.explicit is not None:
-            raise ValueError(f"layer {layer} hides keys in a way of its own: eviction is not defined for it")
+            raise ValueError(f"layer {layer} has an attention mask of its own: eviction is not defined for it")
         tokens = call.key.shape[2]
         sums = {}
         if call.mask.reach is None:

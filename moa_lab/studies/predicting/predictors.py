@@ -37,7 +37,7 @@ def chances_of(choices: Sequence[np.ndarray], rules: int) -> np.ndarray:
 
 
 def predictors(profile: InfluenceProfile, under_plans: InfluenceProfile | None = None) -> dict[str, Predictor]:
-    """By name. under_plans: a profile of the same samples with the model under other plans."""
+    """Predictors by name. under_plans: a profile of the same samples with the model under other plans."""
     span = loss_table(profile)
     found = {
         "element, sum": _goal_of(loss_table(profile, estimator="element"), paper_goals),

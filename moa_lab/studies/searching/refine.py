@@ -21,7 +21,7 @@ DENSITIES = (0.15, 0.2, 0.25, 0.5)
 LONGEST = 4096
 STAGES = ("ranked", "search", "learned", "refined")
 REFINED_ON = 262_144
-"""Tokens of the lessons that heads are moved by."""
+"""Tokens of the lessons (training samples) that losses are measured on."""
 QUESTION = "How much better does a plan get when its spans are learned under the budget, and then moved by measured losses?"
 
 

@@ -1,7 +1,7 @@
 """The search space, from uniform to elastic (arXiv 2406.14909, sec. 5.4), and other settings: rules per layer, pooling, min_span.
 
-Every plan is solved from one profile, for the mean of the default goals and at the same density, without validation. All are solved
-by mixed-integer programming, so that plans differ by their space and not by how well it was searched.
+Every plan is solved from one profile, for the mean of the default goals and at the same density, without validation. All but
+uniform are solved by mixed-integer programming, so that they differ by their space and not by how well it was searched.
 """
 
 from __future__ import annotations
