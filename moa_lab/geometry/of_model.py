@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from moa_lab.geometry import ModelGeometry
+from moa_lab.geometry.wrappers import plain_model
 
 
 def geometry_of(model: Any) -> ModelGeometry:
     """Read the geometry from the config of a `PreTrainedModel` and check it against its attention modules.
 
+    model: the model, or what wraps one (`plain_model`).
     Raises ValueError that names the missing config attribute, or the module and attribute that contradict the config
     (heads that differ between layers, keys and values of different widths, layers that share their KV cache).
     """
+    model = plain_model(model)
     geometry = ModelGeometry.from_config(model.config)
     expected = {
         "head_dim": geometry.head_dim, "qk_head_dim": geometry.head_dim, "v_head_dim": geometry.head_dim,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function, sdpa_mask, sliding_window_overlay
 
+from moa_lab.interface.tracing import is_traced
 from moa_lab.masks import KeyMask
 
 
@@ -22,7 +23,7 @@ def key_mask(
     device: torch.device | str = "cpu",
     **settings: Any,
 ) -> KeyMask:
-    """Mask function for transformers: says what is hidden instead of writing it out, query by key."""
+    """Says what is hidden instead of writing it out, query by key; arguments as transformers passes them to a mask function."""
     device = torch.device(device)
     came = (q_offset if isinstance(q_offset, int) else int(q_offset)) + q_length
     if kv_offset == 0 and came < kv_length and (attention_mask is None or attention_mask.shape[-1] < kv_length):
@@ -50,6 +51,9 @@ def _own_window(mask_function: Callable[..., Any]) -> tuple[bool, int | None]:
     """Whether a mask function of transformers is causal and nothing else but for a sliding window, and that window in tokens."""
     if mask_function is causal_mask_function:
         return True, None
+    # What `torch.compile` reads has no closures to look into: such a mask is written out.
+    if is_traced():
+        return False, None
     parts = inspect.getclosurevars(mask_function).nonlocals.get("mask_functions", ())
     others = [part for part in parts if part is not causal_mask_function]
     if len(parts) != 2 or len(others) != 1 or others[0].__code__ is not sliding_window_overlay(1).__code__:

@@ -7,6 +7,7 @@ import json
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.provenance import digest
 
 FINGERPRINT_VALUES = 256
@@ -15,6 +16,7 @@ PROBE_TEXT = "The quick brown fox, 1234567 times:\n\tna\u00efve \u4f60\u597d <|e
 
 def model_name(model: PreTrainedModel) -> str:
     """The name the model was loaded by, or its class where it was built from a config."""
+    model = plain_model(model)
     return getattr(model, "name_or_path", "") or type(model).__name__
 
 
@@ -23,7 +25,11 @@ def weights_fingerprint(model: PreTrainedModel, through: torch.dtype | None = No
 
     Values are compared as bfloat16, so a float32 and a bfloat16 load of the same file agree; 0.1 s for 7B parameters. A float16 load
     may differ, since it rounds small weights more coarsely. through: dtype to round the values to first, as a load in it would.
+    An adapter changes it, as it changes the model. Raises ValueError where weights are offloaded, and cannot be read.
     """
+    model = plain_model(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(f"{type(model).__name__}: some weights are offloaded; load it without offloading (a device_map of GPUs, or none)")
     names, samples = [], []
     for name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)

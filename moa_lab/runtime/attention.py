@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Protocol
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from moa_lab.interface import AttentionCall, Handler
+from moa_lab.interface.tracing import WORDS, handed, is_traced
 from moa_lab.kernels.dispatch import span_attention
 from moa_lab.plan import Plan
 
@@ -23,8 +25,20 @@ ELSEWHERE = (
 class SpanCache(Protocol):
     """A cache that keeps what a plan's heads will see."""
 
+    @property
+    def is_decoding(self) -> bool:
+        """True where every pass does the same to it, so that a pass can be one graph."""
+
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
         """Attention of one layer over the cache and the new tokens."""
+
+
+class _Pass(threading.local):
+    """The forward pass that is under way in this thread: the cache it runs over, its length N, and what the cache handed over."""
+
+    past: Cache | None = None
+    n_tokens: int | None = None
+    arrived: tuple[SpanCache, torch.Tensor] | None = None
 
 
 class SpanAttention:
@@ -32,6 +46,7 @@ class SpanAttention:
 
     n_tokens: N for elastic rules (prompt and new tokens together); None: the length of the first prompt in the cache, kept while
     tokens are generated after it, since a cache that dropped a token cannot bring it back.
+    Threads may run passes of their own at the same time.
     """
 
     def __init__(self, plan: Plan, n_tokens: int | None = None) -> None:
@@ -39,18 +54,24 @@ class SpanAttention:
         self.fixed = n_tokens
         self.active = True
         self._windows: dict[int, np.ndarray] = {}
-        self._current = n_tokens
-        self._arrived: tuple[SpanCache, torch.Tensor] | None = None
-        self._past: Cache | None = None
+        self._pass = _Pass()
 
-    def arrive(self, cache: SpanCache, key: torch.Tensor) -> None:
-        """Told by a cache that gives nothing but the new tokens' `key` to the attention that comes next."""
+    def arrive(self, cache: SpanCache, key: torch.Tensor, layer: int) -> None:
+        """Told by a cache that gives nothing but the new tokens' `key` to the attention of `layer`, which comes next."""
         self.check_active()
-        if self._arrived is not None:
+        if not is_traced():
+            self._arrive(cache, key)
+        elif cache.is_decoding:
+            handed.cache, handed.layer = cache, layer
+        else:
+            _arrive_outside(self, cache, key)
+
+    def _arrive(self, cache: SpanCache, key: torch.Tensor) -> None:
+        if self._pass.arrived is not None:
             # The layer before handed its keys over, and its attention was another's: it saw nothing but the new tokens.
-            self._arrived = None
+            self._pass.arrived = None
             raise RuntimeError(ELSEWHERE)
-        self._arrived = (cache, key)
+        self._pass.arrived = (cache, key)
 
     def check_active(self) -> None:
         """Raises RuntimeError where the plan is no longer applied."""
@@ -59,15 +80,15 @@ class SpanAttention:
 
     def begin(self, past: Cache | None) -> None:
         """A new forward pass begins, over the cache `past`: what an earlier one left when it failed is void."""
-        self._arrived = None
+        self._pass.arrived = None
         if self.fixed is None:
-            self._past, self._current = past, getattr(past, LENGTH, None)
+            self._pass.past, self._pass.n_tokens = past, getattr(past, LENGTH, None)
 
     def handler(self, layer: int) -> Handler:
         """The attention of one layer."""
 
         def attend(call: AttentionCall) -> torch.Tensor:
-            arrived, self._arrived = self._arrived, None
+            arrived, self._pass.arrived = self._pass.arrived, None
             if arrived is not None:
                 cache, key = arrived
                 if key is not call.key:
@@ -75,9 +96,9 @@ class SpanAttention:
                 return cache.attend(layer, call)
             if call.key.shape[2] < call.mask.n_keys:
                 raise RuntimeError(ELSEWHERE)
-            if self.fixed is None and (call.is_prefill or self._current is None):
+            if self.fixed is None and (call.is_prefill or self._pass.n_tokens is None):
                 self._settle(call)
-            windows = self.windows(self._current or call.mask.n_keys)[layer]
+            windows = self.windows(self._pass.n_tokens or call.mask.n_keys)[layer]
             return span_attention(
                 call.query, call.key, call.value, call.mask, self.plan.sink_tokens, windows, call.scale, call.softcap, call.sink_logits
             )
@@ -86,11 +107,12 @@ class SpanAttention:
 
     def _settle(self, call: AttentionCall) -> None:
         """Take the tokens that there are for N. A cache tells them: layers hand out fewer keys, or room that is yet to be filled."""
-        there = 0 if self._past is None else int(self._past.get_seq_length())
-        self._current = call.mask.n_keys if call.is_prefill else there or call.mask.n_keys
+        past = self._pass.past
+        there = 0 if past is None else int(past.get_seq_length())
+        self._pass.n_tokens = call.mask.n_keys if call.is_prefill else there or call.mask.n_keys
         # The cache of an earlier pass, if this one went round the model's own door, has nothing to do with it.
-        if self._past is not None and there == self._current:
-            setattr(self._past, LENGTH, self._current)
+        if past is not None and there == self._pass.n_tokens:
+            setattr(past, LENGTH, self._pass.n_tokens)
 
     def windows(self, n_tokens: int) -> np.ndarray:
         """Window tokens at length N, or at `n_tokens` where no N is fixed: int64 (layers, kv_heads)."""
@@ -98,3 +120,6 @@ class SpanAttention:
         if n not in self._windows:
             self._windows[n] = self.plan.windows(n)
         return self._windows[n]
+
+
+_arrive_outside = torch.compiler.disable(SpanAttention._arrive, reason=WORDS)

@@ -22,6 +22,10 @@ class WholeCache(Cache):
             "a ring cache has no keys and values of equal length to iterate over; for a cache that has, pass past_key_values=DynamicCache()"
         )
 
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no end."""
+        return -1
+
     def offload(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused with RuntimeError."""
         raise RuntimeError("a ring cache stays on the model's device; pass past_key_values=DynamicCache(offloading=True) to offload")

@@ -77,13 +77,14 @@ class RingCache(WholeCache):
         finally:
             self._counts = True
 
+    @property
+    def is_decoding(self) -> bool:
+        """True within `decoding`."""
+        return not self._counts
+
     def came(self, columns: int) -> None:
         """Count the columns that came while decoding."""
         self._seen += columns
-
-    def get_max_length(self, layer_idx: int | None = None) -> int:
-        """-1: there is no end."""
-        return -1
 
     @property
     def batch_size(self) -> int:
@@ -94,7 +95,7 @@ class RingCache(WholeCache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hands the new tokens' keys and values on to the attention, which finds the others here."""
-        self._spans.arrive(self, key_states)
+        self._spans.arrive(self, key_states, layer_idx)
         return key_states, value_states
 
     def attend(self, layer: int, call: AttentionCall) -> torch.Tensor:
