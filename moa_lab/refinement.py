@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.evaluate.effects import MeasuredLosses, head_effects
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.plan import PlanOrPath, as_plan
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, FrontPoint, LossTable, Objective, ProfileKey
@@ -63,6 +64,7 @@ def refine(
     tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a
     table of another model, a plan of another geometry or with rules that the table lacks, and InfeasibleError as `search` does.
     """
+    model = plain_model(model)
     plan = as_plan(plan)
     if rounds < 1 or not moves or min(moves) < 1 or (heads is not None and heads < 1):
         raise ValueError(f"rounds, heads and moves must be at least 1, got rounds {rounds}, heads {heads}, moves {tuple(moves)}")

@@ -16,6 +16,7 @@ from moa_lab.calibration.origin import check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Source, Summaries, Task, answered_documents, turns_of
 from moa_lab.calibration.wordings import Wording
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.interface import attention_sites
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.prompting.rendering import check_turns
@@ -89,6 +90,7 @@ def calibrate(
     Raises ValueError for an empty or unusable request, a length beyond the model, a chat template that cannot be used, or documents
     that cannot fill a length.
     """
+    model = plain_model(model)
     lengths = sorted(once(lengths, "lengths"))
     wanted = requests() if wanted is None else tuple(wanted)
     documents = embedded_documents(split) if documents is None else tuple(documents)
@@ -195,6 +197,7 @@ class _Answerer:
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """Token ids that end an answer, sorted; they are not generated, so that an answer has its exact length."""
+    model = plain_model(model)
     ends: list[int] = []
     for value in (tokenizer.eos_token_id, model.generation_config.eos_token_id if model.generation_config else None):
         ends += value if isinstance(value, list) else [] if value is None else [value]

@@ -13,6 +13,7 @@ from moa_lab.calibration.origin import check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, distinct, group_by_shape
 from moa_lab.evaluate.intervals import mean, mean_share
 from moa_lab.evaluate.scoring import GPU_BATCH_TOKENS, Progress
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement
 from moa_lab.runtime import apply_plan
@@ -34,6 +35,7 @@ def agreement_rows(
     Every token is predicted from the sample's own previous tokens (teacher forcing). The dense model runs once for all plans.
     progress: called with (samples done, samples in all).
     """
+    model = plain_model(model)
     rows = []
     done = 0
     samples = distinct(samples)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.evaluate.scoring import mean_losses, score_samples
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import weights_fingerprint
 from moa_lab.plan import Plan
 from moa_lab.records import LossTable, ProfileKey
@@ -28,7 +29,7 @@ class MeasuredLosses:
     """
 
     def __init__(self, model: PreTrainedModel, samples: SampleSet, folder: str | Path | None = None) -> None:
-        self._model, self._samples = model, list(samples)
+        self._model, self._samples = plain_model(model), list(samples)
         self._known: dict[str, dict[ProfileKey, float]] = {}
         self._folder = Path(folder) if folder else None
         self._setting = f"{weights_fingerprint(model)}-{samples.identity}"

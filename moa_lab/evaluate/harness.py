@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.evaluate.harness_tasks import HarnessTasks, installed
 from moa_lab.evaluate.intervals import Interval, Z, mean_share, proportion, unknown
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import chat_ids, geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, PlanOrPath, as_plan, dense_plan
 from moa_lab.prompting.controls import escaped_controls, told
@@ -57,6 +58,7 @@ def harness(
     Raises ValueError where the harness is missing, for no task or an unknown one, for unusable lengths, for a task whose texts cannot be
     loaded, and for what `apply_plan` refuses.
     """
+    model = plain_model(model)
     plan = None if plan is None else as_plan(plan)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

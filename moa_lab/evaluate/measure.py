@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa_lab.calibration.samples import Sample
 from moa_lab.evaluate.scoring import Progress, loss_rows, retrieval_rows, score_samples
 from moa_lab.evaluate.testsets import document_samples, line_samples, needle_samples, own_answer_samples
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, PlanOrPath, as_plan, dense_plan
 from moa_lab.provenance import provenance
@@ -35,6 +36,7 @@ def retrieval(
 
     Raises ValueError for an unknown kind, for a length beyond the model, and for a plan of another geometry.
     """
+    model = plain_model(model)
     chosen = _chosen(model, plan)
     samples: list[Sample] = []
     for length in _checked(model, lengths):
@@ -62,6 +64,7 @@ def perplexity(
 
     Raises ValueError for an unknown kind, for a length beyond the model, and for a plan of another geometry.
     """
+    model = plain_model(model)
     chosen = _chosen(model, plan)
     samples: list[Sample] = []
     for length in _checked(model, lengths):

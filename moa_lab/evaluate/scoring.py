@@ -14,6 +14,7 @@ from moa_lab.calibration.origin import check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, distinct, group_by_shape
 from moa_lab.evaluate.intervals import Interval, mean, proportion
 from moa_lab.evaluate.store import ScoreStore
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement
 from moa_lab.runtime import apply_plan
@@ -40,6 +41,7 @@ def score_samples(
     prefill and decoding see the same keys under a plan, so this equals generating the answers token by token. A repeated sample is run
     once. store: where known scores are read and new ones kept.
     """
+    model = plain_model(model)
     check_vocabulary(samples, model)
     scores = {sample.identity: store.get(plan, sample) if store else None for sample in samples}
     missing = list({sample.identity: sample for sample in samples if scores[sample.identity] is None}.values())

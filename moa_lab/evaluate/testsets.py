@@ -11,6 +11,7 @@ from moa_lab.calibration.dataset import Progress, Request, calibrate
 from moa_lab.calibration.documents import Document, Split, embedded_documents, tell_escaped
 from moa_lab.calibration.samples import Sample, distinct
 from moa_lab.calibration.tasks import Lines, PlainText, Questions, Source, Summaries, Task
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.provenance import digest
 
 
@@ -51,6 +52,7 @@ def own_answer_samples(
     parts_dir: str | Path | None = None, progress: Progress | None = None,
 ) -> list[Sample]:  # fmt: skip
     """`n` multi-document summaries written by the dense model itself: the likelier a plan finds them, the better."""
+    model = plain_model(model)
     wanted = (Request(Summaries(answer_tokens=answer_tokens), n),)
     found = calibrate(
         model, tokenizer, [length], wanted=wanted, documents=documents, split=split, seed=seed, batch_size=batch_size,

@@ -13,6 +13,7 @@ from moa_lab.calibration.samples import Sample, distinct
 from moa_lab.evaluate.scoring import Progress, loss_rows, mean_losses, retrieval_rows, score_samples
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.testsets import needle_samples, own_answer_samples
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of, model_name, weights_fingerprint
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Front, Measurement, Measurements
@@ -42,6 +43,7 @@ def choose(
     answer token, so that every task counts alike. The predictor alone does not separate good plans from lucky ones.
     progress: called with (plans done, plans in all). Raises ValueError for an empty front or no samples.
     """
+    model = plain_model(model)
     if not len(front) or not samples:
         raise ValueError("validation needs at least one plan and one sample")
     samples = distinct(samples)
@@ -90,6 +92,7 @@ def validate(
     questions: needles in validation wordings; summaries: the dense model's own answers. Its card holds its scores.
     Raises ValueError for a length beyond the model and for plans of another geometry.
     """
+    model = plain_model(model)
     geometry = geometry_of(model)
     if not 1 <= length <= geometry.max_length:
         raise ValueError(f"length {length} is beyond the model's maximum of {geometry.max_length} tokens")

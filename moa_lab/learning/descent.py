@@ -17,6 +17,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.samples import SampleSet
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.learning.batches import Batches, batch_tokens
 from moa_lab.learning.mixtures import Mixtures
 from moa_lab.learning.slopes import SlopeSampler
@@ -64,6 +65,7 @@ def learn_spans(
     one step, no samples, a task that lacks a length, negative weights or weights of unknown tasks, or samples that do not fit in
     memory, and InfeasibleError as `search` does.
     """
+    model = plain_model(model)
     if steps < 1 or not len(samples):
         raise ValueError(f"learning needs at least one step and one sample, got {steps} and {len(samples)}")
     weights, batches = dict(weights or {}), Batches(samples, batch_tokens(model), seed)

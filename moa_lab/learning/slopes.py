@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import answer_logits
 from moa_lab.calibration.samples import Sample, SampleSet
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.dispatch import drawn_attention
 from moa_lab.kernels.mixture import BLOCK
@@ -153,6 +154,7 @@ def mean_slopes(
     float64 (heads, rules), in nats per answer token, summed over tasks; only differences between a head's rules matter. Raises
     ValueError for samples or a table of another model, a task that lacks a length, and for samples that do not fit in memory.
     """
+    model = plain_model(model)
     check_inputs(model, samples, table)
     batches, sampler = Batches(samples, batch_tokens(model), seed), SlopeSampler.fitting(model, table, samples, seed)
     total = np.zeros(chances.shape)

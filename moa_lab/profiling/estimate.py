@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.samples import Sample
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of
 from moa_lab.plan import SINK_TOKENS
 from moa_lab.profiling.backward import backward_pass
@@ -75,6 +76,7 @@ def estimate_cost(model: PreTrainedModel, samples: Iterable[Sample], *, sink_tok
     Memory: what autograd saves grows linearly with the length, because attention saves only q, k, v; the row block
     comes on top. Time: a linear and a quadratic term fitted to the two passes.
     """
+    model = plain_model(model)
     samples = list(samples)
     geometry = geometry_of(model)
     lengths = [sample.length for sample in samples]

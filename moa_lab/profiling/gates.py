@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moa_lab.calibration.answers import answer_logits
 from moa_lab.calibration.origin import check_origin, check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, group_by_shape
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.reference import masked_attention, windowed_attention
 from moa_lab.models import geometry_of
@@ -46,6 +47,7 @@ def train_gates(
     dense model's, in nats per token, plus `penalty` times the mean gate. All gates start at 1. The weights of `model` stay as they are.
     span_tokens: what a closed head keeps. Raises ValueError for fewer than one step, or no samples.
     """
+    model = plain_model(model)
     if steps < 1 or not len(samples):
         raise ValueError(f"gates need at least one step and one sample, got {steps} and {len(samples)}")
     check_origin(samples.provenance, model, "samples")

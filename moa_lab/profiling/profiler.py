@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa_lab.calibration.origin import check_origin, check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, group_by_shape
 from moa_lab.geometry import ModelGeometry
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of, model_name, weights_fingerprint
 from moa_lab.plan import SINK_TOKENS, PlanOrPath, as_plan
 from moa_lab.profiling.backward import backward_pass, checkpointed
@@ -55,6 +56,7 @@ def profile(
     Raises ValueError for samples of another model, a plan of another geometry, a model that cannot be routed, a length beyond the
     model's maximum, and (before it happens) a length that does not fit in memory.
     """
+    model = plain_model(model)
     plan = None if plan is None else as_plan(plan)
     if not len(samples):
         raise ValueError("there are no calibration samples to profile")

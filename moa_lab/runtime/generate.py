@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import chat_ids, geometry_of, prompt_ids
 from moa_lab.plan import PlanOrPath, as_plan, dense_plan
 from moa_lab.runtime.apply import apply_plan, ring_cache
@@ -71,6 +72,7 @@ def generate(
     tokens beyond the model's maximum length, an argument of another kind, a stop token that the model does not have, and a graph
     without a GPU.
     """
+    model = plain_model(model)
     asked = texts(prompts)
     whole_number("max_new_tokens", max_new_tokens)
     whole_number("prefill_tokens", prefill_tokens)

@@ -16,6 +16,7 @@ from moa_lab.evaluate.parity.cases import ROWS, all_cases, ring_sizes
 from moa_lab.evaluate.parity.record import PARITY_SCHEMA, Parity, ParityRow, table
 from moa_lab.evaluate.scoring import Progress
 from moa_lab.evaluate.testsets import needle_samples
+from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, PlanOrPath, as_plan
 from moa_lab.provenance import Provenance, provenance
@@ -50,6 +51,7 @@ def parity(
     smaller errors show in float32 only.
     Raises ValueError for a plan of another geometry and for a length outside the model.
     """
+    model = plain_model(model)
     plan = as_plan(plan)
     geometry = geometry_of(model)
     # float16 rounds small weights, which changes the fingerprint.
@@ -77,6 +79,7 @@ def default_tokens(model: PreTrainedModel, plan: Plan) -> int:
 
     At most the model's maximum length, and at most 1024 tokens on a CPU, 4096 on a GPU.
     """
+    model = plain_model(model)
     most = min(geometry_of(model).max_length, MOST_TOKENS.get(model.device.type, MOST_TOKENS["cpu"]))
     for n in range(256, most, 64):
         sizes = ring_sizes(plan, n)
