@@ -181,7 +181,7 @@ def _mask_function(*arguments: Any, **settings: Any) -> KeyMask | torch.Tensor |
     """The mask function registered with transformers."""
     if not is_traced():
         return _routed_mask(*arguments, **settings)
-    # A static cache counts its tokens in a tensor, and a mask's size is a number: no graph of one piece has it.
+    # A static cache that holds tokens counts them in a tensor, and a mask's size is a number: no graph of one piece has it.
     if isinstance(settings.get("q_offset"), torch.Tensor) or not traces_whole():
         return _mask_outside(*arguments, **settings)
     return key_mask(*arguments, **settings)

@@ -10,7 +10,7 @@ import torch
 from tiny import random_tokens, tiny_model
 from tiny_plans import small_plan
 from torch._dynamo.testing import CompileCounter
-from transformers import PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, SpanRule
@@ -115,6 +115,79 @@ def test_gradients_through_a_compiled_model_are_those_of_the_plan() -> None:
             whole(random_tokens(1, 40), labels=random_tokens(1, 40)).loss.backward()
         found.append([parameter.grad for parameter in model.parameters()])
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+
+
+def test_sink_logits_reach_a_compiled_model_in_broken_graphs_and_in_whole_ones() -> None:
+    model = tiny_model("gpt_oss")
+    # The other way of running experts asks the host, which no whole graph does.
+    model.config._experts_implementation = "batched_mm"
+    tokens, plan = random_tokens(2, 60), small_plan(model)
+    with apply_plan(model, plan, 60):
+        expected, padded = logits(model, tokens), logits(model, tokens, PADDED)
+        without = [layer.self_attn.sinks.data.clone() for layer in model.model.layers]
+        for layer in model.model.layers:
+            layer.self_attn.sinks.data.fill_(-1e4)
+        assert not torch.allclose(logits(model, tokens), expected, atol=1e-2)
+        for layer, sinks in zip(model.model.layers, without, strict=True):
+            layer.self_attn.sinks.data.copy_(sinks)
+    for whole in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(model, backend="eager", fullgraph=whole)
+        with apply_plan(compiled, plan, 60):
+            torch.testing.assert_close(logits(compiled, tokens), expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logits(compiled, tokens, PADDED), padded, atol=1e-5, rtol=1e-5)
+
+
+def over(model: Any, cache: Cache, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits of a prompt and of a chunk that follows it, over `cache`."""
+    return torch.cat([logits(model, part, past_key_values=cache) for part in tokens.split([50, 10], dim=1)], dim=1)
+
+
+def test_a_static_cache_is_masked_in_compiled_passes_as_in_others() -> None:
+    model = tiny_model("gemma2", layers=2)
+    tokens, compiled = random_tokens(2, 60), torch.compile(model, backend="eager")
+    with apply_plan(model, small_plan(model)):
+        expected = over(model, DynamicCache(config=model.config), tokens)
+        found = over(compiled, StaticCache(config=model.config, max_cache_len=70), tokens)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_graph_of_one_piece_goes_on_over_a_cache_where_the_length_is_given() -> None:
+    model = tiny_model("llama", layers=2)
+    tokens, compiled = random_tokens(2, 60), torch.compile(model, backend="eager", fullgraph=True)
+    with apply_plan(model, small_plan(model), 60):
+        expected = over(model, DynamicCache(config=model.config), tokens)
+        torch.testing.assert_close(over(compiled, DynamicCache(config=model.config), tokens), expected, atol=1e-5, rtol=1e-5)
+    with apply_plan(model, small_plan(model)), pytest.raises(RuntimeError, match="give apply_plan n_tokens"):
+        over(compiled, DynamicCache(config=model.config), tokens)
+
+
+def test_a_graph_of_one_piece_refuses_a_static_cache_that_holds_tokens_in_words() -> None:
+    model = tiny_model("llama", layers=2)
+    tokens, compiled = random_tokens(1, 60), torch.compile(model, backend="eager", fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=70)
+    with apply_plan(model, small_plan(model), 60):
+        expected = logits(model, tokens[:, :50])
+        torch.testing.assert_close(logits(compiled, tokens[:, :50], past_key_values=cache), expected, atol=1e-5, rtol=1e-5)
+        with pytest.raises(RuntimeError, match="compile without fullgraph=True, or use moa_lab"):
+            logits(compiled, tokens[:, 50:], past_key_values=cache)
+
+
+def test_of_nested_plans_a_compiled_model_follows_the_inner_one() -> None:
+    model = tiny_model("llama", layers=2, tie_word_embeddings=False)
+    tokens, compiled = random_tokens(2, 60), torch.compile(model, backend="eager")
+    expected = []
+    for plan in (small_plan(model), reversed_plan(model)):
+        with apply_plan(model, plan):
+            expected.append(logits(model, tokens))
+    with apply_plan(compiled, small_plan(model)):
+        torch.testing.assert_close(logits(compiled, tokens), expected[0], atol=1e-5, rtol=1e-5)
+        outer = ring_cache(compiled)
+        with apply_plan(compiled, reversed_plan(model)):
+            torch.testing.assert_close(logits(compiled, tokens), expected[1], atol=1e-5, rtol=1e-5)
+            with pytest.raises(RuntimeError, match="where its plan is not in force"):
+                logits(compiled, tokens, past_key_values=outer)
+        torch.testing.assert_close(logits(compiled, tokens), expected[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
