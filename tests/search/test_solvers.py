@@ -17,11 +17,13 @@ from moa_lab.search import (
     limit_lengths,
     loss_table,
     mean_goal,
-    milp,
     paper_goals,
     solve_budget,
     solve_milp,
 )
+from moa_lab.search.instance import Instance
+from moa_lab.search.problem import Usage, allowed_rules, terms
+from moa_lab.search.program import program
 from tests.search.instances import skewed_profile, small_tables
 from tests.search.tables import all_choices, keeps
 
@@ -140,11 +142,8 @@ def _hard_table() -> LossTable:
 
 def test_a_solver_process_gives_the_answer_of_this_process() -> None:
     table = loss_table(skewed_profile(6, 4, 2, (512, 1024)))
-    problem = milp._Instance(
-        milp.terms(table, None), milp.Usage(table, (512, 1024)).limits({512: 0.5, 1024: 0.5}), (),
-        milp.allowed_rules(table, None), 6, None,
-    )  # fmt: skip
-    model, _ = milp._model(problem, problem.allowed, 10.0)
+    problem = Instance(terms(table, None), Usage(table, (512, 1024)).limits({512: 0.5, 1024: 0.5}), (), allowed_rules(table, None), 6, None)
+    model, _ = program(problem, problem.allowed, 10.0)
     here = highs._solve_here(model, 30.0, 0.0)
     apart = highs._solve_apart(model, 30.0, 0.0, threading.Event())
     assert (here.status, apart.status) == ("optimal", "optimal")

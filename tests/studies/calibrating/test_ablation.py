@@ -98,8 +98,8 @@ def test_the_papers_way_takes_single_values_and_sums() -> None:
     rules, limits = rule_grid(LENGTHS), dict.fromkeys(LENGTHS, 0.6)
     plans = {plan.name: plan for plan in variant_plans({"q": Variant(profile, paper=True)}, rules, limits)[0]}
     table = loss_table(profile, rules, estimator="element")
-    assert plans["q/paper"].rules == solved_plan(table, limits, "", paper_goals(table)).rules
-    assert plans["q"].rules == solved_plan(loss_table(profile, rules), limits, "").rules
+    assert plans["q/paper"].rules == solved_plan(table, limits, "same", paper_goals(table)).rules
+    assert plans["q"].rules == solved_plan(loss_table(profile, rules), limits, "same").rules
     assert plans["q"].rules != plans["q/paper"].rules
 
 
