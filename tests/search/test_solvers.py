@@ -17,6 +17,7 @@ from moa_lab.search import (
     limit_lengths,
     loss_table,
     mean_goal,
+    milp,
     paper_goals,
     solve_budget,
     solve_milp,

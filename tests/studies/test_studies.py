@@ -15,6 +15,7 @@ from moa_lab.records import Measurement
 from moa_lab.storage import RecordError
 from moa_lab.studies import StudyGoal, StudyRecord, table
 from moa_lab.studies.densities.costs import retrieval_goals
+from moa_lab.text import interval_text
 from tests.studies.sketch import Sketch
 
 
@@ -101,7 +102,7 @@ def test_the_table_shows_every_plan_goal_and_the_answer(records: dict[str, Study
         assert record.question in text
         assert record.answer in text
         assert all(row.plan in text for row in record.rows)
-        assert all(f"{row.value:.3f} [{row.low:.2f}, {row.high:.2f}]" in text for row in record.rows)
+        assert all(f"{row.value:.3f} {interval_text(row.low, row.high, '.2f')}" in text for row in record.rows)
         assert all(goal.name in text for goal in record.goals)
     assert all(records[name].goals for name in ("retrieval", "quality", "search", "refine"))
 
