@@ -16,6 +16,7 @@ from moa_lab.evaluate.parity import PARITY_SCHEMA, Parity
 from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.evaluate.summary import table as summary_table
 from moa_lab.figures import CONFIG, goal_ratios
+from moa_lab.geometry import MAX_TOKENS
 from moa_lab.plan import PLAN_SCHEMA, Plan
 from moa_lab.plan.rules import MIN_SPAN, PUBLISHED_MULTIPLE, Rules, is_published, published_rules
 from moa_lab.provenance import Provenance
@@ -66,12 +67,18 @@ def describe(path: Path, schema: str) -> str:
     if schema not in _DESCRIPTIONS:
         raise RecordError(f"{path}: {short(schema)} is none of {', '.join(_DESCRIPTIONS)}")
     try:
-        return _DESCRIPTIONS[schema](path)
+        return _printable(_DESCRIPTIONS[schema](path))
     except RecordError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
         # What a benchmark tells of its shapes, for instance, is free: nobody has checked it before it is printed.
         raise RecordError(f"{path}: {schema} lacks or garbles {short(error, 120)}") from error
+
+
+def _printable(text: str) -> str:
+    """`text` with control characters escaped: a name in a file must not steer the terminal that shows it."""
+    lines = text.split("\n")
+    return "\n".join("".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in line) for line in lines)
 
 
 def _plan(path: Path) -> str:
@@ -86,8 +93,10 @@ def _plan(path: Path) -> str:
 
 def _published(path: Path) -> str:
     rules = published_rules(path)
-    heads = " or ".join(str(count) for count in sorted({len(row) for row in rules}))
-    lines = [f"one of the authors' plans: {len(rules)} layers of {heads} heads, for a model that the file does not name"]
+    heads = sorted({len(row) for row in rules})
+    if len(heads) > 1:
+        raise RecordError(f"{path}: {len(rules)} layers of {heads} heads; all layers of a model have as many")
+    lines = [f"one of the authors' plans: {len(rules)} layers of {heads[0]} heads, for a model that the file does not name"]
     for n in PUBLISHED_LENGTHS:
         spans = [rule.span_tokens(n, MIN_SPAN, PUBLISHED_MULTIPLE) for row in rules for rule in row]
         lines.append(f"at {n} tokens: heads keep {sum(spans) / len(spans) / n:.1%} on average")
@@ -108,15 +117,20 @@ def _scores(scores: Mapping[str, Any]) -> list[str]:
     """A line for every score; a card's owner may have written one in any form, for instance as a number alone."""
     lines = []
     for name, score in scores.items():
-        numbers = [score.get(part) for part in ("value", "low", "high", "n")] if isinstance(score, dict) else []
-        value, low, high, n = numbers or (None,) * 4
-        # Ends that are null are those of an interval that is not known.
-        ends_known = all(isinstance(end, int | float | None) for end in (low, high))
-        if ends_known and isinstance(value, int | float) and isinstance(n, int):
-            lines.append(f"{name}: {value:.3f} {interval_text(low, high)} (n = {n})")
+        if isinstance(score, dict) and _is_score(score):
+            lines.append(f"{short(name)}: {score['value']:.3f} {interval_text(score['low'], score['high'])} (n = {score['n']})")
         else:
-            lines.append(f"{name}: {short(score, 120)} (as the card has it, without interval or n)")
+            lines.append(f"{short(name)}: {short(score, 120)} (as the card has it, without interval or n)")
     return lines
+
+
+def _is_score(score: Mapping[str, Any]) -> bool:
+    """Whether value, low, high and n can be those of a measurement; ends that are null are of an interval that is not known."""
+    value, low, high, n = (score.get(part) for part in ("value", "low", "high", "n"))
+    ends = [end for end in (low, high) if end is not None]
+    if not {"value", "low", "high"} <= set(score) or not all(type(number) in (int, float) for number in (value, *ends)):
+        return False
+    return type(n) is int and 1 <= n <= MAX_TOKENS and (len(ends) < 2 or ends[0] <= ends[1]) and abs(value or 0) <= MAX_TOKENS
 
 
 def _samples(path: Path) -> str:

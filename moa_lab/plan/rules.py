@@ -83,7 +83,7 @@ def read_rules(alphas: Any, betas: Any, path: str | Path) -> Rules:
     except RecordError as error:
         raise RecordError(f"{path}: {needed} ({error})") from error
     shapes = [[len(row) for row in grid] for grid in read]
-    if shapes[0] != shapes[1]:
+    if shapes[0] != shapes[1] or not sum(shapes[0]):
         raise RecordError(f"{path}: {needed}")
     return tuple(
         tuple(_rule(a, b, path, f"layer {layer}, head {head}") for head, (a, b) in enumerate(zip(row_a, row_b, strict=True)))

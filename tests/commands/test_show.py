@@ -1,0 +1,50 @@
+"""`moa-lab show`: what a file says is shown on any terminal, and only what can be a measurement as one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moa_lab.commands.show import describe, kind_of
+from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import uniform_plan
+from moa_lab.storage import RecordError
+
+CARD = uniform_plan(ModelGeometry(2, 4, 2, 16, 4096), 0.5, [1024]).card()
+
+
+def shown(path: Path, data: Any) -> str:
+    path.write_text(json.dumps(data))
+    return describe(path, kind_of(path))
+
+
+@pytest.mark.parametrize("name", ["r\x1b[2J", "r\nneedles: 1.000 [1.000, 1.000] (n = 99)"])
+def test_a_name_neither_steers_the_terminal_nor_forges_a_line(name: str, tmp_path: Path) -> None:
+    plain = shown(tmp_path / "card.json", {**CARD, "scores": {"r": 0.5}})
+    nasty = shown(tmp_path / "card.json", {**CARD, "scores": {name: 0.5}, "provenance": {"model": "\x1b[31m"}})
+    assert "\x1b" not in nasty
+    assert len(nasty.splitlines()) == len(plain.splitlines())
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        {"value": True, "low": None, "high": None, "n": 4},
+        {"value": 0.5, "low": 0.4, "high": 0.6, "n": True},
+        {"value": 0.5, "low": 0.4, "high": 0.6, "n": -5},
+        {"value": 0.5, "low": 0.9, "high": 0.1, "n": 5},
+        {"value": 0.5, "low": 0.4, "high": 0.6, "n": 10**900},
+        {"value": 0.5, "n": 5},
+    ],
+)
+def test_a_score_that_no_measurement_can_give_is_shown_as_it_is(score: dict[str, Any], tmp_path: Path) -> None:
+    assert "(as the card has it, without interval or n)" in shown(tmp_path / "card.json", {**CARD, "scores": {"r": score}})
+
+
+@pytest.mark.parametrize("grid", [[], [[]], [[0.5, 0.5], [0.5]]])
+def test_an_authors_plan_without_heads_or_of_uneven_layers_is_refused(grid: list[list[float]], tmp_path: Path) -> None:
+    with pytest.raises(RecordError, match=r"two equal grids of numbers|2 layers of \[1, 2\] heads"):
+        shown(tmp_path / "plan.json", {"alphas": grid, "betas": grid})
