@@ -18,7 +18,6 @@ from moa_lab.calibration.dataset import Request
 from moa_lab.calibration.wordings import LESSONS
 from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.scoring import score_rows, score_samples
-from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.summary import summarise
 from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.learning import learn_spans
@@ -150,7 +149,7 @@ class Run(RunInputs):
         for plan in plans:
             for samples in sets:
                 scores = score_samples(
-                    self.model, plan, samples, store=self._store, progress=partial(self._evaluated, before=done, total=total)
+                    self.model, plan, samples, store=self.score_store, progress=partial(self._evaluated, before=done, total=total)
                 )
                 done += len(samples)
                 rows += score_rows(plan, samples, scores)
@@ -212,7 +211,9 @@ class Run(RunInputs):
 
     def validation(self, front: Front, name: str) -> Validation:
         """Measure every plan of `front` on validation samples; the best is called `name`."""
-        return choose(self.model, front, self.suites.validation, name=name, store=self._store, progress=self._steps(f"validate {name}"))
+        return choose(
+            self.model, front, self.suites.validation, name=name, store=self.score_store, progress=self._steps(f"validate {name}")
+        )
 
     def _validated(self) -> Plan:
         found = self.validation(self.front(), "moa")
@@ -252,10 +253,6 @@ class Run(RunInputs):
             found = load(path)
         self.records.publish(name)
         return found
-
-    @property
-    def _store(self) -> ScoreStore:
-        return ScoreStore(self.parts_dir("scores"), weights_fingerprint(self.model))
 
 
 def _device(model: PreTrainedModel) -> str:

@@ -13,9 +13,10 @@ from moa_lab.calibration.documents import SPLITS, Document, Split, split_documen
 from moa_lab.calibration.origin import check_folder
 from moa_lab.calibration.sources import ColumnMap, load_documents
 from moa_lab.calibration.tasks import answered_documents
+from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.suites import Suites
 from moa_lab.geometry import ModelGeometry
-from moa_lab.models import geometry_of, load_model
+from moa_lab.models import geometry_of, load_model, weights_fingerprint
 from moa_lab.presets import PRESETS, Preset, RunSettings
 from moa_lab.prompting.rendering import check_turns
 from moa_lab.run_folder import RunFolder
@@ -119,13 +120,18 @@ class RunInputs:
         seeds: dict[Split, int] = {"validation": self.settings.seed, "test": self.settings.test_seed}
         return Suites(
             self.model, self.tokenizer, self.preset, self.lengths, self.documents, seeds,
-            answers_dir=self.parts_dir("answers"), answer_batch=self.answer_batch, progress=self.progress,
+            answers_dir=self.parts_dir("answers"), answer_batch=self.answer_batch, progress=self.progress, scores=self.score_store,
         )  # fmt: skip
 
     @property
     def answer_batch(self) -> int:
         """Samples that the model answers at once."""
         return 1 if self.model.device.type == "cpu" else ANSWER_BATCH
+
+    @property
+    def score_store(self) -> ScoreStore:
+        """Where finished scores are kept."""
+        return ScoreStore(self.parts_dir("scores"), weights_fingerprint(self.model))
 
     def parts_dir(self, name: str) -> Path:
         """Folder for the finished parts of `name`, from which a killed run resumes."""

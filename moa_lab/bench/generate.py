@@ -35,8 +35,8 @@ from moa_lab.bench.timing import copy_rate
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan
-from moa_lab.profiling.estimate import free_bytes
 from moa_lab.provenance import provenance
+from moa_lab.side_by_side import free_bytes
 
 NEW_TOKENS, QUICK_NEW_TOKENS = 64, 16
 RESERVE_BYTES = 2 * 2**30

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from moa_lab.calibration.samples import Sample
+from moa_lab.models import geometry_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +20,11 @@ class AnswerScore:
     loss: float
     exact: bool
     tokens: int
+
+
+def forward_bytes(model: PreTrainedModel, length: int) -> int:
+    """Bytes that a forward pass over `length` tokens takes beyond the weights, at most: a layer that writes its attention scores out."""
+    return 8 * geometry_of(model).query_heads * length**2
 
 
 def answer_logits(model: PreTrainedModel, batch: Sequence[Sample], embedded: torch.Tensor | None = None) -> list[torch.Tensor]:
@@ -50,23 +56,16 @@ def score_answers(model: PreTrainedModel, batch: Sequence[Sample]) -> list[list[
     results = []
     for sample, logits in zip(batch, answer_logits(model, batch), strict=True):
         targets = torch.from_numpy(sample.tokens[sample.answer_positions]).to(logits.device)
-        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none").cpu().numpy()
-        hits = (logits.argmax(dim=-1) == targets).cpu().numpy()
-        scores, start = [], 0
-        for first, last in sample.answers:
-            part = slice(start, start + last - first)
-            scores.append(AnswerScore(float(losses[part].mean()), bool(hits[part].all()), last - first))
-            start += last - first
-        results.append(scores)
+        losses, hits = _told(logits, targets)
+        results.append(_scores(sample, losses.cpu().numpy(), hits.cpu().numpy()))
     return results
 
 
 @torch.inference_mode()
-def fill_greedily(model: PreTrainedModel, batch: Sequence[Sample], never: Sequence[int] = ()) -> list[Sample]:
-    """The samples with every answer replaced by the model's own greedy one, of the same number of tokens.
+def answer_greedily(model: PreTrainedModel, batch: Sequence[Sample], never: Sequence[int] = ()) -> list[tuple[Sample, list[AnswerScore]]]:
+    """`fill_greedily`, and what `score_answers` says of the samples that it gives: the logits are at hand.
 
-    batch: samples of one length whose answers lie at the same positions. never: token ids that are not generated
-    (end of sequence), so that the length stays exact.
+    An answer that would have gone on with a token of `never` is not exact.
     """
     answers = batch[0].answers
     if any(sample.answers != answers or sample.length != batch[0].length for sample in batch):
@@ -74,11 +73,41 @@ def fill_greedily(model: PreTrainedModel, batch: Sequence[Sample], never: Sequen
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in batch])).to(model.device)
     cache = DynamicCache(config=model.config)
     seen = 0
+    told = []
     for start, stop in answers:
         for position in range(start, stop):
             logits = model(input_ids=tokens[:, seen:position], past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
             seen = position
-            logits[:, list(never)] = float("-inf")
-            tokens[:, position] = logits.argmax(dim=-1)
+            allowed = logits.index_fill(-1, torch.tensor(list(never), dtype=torch.long, device=logits.device), float("-inf"))
+            tokens[:, position] = allowed.argmax(dim=-1)
+            told.append(_told(logits, tokens[:, position]))
     filled = tokens.cpu().numpy()
-    return [replace(sample, tokens=filled[index]) for index, sample in enumerate(batch)]
+    # (samples, answer tokens).
+    losses, hits = (torch.stack(values, dim=-1).cpu().numpy() for values in zip(*told, strict=True))
+    samples = [replace(sample, tokens=filled[index]) for index, sample in enumerate(batch)]
+    return [(sample, _scores(sample, losses[index], hits[index])) for index, sample in enumerate(samples)]
+
+
+def fill_greedily(model: PreTrainedModel, batch: Sequence[Sample], never: Sequence[int] = ()) -> list[Sample]:
+    """The samples with every answer replaced by the model's own greedy one, of the same number of tokens.
+
+    batch: samples of one length whose answers lie at the same positions. never: token ids that are not generated
+    (end of sequence), so that the length stays exact.
+    """
+    return [sample for sample, _ in answer_greedily(model, batch, never)]
+
+
+def _told(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per row of `logits` (rows, vocabulary): the nats of its target, and whether that is the most likely token."""
+    losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+    return losses, logits.argmax(dim=-1) == targets
+
+
+def _scores(sample: Sample, losses: np.ndarray, hits: np.ndarray) -> list[AnswerScore]:
+    """The scores of a sample's answers from those of its answer tokens, in order."""
+    scores, at = [], 0
+    for first, last in sample.answers:
+        part = slice(at, at + last - first)
+        scores.append(AnswerScore(float(losses[part].mean()), bool(hits[part].all()), last - first))
+        at += last - first
+    return scores

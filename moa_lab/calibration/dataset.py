@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moa_lab.calibration.answers import AnswerScore, fill_greedily, score_answers
+from moa_lab.calibration.answers import AnswerScore, answer_greedily, forward_bytes, score_answers
 from moa_lab.calibration.documents import Document, Split, documents_hash, embedded_documents, tell_escaped
 from moa_lab.calibration.origin import check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet
@@ -21,6 +21,7 @@ from moa_lab.interface import attention_sites
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.prompting.rendering import check_turns
 from moa_lab.provenance import digest, provenance
+from moa_lab.side_by_side import side_by_side, workers
 from moa_lab.storage import is_intact, to_json
 from moa_lab.text import once
 
@@ -34,6 +35,8 @@ SPARE_DRAFTS = 1.0
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
+Told = Callable[[Sample, list[AnswerScore]], None]
+"""Called with a sample that the model answered, and the model's scores of its answers."""
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,13 @@ def calibrate(
     batch_size: int = 1,
     parts_dir: str | Path | None = None,
     progress: Progress | None = None,
+    told: Told | None = None,
 ) -> SampleSet:
     """Samples of exactly `lengths` tokens for every request, answered by `model` where the task says so.
 
     lengths: duplicates count once. documents: None takes the embedded ones of `split`; control tokens spelled in them stay text and are
     counted in `settings`. batch_size: samples answered at once. parts_dir: keeps finished samples, to go on after a kill.
+    told: gets the dense model's scores of every answer that it wrote in this call, possibly from several threads.
     Raises ValueError for an empty or unusable request, a length beyond the model, a chat template that cannot be used, or documents
     that cannot fill a length.
     """
@@ -100,7 +105,7 @@ def calibrate(
         answered_documents(documents)
     escaped = tell_escaped(documents, tokenizer)
     weights = weights_fingerprint(model)
-    answerer = _Answerer(model, end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights)
+    answerer = _Answerer(model, end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights, told)
     total = sum(request.count for request in wanted) * len(lengths)
     samples: list[Sample] = []
     for length in lengths:
@@ -140,16 +145,21 @@ def _told(request: Request) -> dict[str, Any]:
 class _Answerer:
     """Turns drafts into samples whose answers are the dense model's own, in batches, each finished batch on disk."""
 
-    def __init__(self, model: PreTrainedModel, never: tuple[int, ...], batch_size: int, folder: Path | None, weights: str) -> None:
-        self.model, self.never, self.batch_size, self.folder, self.weights = model, never, batch_size, folder, weights
+    def __init__(
+        self, model: PreTrainedModel, never: tuple[int, ...], batch_size: int, folder: Path | None, weights: str, told: Told | None
+    ) -> None:
+        self.model, self.never, self.batch_size, self.folder, self.weights, self.told = model, never, batch_size, folder, weights, told
 
     def samples(self, request: Request, source: Source, length: int) -> list[Sample]:
         """`request.count` samples of one task and length."""
         kept: list[Sample] = []
         wrong: list[Sample] = []
         spare = int(request.count * SPARE_DRAFTS)
+        at_once = self.batch_size * workers(request.count, self.model.device, forward_bytes(self.model, length))
         while len(kept) < request.count and (len(wrong) <= spare):
-            drafts = [request.task.draft(source, length) for _ in range(min(self.batch_size, request.count - len(kept)))]
+            # No more than would be drawn batch by batch: the samples are the same on any number of cores.
+            room = min(at_once, request.count - len(kept), max(self.batch_size, spare + 1 - len(wrong)))
+            drafts = [request.task.draft(source, length) for _ in range(room)]
             for draft, answered in zip(drafts, self._answered(request.task, drafts), strict=True):
                 (kept if answered is not None else wrong).append(answered or draft)
         missing = request.count - len(kept)
@@ -158,41 +168,57 @@ class _Answerer:
                 "%s at %d tokens: the model answers %d of %d drafts wrongly; %d samples keep its own wrong answers",
                 request.task.name, length, len(wrong), len(wrong) + len(kept), missing,
             )  # fmt: skip
-            for draft in wrong[:missing]:
-                kept += [sample for sample in self._stored([draft], "own", self._fill) if sample]
+            kept += [sample for sample in self._stored(wrong[:missing], "own", self._fill, 1) if sample]
         return kept
 
     def _answered(self, task: Task, drafts: list[Sample]) -> list[Sample | None]:
         check_vocabulary(drafts, self.model)
         if isinstance(task, HumanAnswers | PlainText):
             return list(drafts)
-        if isinstance(task, Summaries):
-            return self._stored(drafts, "own", self._fill)
-        return self._stored(drafts, "right", lambda missing: [self._keep_right(*pair) for pair in self._scored(missing)])
+        return self._stored(drafts, *(("own", self._fill) if isinstance(task, Summaries) else ("right", self._right)), self.batch_size)
 
     def _fill(self, drafts: list[Sample]) -> list[Sample | None]:
-        return list(fill_greedily(self.model, drafts, self.never))
+        filled = answer_greedily(self.model, drafts, self.never)
+        if self.told:
+            for sample, scores in filled:
+                self.told(sample, scores)
+        return [sample for sample, _ in filled]
 
-    def _scored(self, drafts: list[Sample]) -> list[tuple[Sample, list[AnswerScore]]]:
-        return list(zip(drafts, score_answers(self.model, drafts), strict=True))
+    def _right(self, drafts: list[Sample]) -> list[Sample | None]:
+        return [_keep_right(*pair) for pair in zip(drafts, score_answers(self.model, drafts), strict=True)]
 
-    def _keep_right(self, draft: Sample, scores: list[AnswerScore]) -> Sample | None:
-        """The sample with only the answers that the model gives itself; None when those are fewer than half."""
-        right = [score.exact for score in scores]
-        if 2 * sum(right) < len(right):
-            return None
-        answers = tuple(answer for answer, exact in zip(draft.answers, right, strict=True) if exact)
-        return replace(draft, answers=answers, detail={**draft.detail, "right": right})
+    def _stored(
+        self, drafts: list[Sample], kind: str, answer: Callable[[list[Sample]], list[Sample | None]], size: int
+    ) -> list[Sample | None]:
+        """`answer` of `size` drafts at a time, each result read from its file if an earlier run left one. A file without a sample marks
+        a rejected draft."""
+        found: dict[str, Sample | None] = {}
+        paths: dict[str, Path] = {}
+        if self.folder is not None:
+            paths = {draft.identity: self.folder / f"{draft.identity}-{self.weights}-{kind}.safetensors" for draft in drafts}
+        missing = [draft for draft in drafts if not (paths and is_intact(paths[draft.identity], SampleSet.load))]
 
-    def _stored(self, drafts: list[Sample], kind: str, answer: Callable[[list[Sample]], list[Sample | None]]) -> list[Sample | None]:
-        """`answer(drafts)`, each result read from its file if an earlier run left one. A file without a sample marks a rejected draft."""
-        if self.folder is None:
-            return answer(drafts)
-        paths = {draft.identity: self.folder / f"{draft.identity}-{self.weights}-{kind}.safetensors" for draft in drafts}
-        missing = [draft for draft in drafts if not is_intact(paths[draft.identity], SampleSet.load)]
-        for draft, answered in zip(missing, answer(missing) if missing else [], strict=True):
-            SampleSet((answered,) if answered else ()).save(paths[draft.identity])
-        return [next(iter(SampleSet.load(paths[draft.identity])), None) for draft in drafts]
+        def work(batch: list[Sample]) -> None:
+            for draft, answered in zip(batch, answer(batch), strict=True):
+                found[draft.identity] = answered
+                if paths:
+                    SampleSet((answered,) if answered else ()).save(paths[draft.identity])
+
+        batches = [missing[start : start + size] for start in range(0, len(missing), size)]
+        longest = max((draft.length for draft in missing), default=0)
+        side_by_side(work, batches, self.model.device, bytes_each=size * forward_bytes(self.model, longest))
+        if paths:
+            return [next(iter(SampleSet.load(paths[draft.identity])), None) for draft in drafts]
+        return [found[draft.identity] for draft in drafts]
+
+
+def _keep_right(draft: Sample, scores: list[AnswerScore]) -> Sample | None:
+    """The sample with only the answers that the model gives itself; None when those are fewer than half."""
+    right = [score.exact for score in scores]
+    if 2 * sum(right) < len(right):
+        return None
+    answers = tuple(answer for answer, exact in zip(draft.answers, right, strict=True) if exact)
+    return replace(draft, answers=answers, detail={**draft.detail, "right": right})
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

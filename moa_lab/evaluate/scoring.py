@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedModel
 
-from moa_lab.calibration.answers import AnswerScore, score_answers
+from moa_lab.calibration.answers import AnswerScore, forward_bytes, score_answers
 from moa_lab.calibration.origin import check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, distinct, group_by_shape
 from moa_lab.evaluate.intervals import Interval, mean, proportion
@@ -18,6 +19,7 @@ from moa_lab.geometry.wrappers import plain_model
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement
 from moa_lab.runtime import apply_plan
+from moa_lab.side_by_side import side_by_side
 
 DEPTH_BINS = 10
 # Tokens in one forward pass on a GPU: enough to fill it, few enough for masks (batch, heads, N, N) to fit in memory.
@@ -47,21 +49,25 @@ def score_samples(
     missing = list({sample.identity: sample for sample in samples if scores[sample.identity] is None}.values())
     total = len(scores)
     done = total - len(missing)
-    groups = group_by_shape(missing)
-    for length in dict.fromkeys(length for _, length in groups):
-        size = 1 if model.device.type == "cpu" else max(1, GPU_BATCH_TOKENS // length)
+
+    def score(batch: list[Sample]) -> list[Sample]:
         # The dense plan needs no mask.
-        with contextlib.nullcontext() if plan.is_dense else apply_plan(model, plan, length):
-            for group in (group for (_, n), group in groups.items() if n == length):
-                for start in range(0, len(group), size):
-                    batch = group[start : start + size]
-                    for sample, result in zip(batch, score_answers(model, batch), strict=True):
-                        scores[sample.identity] = result
-                        if store:
-                            store.put(plan, sample, result)
-                    done += len(batch)
-                    if progress:
-                        progress(done, total)
+        with contextlib.nullcontext() if plan.is_dense else apply_plan(model, plan, batch[0].length):
+            for sample, result in zip(batch, score_answers(model, batch), strict=True):
+                scores[sample.identity] = result
+                if store:
+                    store.put(plan, sample, result)
+        return batch
+
+    def tell(batch: list[Sample]) -> None:
+        nonlocal done
+        done += len(batch)
+        if progress:
+            progress(done, total)
+
+    batches = _batches(missing, model.device)
+    longest = max((batch[0].length for batch in batches), default=0)
+    side_by_side(score, batches, model.device, bytes_each=forward_bytes(model, longest), after=tell)
     return [found for sample in samples if (found := scores[sample.identity]) is not None]
 
 
@@ -110,6 +116,17 @@ def mean_losses(samples: Sequence[Sample], scores: Sequence[Sequence[AnswerScore
     """Mean nats per answer token, by (task, length); every sample counts alike."""
     grouped = _groups(samples, scores).items()
     return {key: float(np.mean([sample_loss(result) for _, result in group])) for key, group in grouped}
+
+
+def _batches(samples: Sequence[Sample], device: torch.device) -> list[list[Sample]]:
+    """Samples that share a forward pass, one length after the other."""
+    groups = group_by_shape(samples)
+    batches = []
+    for length in dict.fromkeys(length for _, length in groups):
+        size = 1 if device.type == "cpu" else max(1, GPU_BATCH_TOKENS // length)
+        for group in (group for (_, n), group in groups.items() if n == length):
+            batches += [group[start : start + size] for start in range(0, len(group), size)]
+    return batches
 
 
 def _asked(sample: Sample) -> list[dict[str, Any]]:

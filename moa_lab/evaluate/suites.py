@@ -10,11 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab.calibration.answers import AnswerScore
 from moa_lab.calibration.documents import Document, Split
 from moa_lab.calibration.samples import Sample
+from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.testsets import document_samples, line_samples, needle_samples, own_answer_samples
 from moa_lab.evaluate.validate import validation_length
 from moa_lab.models import geometry_of
+from moa_lab.plan import dense_plan
 from moa_lab.presets import Preset
 
 Progress = Callable[[str, int, int], None]
@@ -26,7 +29,7 @@ class Suites:
     """Samples of the validation and test splits, in the numbers of `preset`.
 
     lengths: the profiled ones. documents, seeds: per split; None for the embedded documents. answers_dir: where the dense model's own
-    answers are kept; answer_batch: how many it writes at once.
+    answers are kept; answer_batch: how many it writes at once. scores: where its scores of them go.
     """
 
     model: PreTrainedModel
@@ -38,6 +41,7 @@ class Suites:
     answers_dir: Path
     answer_batch: int
     progress: Progress
+    scores: ScoreStore
     _tested: dict[tuple[str, int], list[Sample]] = field(default_factory=dict)
 
     @cached_property
@@ -81,6 +85,10 @@ class Suites:
     def _own_answers(self, length: int, count: int, split: Split, stage: str) -> list[Sample]:
         return own_answer_samples(
             self.model, self.tokenizer, length, count, split=split, seed=self.seeds[split], answer_tokens=self.preset.answer_tokens,
-            documents=self.documents[split], batch_size=self.answer_batch, parts_dir=self.answers_dir,
+            documents=self.documents[split], batch_size=self.answer_batch, parts_dir=self.answers_dir, told=self._told,
             progress=lambda done, total: self.progress(f"{stage}: own answers", done, total),
         )  # fmt: skip
+
+    def _told(self, sample: Sample, scores: list[AnswerScore]) -> None:
+        # Written by the dense model, so that it need not score them once more.
+        self.scores.put(dense_plan(geometry_of(self.model)), sample, scores)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from moa_lab.calibration.dataset import Progress, Request, calibrate
+from moa_lab.calibration.dataset import Progress, Request, Told, calibrate
 from moa_lab.calibration.documents import Document, Split, embedded_documents, tell_escaped
 from moa_lab.calibration.samples import Sample, distinct
 from moa_lab.calibration.tasks import Lines, PlainText, Questions, Source, Summaries, Task
@@ -49,14 +49,17 @@ def document_samples(
 def own_answer_samples(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, n: int, *, split: Split = "test", seed: int = 0,
     answer_tokens: int = 128, documents: Sequence[Document] | None = None, batch_size: int = 1,
-    parts_dir: str | Path | None = None, progress: Progress | None = None,
+    parts_dir: str | Path | None = None, progress: Progress | None = None, told: Told | None = None,
 ) -> list[Sample]:  # fmt: skip
-    """`n` multi-document summaries written by the dense model itself: the likelier a plan finds them, the better."""
+    """`n` multi-document summaries written by the dense model itself: the likelier a plan finds them, the better.
+
+    told: gets the dense model's scores of those that it writes in this call (see `calibrate`).
+    """
     model = plain_model(model)
     wanted = (Request(Summaries(answer_tokens=answer_tokens), n),)
     found = calibrate(
         model, tokenizer, [length], wanted=wanted, documents=documents, split=split, seed=seed, batch_size=batch_size,
-        parts_dir=parts_dir, progress=progress,
+        parts_dir=parts_dir, progress=progress, told=told,
     )  # fmt: skip
     return list(found)
 

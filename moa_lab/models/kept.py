@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
 import tempfile
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moa_lab.models.embedded import cache_folder, sha256_of
-from moa_lab.storage import RecordError, parse, read_json, to_json, write_json
+from moa_lab.storage import RecordError, parse, read_json, to_json, umask, write_json
 
 # Raise the number when unpacking or the tokenizer's settings change: entries of another number are not read.
 SCHEMA = "moa_lab.unpacked/1"
@@ -75,9 +74,7 @@ def new_entry(name: str) -> Iterator[Path]:
     try:
         yield folder
         # mkdtemp makes private folders; an entry is as readable as any other of its owner.
-        umask = os.umask(0)
-        os.umask(umask)
-        folder.chmod(0o777 & ~umask)
+        folder.chmod(0o777 & ~umask())
         try:
             folder.rename(root / name)
         except OSError:

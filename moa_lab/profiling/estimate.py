@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from moa_lab.models import geometry_of
 from moa_lab.plan import SINK_TOKENS
 from moa_lab.profiling.backward import backward_pass
 from moa_lab.profiling.capture import ROW_BLOCK_ELEMENTS
+from moa_lab.side_by_side import free_bytes
 
 PROBE_TOKENS = (128, 384)
 # Temporaries of one row block: scores, weights, their gradients, influence and its tiles.
@@ -49,8 +49,13 @@ class Estimate:
         """Whether activations are recomputed in backward, because they do not fit in the budget."""
         return self.needed_bytes > self.budget_bytes
 
+    @property
+    def bytes_in_flight(self) -> int:
+        """Bytes that one of the longest samples takes."""
+        return self.checkpointed_bytes if self.checkpoint else self.needed_bytes
+
     def samples_in_flight(self, length: int) -> int:
-        """Samples of `length` tokens that fit in half the budget at once; one on a CPU, where batches are no faster."""
+        """Samples of `length` tokens that share a pass, as fit in half the budget; one on a CPU, whose cores take a sample each."""
         if self.device == "cpu" or self.checkpoint:
             return 1
         fitting = int(self.budget_bytes / 2 // max(self.bytes_per_token * length * SAFETY, 1))
@@ -65,7 +70,7 @@ class Estimate:
             )
 
     def __str__(self) -> str:
-        gib = (self.checkpointed_bytes if self.checkpoint else self.needed_bytes) / 2**30
+        gib = self.bytes_in_flight / 2**30
         recomputing = " with activations recomputed" if self.checkpoint else ""
         return f"about {gib:.1f} GiB beyond the weights{recomputing} ({self.free_bytes / 2**30:.1f} GiB free), about {self.seconds:.0f} s"
 
@@ -134,11 +139,3 @@ class _SavedBytes:
 
     def unpack(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated; on a GPU torch's own cache of freed blocks is counted."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
-    return int(psutil.virtual_memory().available)

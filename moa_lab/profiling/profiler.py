@@ -23,6 +23,7 @@ from moa_lab.profiling.estimate import Estimate, estimate_cost
 from moa_lab.profiling.influence import LayerInfluence
 from moa_lab.provenance import provenance
 from moa_lab.records import InfluenceProfile, ProfileKey
+from moa_lab.side_by_side import side_by_side
 from moa_lab.storage import is_intact, read_tensors, write_tensors
 
 logger = logging.getLogger(__name__)
@@ -82,14 +83,24 @@ def profile(
             estimate = estimate_cost(model, missing, sink_tokens=sink_tokens)
             logger.info("profiling %d samples: %s", len(missing), estimate)
             estimate.require_fit()
-            for batch in _batches(missing, batch_size, estimate):
+
+            def work(batch: list[Sample]) -> list[Sample]:
                 windows = plan.windows(batch[0].length) if plan else None
-                results = _profile_batch(model, geometry, batch, sink_tokens, windows, estimate.checkpoint)
+                results = _profile_batch(model, geometry, batch, sink_tokens, windows)
                 for sample, part in zip(batch, results, strict=True):
                     write_tensors(paths[sample.identity], part, {"schema": PART_SCHEMA})
+                return batch
+
+            def tell(batch: list[Sample]) -> None:
+                nonlocal done
                 done += len(batch)
                 if progress:
                     progress(done, len(samples))
+
+            batches = list(_batches(missing, batch_size, estimate))
+            each = max(map(len, batches)) * estimate.bytes_in_flight
+            with checkpointed(model, estimate.checkpoint):
+                side_by_side(work, batches, model.device, bytes_each=each, after=tell)
         return InfluenceProfile(
             geometry=geometry,
             sink_tokens=sink_tokens,
@@ -102,12 +113,11 @@ def profile(
 
 
 def _profile_batch(
-    model: PreTrainedModel, geometry: ModelGeometry, batch: list[Sample], sink_tokens: int, windows: np.ndarray | None, checkpoint: bool
+    model: PreTrainedModel, geometry: ModelGeometry, batch: list[Sample], sink_tokens: int, windows: np.ndarray | None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield per sample, float32: blocks (layers, query_heads, N/64, N/64), distances and span_effects (layers, query_heads, N/64)."""
     layers: dict[int, LayerInfluence] = {}
-    with checkpointed(model, checkpoint):
-        backward_pass(model, batch, layers.__setitem__, sink_tokens, windows)
+    backward_pass(model, batch, layers.__setitem__, sink_tokens, windows)
     stacked = {
         name: torch.stack([getattr(layers[layer], name) for layer in range(geometry.layers)], dim=1).float().cpu().numpy()
         for name in PART_NAMES

@@ -14,7 +14,7 @@ from moa_lab.storage.reading import (
     read_tensors,
     schema_of,
 )
-from moa_lab.storage.writing import atomic_path, end_to_json, to_json, write_json, write_tensors, write_text
+from moa_lab.storage.writing import atomic_path, end_to_json, to_json, umask, write_json, write_tensors, write_text
 
 __all__ = [
     "HAND_CURE",
@@ -32,6 +32,7 @@ __all__ = [
     "read_tensors",
     "schema_of",
     "to_json",
+    "umask",
     "write_json",
     "write_tensors",
     "write_text",

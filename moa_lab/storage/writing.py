@@ -7,6 +7,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,18 @@ from safetensors.numpy import save_file
 
 ENDS = ("low", "high")
 """Fields that hold the ends of an interval."""
+
+
+_UMASK = threading.Lock()
+
+
+def umask() -> int:
+    """The permissions that new files lack."""
+    # Reading it means setting it: two threads that do so at once would leave the process with 0.
+    with _UMASK:
+        found = os.umask(0)
+        os.umask(found)
+    return found
 
 
 @contextlib.contextmanager
@@ -36,9 +49,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with temporary.open("rb+") as stream:
             os.fsync(stream.fileno())
         # mkstemp makes private files; a record is as readable as any other file of its owner.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~umask())
         temporary.replace(target)
     except OSError as error:
         # A write that finds the disk full names no file.

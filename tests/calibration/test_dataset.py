@@ -15,7 +15,7 @@ from tiny import tiny_model
 from transformers import PreTrainedModel
 
 from moa_lab.calibration import Request, Sample, SampleSet, calibrate, dataset, requests
-from moa_lab.calibration.answers import AnswerScore, fill_greedily
+from moa_lab.calibration.answers import AnswerScore, answer_greedily, fill_greedily
 from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Summaries
 from moa_lab.models import tokenizer_fingerprint, weights_fingerprint
 
@@ -155,15 +155,15 @@ def test_a_killed_run_goes_on_where_it_stopped(model: PreTrainedModel, tmp_path:
 
     calls: list[int] = []
 
-    def fill(model: PreTrainedModel, batch: list[Sample], never: tuple[int, ...] = ()) -> list[Sample]:
+    def fill(model: PreTrainedModel, batch: list[Sample], never: tuple[int, ...] = ()) -> list[tuple[Sample, list[AnswerScore]]]:
         if len(calls) == 3:
             calls.append(0)
             raise Killed
         calls.append(len(batch))
-        return fill_greedily(model, batch, never)
+        return answer_greedily(model, batch, never)
 
     unbroken = answered(model)
-    monkeypatch.setattr(dataset, "fill_greedily", fill)
+    monkeypatch.setattr(dataset, "answer_greedily", fill)
     with pytest.raises(Killed):
         answered(model, parts_dir=tmp_path)
     samples = answered(model, parts_dir=tmp_path)

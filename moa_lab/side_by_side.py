@@ -1,0 +1,73 @@
+"""Work on a CPU's cores side by side: a sample a thread keeps them busier than all threads in every operation of one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import psutil
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def side_by_side(
+    work: Callable[[Item], Result],
+    items: Sequence[Item],
+    device: torch.device,
+    *,
+    bytes_each: int = 0,
+    after: Callable[[Result], None] | None = None,
+) -> list[Result]:
+    """`work(item)` of every item, in their order.
+
+    On a CPU, torch's threads are dealt out among items at work at once, as many as `workers` says; each item has a thread of its own,
+    to which nothing of the caller's belongs: no gradient mode, no plan that is applied. Elsewhere one item after the other.
+    after: called with every result, in order, in the caller's thread. What `work` or `after` raises is raised here once the items
+    under way are done; no other is begun.
+    """
+    count, total = workers(len(items), device, bytes_each), torch.get_num_threads()
+    results: list[Result] = []
+
+    def take(result: Result) -> None:
+        results.append(result)
+        if after:
+            after(result)
+
+    if count == 1:
+        for item in items:
+            take(work(item))
+        return results
+    pool = ThreadPoolExecutor(count, "moa-lab sample", _begin, (total // count,))
+    try:
+        for future in [pool.submit(work, item) for item in items]:
+            take(future.result())
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # Threads that begin later take over what was set last, in whichever thread.
+        torch.set_num_threads(total)
+    return results
+
+
+def workers(items: int, device: torch.device, bytes_each: int = 0) -> int:
+    """Items at work at once: one elsewhere than on a CPU; there as many as torch has threads and as fit in half the free memory."""
+    if device.type != "cpu":
+        return 1
+    fitting = free_bytes(device) // 2 // bytes_each if bytes_each else items
+    return max(1, min(items, torch.get_num_threads(), fitting))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated; on a GPU torch's own cache of freed blocks is counted."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    return int(psutil.virtual_memory().available)
+
+
+def _begin(threads: int) -> None:
+    # A thread's first operation would set the number again, to that of the process, had it not been asked for it before.
+    torch.get_num_threads()
+    torch.set_num_threads(threads)
