@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before transformers is imported, which reads it once: a test that asks the hub for anything is wrong.
@@ -45,3 +46,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     lines = [json.dumps({"text": d.text, "summary": d.summary}) for d in small_documents(16, sentences=150)]
     documents.write_text("\n".join(lines))
     return folder / "model", documents
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """Two threads for torch, whatever the module and the machine have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)

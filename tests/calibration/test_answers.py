@@ -6,7 +6,7 @@ import torch
 from tiny import VOCABULARY, tiny_model
 from transformers import PreTrainedModel
 
-from moa_lab.calibration.answers import answer_logits, fill_greedily, score_answers
+from moa_lab.calibration.answers import answer_greedily, answer_logits, fill_greedily, score_answers
 from moa_lab.calibration.samples import Sample
 
 torch.set_num_threads(1)
@@ -114,3 +114,16 @@ def test_scores_of_a_batch_are_those_of_its_samples() -> None:
         alone = score_answers(model, [sample])[0]
         assert [(score.exact, score.tokens) for score in together] == [(score.exact, score.tokens) for score in alone]
         assert [score.loss for score in together] == pytest.approx([score.loss for score in alone], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt_neox"])
+def test_answers_are_scored_as_they_are_written(family: str) -> None:
+    model = tiny_model(family, tie_word_embeddings=False)
+    batch = [random_sample(seed=seed) for seed in range(2)]
+    first = int(fill_greedily(model, batch)[0].tokens[40])
+    for never in ((), (first,)):
+        pairs = answer_greedily(model, batch, never)
+        for (_, scores), expected in zip(pairs, score_answers(model, [sample for sample, _ in pairs]), strict=True):
+            assert [(score.exact, score.tokens) for score in scores] == [(score.exact, score.tokens) for score in expected]
+            assert [score.loss for score in scores] == pytest.approx([score.loss for score in expected], abs=1e-4)
+        assert pairs[0][1][0].exact == (not never)

@@ -15,7 +15,7 @@ from tiny import tiny_model
 from transformers import PreTrainedModel
 
 from moa_lab.calibration import Request, Sample, SampleSet, calibrate, dataset, requests
-from moa_lab.calibration.answers import AnswerScore, answer_greedily, fill_greedily
+from moa_lab.calibration.answers import AnswerScore, answer_greedily, fill_greedily, score_answers
 from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Summaries
 from moa_lab.models import tokenizer_fingerprint, weights_fingerprint
 
@@ -248,3 +248,30 @@ def test_control_tokens_that_documents_spell_are_text_and_counted_in_the_setting
     counted = sum(one.text.count("<|im_end|>") for one in spelled)
     assert samples.settings["escaped_controls"] == {"<|im_end|>": counted, "<bos>": len(spelled)}
     assert "escaped_controls" not in clean.settings
+
+
+@pytest.mark.parametrize("every", [2, 3, 5])
+def test_samples_are_the_same_on_any_number_of_cores(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, every: int) -> None:
+    def score(model: PreTrainedModel, batch: list[Sample]) -> list[list[AnswerScore]]:
+        return [[AnswerScore(1.0, int(s.tokens.sum()) % every == 0, 1) for _ in s.answers] for s in batch]
+
+    monkeypatch.setattr(dataset, "score_answers", score)
+    wanted = (Request(Questions(), 3), SUMMARIES, Request(Questions(), 2))
+    found = []
+    for cores in (1, 2, 5):
+        monkeypatch.setattr(dataset, "workers", lambda items, device, bytes_each, cores=cores: min(items, cores))
+        found.append(answered(model, wanted, lengths=(700,)).identity)
+    assert found == found[:1] * 3
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_answers_written_side_by_side_are_those_of_one_core_and_come_with_their_scores(model: PreTrainedModel) -> None:
+    told: dict[str, list[AnswerScore]] = {}
+    samples = answered(model, (SUMMARIES,), told=lambda sample, scores: told.update({sample.identity: scores}))
+    torch.set_num_threads(1)
+    assert samples.identity == answered(model, (SUMMARIES,)).identity
+    assert set(told) == {sample.identity for sample in samples}
+    for sample in samples:
+        (expected,) = score_answers(model, [sample])[0]
+        assert told[sample.identity][0].exact == expected.exact
+        assert told[sample.identity][0].loss == pytest.approx(expected.loss, abs=1e-5)

@@ -1,6 +1,8 @@
 """Scores under a plan: one pass says what generating the answers would, and rows count what was asked."""
 
+import contextlib
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,47 @@ def test_losses_are_means_over_samples_of_nats_per_token(model: PreTrainedModel)
     assert (row.value, row.n, row.low, row.high) == mean([1.0, 2.0, 6.0])
     assert row.detail["perplexity"] == pytest.approx(math.exp(3.0))
     assert row.detail["per_sample"] == [1.0, 2.0, 6.0]
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_scores_side_by_side_are_those_of_one_after_the_other(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    samples = [random_sample(n, ((50, 54), (70, 76)), seed) for n in (80, 96) for seed in range(4)]
+    threads: set[int] = set()
+
+    def score(model: PreTrainedModel, batch: list[Sample]) -> list[list[AnswerScore]]:
+        threads.add(threading.get_ident())
+        return score_answers(model, batch)
+
+    monkeypatch.setattr(scoring, "score_answers", score)
+    steps: list[tuple[int, int]] = []
+    for plan in (dense_plan(geometry_of(model)), small_plan(model)):
+        found = score_samples(model, plan, samples, store=ScoreStore(tmp_path, "w"), progress=lambda *step: steps.append(step))
+        assert threading.get_ident() not in threads
+        with apply_plan(model, plan, 80) if not plan.is_dense else contextlib.nullcontext():
+            alone = [score_answers(model, [sample])[0] for sample in samples if sample.length == 80]
+        for mine, theirs in zip(found, alone, strict=False):
+            assert [score.exact for score in mine] == [score.exact for score in theirs]
+            assert [score.loss for score in mine] == pytest.approx([score.loss for score in theirs], abs=1e-5)
+        assert all(ScoreStore(tmp_path, "w").get(plan, sample) for sample in samples)
+    assert steps == [(done, 8) for done in range(1, 9)] * 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_failure_side_by_side_leaves_what_is_done_and_says_what_failed(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    samples = [random_sample(seed=seed) for seed in range(6)]
+
+    def score(model: PreTrainedModel, batch: list[Sample]) -> list[list[AnswerScore]]:
+        if batch[0] is samples[3]:
+            raise RuntimeError("sample three has no memory left")
+        return score_answers(model, batch)
+
+    plan, store = small_plan(model), ScoreStore(tmp_path, "w")
+    monkeypatch.setattr(scoring, "score_answers", score)
+    with pytest.raises(RuntimeError, match="sample three has no memory left"):
+        score_samples(model, plan, samples, store=store)
+    assert all(store.get(plan, sample) for sample in samples[:3])
+    assert store.get(plan, samples[3]) is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -202,3 +204,22 @@ def test_what_does_not_fit_is_refused_before_any_sample(
         profile(model, SAMPLES, parts_dir=tmp_path)
     assert passes == []
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_samples_profiled_side_by_side_give_the_same_profile(
+    model: PreTrainedModel, unbroken: InfluenceProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    original = profiler.backward_pass
+
+    def watched(*given: Any) -> None:
+        threads.append(threading.get_ident())
+        original(*given)
+
+    monkeypatch.setattr(profiler, "backward_pass", watched)
+    steps: list[tuple[int, int]] = []
+    assert_same(profile(model, SAMPLES, progress=lambda *step: steps.append(step)), unbroken, rtol=1e-5, atol=1e-7)
+    assert len(threads) == 5
+    assert threading.get_ident() not in threads
+    assert steps == [(done, 5) for done in range(6)]
