@@ -51,7 +51,7 @@ def profile(
 
     plan: the model runs under it, so that gradients are those of the plan's loss; None: dense.
     Each finished sample is written to `parts_dir`; the same call after a kill reads those and computes only the rest.
-    batch_size: samples in flight; None: as many as fit (one on a CPU). Sequences are neither padded nor cut.
+    batch_size: samples in one pass; None: as many as fit (on a CPU one, and a pass on every core). Sequences are neither padded nor cut.
     tokenizer: compared with the one that the samples name. any_model: accept samples of other weights or another tokenizer, whose
     answers are not the model's own.
     Raises ValueError for samples of another model, a plan of another geometry, a model that cannot be routed, a length beyond the
