@@ -30,6 +30,7 @@ from moa_lab.prompting.rendering import Shape, shape_of
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
 from moa_lab.runtime import apply_plan
+from moa_lab.runtime.arguments import whole_number
 from moa_lab.text import once
 
 logger = logging.getLogger(__name__)
@@ -60,10 +61,12 @@ def harness(
     """
     model = plain_model(model)
     plan = None if plan is None else as_plan(plan)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 document, got {limit}")
+    whole_number("batch_size", batch_size)
+    whole_number("seed", seed, 0)
+    if limit is not None:
+        whole_number("limit", limit)
+    if few_shot is not None:
+        whole_number("few_shot", few_shot, 0)
     if chat_template:
         _check_chat(tokenizer)
     simple_evaluate, manager_type, wrapped_type = installed()
@@ -77,14 +80,16 @@ def harness(
     wrapped = wrapped_type(pretrained=model, tokenizer=own, batch_size=batch_size)
     rows: list[Measurement] = []
     versions: dict[str, Any] = {}
-    for task in once(tasks, "tasks"):
-        for asked in once(lengths or (), "lengths") if named.makes_texts(task) else (None,):
+    asked_for = [
+        (task, asked) for task in once(tasks, "tasks") for asked in (once(lengths or (), "lengths") if named.makes_texts(task) else (None,))
+    ]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(contextlib.nullcontext() if plan is None else apply_plan(model, plan, n_tokens))
+        # All of them before the first is measured: one that cannot be loaded is refused before hours of work.
+        ready = [(task, asked, *stack.enter_context(named.loaded(task, asked, seed))) for task, asked in asked_for]
+        for task, asked, manager, loaded in ready:
             counted: Counter[int] = Counter()
-            with (
-                named.loaded(task, asked, seed) as (manager, loaded),
-                contextlib.nullcontext() if plan is None else apply_plan(model, plan, n_tokens),
-                _prompt_lengths(model, counted),
-            ):
+            with _prompt_lengths(model, counted):
                 results = simple_evaluate(
                     model=wrapped, tasks=loaded, task_manager=manager, limit=limit, num_fewshot=few_shot, batch_size=batch_size,
                     apply_chat_template=chat_template, log_samples=True, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import random
 import sys
@@ -14,11 +15,14 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from moa_lab.runtime.arguments import whole_number
 from moa_lab.text import one_line
 
 EXTRA = 'pip install "moa-lab[eval]"'
 MISSING = f"the evaluation harness is not installed: {EXTRA}"
 NAMES_SHOWN = 5
+LENGTHS = "max_seq_lengths"
+"""The name under which the harness's generators of texts are given lengths."""
 SHORTEST_TOKENS = 1024
 """RULER's shortest prompts with their worked examples; for shorter ones its generators never finish."""
 WORDS = "Below is a numbered list of words, some of which appear more often than others: memorise the ones that appear most often."
@@ -46,7 +50,7 @@ class HarnessTasks:
     def __init__(
         self, manager_type: Any, names: Sequence[str], include_path: str | Path | None, tokenizer: PreTrainedTokenizerBase
     ) -> None:
-        if isinstance(names, str) or not names:
+        if isinstance(names, str) or not names or not all(isinstance(name, str) for name in names):
             raise ValueError(f"tasks must be a list of at least one name of a task, got {names!r}")
         if include_path is not None and not Path(include_path).is_dir():
             raise ValueError(f"include_path {include_path} is not a folder of task files (.yaml)")
@@ -79,9 +83,12 @@ class HarnessTasks:
         """Whether a task (or one in a group or tag of that name) generates texts of a given length in tokens, as RULER's do."""
         entry = self._index.get(name)
         settings = (entry.cfg if entry else None) or {}
+        if "custom_dataset" in settings:
+            return _asks_for_lengths(settings["custom_dataset"])
         members = settings["task"] if isinstance(settings.get("task"), list) else ()
-        tagged = [other for other, found in self._index.items() if name in found.tags]
-        return "custom_dataset" in settings or any(self.makes_texts(one) for one in (*_names(members), *tagged) if one != name)
+        # A tag's entry lists the tasks that have it; that of a task lists its tags.
+        tagged = entry.tags if entry and entry.kind.name == "TAG" else ()
+        return any(self.makes_texts(one) for one in (*_names(members), *tagged) if one != name)
 
     def check_lengths(self, lengths: Sequence[int] | None, longest: int) -> None:
         """Raise ValueError for unusable lengths. longest: the model's maximum in tokens, less what a chat template adds."""
@@ -92,8 +99,10 @@ class HarnessTasks:
             return
         if not lengths:
             raise ValueError(f"task {sized[0]!r} makes its texts to a length in tokens: say which (lengths, --lengths 4096,8192)")
+        if not isinstance(lengths, Sequence) or isinstance(lengths, str | bytes):
+            raise ValueError(f"lengths must be a list of whole numbers of tokens, such as [4096, 8192], got {lengths!r}")
         for length in lengths:
-            if not SHORTEST_TOKENS <= length <= longest:
+            if not SHORTEST_TOKENS <= whole_number("a length", length) <= longest:
                 raise ValueError(f"length {length}: texts of task {sized[0]!r} have {SHORTEST_TOKENS} to {longest} tokens on this model")
         rate = len(self._tokenizer(WORDS).input_ids) / len(WORDS.split())
         if rate > TOKENS_PER_WORD:
@@ -113,7 +122,7 @@ class HarnessTasks:
             metadata: dict[str, Any] = {}
             if length is not None:
                 self._tokenizer.save_pretrained(folder)
-                metadata = {"tokenizer": folder, "max_seq_lengths": [length]}
+                metadata = {"tokenizer": folder, LENGTHS: [length]}
             manager = self._manager(metadata)
             # Generators of texts use these global random states and never seed them.
             random.seed(seed)
@@ -143,3 +152,12 @@ def _forget_generators() -> None:
 def _names(members: Iterable[Any]) -> list[str]:
     """Names of a group's members, which are names or settings."""
     return [member if isinstance(member, str) else str(member.get("task", "")) for member in members]
+
+
+def _asks_for_lengths(maker: Any) -> bool:
+    """Whether a function that makes a task's texts reads the lengths that `HarnessTasks.loaded` passes; others make or fetch theirs.
+
+    maker: FOLDER/MODULE.FUNCTION as the harness's index has it, or the function.
+    """
+    place = inspect.getsourcefile(maker) if callable(maker) else f"{str(maker).rpartition('.')[0]}.py"
+    return LENGTHS in Path(place or "").read_text(encoding="utf-8")
