@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,13 +25,29 @@ def whole_number(name: str, value: Any, at_least: int | None = 1) -> int:
 
 
 def is_finite(value: Any) -> bool:
-    """True for a number that is neither a truth value, infinite nor not a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """True for a number (NumPy's too) that is neither a truth value, nor beyond what a float holds, nor not a number."""
+    try:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises ValueError for what is no tokenizer of transformers."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(f"tokenizer must be one of transformers, as load_model returns beside the model, got {type(tokenizer).__name__}")
+
+
+def truth(name: str, value: Any) -> bool:
+    """`value`. Raises ValueError for anything but True and False: the text "no" would count as yes."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+    return value
 
 
 def texts(prompts: Any) -> list[str]:
     """Prompts as a list of texts. Raises ValueError for anything else."""
-    asked = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    asked = list(prompts) if _is_list(prompts) else [prompts]
     for number, prompt in enumerate(asked, start=1):
         if not isinstance(prompt, str):
             raise ValueError(f"prompts must be a text or texts, got {type(prompt).__name__}: decode tokens first; chats go in as chat=True")
@@ -47,15 +64,19 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stop_to
     if stop_tokens is None:
         ends = model.generation_config.eos_token_id if model.generation_config else None
         return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    one = isinstance(stop_tokens, str) or not isinstance(stop_tokens, Iterable)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     found = []
-    for stop in [stop_tokens] if one else stop_tokens:
+    for stop in stop_tokens if _is_list(stop_tokens) else [stop_tokens]:
         token = _only_token(tokenizer, stop) if isinstance(stop, str) else whole_number("a stop token", stop, 0)
         if token >= vocabulary:
             raise ValueError(f"stop token {token} is outside the model's vocabulary of {vocabulary}")
         found.append(token)
     return found
+
+
+def _is_list(value: Any) -> bool:
+    """Whether a value stands for its items: not so a text, bytes, a mapping (whose keys are no items), or an array of no dimension."""
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping) and getattr(value, "ndim", 1) > 0
 
 
 def _only_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -12,7 +12,7 @@ from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import chat_ids, geometry_of, prompt_ids
 from moa_lab.plan import PlanOrPath, as_plan, dense_plan
 from moa_lab.runtime.apply import apply_plan, ring_cache
-from moa_lab.runtime.arguments import stop_ids, texts, whole_number
+from moa_lab.runtime.arguments import check_tokenizer, stop_ids, texts, truth, whole_number
 from moa_lab.runtime.decoding import Decoder, check_graph, clock
 from moa_lab.runtime.hf_cache import RingCache
 from moa_lab.runtime.sampling import Sampling
@@ -73,7 +73,11 @@ def generate(
     without a GPU.
     """
     model = plain_model(model)
+    longest = geometry_of(model).max_length
+    check_tokenizer(tokenizer)
     asked = texts(prompts)
+    truth("chat", chat)
+    truth("compiled", compiled)
     whole_number("max_new_tokens", max_new_tokens)
     whole_number("prefill_tokens", prefill_tokens)
     if sampling is not None and not isinstance(sampling, Sampling):
@@ -85,7 +89,6 @@ def generate(
     if not rows or not all(rows):
         raise ValueError("generation needs at least one prompt, and a token in every prompt")
     n_tokens = max(map(len, rows)) + max_new_tokens
-    longest = geometry_of(model).max_length
     if n_tokens > longest:
         raise ValueError(
             f"{max(map(len, rows))} prompt and {max_new_tokens} new tokens: all together must be at most {longest}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -26,7 +27,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        top_k_is_right = self.top_k is None or (isinstance(self.top_k, int) and not isinstance(self.top_k, bool) and self.top_k >= 1)
+        top_k_is_right = self.top_k is None or (isinstance(self.top_k, Integral) and not isinstance(self.top_k, bool) and self.top_k >= 1)
         top_p_is_right = self.top_p is None or (is_finite(self.top_p) and 0 < self.top_p <= 1)
         if not (is_finite(self.temperature) and self.temperature >= 0 and top_k_is_right and top_p_is_right):
             raise ValueError(f"temperature must be at least 0, top_k at least 1, top_p above 0 and at most 1, got {self}")
@@ -45,11 +46,12 @@ class Sampling:
         """int64 (batch,) from `logits` (batch, vocabulary), without a host synchronisation."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        warpers = LogitsProcessorList([TemperatureLogitsWarper(self.temperature)])
+        # transformers takes Python's own numbers alone, and an int for no temperature.
+        warpers = LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature))])
         if self.top_k is not None:
-            warpers.append(TopKLogitsWarper(self.top_k))
+            warpers.append(TopKLogitsWarper(int(self.top_k)))
         if self.top_p is not None:
-            warpers.append(TopPLogitsWarper(self.top_p))
+            warpers.append(TopPLogitsWarper(float(self.top_p)))
         # None of these looks at the tokens before.
         before = torch.empty(len(logits), 0, dtype=torch.long)
         weights = warpers(before, logits.float()).softmax(dim=-1)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
@@ -126,12 +127,18 @@ def test_tokens_are_drawn_as_often_as_their_weights_say(settings: dict[str, Any]
         *(({"prefill_tokens": value}, "prefill_tokens must be a whole number") for value in (0, -1, 1.5, True, None)),
         *(
             ({"prompts": value}, "prompts must be a text or texts")
-            for value in (5, None, [1, 2], b"hello", [["a"]], {"role": "user"}.items())
+            for value in (5, None, [1, 2], b"hello", [["a"]], {"role": "user"}.items(), {"role": "user", "content": "hello"})
         ),
         ({"plan": {"alphas": []}}, "path of a config card"),
         ({"plan": "nowhere.json"}, "no such file"),
         *(({"sampling": value}, "Sampling\\(temperature") for value in (0.7, {"temperature": 1.0}, Sampling)),
         *(({"graph": value}, "graph must be") for value in (1, 0, "yes")),
+        *(({"chat": value}, "chat must be True or False") for value in ("yes", 1, None)),
+        ({"compiled": "no"}, "compiled must be True or False"),
+        ({"tokenizer": None}, "tokenizer must be one of transformers"),
+        ({"tokenizer": "smollm2"}, "tokenizer must be one of transformers"),
+        ({"stop_tokens": b"\n"}, "stop token must be a whole number"),
+        ({"stop_tokens": {7: "end"}}, "stop token must be a whole number"),
         ({"stop_tokens": [-1]}, "stop token must be a whole number"),
         ({"stop_tokens": -1}, "stop token must be a whole number"),
         ({"stop_tokens": [True]}, "stop token must be a whole number"),
@@ -148,8 +155,14 @@ def test_what_cannot_be_answered_is_refused_before_a_pass(settings: dict[str, An
     passes: list[Any] = []
     model.register_forward_pre_hook(lambda *arguments: passes.append(arguments))
     with pytest.raises(ValueError, match=words):
-        generate(model, tiny_tokenizer(), **{"prompts": "hello there", **settings})
+        generate(model, **{"tokenizer": tiny_tokenizer(), "prompts": "hello there", **settings})
     assert not passes
+
+
+@pytest.mark.parametrize("model", ["smollm2", None, ("model", "tokenizer"), tiny_tokenizer()], ids=lambda model: type(model).__name__)
+def test_what_is_no_model_is_refused_in_words(model: Any) -> None:
+    with pytest.raises(TypeError, match="a transformers model is needed, got"):
+        generate(model, tiny_tokenizer(), "hello")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -161,7 +174,8 @@ def test_a_graph_without_a_gpu_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "as_given", [lambda token: token, lambda token: [token], lambda token: torch.tensor([token]), lambda token: {token}]
+    "as_given",
+    [lambda token: token, lambda token: [token], lambda token: torch.tensor([token]), torch.tensor, np.int64, lambda token: {token}],
 )
 def test_a_stop_token_may_be_given_alone_or_among_others(as_given: Any) -> None:
     model = model_of("llama")
@@ -201,7 +215,7 @@ NAN, INFINITE = float("nan"), float("inf")
 @pytest.mark.parametrize(
     "wrong",
     [
-        *({"temperature": value} for value in (-1.0, NAN, INFINITE, True, "0.7", None)),
+        *({"temperature": value} for value in (-1.0, NAN, INFINITE, True, "0.7", None, 10**400)),
         *({"temperature": 1.0, "top_k": value} for value in (0, -5, NAN, 5.0, True, "5")),
         *({"temperature": 1.0, "top_p": value} for value in (1.5, 0.0, -0.1, NAN, INFINITE, True, "0.9")),
     ],
@@ -209,6 +223,16 @@ NAN, INFINITE = float("nan"), float("inf")
 def test_sampling_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="top_k"):
         Sampling(**wrong)
+
+
+@pytest.mark.parametrize("number", [int, np.float32, np.int64])
+def test_whole_numbers_and_those_of_numpy_are_as_good_as_floats(number: Any) -> None:
+    logits = torch.tensor([[3.0, 2.0, 1.0, 0.0]])
+    found, expected = (
+        sampling.pick(logits.expand(100, -1), sampling.generator(torch.device("cpu")))
+        for sampling in (Sampling(number(2), top_k=np.int64(3), top_p=number(1)), Sampling(2.0, top_k=3, top_p=1.0))
+    )
+    assert found.tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-20])
