@@ -19,6 +19,8 @@ def read_geometry(config: Any) -> dict[str, Any]:
     if attribute(config, "is_encoder_decoder"):
         raise ValueError(f"{type(config).__name__}: encoder-decoder models are not supported; use a decoder-only model")
     layers = int(_required(config, "num_hidden_layers"))
+    if layers < 1:
+        raise ValueError(f"{type(config).__name__}: num_hidden_layers is {layers}; a model without attention layers takes no plan")
     each = _layer_configs(config, layers)
     query_heads = int(_same([_required(layer, "num_attention_heads") for layer in each], "num_attention_heads", config))
     kv_heads = _same([attribute(layer, "num_key_value_heads") or query_heads for layer in each], "num_key_value_heads", config)

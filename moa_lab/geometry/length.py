@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ def max_length(configured: int, rope: Mapping[str, Any] | None, stated: int | No
     scaling (vicuna-13b-16k) and which a user may add to `config.json`; it overrides the scaling.
 
     With a rotary embedding per layer type the least scaled one decides: Gemma 3 scales only its full-attention layers, and its
-    configured length is the extended one.
+    configured length is the extended one. Raises ValueError where the scaling's numbers are none.
     """
     if not rope:
         return configured
@@ -27,8 +28,8 @@ def max_length(configured: int, rope: Mapping[str, Any] | None, stated: int | No
 def _reached(configured: int, rope: Mapping[str, Any]) -> int:
     """Tokens under one kind of scaling, as transformers' modeling_rope_utils defines them."""
     kind = rope.get("rope_type") or rope.get("type")
-    factor = float(rope.get("factor") or 1.0)
-    original = int(rope.get("original_max_position_embeddings") or configured)
+    factor = _number(rope, "factor", 1.0)
+    original = int(_number(rope, "original_max_position_embeddings", configured))
     # These scale the original length, which is the configured one unless the config names another.
     if kind in ("linear", "dynamic"):
         return max(configured, int(original * factor))
@@ -39,3 +40,11 @@ def _reached(configured: int, rope: Mapping[str, Any]) -> int:
     if kind in ("llama3", "longrope") and configured == original:
         return max(configured, int(original * factor))
     return configured
+
+
+def _number(rope: Mapping[str, Any], name: str, default: float) -> float:
+    """A number of a rope config, `default` where it has none (or 0). Raises ValueError for what is no positive number."""
+    value = rope.get(name) or default
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} of the RoPE scaling must be a positive number, got {value!r}: correct rope_parameters in config.json")
+    return value

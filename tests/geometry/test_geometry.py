@@ -57,6 +57,11 @@ def test_what_has_no_attention_geometry_is_refused_by_the_missing_name() -> None
         ModelGeometry.from_config(T5Config())
 
 
+def test_a_model_without_layers_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_hidden_layers is 0"):
+        ModelGeometry.from_config(LlamaConfig(num_hidden_layers=0))
+
+
 def test_a_layer_without_a_plain_kv_cache_is_refused_by_its_type() -> None:
     config = LlamaConfig(num_hidden_layers=2)
     config.layer_types = ["full_attention", "linear_attention"]

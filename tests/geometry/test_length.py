@@ -49,6 +49,13 @@ def test_the_length_of_every_kind_of_scaling(configured: int, rope: dict[str, An
     assert max_length(configured, rope) == tokens
 
 
+@pytest.mark.parametrize("factor", [float("inf"), float("nan"), -4.0, "abc", [4.0], True])
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn", "default"])
+def test_a_scaling_whose_factor_is_no_number_is_refused_in_words(kind: str, factor: Any) -> None:
+    with pytest.raises(ValueError, match=r"factor of the RoPE scaling must be a positive number.*config.json"):
+        max_length(512, {"rope_type": kind, "factor": factor})
+
+
 def test_a_length_that_the_config_states_holds_before_its_scaling() -> None:
     assert max_length(16384, {"type": "linear", "factor": 4.0}, 16384) == 16384
     assert max_length(4096, {"type": "default"}, 8192) == 8192
