@@ -23,8 +23,14 @@ def check_cache(past: Any, spans: SpanAttention) -> None:
 
 
 def check_generation(generation_config: Any, given: Any) -> None:
-    """Raises ValueError where `generate` was asked for a cache that a plan cannot run over. given: the cache that was passed in."""
+    """Raises ValueError where `generate` was asked for a cache, or for drafts, that a plan cannot run over. given: the cache that was passed in."""
     asked = generation_config.cache_implementation
+    if getattr(generation_config, "assistant_early_exit", None) is not None:
+        # Drafts would leave a cache whose layers hold different tokens, and a model that lost its other layers.
+        raise ValueError(
+            "assistant_early_exit drafts with the model's first layers alone, which no plan is for: leave it out, or pass "
+            "assistant_model= or prompt_lookup_num_tokens="
+        )
     if generation_config.use_cache is not False and asked not in RING_NAMES:
         raise ValueError(f"cache_implementation={asked!r} cannot be had while a plan is applied: {CURE}")
     if isinstance(given, Cache) and given.is_compileable:

@@ -159,3 +159,17 @@ def test_without_a_cache_none_is_refused() -> None:
     with apply_plan(model, small_plan(model), n_tokens=60):
         found = generate(model, use_cache=False)
         assert found.sequences.tolist() == generate(model).sequences.tolist()
+
+
+def test_drafts_of_the_models_first_layers_are_refused_before_a_pass() -> None:
+    model, tokens = model_of(), random_tokens(1, 30)
+
+    def passed(*_: Any) -> None:
+        raise Passed
+
+    with apply_plan(model, small_plan(model), n_tokens=60):
+        model.register_forward_pre_hook(passed)
+        for settings in ({}, {"past_key_values": DynamicCache()}):
+            with pytest.raises(ValueError, match="assistant_early_exit.*leave it out"):
+                model.generate(tokens, assistant_early_exit=1, max_new_tokens=4, **settings)
+    assert model.config.num_hidden_layers == 2
