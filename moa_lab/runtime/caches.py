@@ -23,7 +23,7 @@ def check_cache(past: Any, spans: SpanAttention) -> None:
 
 
 def check_generation(generation_config: Any, given: Any) -> None:
-    """Raises ValueError where `generate` was asked for a cache, or for drafts, that a plan cannot run over. given: the cache that was passed in."""
+    """Raises ValueError where `generate` was asked for a cache, or for drafts, that a plan cannot run over. given: the cache passed in."""
     asked = generation_config.cache_implementation
     if getattr(generation_config, "assistant_early_exit", None) is not None:
         # Drafts would leave a cache whose layers hold different tokens, and a model that lost its other layers.

@@ -170,6 +170,6 @@ def test_drafts_of_the_models_first_layers_are_refused_before_a_pass() -> None:
     with apply_plan(model, small_plan(model), n_tokens=60):
         model.register_forward_pre_hook(passed)
         for settings in ({}, {"past_key_values": DynamicCache()}):
-            with pytest.raises(ValueError, match="assistant_early_exit.*leave it out"):
+            with pytest.raises(ValueError, match=r"assistant_early_exit.*leave it out"):
                 model.generate(tokens, assistant_early_exit=1, max_new_tokens=4, **settings)
     assert model.config.num_hidden_layers == 2
