@@ -32,6 +32,10 @@ ELSEWHERE = (
 )
 
 
+COPIED = "this is a copy of a model, made while a plan or profile held that: copy the model before `apply_plan`, or after it was left"
+"""Copies take the hooks along, but no block that they were entered by."""
+
+
 class CacheMaker(Protocol):
     """Makes the caches of a model that is routed."""
 
@@ -248,4 +252,6 @@ def _route_of(module: torch.nn.Module) -> Route:
     for route in routes():
         if any(module is caller for caller in route.callers):
             return route
-    raise RuntimeError(ELSEWHERE)
+    with _lock:
+        held = [caller for model in _models.values() for caller in _callers(model.what)]
+    raise RuntimeError(ELSEWHERE if any(module is caller for caller in held) else COPIED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import pickle
@@ -273,6 +274,28 @@ def test_plans_within_plans_have_caches_of_their_own() -> None:
         with pytest.raises(RuntimeError, match="no longer applied"):
             model(tokens[:, 60:], past_key_values=inner)
         close(model(tokens[:, 60:], past_key_values=outer).logits, model(tokens, use_cache=False).logits[:, 60:])
+
+
+@pytest.mark.parametrize("use", ["forward", "generate", "apply_plan"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_copy_of_a_model_that_a_plan_holds_says_what_it_is(use: str, inside: bool) -> None:
+    model, tokens = model_of(), random_tokens(1, 20)
+    with apply_plan(model, small_plan(model)):
+        twin = copy.deepcopy(model)
+
+    def used() -> None:
+        if use == "apply_plan":
+            with apply_plan(twin, small_plan(model)):
+                twin(tokens)
+        elif use == "generate":
+            twin.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=2)
+        else:
+            twin(tokens)
+
+    with apply_plan(model, small_plan(model)) if inside else contextlib.nullcontext():
+        with pytest.raises((RuntimeError, ValueError), match=r"this is a copy of a model.*before `apply_plan`"):
+            used()
+        assert model(tokens).logits.shape[1] == 20
 
 
 @pytest.mark.parametrize(("kept", "asked"), [(1, 2), (2, 1)])
