@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
-from moa_lab.calibration import SampleSet, calibrate, requests
+from moa_lab.calibration import SampleSet, calibrate
 from moa_lab.calibration.dataset import Request
-from moa_lab.calibration.wordings import LESSONS
 from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.scoring import score_rows, score_samples
 from moa_lab.evaluate.summary import summarise
@@ -23,7 +22,6 @@ from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.learning import learn_spans
 from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, dense_plan, uniform_plan
-from moa_lab.presets import QUESTIONS_PER_LESSON
 from moa_lab.profiling import profile
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements
@@ -71,27 +69,16 @@ class Run(RunInputs):
 
     def samples(self) -> SampleSet:
         """Stage calibrate."""
-        preset = self.preset
-        wanted = requests(
-            self.settings.supervision, questions=preset.questions, per_sample=preset.questions_per_sample, others=preset.summaries,
-            texts=preset.texts, answer_tokens=preset.answer_tokens,
-        )  # fmt: skip
-        return self._calibrated("samples", "calibrate", self.lengths, wanted)
+        return self._calibrated("samples", "calibrate", self.lengths, self.wanted)
 
     def lessons(self) -> SampleSet:
         """Samples that spans are learned from: more than those profiled, in other wordings, and at the shorter tested lengths too.
 
         The profiled ones where the preset learns nothing.
         """
-        preset = self.preset
-        if not preset.learning_steps:
+        if not self.preset.learning_steps:
             return self.samples()
-        wanted = requests(
-            questions=preset.learning_questions, per_sample=min(QUESTIONS_PER_LESSON, preset.learning_questions),
-            others=preset.learning_others, texts=preset.learning_others, answer_tokens=preset.answer_tokens, wordings=LESSONS,
-        )  # fmt: skip
-        lengths = sorted({*self.lengths, *(n for n in self.test_lengths if n < max(self.lengths))})
-        return self._calibrated("lessons", "lessons", lengths, wanted)
+        return self._calibrated("lessons", "lessons", self.lesson_lengths, self.wanted_lessons)
 
     def _calibrated(self, name: str, stage: str, lengths: Sequence[int], wanted: Sequence[Request]) -> SampleSet:
         return self._stored(

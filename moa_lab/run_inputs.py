@@ -9,15 +9,18 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab.calibration.dataset import Request, requests
 from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
 from moa_lab.calibration.origin import check_folder
+from moa_lab.calibration.rehearsal import rehearse
 from moa_lab.calibration.sources import ColumnMap, load_documents
 from moa_lab.calibration.tasks import answered_documents
+from moa_lab.calibration.wordings import LESSONS
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.suites import Suites
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, load_model, weights_fingerprint
-from moa_lab.presets import PRESETS, Preset, RunSettings
+from moa_lab.presets import PRESETS, QUESTIONS_PER_LESSON, Preset, RunSettings
 from moa_lab.prompting.rendering import check_turns
 from moa_lab.run_folder import RunFolder
 from moa_lab.search.problem import check_floor, least_density, limits_of
@@ -46,11 +49,12 @@ class RunInputs:
         self.records = RunFolder(self.folder, self.settings)
 
     def begin(self) -> None:
-        """Check the documents, lengths, chat template and model, then write the settings: the top of the folder now belongs to this run."""
+        """Check documents, lengths, chat template, model and samples, then write the settings: the folder now belongs to this run."""
         self._check_documents()
         self._check_lengths()
         check_turns(self.tokenizer, self.preset.turns)
         check_folder(self.folder, *self._loaded)
+        self._rehearse()
         self.records.begin()
 
     @property
@@ -136,6 +140,37 @@ class RunInputs:
     def parts_dir(self, name: str) -> Path:
         """Folder for the finished parts of `name`, from which a killed run resumes."""
         return self.folder / "parts" / name
+
+    @property
+    def wanted(self) -> tuple[Request, ...]:
+        """The samples that heads are profiled on. Raises ValueError for an unknown supervision."""
+        preset = self.preset
+        return requests(
+            self.settings.supervision, questions=preset.questions, per_sample=preset.questions_per_sample, others=preset.summaries,
+            texts=preset.texts, answer_tokens=preset.answer_tokens,
+        )  # fmt: skip
+
+    @property
+    def wanted_lessons(self) -> tuple[Request, ...]:
+        """The samples that spans are learned from, of `lesson_lengths`."""
+        preset = self.preset
+        return requests(
+            questions=preset.learning_questions, per_sample=min(QUESTIONS_PER_LESSON, preset.learning_questions),
+            others=preset.learning_others, texts=preset.learning_others, answer_tokens=preset.answer_tokens, wordings=LESSONS,
+        )  # fmt: skip
+
+    @property
+    def lesson_lengths(self) -> list[int]:
+        """The profiled lengths, and the tested ones below the longest."""
+        return sorted({*self.lengths, *(n for n in self.test_lengths if n < max(self.lengths))})
+
+    def _rehearse(self) -> None:
+        """Draft one sample of all that this run will need, at every length; raises ValueError where there is no room for it."""
+        wanted = [(request.task, n) for request in self.wanted for n in self.lengths if request.count]
+        if self.preset.learning_steps:
+            wanted += [(request.task, n) for request in self.wanted_lessons for n in self.lesson_lengths if request.count]
+        rehearse(self.tokenizer, self.documents["calibration"], "calibration", wanted)
+        self.suites.rehearse(self.test_lengths)
 
     def _steps(self, stage: str) -> Callable[[int, int], None]:
         return lambda done, total: self.progress(stage, done, total)

@@ -90,3 +90,24 @@ def test_a_run_asks_the_chat_template_before_anything_else(tmp_path: Path) -> No
         Run(tmp_path / "run", settings).begin()
     assert not (tmp_path / "run" / "settings.json").exists()
     Run(tmp_path / "run", replace(settings, plain_prompts=True)).begin()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lengths": (512,), "test_lengths": (640,)}, "length 384 is too short for a 'questions' sample"),  # the validation length
+        ({"lengths": (700,), "test_lengths": (700, 300), "preset": "study"}, "length 300 is too short"),
+        ({"lengths": (700,), "supervision": "nobody"}, "supervision must be one of model, human, text"),
+    ],
+)
+def test_a_run_that_cannot_make_its_samples_is_refused_before_the_model_answers(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    tiny_model("llama", max_length=2048).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    settings = RunSettings(model=str(tmp_path / "model"), **{"preset": "sketch", "density": 0.9, **changed})
+    stages: list[str] = []
+    with pytest.raises(ValueError, match=message):
+        Run(tmp_path / "run", settings, lambda stage, *_: stages.append(stage)).everything()
+    assert set(stages) <= {"load model"}
+    assert not (tmp_path / "run").exists()

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa_lab.calibration.answers import AnswerScore, answer_greedily, forward_bytes, score_answers
 from moa_lab.calibration.documents import Document, Split, documents_hash, embedded_documents, tell_escaped
 from moa_lab.calibration.origin import check_vocabulary
+from moa_lab.calibration.rehearsal import rehearse
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Source, Summaries, Task, answered_documents, turns_of
 from moa_lab.calibration.wordings import Wording
@@ -45,6 +46,10 @@ class Request:
 
     task: Task
     count: int
+
+    def __post_init__(self) -> None:
+        if self.count < 0:
+            raise ValueError(f"the number of {self.task.name!r} samples must be 0 or more, got {self.count}")
 
 
 def requests(
@@ -103,6 +108,9 @@ def calibrate(
     check_turns(tokenizer, max(turns_of(request.task) for request in wanted if request.count))
     if any(isinstance(request.task, HumanAnswers) and request.count for request in wanted):
         answered_documents(documents)
+    drafted = [(request.task, length) for length in lengths for request in wanted if request.count]
+    if len(drafted) > 1:  # one alone is refused by its own first draft
+        rehearse(tokenizer, documents, split, drafted)
     escaped = tell_escaped(documents, tokenizer)
     weights = weights_fingerprint(model)
     answerer = _Answerer(model, end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights, told)

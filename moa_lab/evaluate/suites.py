@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.answers import AnswerScore
 from moa_lab.calibration.documents import Document, Split
+from moa_lab.calibration.rehearsal import rehearse
 from moa_lab.calibration.samples import Sample
+from moa_lab.calibration.tasks import Lines, PlainText, Questions, Summaries, Task
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.testsets import document_samples, line_samples, needle_samples, own_answer_samples
 from moa_lab.evaluate.validate import validation_length
@@ -49,16 +51,38 @@ class Suites:
         """Samples for choosing a plan: needles, the dense model's own answers and plain texts, at a length that was not profiled, and
         at the profiled ones if the preset says so."""
         preset = self.preset
-        between = validation_length(self.lengths, geometry_of(self.model).max_length)
         shared: dict[str, Any] = {"split": "validation", "seed": self.seeds["validation"], "documents": self.documents["validation"]}
         samples = []
-        for length in sorted({between, *(self.lengths if preset.validate_profiled else ())}):
+        for length in self._validated:
             per_sample = min(preset.needles_per_text, preset.validation_questions)
             samples += needle_samples(self.tokenizer, length, preset.validation_questions, per_sample=per_sample, **shared)
             samples += self._own_answers(length, preset.validation_summaries, "validation", "validate")
             if preset.validation_texts:
                 samples += document_samples(self.tokenizer, length, preset.validation_texts, **shared)
         return samples
+
+    def rehearse(self, test_lengths: Sequence[int]) -> None:
+        """Draft one sample of every task and length, without the model; raises ValueError for a length that leaves no room."""
+        preset = self.preset
+        asked, words = Questions(min(preset.needles_per_text, preset.validation_questions)), Summaries(answer_tokens=preset.answer_tokens)
+        chosen: dict[Task, int] = {
+            asked: preset.validation_questions,
+            words: preset.validation_summaries,
+            PlainText(): preset.validation_texts,
+        }
+        tested: dict[Task, int] = {Questions(preset.needles_per_text): preset.needles, Lines(): preset.lines, words: preset.own_answers}
+        tested[PlainText()] = preset.documents
+        plans: tuple[tuple[Split, dict[Task, int], Sequence[int]], ...] = (
+            ("validation", chosen, self._validated), ("test", tested, test_lengths),
+        )  # fmt: skip
+        for split, counts, lengths in plans:
+            wanted = [(task, length) for length in lengths for task, count in counts.items() if count]
+            rehearse(self.tokenizer, self.documents[split], split, wanted)
+
+    @property
+    def _validated(self) -> list[int]:
+        between = validation_length(self.lengths, geometry_of(self.model).max_length)
+        return sorted({between, *(self.lengths if self.preset.validate_profiled else ())})
 
     def test(self, length: int, tasks: Sequence[str] | None = None) -> list[list[Sample]]:
         """Test samples of one length, a list for each task that the preset asks for: needles, lines, documents, and summaries, which

@@ -98,8 +98,9 @@ def validate(
         raise ValueError(f"length {length} is beyond the model's maximum of {geometry.max_length} tokens")
     for point in front:
         point.plan.check_model(geometry)
-    samples = needle_samples(tokenizer, length, questions, split="validation", seed=seed)
-    samples += own_answer_samples(model, tokenizer, length, summaries, split="validation", seed=seed)
+    samples = needle_samples(tokenizer, length, questions, split="validation", seed=seed) if questions else []
+    if summaries:
+        samples += own_answer_samples(model, tokenizer, length, summaries, split="validation", seed=seed)
     return replace(choose(model, front, samples, progress=progress).best, lengths=(length,))
 
 

@@ -231,6 +231,18 @@ def test_what_cannot_be_calibrated_is_refused(model: PreTrainedModel, settings: 
         answered(model, **settings)
 
 
+def test_a_later_task_or_length_without_room_is_refused_before_the_first_answer(model: PreTrainedModel) -> None:
+    for settings in ({"lengths": (800, 100)}, {"wanted": (QUESTIONS, Request(Summaries(answer_tokens=600), 1))}):
+        with forwards_of(model) as forwards, pytest.raises(ValueError, match="is too short for a"):
+            answered(model, **settings)
+        assert forwards.count == 0
+
+
+def test_fewer_than_no_samples_are_refused() -> None:
+    with pytest.raises(ValueError, match="number of 'questions' samples must be 0 or more, got -1"):
+        requests(questions=-1)
+
+
 def test_documents_that_cannot_fill_a_length_are_refused(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="add documents"):
         calibrate(model, tokenizer_of("chat"), [1000], wanted=(Request(PlainText(), 1),), documents=small_documents(1, 5))
