@@ -355,3 +355,18 @@ def test_a_records_content_and_not_its_name_says_what_it_is(tmp_path: Path) -> N
     assert "1 samples" in describe(path, kind_of(path))
     with pytest.raises(RecordError, match="a safetensors file; expected a config card, which is JSON"):
         Plan.load(path)
+
+
+def test_a_card_in_the_place_of_a_profile_is_not_called_damaged(tmp_path: Path) -> None:
+    path = PLAN.save(tmp_path / "card.json")
+    with pytest.raises(RecordError, match=r"a JSON file; expected a moa-lab/profile/1 record, which is safetensors") as caught:
+        type(make_profile()).load(path)
+    assert "delete" not in str(caught.value)
+
+
+def test_show_never_advises_to_delete_a_cut_card(tmp_path: Path) -> None:
+    path = PLAN.save(tmp_path / "card.json")
+    path.write_text(path.read_text()[:200])
+    with pytest.raises(RecordError, match="take a whole copy") as caught:
+        kind_of(path)
+    assert "delete" not in str(caught.value)

@@ -178,7 +178,7 @@ def write_broken_description(path: Path) -> None:
     ("write", "message"),
     [
         (lambda path: path.touch(), "truncated or not a safetensors file"),
-        (lambda path: path.write_text("{}"), "truncated or not a safetensors file"),
+        (lambda path: path.write_text("{}"), "a JSON file; expected a moa-lab/test/1 record, which is safetensors"),
         (write_truncated, "truncated or not a safetensors file"),
         (write_broken_description, "truncated or not a safetensors file"),
         (write_weights_in_bfloat16, "schema is None, expected 'moa-lab/test/1'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Callable, Hashable
 from functools import lru_cache
@@ -64,6 +65,11 @@ def read_tensors(path: str | Path, schema: str) -> tuple[dict[str, np.ndarray], 
     """
     if not Path(path).is_file():
         raise RecordError(f"{path}: no such file; expected a {schema} record")
+    with Path(path).open("rb") as stream:
+        start = stream.read(64)
+    if start.removeprefix(codecs.BOM_UTF8).lstrip()[:1] in (b"{", b"["):
+        # A user's own config card, say: it is whole, and must not be called damaged.
+        raise RecordError(f"{path}: a JSON file; expected a {schema} record, which is safetensors")
     try:
         with safe_open(path, framework="np") as stream:
             # Before the tensors: a foreign file may hold types that numpy has no word for.
@@ -91,7 +97,8 @@ def read_description(path: str | Path) -> Any:
                     return _described(path, tensors)
             except SafetensorError as error:
                 raise RecordError(f"{path}: truncated or not a record ({error}); {STAGE_CURE}") from error
-    return read_plain(path)
+    # Nobody knows yet whose it is: it may be a card that has no other copy.
+    return read_plain(path, cure=HAND_CURE)
 
 
 def check_schema(path: str | Path, data: Any, schema: str) -> dict[str, Any]:
