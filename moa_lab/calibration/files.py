@@ -143,6 +143,7 @@ def _read_csv(content: bytes, dialect: str = "excel") -> list[Row]:
     previous = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
     try:
         reader = csv.DictReader(io.StringIO(text, newline=""), dialect=dialect, strict=True)
+        _check_once(reader.fieldnames or (), "line 1: column")
         rows = []
         for row in reader:
             # DictReader gives None for missing fields, and collects surplus fields under the key None.
@@ -152,6 +153,12 @@ def _read_csv(content: bytes, dialect: str = "excel") -> list[Row]:
         return cast(list[Row], rows)
     finally:
         csv.field_size_limit(previous)
+
+
+def _check_once(names: Sequence[str], where: str) -> None:
+    repeated = next((name for name in names if names.count(name) > 1), None)
+    if repeated is not None:
+        raise _Refused(f"{where} {repeated!r} stands twice; name each once")
 
 
 def _read_tsv(content: bytes) -> list[Row]:

@@ -42,7 +42,7 @@ class ColumnMap:
     def parse(cls, option: str) -> ColumnMap:
         """Read "text=article,summary=none,question=query": fields left out keep their default, `none` means no such column.
 
-        Raises ValueError naming the part that is not `field=column`.
+        Raises ValueError naming the part that is not `field=column`, or the field that is mapped twice.
         """
         known = [one.name for one in fields(cls) if one.name != "optional"]
         chosen: dict[str, Any] = {}
@@ -50,6 +50,8 @@ class ColumnMap:
             name, equals, column = (piece.strip() for piece in part.partition("="))
             if name not in known or not equals or not column or (name == "text" and column.lower() == "none"):
                 raise ValueError(f"columns: {part.strip()!r} is not field=column, with field one of {', '.join(known)}")
+            if name in chosen:
+                raise ValueError(f"columns: {name} is mapped twice, to {chosen[name]} and {column}; map it once")
             chosen[name] = None if column.lower() == "none" else column
         return cls(**chosen, optional=() if "summary" in chosen else ("summary",))
 

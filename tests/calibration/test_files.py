@@ -188,3 +188,12 @@ def test_a_set_without_summaries_needs_no_word_about_them(tmp_path: Path) -> Non
     settings = RunSettings(model="/no/such/model", source=str(path), columns="text=text", supervision="human")
     with pytest.raises(ValueError, match="supervision 'human' needs documents"):
         Run(tmp_path / "run", settings).begin()
+
+
+def test_a_column_that_stands_twice_or_is_mapped_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "twice.csv"
+    path.write_text("text,text\na,b\n")
+    with pytest.raises(ValueError, match=r"twice\.csv: line 1: column 'text' stands twice"):
+        load_documents(path, columns=ColumnMap(text="text"))
+    with pytest.raises(ValueError, match="text is mapped twice, to body and title"):
+        ColumnMap.parse("text=body,text=title")
