@@ -37,7 +37,7 @@ def harness(
     from moa_lab.plan import Plan
 
     free(out, force)
-    card = None if plan is None else Plan.load(plan)
+    card, chosen = None if plan is None else Plan.load(plan), lengths_of(lengths)
     loaded, tokenizer = load_model(model)
     if card is not None:
         card.check_model(geometry_of(loaded))
@@ -45,7 +45,7 @@ def harness(
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     found = measure(
         loaded, tokenizer, card, [name.strip() for name in tasks.split(",") if name.strip()], limit=limit, include_path=include_path,
-        batch_size=batch_size, n_tokens=n_tokens, chat_template=chat_template, few_shot=few_shot, lengths=lengths_of(lengths), seed=seed,
+        batch_size=batch_size, n_tokens=n_tokens, chat_template=chat_template, few_shot=few_shot, lengths=chosen, seed=seed,
     )  # fmt: skip
     found.save(out)
     lines = [["task", "length", "metric", "value", "95% interval", "n", "density"]]

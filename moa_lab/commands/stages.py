@@ -36,6 +36,7 @@ def calibrate(
     from moa_lab.models import load_model
 
     free(out, force, ".safetensors")
+    chosen = lengths_of(lengths) or ()
     wanted = requests(
         supervision, questions=questions, per_sample=per_sample, others=others, texts=texts, wordings=LESSONS if lessons else None
     )
@@ -43,7 +44,7 @@ def calibrate(
     loaded, tokenizer = load_model(model, plain_prompts=plain_prompts)
     with Bars() as bars:
         samples = make(
-            loaded, tokenizer, lengths_of(lengths) or (), wanted=wanted, documents=documents, seed=seed,
+            loaded, tokenizer, chosen, wanted=wanted, documents=documents, seed=seed,
             parts_dir=_parts(out), progress=bars.steps("calibrate"),
         )  # fmt: skip
     samples.save(out)
@@ -181,9 +182,9 @@ def evaluate(
 
     free(out, force)
     card = Plan.load(plan)
+    chosen = lengths_of(lengths) or ()
     loaded, tokenizer = load_model(model, plain_prompts=plain_prompts)
     card.check_model(geometry_of(loaded))
-    chosen = lengths_of(lengths) or ()
     with Bars() as bars:
         found = retrieval(loaded, tokenizer, card, lengths=chosen, n=n, seed=seed, progress=bars.steps("retrieval"))
         more = perplexity(loaded, tokenizer, card, lengths=chosen, n=max(1, n // 4), seed=seed, progress=bars.steps("perplexity"))

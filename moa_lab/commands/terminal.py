@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -59,6 +60,7 @@ def free(out: Path, force: bool, suffix: str = ".json") -> None:
         raise ValueError(f"{out}: what is written there is {suffix[1:]}; name it {out.stem}{suffix}")
     if out.is_dir():
         raise ValueError(f"{out} is a folder; name a file, for instance {out / f'record{suffix}'}")
+    _check_parent(out)
     if out.exists() and not force:
         raise ValueError(f"{out} exists; choose another file, or pass --force to replace it")
 
@@ -67,6 +69,16 @@ def folder_free(out: Path) -> None:
     """Raise ValueError where `out` is to be a folder, and is a file or named like one."""
     if out.is_file() or out.suffix.lower() in (".json", ".safetensors", ".html"):
         raise ValueError(f"{out}: several files are written; name a folder")
+    _check_parent(out / "file")
+
+
+def _check_parent(out: Path) -> None:
+    """Raise ValueError where the folder of `out` cannot be made or written to: hours later would be too late."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    if not parent.is_dir():
+        raise ValueError(f"{out}: {parent} is a file and no folder; choose another place")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise ValueError(f"{out}: nothing can be written in {parent}; choose another place, or change its permissions")
 
 
 def lengths_of(text: str | None) -> tuple[int, ...] | None:

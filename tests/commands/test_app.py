@@ -223,3 +223,26 @@ def test_spans_are_learned_from_files_stage_by_stage(
     capsys.readouterr()
     assert exit_code(monkeypatch, *command) == 2
     assert "pass --force" in one_line_error(capsys)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("calibrate", "--lengths", "256"), ("evaluate", "FILE", "--lengths", "256"), ("run", "--density", "0.5"), ("study", "space")],
+)
+def test_an_output_below_a_file_is_refused_before_any_work(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("")
+    words = [tmp_path / "none" if word == "FILE" else word for word in command]
+    assert exit_code(monkeypatch, *words, "--out", tmp_path / "taken" / "new" / "x") == 2
+    assert "taken is a file and no folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [("calibrate",), ("evaluate", "CARD"), ("harness", "--tasks", "x")])
+def test_lengths_that_are_no_numbers_are_refused_before_the_model_is_loaded(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    card = uniform_plan(ModelGeometry(2, 4, 2, 16, 512), 0.5).save(tmp_path / "card.json")
+    words = [card if word == "CARD" else word for word in command]
+    assert exit_code(monkeypatch, *words, "--lengths", "1k", "--model", tmp_path / "none", "--out", tmp_path / "x") == 2
+    assert "lengths must be whole numbers" in capsys.readouterr().err
