@@ -78,6 +78,8 @@ def search(
     Raises InfeasibleError (a ValueError) naming the length that binds and the least feasible density there.
     """
     _check_methods(methods, max_points)
+    if not time_limit_s >= 0:  # NaN too, under which no solve would end
+        raise ValueError(f"time_limit_s must be 0 or more seconds, got {time_limit_s}")
     table, element = _tables(profile_or_table, min_span)
     targets = feasible(table, density, max_rules_per_layer, lengths)
     sets = goal_sets(table) if goals is None else (GoalSet("given", tuple(goals)),)

@@ -33,6 +33,8 @@ def test_few_points_are_as_many_as_asked_for(profile: InfluenceProfile) -> None:
     assert len(front) == 3
     with pytest.raises(ValueError, match="max_points must be at least 1"):
         search(profile, 0.6, max_points=0)
+    with pytest.raises(ValueError, match="time_limit_s must be 0 or more seconds, got nan"):
+        search(profile, 0.6, time_limit_s=float("nan"))
 
 
 def test_searches_repeat(profile: InfluenceProfile) -> None:
