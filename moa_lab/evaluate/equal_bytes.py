@@ -44,7 +44,7 @@ def _reason(plan: Plan, asked: float, length: int) -> str:
     if 0 < (asked - plan.density(length)) * dense < plan.geometry.layers:
         return "spans are whole tokens"
     if plan.density(length) < asked and not (has_windows and plan.search.get("origin") == "uniform"):
-        return "its rules keep no more than that at any length they were made for, and another length binds"
+        return _below(plan, asked, length)
     if any(rule.alpha + rule.beta * length < plan.min_span for row in plan.rules for rule in row):
         return f"no head keeps fewer than the floor of {plan.min_span:,} tokens"
     if plan.span_multiple > 1:
@@ -52,3 +52,15 @@ def _reason(plan: Plan, asked: float, length: int) -> str:
     if has_windows:
         return "layers with windows of their own keep the same at every length, and other lengths were asked for as well"
     return "its rules keep to the density at other lengths"
+
+
+def _below(plan: Plan, asked: float, length: int) -> str:
+    """Why a searched plan keeps less than the density asked for, as far as the plan itself tells."""
+    # A search also keeps to the density at twice the longest profiled length.
+    known = {*plan.lengths, 2 * max(plan.lengths, default=length)} - {length}
+    binding = [n for n in sorted(known) if keeps(plan.density(n), asked)]
+    if binding:
+        return f"it does at {binding[0]:,} tokens, which binds"
+    if plan.search.get("origin") == "ranked":
+        return "its heads are whole or at the floor, and no other head fits in whole"
+    return "its rules keep no more: they come in steps, and no better choice within the density was found"

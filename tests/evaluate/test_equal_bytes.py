@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from moa_lab.evaluate.equal_bytes import unequal_plans, unequal_rows
@@ -78,3 +80,18 @@ def test_measured_rows_of_unequal_plans_are_named() -> None:
     rows = [memory_row(plan, 2048) for plan in (dense_plan(PLAIN), uniform_plan(PLAIN, 0.5), uniform_plan(PLAIN, 0.25).renamed("moa"))]
     assert unequal_rows(rows) == "Not all keep the same bytes: at 2,048 tokens uniform 50.0%, moa 25.0%."
     assert unequal_rows(rows[:2]) == ""
+
+
+def test_a_plan_below_the_density_is_told_a_reason_that_holds() -> None:
+    floor, whole = SpanRule(128.0, 0.0), SpanRule(0.0, 1.0)
+    ranked = replace(uniform_plan(PLAIN, 0.5, [1024]), rules=_rows(floor), search={"origin": "ranked"}, name="ranked")
+    assert "no other head fits in whole" in unequal_plans([ranked], 0.5, [1024])[0]
+    steps = replace(ranked, search={"origin": "paper"})
+    assert "they come in steps" in unequal_plans([steps], 0.5, [1024])[0]
+    growing = replace(ranked, rules=_rows(SpanRule(-512.0, 0.75)), search={"origin": "paper"})  # 0.25 at 1,024, 0.5 at 2,048
+    assert "it does at 2,048 tokens, which binds" in unequal_plans([growing], 0.5, [1024])[0]
+    assert not unequal_plans([replace(ranked, rules=_rows(whole))], 0.5, [1024])  # the dense plan
+
+
+def _rows(rule: SpanRule) -> tuple[tuple[SpanRule, ...], ...]:
+    return ((rule,) * PLAIN.kv_heads,) * PLAIN.layers
