@@ -25,7 +25,7 @@ def sketch(inputs: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run_inputs, "load_model", cache(run_inputs.load_model))
         assert exit_code(patch, *found.line("all", found.records)) == 0
-        assert found.run.model is run_inputs.load_model(settings.model, plain_prompts=False)[0]
+        assert found.run.model is run_inputs.load_model(settings.model, plain_prompts=settings.plain_prompts)[0]
     return found
 
 
