@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from moa_lab.plan import MIN_SPAN, Plan
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements
@@ -50,7 +51,7 @@ def named(path: Path) -> str:
 def open_run(folder: str | Path) -> State:
     """The records of a run's folder (`moa-lab run`): profile, loss table, front, measurements and chosen plan, whichever are there.
 
-    Raises ValueError where there is no profile, loss table or front.
+    Raises ValueError where there is no profile, loss table or front, and for records of models whose heads differ.
     """
     given = Path(folder).expanduser()
     if not _is_run(given):
@@ -62,9 +63,11 @@ def open_run(folder: str | Path) -> State:
     influence = InfluenceProfile.load(profile) if profile.exists() else None
     chosen = Plan.load(given / "plan.json") if (given / "plan.json").exists() else None
     found = Front.load(front) if front.exists() else None
-    plan = chosen or next((point.plan for point in found or ()), None)
+    first = next((point.plan for point in found or ()), None)
+    plan = chosen or first
     floor = MIN_SPAN if plan is None else plan.min_span
     losses = LossTable.load(table) if table.exists() else loss_table(influence, min_span=floor) if influence is not None else None
+    _check_same_model(given, {profile.name: influence, table.name: losses, front.name: first, "plan.json": chosen})
     return State(
         profile=influence, table=losses, front=found, measurements=_measured(given, chosen),
         plan=chosen, plans=() if chosen is None else (chosen,),
@@ -75,6 +78,18 @@ def model_of(state: State) -> str:
     """The model that the state's records name, or else the embedded one."""
     records = (state.profile, state.table, state.front, state.plan)
     return next((record.provenance.model for record in records if record is not None and record.provenance.model), MODEL)
+
+
+def _check_same_model(folder: Path, records: Mapping[str, Any]) -> None:
+    """Raise ValueError where records, by file name, are of different geometries."""
+    geometries = {name: record.geometry for name, record in records.items() if record is not None}
+    for name, geometry in geometries.items():
+        first = next(iter(geometries))
+        if not geometry.fits(geometries[first]):
+            raise ValueError(
+                f"{folder / name} is of another model than {first}: it has {geometry}, {first} has {geometries[first]}; "
+                "put it back, or choose another folder"
+            )
 
 
 def _is_run(folder: Path) -> bool:

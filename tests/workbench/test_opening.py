@@ -9,6 +9,8 @@ import plotly.graph_objects as go
 import pytest
 from figure_records import make_front, make_plan, make_profile
 
+from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import dense_plan
 from moa_lab.workbench import Workbench
 from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, named, open_run
@@ -31,6 +33,13 @@ def test_a_run_without_profile_and_table_has_the_length_of_its_front() -> None:
     state = open_run(STANDARD)
     assert (state.profile, state.table) == (None, None)
     assert state.n_tokens == max(int(n) for point in state.front for n in point.density)
+
+
+def test_a_plan_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
+    make_profile(lengths=(512,), samples=1).save(tmp_path / "profile.safetensors")
+    dense_plan(ModelGeometry(1, 1, 1, 8, 512)).save(tmp_path / "plan.json")
+    with pytest.raises(ValueError, match=r"plan\.json is of another model than profile\.safetensors: it has 1 layers"):
+        open_run(tmp_path)
 
 
 def test_a_profile_alone_gives_a_loss_table(tmp_path: Path) -> None:
