@@ -97,9 +97,12 @@ def weights_of(text: str | None) -> dict[str, float] | None:
         return None
     pairs = [part.partition("=") for part in text.split(",")]
     try:
-        return {name.strip(): float(weight) for name, _, weight in pairs}
+        found = [(name.strip(), float(weight)) for name, _, weight in pairs]
     except ValueError:
         raise ValueError(f"weights must be task=number separated by commas, got {text!r}") from None
+    if len(dict(found)) < len(found):
+        raise ValueError(f"weights: a task is named twice in {text!r}; name it once")
+    return dict(found)
 
 
 def _separated(text: str | None, convert: Callable[[str], Number], wanted: str) -> tuple[Number, ...] | None:

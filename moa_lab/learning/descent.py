@@ -11,6 +11,7 @@ their tokens one after another.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -62,15 +63,16 @@ def learn_spans(
     predicted losses are reported for the point, but not used in learning. `density`, its lengths and max_rules_per_layer, which only
     the final plan keeps to, are as in `search`. rate: nats by which a step changes the evidence for a rule with a slope of average size.
     tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a table of another model, fewer than
-    one step, no samples, a task that lacks a length, negative weights or weights of unknown tasks, or samples that do not fit in
-    memory, and InfeasibleError as `search` does.
+    one step, no samples, a task that lacks a length, weights that are negative, not finite, all 0 or of unknown tasks, or samples
+    that do not fit in memory, and InfeasibleError as `search` does.
     """
     model = plain_model(model)
     if steps < 1 or not len(samples):
         raise ValueError(f"learning needs at least one step and one sample, got {steps} and {len(samples)}")
     weights, batches = dict(weights or {}), Batches(samples, batch_tokens(model), seed)
-    if weights.keys() - set(batches.tasks) or min(weights.values(), default=0.0) < 0:
-        raise ValueError(f"weights must be at least 0 and of the tasks {', '.join(batches.tasks)}, got {weights}")
+    counted = [weights.get(task, 1.0) for task in batches.tasks]
+    if weights.keys() - set(batches.tasks) or not all(0 <= weight < math.inf for weight in counted) or not any(counted):
+        raise ValueError(f"weights must be at least 0, one above it, and of the tasks {', '.join(batches.tasks)}, got {weights}")
     check_inputs(model, samples, table, tokenizer, any_model=any_model)
     targets = feasible(table, density, max_rules_per_layer)
     mixtures = Mixtures(table, targets, rate)

@@ -246,3 +246,11 @@ def test_lengths_that_are_no_numbers_are_refused_before_the_model_is_loaded(
     words = [card if word == "CARD" else word for word in command]
     assert exit_code(monkeypatch, *words, "--lengths", "1k", "--model", tmp_path / "none", "--out", tmp_path / "x") == 2
     assert "lengths must be whole numbers" in capsys.readouterr().err
+
+
+def test_a_weight_that_is_named_twice_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("learn", tmp_path / "none", "--profile", tmp_path / "none", "--out", tmp_path / "x.json", "--weights", "text=1,text=5")
+    assert exit_code(monkeypatch, *words) == 2
+    assert "a task is named twice in 'text=1,text=5'" in capsys.readouterr().err

@@ -123,7 +123,8 @@ def test_what_cannot_be_learned_is_refused_in_words(model: PreTrainedModel, samp
     lacking = tuple(sample for sample in samples if (sample.task, sample.length) != ("summaries", 448))
     with pytest.raises(ValueError, match="no samples of summaries at 448"):
         learn_spans(model, replace(samples, samples=lacking), table, DENSITY, steps=1)
-    for weights in ({"summary": 1.0}, {"summaries": -1.0}):
+    nothing = {task: 0.0 for task, _ in samples.keys}
+    for weights in ({"summary": 1.0}, {"summaries": -1.0}, {"summaries": float("nan")}, {"summaries": float("inf")}, nothing):
         with pytest.raises(ValueError, match="of the tasks questions, summaries, got"):
             learn_spans(model, samples, table, DENSITY, steps=1, weights=weights)
     with pytest.raises(InfeasibleError, match="infeasible"):
