@@ -48,7 +48,7 @@ def harness(
 
     tasks: names of the harness, or of the YAML files in the folder `include_path`. limit: documents a task at most. few_shot: examples
     in the prompt (None: as the task says). chat_template: prompts as turns of a chat, as models tuned for it expect. Without it, special
-    tokens that documents spell are text, which a warning counts; in a chat the harness itself puts both in one string.
+    tokens that documents spell are text, which a warning counts; in a chat the harness puts both in one string, and the warning says so.
     lengths: in tokens, of the texts of tasks that make their own (RULER; prompt and answer together), a row for each; `seed` draws them.
     n_tokens: the length that elastic rules are evaluated at. None: that of each prompt, including the answer where the harness
     scores given answers, without it where the model generates; in a batch, the padded length.
@@ -95,8 +95,7 @@ def harness(
                     apply_chat_template=chat_template, log_samples=True, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed,
                     fewshot_random_seed=seed,
                 )  # fmt: skip
-            if not chat_template:
-                _tell_escaped(tokenizer, task, results)
+            _tell_spelled(tokenizer, task, results, chat_template)
             versions |= results["versions"]
             known = {(row.task, row.metric, row.length) for row in rows}
             found = harness_rows(results, plan or dense_plan(geometry_of(model)), counted, n_tokens, asked)
@@ -158,11 +157,14 @@ def _check_chat(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError(f"chat_template: {reason}; leave the option out") from error
 
 
-def _tell_escaped(tokenizer: PreTrainedTokenizerBase, task: str, results: Mapping[str, Any]) -> None:
+def _tell_spelled(tokenizer: PreTrainedTokenizerBase, task: str, results: Mapping[str, Any], chat: bool) -> None:
     samples = (sample for group in results.get("samples", {}).values() for sample in group)
-    escaped = escaped_controls(tokenizer, {text for sample in samples for text in _strings(sample.get("arguments"))})
-    if escaped:
-        logger.warning("prompts of %s spell %s; they are kept as text", task, told(escaped))
+    # A chat's prompts hold the template's own control tokens as well: there the documents are looked at.
+    part = "doc" if chat else "arguments"
+    spelled = escaped_controls(tokenizer, {text for sample in samples for text in _strings(sample.get(part))})
+    if spelled:
+        ends = "in the harness's chats they count as control tokens; run without --chat-template" if chat else "they are kept as text"
+        logger.warning("%s of %s spell %s; %s", "documents" if chat else "prompts", task, told(spelled), ends)
 
 
 def _strings(value: Any) -> Iterator[str]:

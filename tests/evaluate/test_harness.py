@@ -270,3 +270,5 @@ def test_a_special_token_in_a_document_is_text_and_told(
     assert row.length == len(text)
     assert "prompts of moa_continue spell 2 control tokens (<|im_end|> 1, <bos> 1)" in caplog.text
     assert tokenizer.split_special_tokens is False
+    harness(model, tokenizer, None, ["moa_continue"], include_path=tmp_path, chat_template=True)
+    assert "documents of moa_continue spell 2 control tokens (<|im_end|> 1, <bos> 1); in the harness's chats they count" in caplog.text
