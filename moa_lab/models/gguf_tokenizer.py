@@ -54,7 +54,7 @@ class TokenizerFacts:
 
 
 def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
-    """Read the settings, with llama.cpp's defaults for missing keys."""
+    """Read the settings, with llama.cpp's defaults for missing keys. Raises ValueError for a special token beyond the vocabulary."""
 
     def said(key: str, default: Any = None) -> Any:
         return value_of(reader, f"tokenizer.ggml.{key}", default)
@@ -63,6 +63,7 @@ def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
     byte_level = kind == BYTE_LEVEL
     ends = (said("eot_token_id"), said("eom_token_id"))
     named = {name: said(f"{key}_token_id") for name, key in SPECIAL_KEYS.items()}
+    _check_ids(reader, {**{SPECIAL_KEYS[name]: token for name, token in named.items()}, "eot": ends[0], "eom": ends[1]})
     return TokenizerFacts(
         kind=kind,
         # gemma4: llama.cpp adds BOS even where the file says no.
@@ -74,6 +75,16 @@ def tokenizer_facts(reader: gguf.GGUFReader) -> TokenizerFacts:
         end_ids=tuple(int(token) for token in ends if token is not None),
         special_ids={name: int(token) for name, token in named.items() if token is not None},
     )
+
+
+def _check_ids(reader: gguf.GGUFReader, ids: Mapping[str, Any]) -> None:
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    size = len(tokens.data) if tokens else 0
+    for key, token in ids.items():
+        if size and token is not None and not 0 <= int(token) < size:
+            raise ValueError(
+                f"tokenizer.ggml.{key}_token_id is {token}, and the file has {size} tokens; take another conversion of the model"
+            )
 
 
 def hold_to(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
@@ -125,8 +136,13 @@ def _hold_prefix_space(facts: TokenizerFacts, tokenizer: PreTrainedTokenizerBase
 
 def _hold_ends(facts: TokenizerFacts, model: PreTrainedModel) -> None:
     config = model.generation_config
-    if config is None or not facts.end_ids:
+    if config is None:
         return
     ends = config.eos_token_id
     known = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    config.eos_token_id = list(dict.fromkeys([*known, *facts.end_ids]))
+    if "eos" not in facts.special_ids and facts.kind != SENTENCEPIECE:
+        # The default of the model's class, which is another token in this vocabulary; llama.cpp's for SentencePiece is the same.
+        known = []
+    found = list(dict.fromkeys([*known, *facts.end_ids]))
+    if facts.end_ids or not found:
+        config.eos_token_id = found or None

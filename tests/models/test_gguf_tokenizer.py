@@ -78,6 +78,22 @@ def test_a_turn_ends_the_models_answer_where_the_file_names_such_a_token(tmp_pat
     assert model.generation_config.eos_token_id == [EOS_ID, END_ID]
 
 
+def test_a_file_that_names_no_end_gives_the_model_none(tmp_path: Path) -> None:
+    model, tokenizer = loaded(tmp_path, "byte-level", eos_token_id=None)
+    assert (model.generation_config.eos_token_id, tokenizer.eos_token_id) == (None, None)
+    model, _ = loaded(tmp_path, "byte-level", eos_token_id=None, eot_token_id=END_ID)
+    assert model.generation_config.eos_token_id == [END_ID]
+    model, _ = loaded(tmp_path, "byte-level", eos_token_id=3)
+    assert model.generation_config.eos_token_id == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["bos", "eos", "padding", "unknown", "eot", "eom"])
+def test_a_special_token_beyond_the_vocabulary_is_refused_by_its_key(tmp_path: Path, kind: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"tokenizer.ggml.{name}_token_id is 9999, and the file has 512 tokens"):
+        loaded(tmp_path, kind, **{f"{name}_token_id": 9999})
+
+
 def test_words_that_are_tokens_need_no_merges_where_the_kind_says_so(tmp_path: Path) -> None:
     vocabulary = byte_level_vocabulary(tiny_tokenizer(), 512)
     vocabulary["tokens"][300] = "whole"
