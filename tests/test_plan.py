@@ -5,6 +5,7 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -115,6 +116,13 @@ def test_what_the_floor_takes_in_a_window_the_other_layers_give(geometry: ModelG
     plan = uniform_plan(geometry, 0.1, [2048, 4096])
     assert plan.spans(4096).tolist() == [[332, 332], [128, 128]]
     assert plan.density(4096) == pytest.approx(0.1, rel=0.01)
+
+
+@pytest.mark.parametrize("wrong", ["smollm2", None, object(), dense_plan(MHA)], ids=lambda wrong: type(wrong).__name__)
+def test_a_plan_of_what_is_no_geometry_is_refused_in_words(wrong: Any) -> None:
+    for make in (dense_plan, lambda given: uniform_plan(given, 0.5), lambda given: full_or_floor_plan(given, whole=())):
+        with pytest.raises(ValueError, match="a ModelGeometry is needed, got"):
+            make(wrong)
 
 
 def test_a_uniform_plan_without_windows_is_one_rule() -> None:

@@ -17,6 +17,7 @@ EQUAL_BYTES = 0.01
 
 def dense_plan(geometry: ModelGeometry, lengths: Iterable[int] = ()) -> Plan:
     """The plan that keeps everything: the reference of every comparison."""
+    check_geometry(geometry)
     return _same_everywhere(geometry, DENSE, "dense", lengths)
 
 
@@ -27,6 +28,7 @@ def uniform_plan(geometry: ModelGeometry, density: float, lengths: Iterable[int]
     it fits `lengths` (none: the model's longest), as many of them as possible: all, where all reach beyond the windows or none does.
     What rounding and the floor take there, the other layers give. Raises ValueError for a density outside (0, 1].
     """
+    check_geometry(geometry)
     check_density(density)
     chosen = tuple(lengths)
     share = SpanRule(0.0, float(density))
@@ -49,12 +51,21 @@ def full_or_floor_plan(
     geometry: ModelGeometry, whole: Iterable[tuple[int, int]], floor_tokens: int = 192, name: str = "ranked", lengths: Iterable[int] = ()
 ) -> Plan:
     """The (layer, kv_head) pairs of `whole` keep everything, all others a constant span of `floor_tokens`."""
+    check_geometry(geometry)
     chosen = set(whole)
     floor = SpanRule(float(floor_tokens), 0.0)
     rules = tuple(
         tuple(DENSE if (layer, head) in chosen else floor for head in range(geometry.kv_heads)) for layer in range(geometry.layers)
     )
     return Plan(geometry=geometry, rules=rules, name=name, lengths=tuple(lengths))
+
+
+def check_geometry(geometry: Any) -> None:
+    """Raises ValueError for what is no geometry, such as the model itself."""
+    if not isinstance(geometry, ModelGeometry):
+        raise ValueError(
+            f"a ModelGeometry is needed, got {type(geometry).__name__}: take a plan's .geometry, or ModelGeometry.from_config(model.config)"
+        )
 
 
 def check_density(density: float, name: str = "density") -> float:
