@@ -19,7 +19,7 @@ def check_inputs(
     any_model: accept other weights and another tokenizer, but never another geometry or token ids beyond the vocabulary.
     """
     geometry = geometry_of(model)
-    if table.geometry != geometry:
+    if not table.geometry.fits(geometry):
         raise ValueError(f"the loss table is of another geometry: it has {table.geometry}; the model has {geometry}")
     if not any_model:
         check_origin(samples.provenance, model, "samples", tokenizer)

@@ -23,6 +23,7 @@ from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weigh
 from moa_lab.plan import dense_plan
 from moa_lab.profiling import profile
 from moa_lab.profiling.gates import train_gates
+from moa_lab.profiling.inputs import check_inputs
 from moa_lab.provenance import Provenance
 from moa_lab.records import LossTable, Measurements
 from moa_lab.refinement import refine
@@ -85,6 +86,11 @@ def test_a_table_of_another_model_is_refused(model: PreTrainedModel, other: PreT
         refine(other, table.plan(np.zeros((3, 2), dtype=np.int64), "cut"), theirs, table, 0.6)
     with pytest.raises(ValueError, match="the loss table is of another geometry"):
         learn_spans(tiny_model("llama", layers=2), samples, table, 0.6, steps=1, any_model=True)
+
+
+def test_a_table_of_the_same_heads_at_another_maximum_length_is_taken(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
+    longer = replace(table, geometry=replace(table.geometry, max_length=table.geometry.max_length * 2))
+    check_inputs(model, samples, longer)
 
 
 def test_another_tokenizer_is_refused_where_it_is_given(model: PreTrainedModel, samples: SampleSet) -> None:
