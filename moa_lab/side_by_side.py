@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -40,15 +41,18 @@ def side_by_side(
         for item in items:
             take(work(item))
         return results
-    pool = ThreadPoolExecutor(count, "moa-lab sample", _begin, (total // count,))
-    try:
+    with _pool(count, total // count) as pool:
         for future in [pool.submit(work, item) for item in items]:
             take(future.result())
-    finally:
-        pool.shutdown(cancel_futures=True)
-        # Threads that begin later take over what was set last, in whichever thread.
-        torch.set_num_threads(total)
     return results
+
+
+def on_one_core(work: Callable[[], Result], device: torch.device) -> Result:
+    """`work()` as `side_by_side` does it while every core has an item: on a CPU in a thread of its own, with one of torch's threads."""
+    if device.type != "cpu" or torch.get_num_threads() == 1:
+        return work()
+    with _pool(1, 1) as pool:
+        return pool.submit(work).result()
 
 
 def workers(items: int, device: torch.device, bytes_each: int = 0) -> int:
@@ -65,6 +69,19 @@ def free_bytes(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     return int(psutil.virtual_memory().available)
+
+
+@contextlib.contextmanager
+def _pool(count: int, threads: int) -> Iterator[ThreadPoolExecutor]:
+    """`count` Python threads with `threads` of torch's each. Work that was not begun is dropped on exit."""
+    total = torch.get_num_threads()
+    pool = ThreadPoolExecutor(count, "moa-lab sample", _begin, (threads,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # Threads that begin later take over what was set last, in whichever thread.
+        torch.set_num_threads(total)
 
 
 def _begin(threads: int) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from moa_lab import side_by_side as module
 from moa_lab import storage
-from moa_lab.side_by_side import side_by_side, workers
+from moa_lab.side_by_side import on_one_core, side_by_side, workers
 
 CPU = torch.device("cpu")
 
@@ -74,6 +74,14 @@ def test_torch_has_its_threads_back_afterwards_also_in_threads_to_come() -> None
     later.start()
     later.join()
     assert [torch.get_num_threads(), *found] == [2, 2]
+
+
+def test_work_on_one_core_has_one_of_torchs_threads_and_fails_in_its_own_words() -> None:
+    assert on_one_core(torch.get_num_threads, CPU) == 1
+    assert torch.get_num_threads() == 2
+    with pytest.raises(KeyError, match="lost"):
+        on_one_core(lambda: {}["lost"], CPU)
+    assert on_one_core(torch.get_num_threads, torch.device("cuda")) == 2
 
 
 def test_items_at_once_fit_in_half_the_free_memory_and_a_gpu_takes_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from moa_lab.models import geometry_of
 from moa_lab.plan import SINK_TOKENS
 from moa_lab.profiling.backward import backward_pass
 from moa_lab.profiling.capture import ROW_BLOCK_ELEMENTS
-from moa_lab.side_by_side import free_bytes
+from moa_lab.side_by_side import free_bytes, on_one_core, workers
 
 PROBE_TOKENS = (128, 384)
 # Temporaries of one row block: scores, weights, their gradients, influence and its tiles.
@@ -87,18 +87,10 @@ def estimate_cost(model: PreTrainedModel, samples: Iterable[Sample], *, sink_tok
     lengths = [sample.length for sample in samples]
     longest = max(lengths)
     vocabulary, width = next(model.get_input_embeddings().parameters()).shape
-    seconds, saved = [], []
-    for n in PROBE_TOKENS:
-        n = min(n, geometry.max_length)
-        probe = Sample("probe", np.arange(n, dtype=np.int64) % vocabulary, ((n - 1, n),))
-        counter = _SavedBytes(model)
-        backward_pass(model, [probe], lambda layer, reduced: None, sink_tokens)
-        started = time.perf_counter()
-        with torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack):
-            backward_pass(model, [probe], lambda layer, reduced: None, sink_tokens)
-        seconds.append(time.perf_counter() - started)
-        saved.append(counter.bytes)
     n0, n1 = (min(n, geometry.max_length) for n in PROBE_TOKENS)
+    # As the profile will run: a sample a core. A short pass that all cores share would mostly wait for the slowest of them.
+    probes = on_one_core(lambda: [_probe(model, n, vocabulary, sink_tokens) for n in (n0, n1)], model.device)
+    seconds, saved = zip(*probes, strict=True)
     per_token = saved[1] / n1
     quadratic = max(0.0, (seconds[1] / n1 - seconds[0] / n0) / max(n1 - n0, 1))
     linear = max(seconds[1] / n1 - quadratic * n1, 0.0)
@@ -117,10 +109,21 @@ def estimate_cost(model: PreTrainedModel, samples: Iterable[Sample], *, sink_tok
         needed_bytes=int(SAFETY * (per_token * longest + fixed)),
         checkpointed_bytes=int(SAFETY * (checkpointed + fixed)),
         free_bytes=free_bytes(model.device),
-        seconds=sum(linear * n + quadratic * n * n for n in lengths),
+        seconds=sum(linear * n + quadratic * n * n for n in lengths) / workers(len(lengths), model.device),
         bytes_per_token=per_token,
         device=str(model.device),
     )
+
+
+def _probe(model: PreTrainedModel, n: int, vocabulary: int, sink_tokens: int) -> tuple[float, int]:
+    """Seconds of a backward pass over `n` tokens, and the bytes that it saves."""
+    probe = Sample("probe", np.arange(n, dtype=np.int64) % vocabulary, ((n - 1, n),))
+    counter = _SavedBytes(model)
+    backward_pass(model, [probe], lambda layer, reduced: None, sink_tokens)
+    started = time.perf_counter()
+    with torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack):
+        backward_pass(model, [probe], lambda layer, reduced: None, sink_tokens)
+    return time.perf_counter() - started, counter.bytes
 
 
 class _SavedBytes:

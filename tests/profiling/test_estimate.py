@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -104,3 +107,21 @@ def test_an_estimate_leaves_no_gradients() -> None:
     model = tiny_model("llama").requires_grad_(True)
     estimate_cost(model, [random_sample(100)])
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_short_runs_take_one_core_and_the_profile_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    threads: list[int] = []
+    original = estimate.backward_pass
+
+    def watched(*given: Any) -> None:
+        threads.append(torch.get_num_threads())
+        original(*given)
+
+    monkeypatch.setattr(estimate, "backward_pass", watched)
+    # The short runs take one second and three.
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=iter([0.0, 1.0, 0.0, 3.0] * 2).__next__))
+    one, four = (estimate_cost(model, [random_sample(128, seed) for seed in range(count)]).seconds for count in (1, 4))
+    assert set(threads) == {1}
+    assert four == pytest.approx(4 * one / 2)
