@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,13 +26,16 @@ class Objective:
     all-or-nothing, where a cut head loses everything beyond the floor; worst distance, the largest loss of any distance bucket).
 
     `rows` names the rows of the table's `losses`: the objective of a plan is the largest row sum (one row, unless the form
-    is worst_distance).
+    is worst_distance). profiled: whether the length was, else the losses are extrapolated from the profiled lengths. error: of the
+    extrapolation, as a share of the losses, where it was tried on a profiled length; None elsewhere.
     """
 
     task: str
     length: int
     form: Form
     rows: tuple[int, int]
+    profiled: bool = True
+    error: float | None = None
 
     def __post_init__(self) -> None:
         check_whole("length", self.length, 1)
@@ -71,8 +75,13 @@ class LossTable:
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """The profiled lengths in tokens, ascending."""
+        """All lengths with predicted losses, in tokens, ascending: those where plans will be used."""
         return tuple(sorted({objective.length for objective in self.objectives}))
+
+    @property
+    def profiled_lengths(self) -> tuple[int, ...]:
+        """Those of `lengths` that were profiled."""
+        return tuple(sorted({objective.length for objective in self.objectives if objective.profiled}))
 
     def span_tokens(self, n_tokens: int) -> np.ndarray:
         """Tokens kept by every choice at a length: int64 (layers, rules), capped by a layer's own window."""
@@ -112,6 +121,25 @@ class LossTable:
         except KeyError as error:
             raise ValueError(f"plan {plan.name!r} uses {error}, which is not among the table's {len(self.rules)} rules") from None
 
+    def with_rules(self, rules: Iterable[SpanRule]) -> LossTable:
+        """The table with those of `rules` that it lacks, behind its own. Their losses are interpolated between its rules by span.
+
+        A span that sees everything loses what the dense rule loses; a shorter one is at least as bad as the longest that is cut.
+        """
+        new = [rule for rule in dict.fromkeys(rules) if rule not in self.rules]
+        if not new:
+            return self
+        added = np.empty((*self.losses.shape[:3], len(new)))
+        for objective in self.objectives:
+            for layer in range(self.geometry.layers):
+                dense = self.geometry.dense_span_tokens(layer, objective.length)
+                known, wanted = (
+                    np.minimum([rule.span_tokens(objective.length, self.min_span) for rule in some], dense) for some in (self.rules, new)
+                )
+                rows = slice(*objective.rows)
+                added[rows, layer] = _between(known, self.losses[rows, layer], wanted, dense)
+        return replace(self, rules=(*self.rules, *new), losses=np.concatenate([self.losses, added], axis=3))
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
         description = {
@@ -136,6 +164,23 @@ class LossTable:
             return cls(head.geometry, head.rules, head.sink_tokens, head.min_span, head.objectives, tensors["losses"], head.provenance)
         except ValueError as error:
             raise RecordError(f"{path}: {error}") from error
+
+
+def _between(known: np.ndarray, losses: np.ndarray, wanted: np.ndarray, dense: int) -> np.ndarray:
+    """Losses (rows, kv_heads, wanted) at the spans `wanted`, linear between those at the spans `known` (rows, kv_heads, known).
+
+    Spans that are cut and spans that see everything (`dense`) are kept apart: all-or-nothing losses jump between them.
+    """
+    found = np.empty((*losses.shape[:2], len(wanted)))
+    for cut in (False, True):
+        here = np.flatnonzero((wanted < dense) == cut)
+        alike = np.flatnonzero((known < dense) == cut)
+        # A table without a cut rule, or without a dense one, has only the other kind to tell by.
+        source = alike if len(alike) else np.arange(len(known))
+        order = source[np.argsort(known[source], kind="stable")]
+        for row, head in np.ndindex(*losses.shape[:2]):
+            found[row, head, here] = np.interp(wanted[here], known[order], losses[row, head, order])
+    return found
 
 
 @dataclass(frozen=True)

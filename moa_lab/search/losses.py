@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from moa_lab.plan import MIN_SPAN, SpanRule
 from moa_lab.records import BLOCK_TOKENS, FORMS, Form, InfluenceProfile, LossTable, Objective
+from moa_lab.search.beyond import at_length, growth, lost_at
+from moa_lab.search.problem import used_lengths
 from moa_lab.search.space import rule_grid
 
 Pool = Literal["max", "sum", "mean"]
@@ -27,50 +29,62 @@ def loss_table(
     pool: Pool = "max",
     forms: Sequence[Form] = FORMS,
     estimator: Estimator | None = None,
+    use_lengths: Iterable[int] | None = None,
 ) -> LossTable:
-    """Predicted loss of every (layer, KV head, rule), per (task, length) of the profile and per form.
+    """Predicted loss of every (layer, KV head, rule), per task, length and form.
 
     `estimator`: "span" (default where the profile has span effects) or "element" (single values, as in the paper).
     A rule with window W = span - sink loses the influence at distances >= W (bins are interpolated linearly). Forms: `sum`
     of what is lost; `all_or_nothing`, where a head that keeps less than the dense span loses all its influence beyond
     `min_span`; `worst_distance`, one row per distance bucket beyond `min_span`. Query heads h of KV head h // group_size
-    are pooled, row by row, by `pool`. `rules` default to `rule_grid` of the profile's lengths. Every objective is scaled to
+    are pooled, row by row, by `pool`. `rules` default to `rule_grid` of the lengths. Every objective is scaled to
     1 for the plan whose heads all have the cheapest rule (left as zeros where the cheapest rule loses nothing).
 
+    use_lengths: where plans will be used, beside the profiled lengths (None: twice the longest of them, within the model's maximum).
+    There the influence is extrapolated (see `beyond`), so that a rule is judged by the span it will have.
+
     Raises ValueError for an empty profile or rule list, an unknown pool, form or estimator, span effects that the profile lacks,
-    a min_span that does not exceed the sink, or influence that is not finite.
+    a min_span that does not exceed the sink, a length that is not positive or beyond the model, or influence that is not finite.
     """
     estimator = estimator or ("span" if profile.span_effects else "element")
     _check(profile, rules, pool, forms, min_span, estimator)
-    chosen = rule_grid(profile.lengths, min_span=min_span) if rules is None else tuple(rules)
+    lengths = used_lengths(profile.lengths, profile.geometry.max_length, use_lengths)
+    chosen = rule_grid(lengths, min_span=min_span) if rules is None else tuple(rules)
+    near = -(-max(min_span - profile.sink_tokens, 0) // BLOCK_TOKENS)
+    windows = profile.geometry.layer_windows
     objectives: list[Objective] = []
     blocks: list[np.ndarray] = []
     first = 0
-    for task, length in profile.keys:
-        heads = _HeadLosses(profile, task, length, chosen, min_span, estimator)
-        for form in forms:
-            rows = _scaled(_pooled(heads.rows(form), profile.geometry.kv_heads, pool), heads.cheapest)
-            blocks.append(rows)
-            objectives.append(Objective(task, length, form, (first, first + len(rows))))
-            first += len(rows)
+    for task in profile.tasks:
+        curves = {n: _curve(profile, task, n, estimator) for known, n in profile.keys if known == task}
+        grown = growth(curves, near, windows)
+        for length in sorted({*curves, *lengths}):
+            curve = curves[length] if length in curves else at_length(curves, length, grown.moving, windows)
+            heads = _HeadLosses(profile, curve, length, chosen, min_span)
+            told: dict[str, Any] = {} if length in curves else {"profiled": False, "error": grown.error}
+            for form in forms:
+                rows = _scaled(_pooled(heads.rows(form), profile.geometry.kv_heads, pool), heads.cheapest)
+                blocks.append(rows)
+                objectives.append(Objective(task, length, form, (first, first + len(rows)), **told))
+                first += len(rows)
     return LossTable(
         geometry=profile.geometry, rules=chosen, sink_tokens=profile.sink_tokens, min_span=min_span,
         objectives=tuple(objectives), losses=np.concatenate(blocks), provenance=profile.provenance,
     )  # fmt: skip
 
 
-class _HeadLosses:
-    """Losses of one (task, length) before pooling: (rows, layers, query_heads, rules)."""
+def _curve(profile: InfluenceProfile, task: str, length: int, estimator: Estimator) -> np.ndarray:
+    """What is lost with the keys at distances >= 64 b: (samples, layers, query_heads, bins)."""
+    if estimator == "span":
+        return _alike(profile.span_effects[task, length].astype(np.float64))
+    histogram = profile.distance(task, length)[None]
+    return np.cumsum(histogram[..., ::-1], axis=-1)[..., ::-1]
 
-    def __init__(
-        self, profile: InfluenceProfile, task: str, length: int, rules: tuple[SpanRule, ...], min_span: int, estimator: Estimator
-    ) -> None:
-        # curve[sample, ..., b]: what is lost with the keys at distances >= 64 b.
-        if estimator == "span":
-            curve = _alike(profile.span_effects[task, length].astype(np.float64))
-        else:
-            histogram = profile.distance(task, length)[None]
-            curve = np.cumsum(histogram[..., ::-1], axis=-1)[..., ::-1]
+
+class _HeadLosses:
+    """Losses of one task and length, of a curve as `_curve` gives it, before pooling: (rows, layers, query_heads, rules)."""
+
+    def __init__(self, profile: InfluenceProfile, curve: np.ndarray, length: int, rules: tuple[SpanRule, ...], min_span: int) -> None:
         self._curve = curve
         self._furthest = float(BLOCK_TOKENS * curve.shape[-1])
         spans = np.array([rule.span_tokens(length, min_span) for rule in rules])
@@ -101,17 +115,8 @@ class _HeadLosses:
 
     def _lost(self, windows: np.ndarray, until: float | None = None) -> np.ndarray:
         """Mean over samples of what is lost at distances from each window on (up to `until`): (layers, query_heads, windows)."""
-        lost = _at(self._curve, windows) - (0.0 if until is None else _at(self._curve, np.array([until])))
+        lost = lost_at(self._curve, windows) - (0.0 if until is None else lost_at(self._curve, np.array([until])))
         return np.abs(lost).mean(axis=0)
-
-
-def _at(curve: np.ndarray, windows: np.ndarray) -> np.ndarray:
-    """`curve[..., b]`, which belongs to windows of 64 b tokens and is 0 beyond its end, at `windows` (interpolated linearly)."""
-    ended = np.concatenate([curve, np.zeros((*curve.shape[:-1], 1))], axis=-1)
-    position = np.minimum(windows / BLOCK_TOKENS, curve.shape[-1])
-    below = np.minimum(position.astype(np.int64), curve.shape[-1] - 1)
-    part = position - below
-    return ended[..., below] * (1 - part) + ended[..., below + 1] * part
 
 
 def _alike(effects: np.ndarray) -> np.ndarray:

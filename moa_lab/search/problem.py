@@ -75,13 +75,30 @@ class Limits:
 
 
 def limit_lengths(table: LossTable, lengths: Iterable[int] | None = None) -> tuple[int, ...]:
-    """Lengths at which density is limited: those given, or the profiled ones and twice the longest (within the model's maximum)."""
+    """Lengths at which density is limited: those given, or those of the table; with twice the longest if all were profiled."""
     if lengths is not None:
-        chosen = tuple(sorted(set(lengths)))
-        if not chosen or chosen[0] < 1:
-            raise ValueError(f"lengths must name at least one length of at least 1 token, got {chosen}")
-        return chosen
-    return limits_of(table.lengths, table.geometry.max_length)
+        return _lengths(lengths)
+    return table.lengths if table.profiled_lengths != table.lengths else limits_of(table.lengths, table.geometry.max_length)
+
+
+def used_lengths(profiled: Iterable[int], max_length: int, asked: Iterable[int] | None = None) -> tuple[int, ...]:
+    """Lengths at which a plan must hold: the profiled ones and those `asked` for (None: twice the longest, as `limits_of`).
+
+    Raises ValueError for a length that is not positive, or beyond the model.
+    """
+    if asked is None:
+        return limits_of(profiled, max_length)
+    chosen = _lengths({*profiled, *asked})
+    if chosen[-1] > max_length:
+        raise ValueError(f"length {chosen[-1]} is beyond the model's maximum of {max_length} tokens")
+    return chosen
+
+
+def _lengths(lengths: Iterable[int]) -> tuple[int, ...]:
+    chosen = tuple(sorted(set(lengths)))
+    if not chosen or chosen[0] < 1:
+        raise ValueError(f"lengths must name at least one length of at least 1 token, got {chosen}")
+    return chosen
 
 
 def limits_of(profiled: Iterable[int], max_length: int) -> tuple[int, ...]:

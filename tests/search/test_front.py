@@ -118,7 +118,7 @@ def test_epsilon_front_is_not_dominated_keeps_the_limits_and_repeats(table: Loss
 def test_epsilon_front_takes_one_goal_per_task_and_length(table: LossTable) -> None:
     goals = default_goals(table, "task_length")
     assert [goal.name for goal in goals] == [
-        "questions@512/all_or_nothing", "questions@1024/all_or_nothing", "summaries@512/sum", "summaries@1024/sum",
+        *(f"questions@{n}/all_or_nothing" for n in (512, 1024, 2048)), *(f"summaries@{n}/sum" for n in (512, 1024, 2048)),
     ]  # fmt: skip
     front = epsilon_front(table, 0.5, goals=goals, intervals=2)
     assert not dominated(front_values(front))

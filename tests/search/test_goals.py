@@ -57,12 +57,14 @@ def test_weights_below_nothing_or_without_a_sum_are_refused(weights: dict[str, f
 
 def test_default_goals_take_weights_and_forms_and_refuse_unknown_names(table: LossTable) -> None:
     weighted = default_goals(table, weights={"summaries@512/sum": 3.0})
-    assert weighted[1].shares == {"summaries@512/sum": 0.75, "summaries@1024/sum": 0.25}
-    assert default_goals(table, forms={"questions": "sum"})[0].shares == {"questions@512/sum": 0.5, "questions@1024/sum": 0.5}
-    assert mean_goal(weighted, {"questions": 3.0}).shares["questions@512/all_or_nothing"] == pytest.approx(0.375)
+    assert weighted[1].shares == {"summaries@512/sum": 0.6, "summaries@1024/sum": 0.2, "summaries@2048/sum": 0.2}
+    assert default_goals(table, forms={"questions": "sum"})[0].shares == pytest.approx(
+        {f"questions@{n}/sum": 1 / 3 for n in (512, 1024, 2048)}
+    )
+    assert mean_goal(weighted, {"questions": 3.0}).shares["questions@512/all_or_nothing"] == pytest.approx(0.25)
     with pytest.raises(ValueError, match="forms: 'poems' is not in the table"):
         default_goals(table, forms={"poems": "sum"})
     with pytest.raises(ValueError, match="weights: 'summaries@9/sum'"):
         default_goals(table, weights={"summaries@9/sum": 1.0})
     sums_only = loss_table(skewed_profile(), forms=("sum",))
-    assert set(default_goals(sums_only)[0].weights) == {"questions@256/sum", "questions@512/sum"}
+    assert set(default_goals(sums_only)[0].weights) == {"questions@256/sum", "questions@512/sum", "questions@1024/sum"}

@@ -118,7 +118,7 @@ def test_a_layer_with_its_own_window_loses_nothing_once_the_rule_spans_that_wind
 
 def test_lengths_at_which_all_rules_coincide_have_no_loss_and_stay_finite() -> None:
     # At 64 and 128 tokens, a floor of 128 keeps everything.
-    table = loss_table(skewed_profile(lengths=(64, 128, 512)))
+    table = loss_table(skewed_profile(lengths=(64, 128, 512)), use_lengths=())
     for objective in table.objectives:
         losses = table.losses[slice(*objective.rows)]
         assert np.isfinite(losses).all()
@@ -139,6 +139,8 @@ def test_bad_arguments_of_a_table_are_named() -> None:
         ({"forms": ("total",)}, "forms must be some of"),
         ({"rules": ()}, "rules is empty"),
         ({"min_span": 64}, "min_span .64. must exceed"),
+        ({"use_lengths": (0,)}, "at least 1 token"),
+        ({"use_lengths": (10**6,)}, "length 1000000 is beyond the model"),
     ]:
         with pytest.raises(ValueError, match=message):
             loss_table(profile, **arguments)  # type: ignore[arg-type]
@@ -147,4 +149,4 @@ def test_bad_arguments_of_a_table_are_named() -> None:
         loss_table(replace(profile, distances=broken))
     with pytest.raises(ValueError, match="profile holds no"):
         loss_table(replace(profile, distances={}))
-    assert rule_grid(profile.lengths) == loss_table(profile).rules
+    assert rule_grid((*profile.lengths, 2 * max(profile.lengths))) == loss_table(profile).rules
