@@ -24,7 +24,7 @@ from moa_lab.plan import PlanOrPath, as_plan
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, FrontPoint, LossTable, Objective, ProfileKey
 from moa_lab.search.budget import BudgetSolver
-from moa_lab.search.front import DENSITY, point
+from moa_lab.search.front import DENSITY, point, spent_point
 from moa_lab.search.goals import Goal, default_goals
 from moa_lab.search.milp import solve_milp
 from moa_lab.search.problem import Density, feasible
@@ -62,7 +62,7 @@ def refine(
     since these were chosen by `samples`. table: the rules to choose from; it also predicts which heads to measure and the points'
     losses. `density` and its lengths are as in `search`. parts_dir stores measurements, so that the same call resumes after a kill.
     tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a
-    table of another model, a plan of another geometry or with rules that the table lacks, and InfeasibleError as `search` does.
+    table of another model, a plan of another geometry, and InfeasibleError as `search` does.
     """
     model = plain_model(model)
     plan = as_plan(plan)
@@ -75,6 +75,8 @@ def refine(
             f"plan {plan.name!r} has sink {plan.sink_tokens}, floor {plan.min_span} and spans in {plan.span_multiple}s, the table "
             f"{table.sink_tokens}, {table.min_span} and 1s: make the table with the plan's min_span"
         )
+    # A plan whose leftover budget was spent has rules of its own.
+    table = table.with_rules(rule for row in plan.rules for rule in row)
     targets = feasible(table, density, max_rules_per_layer)
     neighbours = _Neighbours(table, targets, max_rules_per_layer)
     choice = table.choice(plan)
@@ -112,9 +114,9 @@ def refine(
             "moved_heads": int((before != choice).sum()),
             "calibration_loss": loss,
         }
-        found.append(
-            point(table, choice, name=f"refined-{number}", origin="refined", lengths=targets, goals=default_goals(table), search=search)
-        )
+        goals = default_goals(table)
+        better = point(table, choice, name=f"refined-{number}", origin="refined", lengths=targets, goals=goals, search=search)
+        found.append(spent_point(table, better, targets, goals))
     if progress:
         progress(100 * rounds, 100 * rounds)
     names = (*(objective.name for objective in table.objectives), DENSITY)

@@ -24,7 +24,7 @@ from moa_lab.learning.mixtures import Mixtures
 from moa_lab.learning.slopes import SlopeSampler
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, LossTable
-from moa_lab.search.front import DENSITY, point
+from moa_lab.search.front import DENSITY, distinct, point, spent_point
 from moa_lab.search.goals import default_goals
 from moa_lab.search.problem import Density, feasible
 
@@ -35,6 +35,8 @@ RATE = 0.2
 FIRST_DENSITY = 0.95
 SHRINKING = 0.3
 """Share of the steps in which the budget shrinks; in the others, plans are drawn at the final density."""
+FLOOR_SHARES = (0.25, 0.5, 0.75)
+"""Floors of further plans of a descent, as shares of the density."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -56,7 +58,10 @@ def learn_spans(
     any_model: bool = False,
     progress: Progress | None = None,
 ) -> Front:
-    """The plan that the descent ends at, as a front of one point called `name`, origin `learned`.
+    """The plan that the descent ends at, and the same with floors that grow with the length, as points `name`, `name-0.0625`, ...
+
+    A descent knows the lengths of its samples, and text beyond them suffers where many heads keep a few hundred tokens whatever the
+    length; so of the same evidence plans are made in which every head keeps a share of what it sees, `FLOOR_SHARES` of the density.
 
     The loss is the divergence of the answers of `samples` from the dense model's, in nats per answer token, the sum of the tasks'
     means, each times its weight (`weights`, 1 where not given); a step takes samples of one length. table: the rules to choose from; its
@@ -92,9 +97,15 @@ def learn_spans(
     divergence = {task: float(np.mean([told[task] for told in last])) for task in batches.tasks}
     logger.info("learned in %d steps: %s nats under plans drawn in the last ones", steps, divergence)
     how = {"steps": steps, "rate": rate, "shrinking": SHRINKING, "weights": weights, "lesson_lengths": batches.lengths}
-    learned = point(
-        table, mixtures.choice(max_rules_per_layer), name=name, origin="learned", lengths=targets, goals=default_goals(table),
-        search={**how, "drawn_divergence": divergence},
-    )  # fmt: skip
+    goals = default_goals(table)
+    points = []
+    for share in (0.0, *FLOOR_SHARES):
+        least = share * min(targets.values())
+        told = {**how, "drawn_divergence": divergence, "least": least}
+        learned = point(
+            table, mixtures.choice(max_rules_per_layer, least), name=name if not least else f"{name}-{least:.3g}",
+            origin="learned", lengths=targets, goals=goals, search=told,
+        )  # fmt: skip
+        points.append(spent_point(table, learned, targets, goals))
     settings = {**how, "solver": "learn", "seed": seed, "density": {str(n): d for n, d in targets.items()}}
-    return Front((learned,), (*(objective.name for objective in table.objectives), DENSITY), settings, table.provenance)
+    return Front(tuple(distinct(points)), (*(objective.name for objective in table.objectives), DENSITY), settings, table.provenance)

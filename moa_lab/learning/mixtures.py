@@ -72,16 +72,30 @@ class Mixtures:
         if scale > 0:
             self.evidence -= np.clip(self._rate * direction / scale, -LARGEST_STEP, LARGEST_STEP)
 
-    def choice(self, max_rules_per_layer: int | None = None) -> np.ndarray:
-        """The rules (layers, kv_heads) with the most evidence that keep the density. Raises InfeasibleError as `solve_milp` does."""
+    def choice(self, max_rules_per_layer: int | None = None, least: float = 0.0) -> np.ndarray:
+        """The rules (layers, kv_heads) with the most evidence that keep the density. Raises InfeasibleError as `solve_milp` does.
+
+        least: share of what a head can see that every head keeps at least, at the lengths of the table.
+        """
         table = self._table
         missing = self.evidence.max(axis=1, keepdims=True) - self.evidence
+        if least:
+            missing = missing + np.where(self._shorter(least), len(missing) * (missing.max() + 1.0), 0.0)
         objective = Objective("learned", table.lengths[-1], "sum", (0, 1))
         losses = missing.reshape(1, table.geometry.layers, table.geometry.kv_heads, -1)
         wanted, goal = replace(table, objectives=(objective,), losses=losses), Goal("learned", {objective.name: 1.0})
         if max_rules_per_layer is None:
             return BudgetSolver(wanted, goal, self._targets).solve(self._targets).choice
         return solve_milp(wanted, self._targets, goal=goal, max_rules_per_layer=max_rules_per_layer).choice
+
+    def _shorter(self, least: float) -> np.ndarray:
+        """Bool (heads, rules): rules that keep less than a share of what the head can see, at some length of the table."""
+        table = self._table
+        short = np.zeros((table.geometry.layers, len(table.rules)), dtype=bool)
+        for n in table.lengths:
+            dense = np.array([table.geometry.dense_span_tokens(layer, n) for layer in range(table.geometry.layers)])
+            short |= table.span_tokens(n) < np.floor(least * dense)[:, None]
+        return np.repeat(short, table.geometry.kv_heads, axis=0)
 
     def _at(self, prices: np.ndarray) -> np.ndarray:
         values = self._priced(prices)

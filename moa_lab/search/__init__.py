@@ -15,7 +15,7 @@ from moa_lab.search.front import epsilon_front, front_values, hypervolume, non_d
 from moa_lab.search.goals import Goal, default_goals, mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import MilpAnswer, solve_milp
-from moa_lab.search.problem import InfeasibleError, NoPlanError, feasible, limit_lengths
+from moa_lab.search.problem import InfeasibleError, NoPlanError, feasible, limit_lengths, used_lengths
 from moa_lab.search.ranked import WholeHeads, head_scores, ranked_plan
 from moa_lab.search.space import paper_grid, rule_grid
 
@@ -50,6 +50,7 @@ __all__ = [
     "search",
     "solve_budget",
     "solve_milp",
+    "used_lengths",
 ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from moa_lab.plan import MIN_SPAN, Plan
 from moa_lab.records import InfluenceProfile
 from moa_lab.search.budget import solve_budget
@@ -21,7 +23,8 @@ def baseline_plan(name: str, profile: InfluenceProfile, density: Density, *, min
     with the most influence on questions beyond the floor are whole, the others at the floor: 192 tokens, or min_span where that is
     larger or 192 exceeds the density. Raises ValueError for another name.
     """
-    table = loss_table(profile, min_span=min_span, estimator="element")
+    used = [n for n in density if n >= min(profile.lengths)] if isinstance(density, Mapping) else None
+    table = loss_table(profile, min_span=min_span, estimator="element", use_lengths=used)
     if name == "paper":
         answer = solve_budget(table, density, goal=mean_goal(paper_goals(table)))
         return table.plan(answer.choice, name, search={"origin": name, "gap": answer.gap})

@@ -5,27 +5,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from moa_lab.plan import MIN_SPAN
+from moa_lab.plan import MIN_SPAN, Plan
 from moa_lab.records import Form, Front, FrontPoint, InfluenceProfile, LossTable
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
-from moa_lab.search.front import DENSITY, Progress, epsilon_front, front_values, point, undominated
+from moa_lab.search.front import DENSITY, Progress, epsilon_front, front_values, plan_point, point, spent_point, undominated
 from moa_lab.search.goals import QUESTIONS, Goal, default_goals, mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import solve_milp
+from moa_lab.search.plain import SIMPLE, WHOLE, simple_plans, whole_heads
 from moa_lab.search.problem import Density, NoPlanError, feasible
-from moa_lab.search.ranked import FLOORS, ranked_plan
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("milp", "ranked", "budget", "element", "evolve")
-DEFAULT_METHODS = ("milp", "ranked", "budget", "element")
+METHODS = ("simple", "ranked", "milp", "budget", "element", "evolve")
+DEFAULT_METHODS = ("simple", "ranked", "milp", "budget", "element")
 BUDGET_SHARES = (0.25, 0.5, 0.75, 0.95)
 """Weights of the first of two goals in the budget solves; validation decides which is right."""
 ALTERNATIVE_INTERVALS = 2
@@ -56,23 +56,25 @@ def search(
     seed: int = 0,
     time_limit_s: float = 120.0,
     max_points: int = 16,
-    keep: Sequence[str] = ("ranked",),
+    keep: Sequence[str] = SIMPLE,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
 ) -> Front:
     """Candidate plans at a density, found with several objectives and solvers, for measured validation to choose from.
 
     min_span: the floor in tokens (None: 128 for a profile, the table's own for a table, which allows no other).
-    `methods`: "milp" (for each goal set the mean of its goals, and its epsilon-constraint front: the default goals with
-    `intervals`, the alternatives with two), "ranked" (whole heads over floors of min_span, 128, 192 and 256), "budget"
-    (Lagrangian solves at several weights of the goals), "element" (plans by single values, the paper's estimator), "evolve"
-    (NSGA-II). The alternatives to the default goals are the paper's sums, questions by worst distance, and the other tasks
+    `methods`: "simple" (uniform, a span per layer, far-seeing heads: see `plain`), "ranked" (whole heads over floors), "milp" (for
+    each goal set the mean of its goals, and its epsilon-constraint front: the default goals with `intervals`, the alternatives with
+    two), "budget" (Lagrangian solves at several weights of the goals), "element" (plans by single values, the paper's estimator),
+    "evolve" (NSGA-II). The alternatives to the default goals are the paper's sums, questions by worst distance, and the other tasks
     by worst distance; `goals` replace them all.
 
     Returned are non-dominated points (in the table's objectives and the mean density over the limit lengths); points whose
-    origin is in `keep` stay as references, dominated or not. Of more than `max_points`, those of `keep`, one of every
-    origin and some more of the first goal set stay, then those furthest from one another in the objectives. `origin` is
-    the goal set of an exact solve ("default", "paper", ...) or the method. `progress(done, total, message)`; when `cancel`
+    origin is in `keep` stay as references, dominated or not. What a plan leaves of the budget at any length is spent (see `spend`).
+    Of more than `max_points` those of `keep` stay (a uniform plan, one with a span per layer, two of whole heads at least, all subsets
+    of few far-seeing heads), and half of `max_points` at least are others: one of every origin and some more of the first goal set,
+    then those furthest from one another in the objectives. `origin` is the goal set of an exact solve ("default", "paper", ...), the
+    method, "uniform", "layers", "ranked" (whole heads) or "far". `progress(done, total, message)`; when `cancel`
     is set, what was found so far is returned. Results repeat unless `time_limit_s`, shared by all exact solves, runs out.
 
     Raises InfeasibleError (a ValueError) naming the length that binds and the least feasible density there.
@@ -80,7 +82,8 @@ def search(
     _check_methods(methods, max_points)
     if not time_limit_s >= 0:  # NaN too, under which no solve would end
         raise ValueError(f"time_limit_s must be 0 or more seconds, got {time_limit_s}")
-    table, element = _tables(profile_or_table, min_span)
+    lengths = None if lengths is None else tuple(lengths)
+    table, element = _tables(profile_or_table, min_span, density, lengths)
     targets = feasible(table, density, max_rules_per_layer, lengths)
     sets = goal_sets(table) if goals is None else (GoalSet("given", tuple(goals)),)
     deadline = time.perf_counter() + time_limit_s
@@ -93,7 +96,8 @@ def search(
         if progress is not None:
             progress(done + 1, len(stages), f"search: {method}, {len(points)} plans")
     names = (*(objective.name for objective in table.objectives), DENSITY)
-    chosen = _thinned(undominated(points, names, keep), names, max_points, keep)
+    points = [spent_point(table, each, targets, sets[0].goals) for each in points]
+    chosen = _thinned(undominated(points, names, keep), names, max_points, keep, sets[0].name)
     settings = {
         "solver": "search", "methods": list(methods), "density": {str(n): value for n, value in targets.items()},
         "goals": {goal.name: dict(goal.weights) for goal in sets[0].goals}, "goal_sets": [goal_set.name for goal_set in sets],
@@ -136,7 +140,7 @@ class _Search:
         """The steps of a method; each takes the number of exact solves that share the time left."""
         if method == "milp":
             return [self._exact(index) for index in range(len(self._sets))]
-        others = {"ranked": self._ranked, "budget": self._budget, "element": self._element, "evolve": self._evolve}
+        others = {"simple": self._simple, "ranked": self._ranked, "budget": self._budget, "element": self._element, "evolve": self._evolve}
         return [others[method]]
 
     def _exact(self, index: int) -> Callable[[int], list[FrontPoint]]:
@@ -167,18 +171,19 @@ class _Search:
 
         return stage
 
+    def _simple(self, _: int) -> list[FrontPoint]:
+        seconds = max(self._deadline - time.perf_counter(), 0.5) / 6
+        return self._plain(simple_plans(self._table, self._targets, seconds, self._cancel))
+
     def _ranked(self, _: int) -> list[FrontPoint]:
-        found = []
-        for floor in sorted({self._table.min_span, *FLOORS}):
-            try:
-                plan = ranked_plan(self._table, self._targets, floor_tokens=floor)
-            except ValueError as error:
-                logger.info("no ranked plan over a floor of %d: %s", floor, error)
-                continue
-            if self._max_rules is None or max(len(set(row)) for row in plan.rules) <= self._max_rules:
-                made = self._point(self._table.choice(plan), "ranked", None, None)
-                found.append(replace(made, plan=plan))
-        return found
+        return self._plain(whole_heads(self._table, self._targets))
+
+    def _plain(self, plans: Iterable[Plan]) -> list[FrontPoint]:
+        return [
+            plan_point(self._table, plan, origin=plan.search["origin"], lengths=self._targets, goals=self._sets[0].goals)
+            for plan in plans
+            if self._max_rules is None or max(len(set(row)) for row in plan.rules) <= self._max_rules
+        ]
 
     def _budget(self, _: int) -> list[FrontPoint]:
         found = []
@@ -218,26 +223,36 @@ class _Search:
         return replace(found, predicted={**predicted, **{goal.name: goal.value(predicted) for goal in self._sets[0].goals}})
 
 
-def _thinned(points: list[FrontPoint], names: Sequence[str], most: int, keep: Sequence[str]) -> list[FrontPoint]:
-    """At most `most` points: those in `keep` and the first of every origin, then a few of the first goal set, then any;
-    each time the one furthest from those chosen."""
-    if len(points) <= most:
-        return points
-    values = front_values(points, names)
+def _thinned(points: list[FrontPoint], names: Sequence[str], most: int, keep: Sequence[str], preferred: str) -> list[FrontPoint]:
+    """Those in `keep`, and of the others at most what these leave of `most`, but half of `most` at least: the first of every origin,
+    then a few of the origin `preferred`, then any; each time the one furthest from those chosen."""
+    kept = _kept(points, most, keep)
+    others = [each for each in points if each.origin not in keep]
+    wanted = min(max(most - len(kept), -(-most // 2)), len(others))
+    everyone = [*kept, *others]
+    values = front_values(everyone, names)
     spread = np.ptp(values, axis=0)
     scaled = (values - values.min(axis=0)) / np.where(spread > 0, spread, 1.0)
-    origins = [candidate.origin for candidate in points]
-    first = [index for index, origin in enumerate(origins) if origin in keep or origins.index(origin) == index]
-    chosen = first[:most]
-    for _ in range(most - len(chosen)):
+    origins = [candidate.origin for candidate in everyone]
+    first = [index for index, origin in enumerate(origins) if index >= len(kept) and origins.index(origin) == index]
+    chosen = [*range(len(kept)), *first[:wanted]]
+    while len(chosen) < len(kept) + wanted:
         distance = np.linalg.norm(scaled[:, None] - scaled[None, chosen], axis=2).min(axis=1)
-        preferred = [index for index, origin in enumerate(origins) if origin == origins[0] and index not in chosen]
-        if preferred and sum(origins[index] == origins[0] for index in chosen) < PREFERRED_POINTS:
-            chosen.append(max(preferred, key=lambda index: distance[index]))
+        liked = [index for index, origin in enumerate(origins) if origin == preferred and index not in chosen]
+        if liked and sum(origins[index] == preferred for index in chosen) < PREFERRED_POINTS:
+            chosen.append(max(liked, key=lambda index: distance[index]))
             continue
-        distance[chosen] = -1.0
+        distance[[*chosen, *range(len(kept))]] = -1.0
         chosen.append(int(distance.argmax()))
-    return [points[index] for index in sorted(chosen)]
+    return [everyone[index] for index in sorted(chosen)]
+
+
+def _kept(points: list[FrontPoint], most: int, keep: Sequence[str]) -> list[FrontPoint]:
+    """Points that stay because of their origin: all of it, but of whole heads as many as fill half of `most`, the first two at least."""
+    kept = [each for each in points if each.origin in keep]
+    whole = [each for each in kept if each.origin == WHOLE]
+    stay = whole[: max(2, most // 2 - (len(kept) - len(whole)))]
+    return [each for each in kept if each.origin != WHOLE or each in stay]
 
 
 def _renamed(points: Sequence[FrontPoint]) -> list[FrontPoint]:
@@ -246,13 +261,18 @@ def _renamed(points: Sequence[FrontPoint]) -> list[FrontPoint]:
     renamed = []
     for candidate in points:
         count[candidate.origin] = count.get(candidate.origin, 0) + 1
-        name = candidate.plan.name if candidate.origin == "ranked" else f"{candidate.origin}-{count[candidate.origin]}"
+        name = candidate.plan.name if candidate.origin in SIMPLE else f"{candidate.origin}-{count[candidate.origin]}"
         renamed.append(replace(candidate, plan=replace(candidate.plan, name=name)))
     return renamed
 
 
-def _tables(given: InfluenceProfile | LossTable, min_span: int | None) -> tuple[LossTable, LossTable | None]:
-    """The table to search, and one of single values over the same rules where the profile has both estimators."""
+def _tables(
+    given: InfluenceProfile | LossTable, min_span: int | None, density: Density, lengths: Iterable[int] | None
+) -> tuple[LossTable, LossTable | None]:
+    """The table to search, and one of single values over the same rules where the profile has both estimators.
+
+    A profile's table holds the lengths at which density is limited, where these are given.
+    """
     if isinstance(given, LossTable):
         if min_span not in (None, given.min_span):
             raise ValueError(
@@ -260,8 +280,10 @@ def _tables(given: InfluenceProfile | LossTable, min_span: int | None) -> tuple[
             )
         return given, None
     floor = MIN_SPAN if min_span is None else min_span
-    table = loss_table(given, min_span=floor)
-    return table, loss_table(given, table.rules, min_span=floor, estimator="element") if given.span_effects else None
+    asked = lengths if lengths is not None else density if isinstance(density, Mapping) else None
+    used = None if asked is None else [n for n in asked if n >= min(given.lengths)]
+    table = loss_table(given, min_span=floor, use_lengths=used)
+    return table, loss_table(given, table.rules, min_span=floor, estimator="element", use_lengths=used) if given.span_effects else None
 
 
 def _weighings(goal_set: GoalSet) -> list[Goal]:

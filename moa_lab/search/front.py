@@ -5,16 +5,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
 import numpy as np
 from pymoo.indicators.hv import HV
 
+from moa_lab.plan import Plan
 from moa_lab.records import Front, FrontPoint, LossTable
 from moa_lab.search.goals import Goal, default_goals
 from moa_lab.search.milp import MilpAnswer, solve_milp
 from moa_lab.search.problem import Density, InfeasibleError, NoPlanError, Pinned, densities
+from moa_lab.search.spend import spend
 
 Progress = Callable[[int, int, str], None]
 """Called as progress(done, total, message)."""
@@ -59,12 +62,28 @@ def point(
     gap: float | None = None,
     search: Mapping[str, Any] | None = None,
 ) -> FrontPoint:
-    """A front point: the plan, every objective's and goal's predicted value, and its density at `lengths`."""
-    predicted = table.predict(choice)
-    predicted = {**predicted, **{goal.name: goal.value(predicted) for goal in goals}}
+    """The point of a choice of the table's rules: its plan is called `name`. See `plan_point`."""
     lengths = tuple(lengths)
     plan = table.plan(choice, name, lengths=lengths, search={**(search or {}), "origin": origin})
-    return FrontPoint(plan, predicted, {str(n): table.density(choice, n) for n in lengths}, origin, gap)
+    return plan_point(table, plan, origin=origin, lengths=lengths, goals=goals, gap=gap)
+
+
+def plan_point(
+    table: LossTable, plan: Plan, *, origin: str, lengths: Iterable[int], goals: Sequence[Goal] = (), gap: float | None = None
+) -> FrontPoint:
+    """A front point: the plan, every objective's and goal's predicted value (also of rules that the table lacks), its density at
+    `lengths`."""
+    wide = table.with_rules(rule for row in plan.rules for rule in row)
+    predicted = wide.predict(wide.choice(plan))
+    predicted = {**predicted, **{goal.name: goal.value(predicted) for goal in goals}}
+    lengths = tuple(lengths)
+    return FrontPoint(replace(plan, lengths=lengths), predicted, {str(n): plan.density(n) for n in lengths}, origin, gap)
+
+
+def spent_point(table: LossTable, found: FrontPoint, targets: Mapping[int, float], goals: Sequence[Goal] = ()) -> FrontPoint:
+    """The point with what its plan leaves of the budget `targets` (density by length) spent; the same where it leaves nothing."""
+    plan = spend(found.plan, targets)
+    return found if plan is found.plan else plan_point(table, plan, origin=found.origin, lengths=targets, goals=goals, gap=found.gap)
 
 
 def distinct(points: Iterable[FrontPoint]) -> list[FrontPoint]:

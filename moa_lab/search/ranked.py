@@ -13,43 +13,60 @@ from moa_lab.search.problem import Density, InfeasibleError, Limits, Usage, dens
 
 FLOORS = (128, 192, 256)
 
+Floor = int | SpanRule
+"""Tokens that every head keeps at least, or a rule for them."""
+
 
 def ranked_plan(
     table: LossTable,
     density: Density,
     *,
     task: str = QUESTIONS,
-    floor_tokens: int = 192,
+    floor_tokens: Floor = 192,
     lengths: Iterable[int] | None = None,
     name: str | None = None,
 ) -> Plan:
     """As many whole heads as every density limit allows, by influence of `task` beyond `floor_tokens`; the rest at the floor.
 
-    The influence is pooled per KV head and summed over the profiled lengths (over all tasks when the table has no
-    `task`). `density` and `lengths` as in `solve_milp`. `name` defaults to `ranked-<floor_tokens>`. Raises ValueError when the table
+    The influence is pooled per KV head and summed over the table's lengths (over all tasks when the table has no `task`); where
+    layers have windows of their own, it is counted per token that a whole head takes. floor_tokens: tokens, or a rule for them.
+    `density` and `lengths` as in `solve_milp`. `name` defaults to `ranked-` and the floor. Raises ValueError when the table
     lacks the floor or the dense rule, or when even the floor alone exceeds a limit.
     """
     heads = WholeHeads(table, density, floor_tokens, lengths)
-    choice = heads.choice(-head_scores(table, task, floor_tokens))
-    search = {"origin": "ranked", "task": task, "floor_tokens": floor_tokens, "whole_heads": int(heads.whole(choice).sum())}
-    return table.plan(choice, name or f"ranked-{floor_tokens}", lengths=heads.lengths, search=search)
+    choice = heads.choice(-head_scores(table, task, floor_tokens) / heads.cost)
+    told = _told(floor_tokens)
+    search = {"origin": "ranked", "task": task, "floor_tokens": told, "whole_heads": int(heads.whole(choice).sum())}
+    return table.plan(choice, name or f"ranked-{told}", lengths=heads.lengths, search=search)
 
 
-def head_scores(table: LossTable, task: str = QUESTIONS, floor_tokens: int = 192) -> np.ndarray:
+def head_scores(table: LossTable, task: str = QUESTIONS, floor_tokens: Floor = 192) -> np.ndarray:
     """Influence (layers * kv_heads,) that every head loses with a span of `floor_tokens`; `task` as in `ranked_plan`."""
     return _lost_at(table, task, _floor_choice(table, floor_tokens)[1])
+
+
+def floor_rule(floor_tokens: Floor) -> SpanRule:
+    """The rule of a floor in tokens."""
+    return floor_tokens if isinstance(floor_tokens, SpanRule) else SpanRule(float(floor_tokens), 0.0)
 
 
 class WholeHeads:
     """Plans whose heads are whole or at a floor, within density limits. Raises as `ranked_plan`."""
 
-    def __init__(self, table: LossTable, density: Density, floor_tokens: int, lengths: Iterable[int] | None = None) -> None:
+    def __init__(self, table: LossTable, density: Density, floor_tokens: Floor, lengths: Iterable[int] | None = None) -> None:
         self._layers = table.geometry.layers
         self._start, self._floor, self._dense = _floor_choice(table, floor_tokens)
         targets = densities(table, density, lengths)
         self.lengths = tuple(targets)
         self._limits = Usage(table, targets).limits(targets)
         _check_floor(self._start, self._limits, floor_tokens)
+
+    @property
+    def cost(self) -> np.ndarray:
+        """What each head (layers * kv_heads,) takes when made whole, as a share of the dearest; 1 for a head that takes nothing."""
+        usage = self._limits.usage
+        more = (usage[:, :, self._dense] - usage[:, :, self._floor]).mean(axis=0)
+        return np.where(more > 0, more / max(more.max(), 1e-300), 1.0)
 
     def choice(self, price: np.ndarray) -> np.ndarray:
         """The choice (layers, kv_heads) with the cheapest heads by `price` (layers * kv_heads,) whole, as many as the limits allow."""
@@ -67,15 +84,20 @@ class WholeHeads:
         return np.asarray(choice == self._dense)
 
 
-def _floor_choice(table: LossTable, floor_tokens: int) -> tuple[np.ndarray, int, int]:
+def _told(floor_tokens: Floor) -> str:
+    rule = floor_rule(floor_tokens)
+    return f"{rule.alpha:g}" if rule.beta == 0 else f"{rule.beta:.1%}"
+
+
+def _floor_choice(table: LossTable, floor_tokens: Floor) -> tuple[np.ndarray, int, int]:
     """Every head at the floor (heads,), and the indices of the floor's and the dense rule."""
-    floor_rule = SpanRule(float(floor_tokens), 0.0)
-    missing = [rule for rule in (floor_rule, DENSE) if rule not in table.rules]
+    wanted = floor_rule(floor_tokens)
+    missing = [rule for rule in (wanted, DENSE) if rule not in table.rules]
     if missing:
         floors = [int(rule.alpha) for rule in table.rules if rule.beta == 0]
         raise ValueError(f"a ranked plan needs the rule {missing[0]}, which the table lacks; its constant floors are {floors}")
-    floor = table.rules.index(floor_rule)
-    return np.full(table.geometry.layers * table.geometry.kv_heads, floor), floor, table.rules.index(DENSE)
+    index = table.rules.index(wanted)
+    return np.full(table.geometry.layers * table.geometry.kv_heads, index), index, table.rules.index(DENSE)
 
 
 def _lost_at(table: LossTable, task: str, rule: int) -> np.ndarray:
@@ -89,11 +111,11 @@ def _rows(table: LossTable, objective: Objective) -> np.ndarray:
     return table.losses[slice(*objective.rows)]
 
 
-def _check_floor(choice: np.ndarray, limits: Limits, floor_tokens: int) -> None:
+def _check_floor(choice: np.ndarray, limits: Limits, floor_tokens: Floor) -> None:
     used = limits.usage[:, np.arange(len(choice)), choice].sum(axis=1)
     for n, asked, least, limit, slack in zip(limits.lengths, limits.asked, used, limits.limit, limits.slack, strict=True):
         if least > limit + slack:
             raise InfeasibleError(
-                f"density {asked:.4g} at length {n} is infeasible: floor_tokens {floor_tokens} needs at least {least:.4g}; "
+                f"density {asked:.4g} at length {n} is infeasible: floor_tokens {_told(floor_tokens)} needs at least {least:.4g}; "
                 f"raise density or lower floor_tokens"
             )

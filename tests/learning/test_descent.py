@@ -54,8 +54,8 @@ def front(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> Front
 
 
 def test_the_head_that_carries_all_keeps_most_and_the_density_holds(front: Front) -> None:
-    (learned,) = front.points
-    assert learned.origin == "learned"
+    learned = front.points[0]
+    assert {point.origin for point in front} == {"learned"}
     for length in LENGTHS:
         spans = learned.plan.spans(length)
         assert spans.argmax() == 2

@@ -9,6 +9,7 @@ import pytest
 
 from moa_lab.records import InfluenceProfile, LossTable
 from moa_lab.search import InfeasibleError, front_values, loss_table, paper_goals, search
+from moa_lab.search.plain import SIMPLE
 from tests.search.instances import skewed_profile
 from tests.search.tables import dominated, random_profile, small_geometry
 
@@ -22,7 +23,7 @@ def profile() -> InfluenceProfile:
 
 def test_no_candidate_is_dominated_but_the_references_and_all_keep_the_density(profile: InfluenceProfile) -> None:
     front = search(profile, 0.6, intervals=2, time_limit_s=4)
-    rest = [point for point in front if point.origin != "ranked"]
+    rest = [point for point in front if point.origin not in SIMPLE]
     assert not dominated(front_values(rest, front.objectives))
     assert all(kept <= 0.6 + 1e-9 for point in front for kept in point.density.values())
     assert len({point.plan.name for point in front}) == len(front)
@@ -61,7 +62,7 @@ def test_search_joins_diverse_candidates_and_says_where_each_came_from(table: Lo
     told: list[tuple[int, int]] = []
     front = search(table, 0.6, intervals=3, time_limit_s=6, progress=lambda done, total, message: told.append((done, total)))
     origins = {point.origin for point in front}
-    assert {"default", "ranked"} <= origins
+    assert {"default", "ranked", "uniform", "layers"} <= origins
     assert origins & {"paper", "worst-questions", "worst-others"}
     assert 6 <= len(front) <= 16
     names = [point.plan.name for point in front]
@@ -69,8 +70,8 @@ def test_search_joins_diverse_candidates_and_says_where_each_came_from(table: Lo
     assert {"ranked-128", "ranked-192", "ranked-256"} <= set(names)
     assert all(value <= 0.6 for point in front for value in point.density.values())
     assert told[-1][0] == told[-1][1]
-    # Only the ranked reference plans may be dominated.
-    rest = replace(front, points=tuple(point for point in front if point.origin != "ranked"))
+    # Only the simple plans, which stay as references, may be dominated.
+    rest = replace(front, points=tuple(point for point in front if point.origin not in SIMPLE))
     assert not dominated(front_values(rest))
     assert all({"questions", "summaries"} <= set(point.predicted) for point in front)
 
@@ -81,9 +82,9 @@ def test_search_takes_a_profile_own_goals_and_a_rule_limit() -> None:
     front = search(profile, 0.6, goals=paper_goals(table), max_rules_per_layer=1, intervals=2)
     assert len(front) >= 1
     assert all(len(set(row)) == 1 for point in front for row in point.plan.rules)
-    assert {point.origin for point in front} <= {"given", "ranked", "budget"}
+    assert {point.origin for point in front} <= {"given", "uniform", "layers", "ranked", "budget"}
 
 
 def test_search_of_one_task_spans_its_lengths() -> None:
     front = search(skewed_profile(4, 4, 2, (512, 1024), tasks=("questions",)), 0.5, intervals=2, time_limit_s=4)
-    assert set(front.settings["goals"]) == {"questions@512/all_or_nothing", "questions@1024/all_or_nothing"}
+    assert set(front.settings["goals"]) == {f"questions@{n}/all_or_nothing" for n in (512, 1024, 2048)}

@@ -1,0 +1,104 @@
+"""Spend what a plan leaves of its budget: its short spans grow, together and alike, until every length keeps what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from moa_lab.plan import EQUAL_BYTES, Plan, SpanRule
+
+SLOPES = 65
+"""Slopes tried at once, from spans that shrink with the length to whole heads; the best one's neighbourhood is divided once more."""
+BISECTIONS = 40
+ALPHA_STEP, BETA_STEP = 0.25, 2.0**-14
+"""Rules are rounded down to these, so that a card reads well and the budget holds."""
+
+
+def spend(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None = None) -> Plan:
+    """`plan` with `a + b N` tokens more for every head that is cut, so that it keeps the densities `targets` (by length) as nearly as
+    one a and b can, and never more. A plan that keeps them to `EQUAL_BYTES` already is returned as it is.
+
+    heads: bool (layers, kv_heads), heads that may grow; None: all. Heads with equal rules keep equal rules. A plan whose spans are
+    rounded up to a multiple is left alone: one token more could cost many.
+    """
+    if plan.span_multiple > 1 or not targets:
+        return plan
+    grower = _Grower.of(plan, targets, heads)
+    if not (1 - grower.kept(0.0, 0.0) / grower.allowed).max() > EQUAL_BYTES:
+        return plan
+    low, high = -1.0, 1.0
+    slope = 0.0
+    for _ in range(2):
+        # The steepest of equals comes first: spans that grow are enough at longer lengths too.
+        tried = np.linspace(high, low, SLOPES)
+        slope = min(tried, key=lambda b: round(grower.missing(grower.intercept(b), b), 4))
+        step = (high - low) / (SLOPES - 1)
+        low, high = max(-1.0, slope - step), min(1.0, slope + step)
+    slope = float(np.floor(slope / BETA_STEP) * BETA_STEP)
+    grown = grower.plan(plan, grower.intercept(slope), slope)
+    return grown if grower.missing(grower.intercept(slope), slope) < grower.missing(0.0, 0.0) else plan
+
+
+@dataclass(frozen=True)
+class _Grower:
+    """A plan's rules as arrays (heads,), the dense spans (lengths, heads) and the tokens that may be kept at every length."""
+
+    alpha: np.ndarray
+    beta: np.ndarray
+    moves: np.ndarray
+    dense: np.ndarray
+    lengths: np.ndarray
+    allowed: np.ndarray
+    min_span: int
+
+    @classmethod
+    def of(cls, plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None) -> _Grower:
+        geometry, lengths = plan.geometry, sorted(targets)
+        rules = [rule for row in plan.rules for rule in row]
+        dense = np.array([np.repeat([geometry.dense_span_tokens(layer, n) for layer in range(geometry.layers)], geometry.kv_heads)
+                          for n in lengths], dtype=np.float64)  # fmt: skip
+        # As `Usage.limits`: whole tokens of the whole cache.
+        allowed = np.floor(np.array([targets[n] for n in lengths]) * dense.sum(axis=1) + 1e-6)
+        moves = np.ones(len(rules), dtype=bool) if heads is None else heads.ravel().copy()
+        moves &= np.array([not rule.keeps_everything for rule in rules])
+        return cls(
+            np.array([rule.alpha for rule in rules]), np.array([rule.beta for rule in rules]), moves, dense,
+            np.array(lengths, dtype=np.float64), allowed, plan.min_span,
+        )  # fmt: skip
+
+    def kept(self, a: float, b: float) -> np.ndarray:
+        """Tokens kept at every length: (lengths,)."""
+        alpha, beta = self.alpha + a * self.moves, self.beta + b * self.moves
+        spans = np.floor(alpha[None] + beta[None] * self.lengths[:, None] + 1e-6)
+        return np.asarray(np.minimum(np.maximum(spans, self.min_span), self.dense).sum(axis=1))
+
+    def missing(self, a: float, b: float) -> float:
+        """The share of what is allowed that is not kept: the largest of any length plus the mean; infinite beyond the budget."""
+        kept = self.kept(a, b)
+        if (kept > self.allowed).any():
+            return np.inf
+        short = 1 - kept / self.allowed
+        return float(short.max() + short.mean())
+
+    def intercept(self, b: float) -> float:
+        """The most tokens `a` that the budget allows with a slope b; at least so many that no span shrinks at any of the lengths."""
+        low, high = max(-b * self.lengths[0], -b * self.lengths[-1]), 2.0 * float(self.lengths[-1])
+        if (self.kept(low, b) > self.allowed).any():
+            return low
+        for _ in range(BISECTIONS):
+            middle = (low + high) / 2
+            above = (self.kept(middle, b) > self.allowed).any()
+            low, high = (low, middle) if above else (middle, high)
+        return float(np.floor(low / ALPHA_STEP) * ALPHA_STEP)
+
+    def plan(self, plan: Plan, a: float, b: float) -> Plan:
+        """The plan with the grown rules."""
+        grown = [
+            SpanRule(float(alpha + a), float(beta + b)) if moves else SpanRule(float(alpha), float(beta))
+            for alpha, beta, moves in zip(self.alpha, self.beta, self.moves, strict=True)
+        ]
+        width = plan.geometry.kv_heads
+        rows = tuple(tuple(grown[start : start + width]) for start in range(0, len(grown), width))
+        return replace(plan, rules=rows, search={**plan.search, "spent": {"alpha": a, "beta": b}})
