@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moa_lab.evaluate.compare import difference, row_of
 from moa_lab.evaluate.equal_bytes import keeps
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.records import Measurement
-from moa_lab.studies.compare import difference, row_of
 from moa_lab.text import interval_text
 
 RETRIEVAL = "retrieval"

@@ -7,6 +7,7 @@ from itertools import combinations
 
 import numpy as np
 
+from moa_lab.evaluate.compare import spearman
 from moa_lab.evaluate.intervals import Interval, mean, proportion
 from moa_lab.figures import long_range_influence, percentile_ranks
 from moa_lab.plan import MIN_SPAN
@@ -14,7 +15,6 @@ from moa_lab.profiling.subset import profile_part
 from moa_lab.records import BLOCK_TOKENS, InfluenceProfile, Measurement
 from moa_lab.search import head_scores, loss_table
 from moa_lab.search.losses import Estimator
-from moa_lab.studies.compare import spearman
 
 CORRELATION, WIDTH, SHARED = "rank_correlation", "rank_interval_width", "shared_top_heads"
 ESTIMATORS: tuple[Estimator, ...] = ("span", "element")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from moa_lab.evaluate.compare import difference, excess_perplexity, ratio, row_of, share_of_the_way, spearman, worst
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.records import Measurement
-from moa_lab.studies.compare import difference, excess_perplexity, ratio, row_of, share_of_the_way, spearman, worst
 
 
 def row(plan: str, values: list[float], task: str = "needles", length: int = 2048, metric: str = "retrieval") -> Measurement:

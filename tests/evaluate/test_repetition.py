@@ -21,6 +21,7 @@ from moa_lab.calibration.tasks import PlainText
 from moa_lab.commands.terminal import lengths_of
 from moa_lab.evaluate import perplexity, retrieval
 from moa_lab.evaluate.agreement import agreement_rows
+from moa_lab.evaluate.compare import difference, ratio
 from moa_lab.evaluate.scoring import loss_rows, score_samples
 from moa_lab.evaluate.summary import summarise, table
 from moa_lab.figures import score_bars
@@ -30,7 +31,6 @@ from moa_lab.plan import dense_plan, uniform_plan
 from moa_lab.profiling import profile
 from moa_lab.records import Measurement, Measurements
 from moa_lab.storage import read_json
-from moa_lab.studies.compare import difference, ratio
 from moa_lab.studies.gains import gain
 
 torch.set_num_threads(1)

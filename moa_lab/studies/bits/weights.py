@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moa_lab.evaluate.compare import row_of
 from moa_lab.models import is_gguf
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan, dense_plan
@@ -22,7 +23,6 @@ from moa_lab.studies.bits.effects import bit_effects
 from moa_lab.studies.bits.quantise import GROUP_BYTES, UNTOUCHED, WEIGHT_GROUP, linear_modules
 from moa_lab.studies.bits.scores import Side, Variant, difference_rows, rank_rows, untouched, variant_rows
 from moa_lab.studies.bits.widths import ERROR, FIRST_ORDER, PREDICTORS, Effects, kv_costs, weight_costs
-from moa_lab.studies.compare import row_of
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, chosen_plans, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale

@@ -12,6 +12,7 @@ from moa_lab.calibration import calibrate, requests
 from moa_lab.calibration.documents import Document, split_documents
 from moa_lab.calibration.domains import DOMAINS, domain_documents, enough_documents
 from moa_lab.calibration.samples import Sample
+from moa_lab.evaluate.compare import row_of
 from moa_lab.evaluate.intervals import Interval, mean
 from moa_lab.evaluate.scoring import score_rows, score_samples
 from moa_lab.evaluate.store import ScoreStore
@@ -22,7 +23,6 @@ from moa_lab.plan import Plan, dense_plan
 from moa_lab.profiling import profile
 from moa_lab.records import InfluenceProfile, Measurement
 from moa_lab.search import InfeasibleError, loss_table
-from moa_lab.studies.compare import row_of
 from moa_lab.studies.gains import NATS_SAVED, NEEDLES_GAINED, Gain, gains
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, equal_uniform, name_of, record_of, solved_plan
 from moa_lab.studies.ranks import CORRELATION, confidence_rows, correlation_rows

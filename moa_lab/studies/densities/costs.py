@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 from moa_lab.evaluate.agreement import agreement_rows
+from moa_lab.evaluate.compare import excess_over_dense, ratio, row_of, worst
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
 from moa_lab.records import Measurement
-from moa_lab.studies.compare import excess_over_dense, ratio, row_of, worst
 from moa_lab.studies.densities.eviction import eviction_rows
 from moa_lab.studies.plans import (
     DOCUMENTS,

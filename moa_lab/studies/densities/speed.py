@@ -19,12 +19,12 @@ from moa_lab.bench.generate import QUICK_BYTES, fitting_batch, measured_side
 from moa_lab.bench.lab import device_name
 from moa_lab.bench.prompts import our_prompt_ms, prompt_rows, transformers_prompt_ms
 from moa_lab.bench.timing import COPY_BYTES, copy_rate
+from moa_lab.evaluate.compare import ratio, row_of
 from moa_lab.evaluate.intervals import Interval, mean, unknown
 from moa_lab.evaluate.memory import memory_row
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Measurement
-from moa_lab.studies.compare import ratio, row_of
 from moa_lab.studies.plans import NEEDLES, candidates_of, chosen_plans, dense_and_uniform, equal_uniform, name_of, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale

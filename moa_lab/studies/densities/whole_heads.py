@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moa_lab.calibration.samples import Sample
+from moa_lab.evaluate.compare import difference, ratio, row_of
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import DENSE, SINK_TOKENS, Plan, SpanRule, full_or_floor_plan
 from moa_lab.records import LossTable, Measurement
 from moa_lab.search import InfeasibleError, head_scores
-from moa_lab.studies.compare import difference, ratio, row_of
 from moa_lab.studies.gains import pooled
 
 NEAR = 0.95

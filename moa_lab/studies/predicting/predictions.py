@@ -7,12 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 
 from moa_lab.calibration.samples import SampleSet
+from moa_lab.evaluate.compare import spearman
 from moa_lab.evaluate.effects import MeasuredLosses
 from moa_lab.learning import mean_slopes
 from moa_lab.pipeline import Run
 from moa_lab.profiling import profile
 from moa_lab.records import InfluenceProfile, Measurement
-from moa_lab.studies.compare import spearman
 from moa_lab.studies.predicting.predictors import chances_of, merged, predictors, random_choices, regressed
 
 PLANS_PROFILED = 4

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from moa_lab.evaluate.compare import difference, excess_over_dense, ratio, row_of, share_of_the_way, worst
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan
 from moa_lab.records import FrontPoint, Measurement
 from moa_lab.refinement import refine as improve
 from moa_lab.search import InfeasibleError
-from moa_lab.studies.compare import difference, excess_over_dense, ratio, row_of, share_of_the_way, worst
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, candidates_of, chosen_among, dense_and_uniform, name_of, record_of
 from moa_lab.studies.record import StudyGoal, StudyRecord
 from moa_lab.studies.scale import Scale
