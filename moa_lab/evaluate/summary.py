@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moa_lab.evaluate.equal_bytes import unequal_plans
+from moa_lab.evaluate.worse import chosen_text, worse_than_simple
 from moa_lab.plan import Plan
 from moa_lab.records import ALLOCATED, Measurement, Measurements
 from moa_lab.storage import to_json
@@ -24,20 +25,24 @@ VALUE_NAMES = {"retrieval": "accuracy", "cross_entropy": "value"}
 def summarise(plans: Sequence[Plan], measurements: Measurements, n_tokens: int, density: float | None = None) -> dict[str, Any]:
     """Scores of every plan by name; `density` and bytes at 2 bytes a number, predicted and allocated, are those at `n_tokens`.
 
-    density: the one that plans are compared at; `unequal` says which do not keep it at a measured length, and why.
+    density: the one that plans are compared at; `unequal` says which do not keep it at a measured length, and why. `worse` says where
+    the last plan is worse than a simple one, `chosen` which candidate it is.
     """
     lengths = sorted({row.length for row in measurements})
     return {
         "plans": {plan.name: _entry(plan, measurements, n_tokens) for plan in plans},
         "n_tokens": n_tokens,
         "kv_bytes_are": "predicted from the spans, and as allocated for the ring cache",
+        "worse": worse_than_simple(plans[-1], plans[:-1], measurements),
+        "chosen": chosen_text(plans[-1]),
         **({} if density is None else {"density_asked": density, "unequal": unequal_plans(plans, density, lengths)}),
         "provenance": to_json(measurements.provenance),
     }
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The summary as lines of text: one row per plan, one column per score and length, and the density at every length."""
+    """The summary as lines of text: where the plan is worse than a simple one; one row per plan, one column per score and length, and
+    the density at every length; which candidate the plan is."""
     plans = summary["plans"]
     measured = all(ALLOCATED in entry for entry in plans.values())
     columns = [
@@ -61,7 +66,8 @@ def table(summary: dict[str, Any]) -> str:
     scores = [(name, score) for entry in plans.values() for name in SCORES for score in entry.get(name, {}).values()]
     counts = sorted({f"n = {score['n']} ({name.replace('_', ' ')})" for name, score in scores})
     note = f"density and KV at {summary['n_tokens']} tokens, bytes {summary['kv_bytes_are']}; [95% interval]; {', '.join(counts)}"
-    return "\n".join([*aligned(rows), note, *summary.get("unequal", ())])
+    chosen = [summary["chosen"]] if summary.get("chosen") else []
+    return "\n".join([*summary.get("worse", ()), *aligned(rows), note, *summary.get("unequal", ()), *chosen])
 
 
 def _entry(plan: Plan, measurements: Measurements, n_tokens: int) -> dict[str, Any]:
