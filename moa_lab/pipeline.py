@@ -98,7 +98,10 @@ class Run(RunInputs):
 
     def table(self) -> LossTable:
         """The loss table of the profile."""
-        return self._stored("table.safetensors", LossTable.load, lambda: loss_table(self.profile(), min_span=self.settings.min_span))
+        used = [n for n in self.use_lengths if n >= min(self.lengths)]
+        return self._stored(
+            "table.safetensors", LossTable.load, lambda: loss_table(self.profile(), min_span=self.settings.min_span, use_lengths=used)
+        )
 
     def front(self) -> Front:
         """Stages search and refine: candidates from the dense profile, and better plans near the best of them."""
@@ -116,7 +119,7 @@ class Run(RunInputs):
         for name in self.preset.baselines:
             made = self._stored(
                 f"baseline-{name}.json", Plan.load,
-                partial(baseline_plan, name, self.profile(), density, min_span=floor),
+                partial(baseline_plan, name, self.profile(), self.limits, min_span=floor),
             )  # fmt: skip
             plans.append(replace(made, lengths=lengths))
         return tuple(plans)
@@ -199,15 +202,16 @@ class Run(RunInputs):
     def validation(self, front: Front, name: str) -> Validation:
         """Measure every plan of `front` on validation samples; the best is called `name`."""
         return choose(
-            self.model, front, self.suites.validation, name=name, store=self.score_store, progress=self._steps(f"validate {name}")
-        )
+            self.model, front, self.suites.validation, name=name, prefer=self.settings.prefer, store=self.score_store,
+            progress=self._steps(f"validate {name}"),
+        )  # fmt: skip
 
     def _validated(self) -> Plan:
         found = self.validation(self.front(), "moa")
         origin = self.origin()
         replace(found.measurements, provenance=origin).save(self.records.place("validation.json"))
         self.records.publish("validation.json")
-        return replace(found.best, provenance=origin, lengths=tuple(sorted({*self.lengths, *self.test_lengths})))
+        return replace(found.best, provenance=origin, lengths=self.use_lengths)
 
     def _measured(self) -> Measurements:
         plans = (*self.baselines(), self.plan())

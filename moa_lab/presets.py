@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -12,12 +13,54 @@ QUESTIONS_PER_LESSON = 2
 """Questions about one text of the lessons (training samples): more slopes for the same tokens, but only the first is asked as in a test."""
 
 
+NEEDLES, WORDS = "needles", "words"
+KINDS = (NEEDLES, WORDS)
+DEFAULT_PREFERENCE = "both"
+PREFERENCES: Mapping[str, Mapping[str, float]] = {
+    NEEDLES: {NEEDLES: 1.0},
+    WORDS: {WORDS: 1.0},
+    DEFAULT_PREFERENCE: {NEEDLES: 1.0, WORDS: 1.0},
+}
+TIE = 1e-3
+"""Weight of the kind that is not preferred."""
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Weights of the two kinds of loss: of facts from the far past (needles) and of running text (words)."""
+
+    needles: float
+    words: float
+
+    @classmethod
+    def parse(cls, text: str) -> Preference:
+        """`needles`, `words`, `both`, or weights such as `needles=2,words=1`. Raises ValueError for anything else."""
+        if text in PREFERENCES:
+            weights = dict(PREFERENCES[text])
+        else:
+            weights = {}
+            for part in text.split(","):
+                name, _, number = (word.strip() for word in part.partition("="))
+                try:
+                    weights[name] = float(number)
+                except ValueError:
+                    weights = {"": math.nan}
+                    break
+        if not set(weights) <= set(KINDS) or not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()) > 0:
+            raise ValueError(f"prefer must be {', '.join(PREFERENCES)} or weights such as needles=2,words=1, got {text!r}")
+        return cls(weights.get(NEEDLES, 0.0), weights.get(WORDS, 0.0))
+
+    def weight(self, kind: str) -> float:
+        """Weight of a kind; never 0, so that of plans that lose the same of what is preferred, the one that loses less is taken."""
+        return max({NEEDLES: self.needles, WORDS: self.words}[kind], TIE)
+
+
 @dataclass(frozen=True)
 class Preset:
     """Sizes of a run. Counts are per length.
 
     questions (questions_per_sample in one text), summaries, texts: calibration samples; answer_tokens: tokens of a summary.
-    validation_*: samples at a length that is not profiled, and at the longest profiled one if validate_profiled. candidates: plans of
+    validation_*: samples at a length beyond the profiled ones, and at these too if validate_profiled. candidates: plans of
     the search that are measured there. learning_steps: of the descent that learns more candidates (0: none), with most weight on
     questions, from learning_questions and learning_others of each other task; a second descent, with most weight on text, takes half
     as many. refine_rounds: rounds of refinement of the best candidate (0: none), each on refine_heads heads. needles (needles_per_text
@@ -60,8 +103,8 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     # A laptop's two cores: thirteen minutes with the embedded model, all installs included.
     "quick": Preset(
-        lengths=(1024, 2048), questions=8, questions_per_sample=2, summaries=2, texts=0, answer_tokens=48,
-        candidates=5, learning_steps=0, learning_questions=0, learning_others=0, refine_rounds=0, refine_heads=0,
+        lengths=(1024, 1536), questions=8, questions_per_sample=2, summaries=2, texts=0, answer_tokens=48,
+        candidates=4, learning_steps=0, learning_questions=0, learning_others=0, refine_rounds=0, refine_heads=0,
         validation_questions=4, validation_summaries=2, validation_texts=0, validate_profiled=False,
         test_lengths=(2048,), needles=16, needles_per_text=1, own_answers=4, lines=0, documents=0,
         baselines=(), search_seconds=20.0,
@@ -107,7 +150,8 @@ class RunSettings:
 
     test_seed: of the test samples alone, so that what was developed on one draw can be tested on another. plain_prompts: questions
     and answers are plain text, whatever chat template the tokenizer has. min_span: the floor, tokens that every head keeps at least,
-    its sink among them.
+    its sink among them. use_lengths: where the plan will be used, beside the profiled and the tested lengths (None: up to twice the
+    longest profiled one). prefer: what the plan is chosen by (see `Preference.parse`).
     """
 
     model: str = "smollm2"
@@ -123,9 +167,12 @@ class RunSettings:
     plain_prompts: bool = False
     max_rules_per_layer: int | None = None
     min_span: int = MIN_SPAN
+    use_lengths: tuple[int, ...] | None = None
+    prefer: str = DEFAULT_PREFERENCE
 
     def __post_init__(self) -> None:
         check_density(self.density)
+        Preference.parse(self.prefer)
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         if self.min_span <= SINK_TOKENS:

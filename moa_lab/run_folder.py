@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from moa_lab.plan import MIN_SPAN
-from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, RunSettings
+from moa_lab.presets import DEFAULT_PREFERENCE, PRESETS, SETTINGS_SCHEMA, RunSettings
 from moa_lab.storage import atomic_path, parse, read_json, to_json, write_json
 
 FIXED = ("model", "lengths", "preset", "seed", "supervision", "source", "columns", "plain_prompts")
 """Settings that the samples, and so everything else, depend on: another value needs another folder."""
 
-_CHOOSING = ("density", "min_span", "max_rules_per_layer", "short_lengths")
+_SEARCHING = ("density", "min_span", "max_rules_per_layer", "use_lengths", "short_lengths")
+_CHOOSING = (*_SEARCHING, "prefer")
 _CHOSEN = (*_CHOOSING, "test_lengths")
 _TESTED = (*_CHOSEN, "test_seed")
 
@@ -29,12 +30,12 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
     "samples.safetensors": (),
     "profile.safetensors": (),
     "lessons.safetensors": ("short_lengths",),
-    "table.safetensors": ("floor",),
-    "baseline-ranked.json": ("density", "min_span"),
-    "baseline-paper.json": ("density", "min_span"),
-    "front-search.json": _CHOOSING,
-    "front-learned.json": _CHOOSING,
-    "front-learned-words.json": _CHOOSING,
+    "table.safetensors": ("floor", "use_lengths"),
+    "baseline-ranked.json": ("density", "min_span", "use_lengths"),
+    "baseline-paper.json": ("density", "min_span", "use_lengths"),
+    "front-search.json": _SEARCHING,
+    "front-learned.json": _SEARCHING,
+    "front-learned-words.json": _SEARCHING,
     "draft.json": _CHOOSING,
     "front.json": _CHOOSING,
     "plan.json": _CHOSEN,
@@ -44,7 +45,8 @@ DEPENDS: Mapping[str, tuple[str, ...]] = {
     "report.html": _TESTED,
 }
 """By record: the settings, beyond `FIXED`, that it depends on. Beside fields of `RunSettings` these are short_lengths, the tested lengths
-below the longest profiled one (spans are chosen for them as well), and floor: min_span, in the folder's name even if it is the default."""
+below the longest profiled one (spans are learned for them as well), and floor: min_span, in the folder's name even if it is the default.
+use_lengths are all beyond the profiled ones where the plan will be used, the tested ones among them."""
 
 ON_TOP = ("table.safetensors", "front.json", "plan.json", "validation.json", "measurements.json", "summary.json", "report.html")
 """Records that have a copy at the top of the folder."""
@@ -110,6 +112,14 @@ def short_lengths(settings: RunSettings) -> tuple[int, ...]:
     return tuple(sorted({n for n in settings.test_lengths or settings.lengths or preset.test_lengths if n < longest}))
 
 
+def long_lengths(settings: RunSettings) -> tuple[int, ...]:
+    """Lengths beyond the longest profiled one where the plan will be used, as the user or the preset names them."""
+    preset = PRESETS[settings.preset]
+    longest = max(settings.lengths or preset.lengths)
+    tested = settings.test_lengths or settings.lengths or preset.test_lengths
+    return tuple(sorted({n for n in (*tested, *(settings.use_lengths or (2 * longest,))) if n > longest}))
+
+
 def _place(folder: Path, name: str, settings: RunSettings) -> Path:
     words = [word for key in DEPENDS[name] if (word := _word(key, settings))]
     return folder / "-".join(words) / name if words else folder / name
@@ -122,6 +132,9 @@ def _word(key: str, settings: RunSettings) -> str:
         return ""
     if isinstance(value, tuple):
         told = "+".join(map(str, value)) or "none"
+    elif isinstance(value, str):
+        # Letters, digits and a few signs alone: it becomes part of a path.
+        told = "".join(letter if letter.isalnum() or letter in "=+.-" else "+" for letter in value)
     else:
         # As many digits as it takes to tell two densities apart.
         told = f"{value:g}" if float(f"{value:g}") == value else repr(value)
@@ -137,6 +150,8 @@ def _values(settings: RunSettings) -> dict[str, tuple[Any, Any]]:
         "min_span": (settings.min_span, MIN_SPAN),
         "max_rules_per_layer": (settings.max_rules_per_layer, None),
         "test_lengths": (settings.test_lengths, None),
+        "prefer": (settings.prefer, DEFAULT_PREFERENCE),
+        "use_lengths": (long_lengths(settings), long_lengths(usual)),
         "short_lengths": (short_lengths(settings), short_lengths(usual)),
         "test_seed": (settings.test_seed, 0),
     }

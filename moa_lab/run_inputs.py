@@ -59,15 +59,24 @@ class RunInputs:
 
     @property
     def limits(self) -> dict[int, float]:
-        """The density by length at which it limits plans: the profiled lengths, twice the longest, and shorter tested ones where the
-        floor takes at most a quarter of the density."""
+        """The density by length at which it limits plans: `use_lengths`, those shorter than the profiled ones where the floor takes
+        at most a quarter of the density."""
         density, floor = self.settings.density, self.settings.min_span
-        short = {n for n in self.test_lengths if n < min(self.lengths) and least_density(self.geometry, n, floor) <= density / 4}
-        return dict.fromkeys(sorted({*limits_of(self.lengths, self.geometry.max_length), *short}), density)
+        return {
+            n: density for n in self.use_lengths
+            if n >= min(self.lengths) or least_density(self.geometry, n, floor) <= density / 4
+        }  # fmt: skip
+
+    @property
+    def use_lengths(self) -> tuple[int, ...]:
+        """Where the plan will be used: the profiled and the tested lengths, and those that the user names, else twice the longest
+        profiled one."""
+        asked = self.settings.use_lengths or limits_of(self.lengths, self.geometry.max_length)
+        return tuple(sorted({*self.lengths, *self.test_lengths, *asked}))
 
     def check_density(self, *, tested: bool = True) -> None:
         """Raise InfeasibleError where the floor alone exceeds the density, at a length of `limits` or a tested one that the user named."""
-        asked = (self.settings.test_lengths or self.settings.lengths or ()) if tested else ()
+        asked = (*(self.settings.use_lengths or ()), *(self.settings.test_lengths or self.settings.lengths or ())) if tested else ()
         check_floor(self.geometry, {**self.limits, **dict.fromkeys(asked, self.settings.density)}, self.settings.min_span)
 
     @cached_property
@@ -123,7 +132,7 @@ class RunInputs:
         """Validation and test samples."""
         seeds: dict[Split, int] = {"validation": self.settings.seed, "test": self.settings.test_seed}
         return Suites(
-            self.model, self.tokenizer, self.preset, self.lengths, self.documents, seeds,
+            self.model, self.tokenizer, self.preset, self.lengths, self.documents, seeds, self._validated_beyond,
             answers_dir=self.parts_dir("answers"), answer_batch=self.answer_batch, progress=self.progress, scores=self.score_store,
         )  # fmt: skip
 
@@ -164,6 +173,11 @@ class RunInputs:
         """The profiled lengths, and the tested ones below the longest."""
         return sorted({*self.lengths, *(n for n in self.test_lengths if n < max(self.lengths))})
 
+    @property
+    def _validated_beyond(self) -> tuple[int, ...]:
+        """Lengths, of which the longest beyond the profiled ones is validated: the user's use lengths, else the tested ones."""
+        return self.settings.use_lengths or self.test_lengths
+
     def _rehearse(self) -> None:
         """Draft one sample of all that this run will need, at every length; raises ValueError where there is no room for it."""
         wanted = [(request.task, n) for request in self.wanted for n in self.lengths if request.count]
@@ -190,6 +204,6 @@ class RunInputs:
             answered_documents(documents or ())
 
     def _check_lengths(self) -> None:
-        for n in (*self.lengths, *self.test_lengths):
+        for n in (*self.lengths, *self.test_lengths, *(self.settings.use_lengths or ())):
             if not 1 <= n <= self.geometry.max_length:
                 raise ValueError(f"length {n} is beyond the model's maximum of {self.geometry.max_length} tokens")

@@ -76,7 +76,9 @@ def test_the_first_density_comes_back_without_a_stage_that_is_run_again(done: Pa
     ("changes", "again"),
     [
         ({"test_seed": 1}, {"evaluate"}),
-        ({"test_lengths": (640,)}, {"validate moa", "evaluate"}),
+        ({"test_lengths": (640,)}, {"search", "validate moa", "evaluate"}),
+        ({"use_lengths": (768,)}, {"search", "validate moa", "evaluate"}),
+        ({"prefer": "needles"}, {"validate moa", "evaluate"}),
         ({"max_rules_per_layer": 1}, {"search", "validate moa", "evaluate"}),
         ({"min_span": 96}, {"search", "validate moa", "evaluate"}),
     ],
@@ -84,7 +86,9 @@ def test_the_first_density_comes_back_without_a_stage_that_is_run_again(done: Pa
 def test_a_later_setting_runs_only_the_stages_that_depend_on_it(
     changes: dict[str, object], again: set[str], done: Path, settings: RunSettings, tmp_path: Path
 ) -> None:
-    assert stages(copied(done, tmp_path), replace(settings, **changes)) == again  # type: ignore[arg-type]
+    found = stages(copied(done, tmp_path), replace(settings, **changes))  # type: ignore[arg-type]
+    # Where the same plan is chosen again, its scores are known.
+    assert again - {"evaluate"} <= found <= again
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("lengths", (384,)), ("preset", "quick"), ("supervision", "text")])

@@ -24,13 +24,15 @@ from moa_lab.commands.terminal import (
     MinSpanOption,
     ModelOption,
     PlainOption,
+    PreferOption,
     TestSeedOption,
+    UseLengthsOption,
     folder_free,
     free,
     lengths_of,
 )
 from moa_lab.plan import MIN_SPAN
-from moa_lab.presets import PRESETS, RunSettings
+from moa_lab.presets import DEFAULT_PREFERENCE, PRESETS, RunSettings
 from moa_lab.text import one_line
 
 
@@ -73,7 +75,11 @@ def run(
     model: ModelOption = "smollm2",
     density: Annotated[float, typer.Option("--density", help="share of the KV cache to keep, above 0 and at most 1")] = 0.5,
     lengths: LengthsOption = None,
-    test_lengths: Annotated[str | None, typer.Option("--test-lengths", help="tested lengths in tokens")] = None,
+    test_lengths: Annotated[
+        str | None, typer.Option("--test-lengths", help="tested lengths in tokens; the plan will be used there too")
+    ] = None,
+    use_lengths: UseLengthsOption = None,
+    prefer: PreferOption = DEFAULT_PREFERENCE,
     preset: Annotated[str, typer.Option("--preset", help=f"how much of everything: {', '.join(PRESETS)}")] = "quick",
     seed: Annotated[int, typer.Option("--seed")] = 0,
     test_seed: TestSeedOption = 0,
@@ -93,7 +99,7 @@ def run(
     settings = RunSettings(
         model=model, density=density, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
         test_seed=test_seed, supervision=supervision, source=source, columns=columns, plain_prompts=plain_prompts,
-        max_rules_per_layer=max_rules, min_span=min_span,
+        max_rules_per_layer=max_rules, min_span=min_span, use_lengths=lengths_of(use_lengths), prefer=prefer,
     )  # fmt: skip
     with Bars() as bars:
         summary = Run(out, settings, bars).everything()

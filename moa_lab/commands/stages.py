@@ -7,8 +7,20 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.commands.terminal import AnyModelOption, Bars, ForceOption, MinSpanOption, ModelOption, PlainOption, free, lengths_of
+from moa_lab.commands.terminal import (
+    AnyModelOption,
+    Bars,
+    ForceOption,
+    MinSpanOption,
+    ModelOption,
+    PlainOption,
+    PreferOption,
+    UseLengthsOption,
+    free,
+    lengths_of,
+)
 from moa_lab.plan import MIN_SPAN
+from moa_lab.presets import DEFAULT_PREFERENCE
 from moa_lab.text import interval_text
 
 
@@ -80,6 +92,7 @@ def search(
     density: Annotated[float, typer.Option("--density")] = 0.5,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
     min_span: MinSpanOption = MIN_SPAN,
+    use_lengths: UseLengthsOption = None,
     seconds: Annotated[float, typer.Option("--seconds", help="time for the exact solves")] = 60.0,
     points: Annotated[int, typer.Option("--points", help="plans to keep at most")] = 16,
     force: ForceOption = False,
@@ -87,12 +100,14 @@ def search(
     """Search candidate plans at a density; needs no model."""
     from moa_lab.records import InfluenceProfile
     from moa_lab.search import search as find
+    from moa_lab.search import used_lengths
 
     free(out, force)
     loaded = InfluenceProfile.load(profile)
+    used = used_lengths(loaded.lengths, loaded.geometry.max_length, lengths_of(use_lengths))
     with Bars() as bars:
         front = find(
-            loaded, density, min_span=min_span, max_rules_per_layer=max_rules, time_limit_s=seconds, max_points=points,
+            loaded, density, min_span=min_span, lengths=used, max_rules_per_layer=max_rules, time_limit_s=seconds, max_points=points,
             progress=lambda done, total, message: bars("search", done, total),
         )  # fmt: skip
     front.save(out)
@@ -139,10 +154,12 @@ def refine(
 def validate(
     front: Annotated[Path, typer.Argument(help="front file of `moa-lab search`")],
     out: Annotated[Path, typer.Option("--out", help="config card of the best plan (.json)")],
-    length: Annotated[int, typer.Option("--length", help="a length that was not profiled")],
+    length: Annotated[int, typer.Option("--length", help="a length beyond the profiled ones")],
     model: ModelOption = "smollm2",
     questions: Annotated[int, typer.Option("--questions")] = 32,
     summaries: Annotated[int, typer.Option("--summaries")] = 8,
+    texts: Annotated[int, typer.Option("--texts", help="plain texts")] = 0,
+    prefer: PreferOption = DEFAULT_PREFERENCE,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     plain_prompts: PlainOption = False,
     force: ForceOption = False,
@@ -157,8 +174,8 @@ def validate(
     loaded, tokenizer = load_model(model, plain_prompts=plain_prompts)
     with Bars() as bars:
         best = measure(
-            loaded, tokenizer, candidates, length=length, questions=questions, summaries=summaries, seed=seed,
-            progress=bars.steps("validate"),
+            loaded, tokenizer, candidates, length=length, questions=questions, summaries=summaries, texts=texts, prefer=prefer,
+            seed=seed, progress=bars.steps("validate"),
         )  # fmt: skip
     best.save(out)
     typer.echo(f"best of {len(candidates)} plans: {best.search['candidate']}, {best.search['excess_loss']:+.4f} nats a token over dense")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from tqdm import tqdm
 
+from moa_lab.presets import PREFERENCES
 from moa_lab.text import once
 
 Number = TypeVar("Number", int, float)
@@ -22,6 +23,14 @@ AnyModelOption = Annotated[bool, typer.Option("--any-model", help="take samples 
 TestSeedOption = Annotated[int, typer.Option("--test-seed", help="draws the test samples; what is chosen stays")]
 MinSpanOption = Annotated[
     int, typer.Option("--min-span", help="the floor: tokens that every head keeps at least, the sink of 64 among them", show_default=True)
+]
+
+UseLengthsOption = Annotated[
+    str | None,
+    typer.Option("--use-lengths", help="where the plan will be used, in tokens; default up to twice the longest profiled length"),
+]
+PreferOption = Annotated[
+    str, typer.Option("--prefer", help=f"what a plan is chosen by: {', '.join(PREFERENCES)}, or weights such as needles=2,words=1")
 ]
 
 

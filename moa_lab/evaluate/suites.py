@@ -30,8 +30,9 @@ Progress = Callable[[str, int, int], None]
 class Suites:
     """Samples of the validation and test splits, in the numbers of `preset`.
 
-    lengths: the profiled ones. documents, seeds: per split; None for the embedded documents. answers_dir: where the dense model's own
-    answers are kept; answer_batch: how many it writes at once. scores: where its scores of them go.
+    lengths: the profiled ones; used: where plans will be used (see `validation_length`). documents, seeds: per split; None for the
+    embedded documents. answers_dir: where the dense model's own answers are kept; answer_batch: how many it writes at once. scores:
+    where its scores of them go.
     """
 
     model: PreTrainedModel
@@ -40,6 +41,7 @@ class Suites:
     lengths: Sequence[int]
     documents: Mapping[Split, Sequence[Document] | None]
     seeds: Mapping[Split, int]
+    used: Sequence[int]
     answers_dir: Path
     answer_batch: int
     progress: Progress
@@ -48,8 +50,8 @@ class Suites:
 
     @cached_property
     def validation(self) -> list[Sample]:
-        """Samples for choosing a plan: needles, the dense model's own answers and plain texts, at a length that was not profiled, and
-        at the profiled ones if the preset says so."""
+        """Samples for choosing a plan: needles, the dense model's own answers and plain texts, at a length beyond the profiled ones, and
+        at these if the preset says so."""
         preset = self.preset
         shared: dict[str, Any] = {"split": "validation", "seed": self.seeds["validation"], "documents": self.documents["validation"]}
         samples = []
@@ -81,8 +83,8 @@ class Suites:
 
     @property
     def _validated(self) -> list[int]:
-        between = validation_length(self.lengths, geometry_of(self.model).max_length)
-        return sorted({between, *(self.lengths if self.preset.validate_profiled else ())})
+        beyond = validation_length(self.lengths, geometry_of(self.model).max_length, self.used)
+        return sorted({beyond, *(self.lengths if self.preset.validate_profiled else ())})
 
     def test(self, length: int, tasks: Sequence[str] | None = None) -> list[list[Sample]]:
         """Test samples of one length, a list for each task that the preset asks for: needles, lines, documents, and summaries, which

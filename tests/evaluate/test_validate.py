@@ -121,15 +121,25 @@ def test_nothing_to_choose_from_or_by_is_refused(model: PreTrainedModel, samples
         choose(model, front_of(model), [])
 
 
-@pytest.mark.parametrize(
-    ("lengths", "expected"), [((512, 1024, 2048), 1536), ((2048, 512, 1024), 1536), ((1024,), 768), ((1024, 1024), 768)]
-)
-def test_validation_is_at_a_length_between_the_longest_that_were_profiled(lengths: tuple[int, ...], expected: int) -> None:
+@pytest.mark.parametrize(("lengths", "expected"), [((512, 1024, 2048), 4096), ((2048, 512, 1024), 4096), ((1024,), 2048), ((3000,), 4096)])
+def test_validation_is_at_twice_the_longest_profiled_length_as_far_as_the_model_goes(lengths: tuple[int, ...], expected: int) -> None:
+    assert validation_length(lengths, 4096) == expected
+
+
+@pytest.mark.parametrize(("used", "expected"), [((512, 3072), 3072), ((1024, 512), 2048), ((9000,), 2048), ((1500, 4096), 4096)])
+def test_validation_is_at_the_longest_length_of_use_beyond_the_profiled_ones(used: tuple[int, ...], expected: int) -> None:
+    assert validation_length((512, 1024), 4096, used) == expected
+
+
+@pytest.mark.parametrize(("lengths", "expected"), [((1024, 2048, 4096), 3072), ((4096,), 3072)])
+def test_where_the_model_goes_no_further_validation_is_between_the_longest_profiled_lengths(
+    lengths: tuple[int, ...], expected: int
+) -> None:
     assert validation_length(lengths, 4096) == expected
 
 
 def test_the_validation_length_is_never_a_profiled_one_and_never_beyond_the_model() -> None:
-    assert validation_length((2048, 2112), 4096) == 2080
+    assert validation_length((2048, 2112), 2112) == 2080
     assert validation_length((512, 1024, 8192), 1024) == 768
     with pytest.raises(ValueError, match="lengths must hold one of at most 700 tokens"):
         validation_length((1024,), 700)
