@@ -99,7 +99,8 @@ def choose(
         # The scores are of this model, also where the plans were made on another.
         origin = replace(origin, model=model_name(model), weights=weights_fingerprint(model))
     settings = {
-        "excess_loss": excess, "chosen": found.name, "prefer": prefer, "losses": {name: to_json(found) for name, found in losses.items()}, "scores": score,
+        "excess_loss": excess, "chosen": found.name, "prefer": prefer, "scores": score,
+        "losses": {name: to_json(found) for name, found in losses.items()},
         "origins": {point.plan.name: point.origin for point in front},
     }  # fmt: skip
     return Validation(chosen, excess, Measurements(tuple(rows), settings, origin), losses, score)
