@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 
 from moa_lab.interface import AttentionCall, Handler
 from moa_lab.kernels.reference import dense_attention, softmax_with_sink, windowed_attention
-from moa_lab.masks import visible
-from moa_lab.profiling.influence import LayerInfluence, pad_to_tiles, reduce_rows, span_effect
+from moa_lab.masks import KeyMask, visible
+from moa_lab.profiling.influence import LayerInfluence, logit_slopes, pad_to_tiles, reduce_rows, span_effect
 from moa_lab.records import BLOCK_TOKENS
 
 # A row block holds a handful of (heads, rows, keys) arrays at once. Elements of each: small enough for a CPU's cache (four
@@ -56,8 +57,8 @@ class _CapturedAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: AttentionCall, wanted: _Wanted
     ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value, call.positions, call.query_positions, call.sink_logits)
-        ctx.scale, ctx.softcap, ctx.wanted = call.scale, call.softcap, wanted
+        ctx.save_for_backward(query, key, value, call.sink_logits)
+        ctx.mask, ctx.scale, ctx.softcap, ctx.wanted = call.mask, call.scale, call.softcap, wanted
         if wanted.windows is None:
             return dense_attention(query, key, value, call.mask, call.scale, call.softcap, call.sink_logits)
         return windowed_attention(
@@ -75,11 +76,11 @@ class _CapturedAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *output_gradients: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value, positions, query_positions, sink_logits = ctx.saved_tensors
+        query, key, value, sink_logits = ctx.saved_tensors
         work_dtype = torch.promote_types(query.dtype, torch.float32)
         gradients, reduced = _backward_by_row_blocks(
             query.to(work_dtype), key.to(work_dtype), value.to(work_dtype), output_gradients[0].to(work_dtype),
-            positions, query_positions, ctx.scale, ctx.softcap, sink_logits, ctx.wanted,
+            ctx.mask, ctx.scale, ctx.softcap, sink_logits, ctx.wanted,
         )  # fmt: skip
         ctx.wanted.receive(ctx.wanted.layer, reduced)
         return (*(gradient.to(query.dtype) for gradient in gradients), None, None)
@@ -90,8 +91,7 @@ def _backward_by_row_blocks(
     key: torch.Tensor,
     value: torch.Tensor,
     output_gradient: torch.Tensor,
-    positions: torch.Tensor,
-    query_positions: torch.Tensor,
+    mask: KeyMask,
     scale: float,
     softcap: float | None,
     sink_logits: torch.Tensor | None,
@@ -99,62 +99,99 @@ def _backward_by_row_blocks(
 ) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], LayerInfluence]:
     batch, heads, n, head_dim = query.shape
     kv_heads, group = key.shape[1], heads // key.shape[1]
-    # (batch, kv_heads, group, tokens, head_dim): a group's query heads share K and V without a copy.
-    query, output_gradient = (x.reshape(batch, kv_heads, group, n, head_dim) for x in (query * scale, output_gradient))
+    # (batch * kv_heads, group, tokens, head_dim): a group's query heads share K and V without a copy.
+    query, output_gradient = (x.reshape(-1, group, n, head_dim) for x in (query * scale, output_gradient))
+    key, value = (x.reshape(-1, n, head_dim) for x in (key, value))
     query_gradient = torch.empty_like(query)
-    key_gradient, value_gradient = torch.zeros_like(key), torch.zeros_like(value)
-    window = None
-    if wanted.windows is not None:
-        window = torch.from_numpy(wanted.windows).to(query.device, torch.int32)[:, None, None, None]
+    # (batch * kv_heads, head_dim, tokens): a third faster to add products to than the other way round.
+    key_gradient, value_gradient = (torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in (key, value))
     # Broadcastable to the scores: (kv_heads, group, 1, 1).
-    sinks = None if sink_logits is None else sink_logits.reshape(kv_heads, heads // kv_heads, 1, 1)
+    sinks = None if sink_logits is None else sink_logits.reshape(kv_heads, group, 1, 1)
     tiles = -(-n // BLOCK_TOKENS)
     result = LayerInfluence(
         blocks=query.new_zeros(batch, heads, tiles, tiles),
         distances=query.new_zeros(batch, heads, tiles),
         span_effects=query.new_zeros(batch, heads, tiles),
     )
+    blocks = _row_blocks(n, batch * heads, query.device.type)
+    scratch, one = _Scratch(query, batch * heads * blocks[0][1] * n), query.new_ones(())
 
-    for start, stop in _row_blocks(n, batch * heads, query.device.type):
+    for start, stop in blocks:
         # Causal: no row of this block sees a key at `stop` or later.
-        keys, values = key[:, :, :stop], value[:, :, :stop]
+        keys, values = key[:, :stop], value[:, :stop]
         # The rows of a group's heads one below the other: one product with the keys that they share.
-        rows, gradient = (x[..., start:stop, :].reshape(batch, kv_heads, -1, head_dim) for x in (query, output_gradient))
-        shape = (batch, kv_heads, group, stop - start, stop)
-        scores = (rows @ keys.transpose(-1, -2)).reshape(shape)
+        rows, gradient = (x[:, :, start:stop].reshape(-1, group * (stop - start), head_dim) for x in (query, output_gradient))
+        flat, shape = (batch * kv_heads, group * (stop - start), stop), (batch, kv_heads, group, stop - start, stop)
+        scores = torch.bmm(rows, keys.mT, out=scratch.array("scores", flat)).view(shape)
         slope = None
         if softcap is not None:
             capped = torch.tanh(scores / softcap)
             scores, slope = softcap * capped, 1 - capped**2
-        key_positions = positions[:, :, None, start:stop, :stop]
-        scores.masked_fill_(key_positions < 0, float("-inf"))
-        dense, left = _weights(scores, sinks)
+        _hide(scores, mask, start, stop)
+        dense, left = _weights(scores, sinks, scratch.array("weights", shape))
         weights = dense
-        if window is not None:
-            seen = visible(query_positions[:, :, None, start:stop], key_positions, wanted.sink_tokens, window)
-            weights, _ = _weights(scores.masked_fill_(~seen, float("-inf")), sinks)
-        weights_gradient = (gradient @ values.transpose(-1, -2)).reshape(shape)
-        pairs = weights * weights_gradient
-        effect = span_effect(dense, weights_gradient, start, wanted.sink_tokens, tiles, pairs if window is None else None, left)
-        result.span_effects += effect.reshape(batch, heads, tiles)
+        if wanted.windows is not None:
+            weights, _ = _weights(_windowed(scores, mask, wanted, start, stop), sinks, scratch.array("weights under the plan", shape))
+        weights_gradient = torch.bmm(gradient, values.mT, out=scratch.array("scores", flat)).view(shape)
+        scores_gradient, expected = logit_slopes(weights, weights_gradient, scratch.array("slopes", shape))
+        dense_slopes = scores_gradient
+        if wanted.windows is not None:
+            dense_slopes, expected = logit_slopes(dense, weights_gradient)
 
-        scores_gradient = torch.addcmul(pairs, weights, pairs.sum(dim=-1, keepdim=True), value=-1)
         # |E|, as `influence` has it: the slope of a logit per weight that is left.
-        rest = torch.rsub(weights, 1.0).clamp_(min=torch.finfo(weights.dtype).eps)
-        magnitude = torch.div(scores_gradient, rest, out=rest).abs_().reshape(batch, heads, stop - start, stop)
+        rest = torch.sub(one, weights, out=scratch.array("scores", shape)).clamp_(min=torch.finfo(weights.dtype).eps)
+        magnitude = torch.div(scores_gradient, rest, out=rest).abs_().view(batch, heads, stop - start, stop)
         reduce_rows(result, pad_to_tiles(magnitude), start, wanted.sink_tokens)
-        if slope is not None:
-            scores_gradient *= slope
-        turned, weights = scores_gradient.reshape(batch, kv_heads, -1, stop), weights.reshape(batch, kv_heads, -1, stop)
-        query_gradient[..., start:stop, :] = (turned @ keys).reshape(batch, kv_heads, group, stop - start, head_dim)
-        key_gradient[:, :, :stop] += turned.transpose(-1, -2) @ rows
-        value_gradient[:, :, :stop] += weights.transpose(-1, -2) @ gradient
-    return (query_gradient.mul_(scale).reshape(batch, heads, n, head_dim), key_gradient, value_gradient), result
+        turned = (scores_gradient if slope is None else slope.mul_(scores_gradient)).view(flat)
+        query_gradient[:, :, start:stop] = (turned @ keys).view(-1, group, stop - start, head_dim)
+        key_gradient[:, :, :stop].baddbmm_(rows.mT, turned)
+        value_gradient[:, :, :stop].baddbmm_(gradient.mT, weights.view(flat))
+        # Last, as it writes to what the products read.
+        effect = span_effect(dense, dense_slopes, expected, start, wanted.sink_tokens, tiles, left)
+        result.span_effects += effect.view(batch, heads, tiles)
+    gradients = [x.mT.reshape(batch, kv_heads, n, head_dim) for x in (key_gradient, value_gradient)]
+    return (query_gradient.mul_(scale).reshape(batch, heads, n, head_dim), gradients[0], gradients[1]), result
 
 
-def _weights(scores: torch.Tensor, sinks: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax weights of the keys, and of the sink logit: (..., rows, 1), None where there is none."""
-    return (scores.softmax(dim=-1), None) if sinks is None else softmax_with_sink(scores, sinks)
+class _Scratch:
+    """Memory for the arrays of a row block, which every block uses again: to a CPU, fresh memory costs as much as what is done in it."""
+
+    def __init__(self, like: torch.Tensor, elements: int) -> None:
+        self._like, self._elements = like, elements
+        self._held: dict[str, torch.Tensor] = {}
+
+    def array(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """An array of `shape`, whatever it holds, in the place of the last one of this name."""
+        if name not in self._held:
+            self._held[name] = self._like.new_empty(self._elements)
+        return self._held[name][: math.prod(shape)].view(shape)
+
+
+def _hide(scores: torch.Tensor, mask: KeyMask, start: int, stop: int) -> None:
+    """Set the scores (batch, kv_heads, group, rows, keys) of hidden keys to minus infinity."""
+    if mask.is_causal:
+        # Only among the block's own keys is one hidden from one of its rows.
+        future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=scores.device).triu(1)
+        scores[..., start:].masked_fill_(future, float("-inf"))
+    else:
+        scores.masked_fill_(mask.positions[:, :, None, start:stop, :stop] < 0, float("-inf"))
+
+
+def _windowed(scores: torch.Tensor, mask: KeyMask, wanted: _Wanted, start: int, stop: int) -> torch.Tensor:
+    """The scores without those that the plan hides, in place."""
+    assert wanted.windows is not None
+    window = torch.from_numpy(wanted.windows).to(scores.device, torch.int32)[:, None, None, None]
+    key_positions = mask.positions[:, :, None, start:stop, :stop]
+    seen = visible(key_positions.amax(dim=-1, keepdim=True), key_positions, wanted.sink_tokens, window)
+    return scores.masked_fill_(~seen, float("-inf"))
+
+
+def _weights(scores: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Softmax weights of the keys, in `out`, and of the sink logit: (..., rows, 1), None where there is none."""
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, out=out), None
+    weights, left = softmax_with_sink(scores, sinks)
+    return out.copy_(weights), left
 
 
 def _row_blocks(n: int, heads: int, device: str) -> list[tuple[int, int]]:

@@ -41,51 +41,58 @@ def influence(weights: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_rows(result: LayerInfluence, rows: torch.Tensor, first_row: int, sink_tokens: int) -> None:
-    """Add |E| of some rows to `result`. rows: (batch, query_heads, n, keys); n, keys, first_row multiples of 64."""
+    """Add |E| of some rows to `result`. rows: (batch, query_heads, n, keys), causal; n, keys, first_row multiples of 64; the sink's
+    columns are set to 0."""
     batch, heads, n, keys = rows.shape
     first, count = first_row // BLOCK_TOKENS, n // BLOCK_TOKENS
-    sums = _tile_sums(rows)
-    blocks = result.blocks[:, :, first : first + count, : keys // BLOCK_TOKENS]
-    blocks += sums[..., 0].reshape(batch, heads, count, BLOCK_TOKENS, -1).sum(dim=3)
-    every, later = _beyond(sums, rows, sink_tokens).reshape(batch, heads, count, BLOCK_TOKENS, -1, 2).sum(dim=3).unbind(-1)
-    # In tile (r, k) an entry lies at distance 64 (r - k) + (row - column): bin r - k on and below the tile's diagonal, r - k - 1 above it.
-    near, far = every - later, later
+    tiles = rows.reshape(batch, heads, count, BLOCK_TOKENS, keys // BLOCK_TOKENS, BLOCK_TOKENS)
+    result.blocks[:, :, first : first + count, : keys // BLOCK_TOKENS] += tiles.sum(dim=3).sum(dim=-1)
+    rows[..., :sink_tokens] = 0.0
+    runs = _runs(rows).unflatten(-2, (count, BLOCK_TOKENS)).sum(dim=3)
     for row in range(count):
-        within = min(first + row + 1, keys // BLOCK_TOKENS)
-        # Key tiles 0 .. first + row lie at tile distances first + row .. 0.
-        distance = first + row - torch.arange(within, device=rows.device)
-        result.distances.index_add_(2, distance, near[:, :, row, :within])
-        result.distances.index_add_(2, (distance - 1).clamp(min=0), far[:, :, row, :within])
+        distances = result.distances[:, :, : first + row + 1]
+        distances[..., :-1] += runs[:, :, row, : first + row].flip(-1)
+        # The first row of the tile lies that far from the first key alone, the last from all keys of its tile.
+        distances[..., -1] += rows[:, :, row * BLOCK_TOKENS : (row + 1) * BLOCK_TOKENS, :BLOCK_TOKENS].tril().sum(dim=(-1, -2))
 
 
 def span_effect(
     weights: torch.Tensor,
-    gradient: torch.Tensor,
+    slopes: torch.Tensor,
+    expected: torch.Tensor,
     first_row: int,
     sink_tokens: int,
     steps: int,
-    pairs: torch.Tensor | None = None,
     rest: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Loss change when a head that sees everything gets a window of 64 b tokens, for b = 0 .. steps - 1: (..., steps).
 
     With the keys beyond a window lost, a row renormalises: o = sum_kept A v / sum_kept A, so to first order in the output the
-    loss changes by dL/do . (o - o_dense). Rows add up with their signs: unlike in a sum of |E| over the masked values, a row's
-    many small values cancel here as they do in the output, so that heads which carry something far stand out.
-    weights A and gradient dL/dA = dL/do . v: (..., rows, keys), the dense causal ones of the rows from `first_row` on, a multiple of
-    64; dL/do may be that of a model under a plan. pairs: `weights * gradient` where it is known. rest: (..., rows, 1), the weight of
-    a sink logit, which no window loses.
+    loss changes by dL/do . (o - o_dense), which is sum_kept dL/dlogit / sum_kept A. Rows add up with their signs: unlike in a sum of
+    |E| over the masked values, a row's many small values cancel here as they do in the output, so that heads which carry something
+    far stand out.
+    weights A and the `logit_slopes` that belong to them: (..., rows, keys), the dense causal ones of the rows from `first_row` on, a
+    multiple of 64, with `expected`; dL/do may be that of a model under a plan. Both lose their sink's columns, which are set to 0.
+    rest: (..., rows, 1), the weight of a sink logit, which no window loses.
     """
-    pairs = weights * gradient if pairs is None else pairs
     # Sum what is kept, instead of 1 - lost, which is inexact for the most important heads: nearly all weight on one far key.
     rows = weights.shape[-2]
-    kept_weight, kept_pairs = (_kept(pad_to_tiles(x), first_row, sink_tokens, steps)[..., :rows, :] for x in (weights, pairs))
-    kept_weight = kept_weight if rest is None else kept_weight + rest
+    kept_weight, kept_slopes = (_kept(pad_to_tiles(x), first_row, sink_tokens, steps)[..., :rows, :] for x in (weights, slopes))
+    if rest is not None:
+        # One more key, whose value is 0.
+        kept_weight, kept_slopes = kept_weight + rest, kept_slopes - rest * expected
     row = torch.arange(first_row, first_row + rows, device=weights.device)[:, None]
     loses = row - BLOCK_TOKENS * torch.arange(steps, device=row.device) >= sink_tokens
-    expected = pairs.sum(dim=-1, keepdim=True)
-    change = kept_pairs / kept_weight.clamp(min=torch.finfo(weights.dtype).tiny) - expected
+    # Where nothing is kept, the output is 0.
+    change = torch.where(kept_weight > 0, kept_slopes / kept_weight, -expected)
     return torch.where(loses, change, 0.0).sum(dim=-2)
+
+
+def logit_slopes(weights: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """dL/dlogit = A (dL/dA - expected) of every entry, and expected = sum_n dL/dA A of every row, (..., rows, 1)."""
+    pairs = torch.mul(weights, gradient, out=out)
+    expected = pairs.sum(dim=-1, keepdim=True)
+    return torch.addcmul(pairs, weights, expected, value=-1, out=pairs), expected
 
 
 def pad_to_tiles(rows: torch.Tensor) -> torch.Tensor:
@@ -95,38 +102,30 @@ def pad_to_tiles(rows: torch.Tensor) -> torch.Tensor:
 
 
 def _kept(values: torch.Tensor, first_row: int, sink_tokens: int, steps: int) -> torch.Tensor:
-    """Sum of the sink's values and, for every window of 64 b tokens, of those in the window beyond it: (..., rows, steps).
-
-    Row i's window ends in key tile i // 64 - b, where it holds what lies behind column i % 64, and holds all later tiles.
-    """
-    every, later = _beyond(_tile_sums(values), values, sink_tokens).unbind(-1)
-    sums = torch.nn.functional.pad(every.flip(-1).cumsum(dim=-1).flip(-1), (0, 1))
+    """Sum of the sink's values and, for every window of 64 b tokens that leaves out a key beyond the sink, of those in the window:
+    (..., rows, steps). The sink's columns are set to 0."""
+    sink = values[..., :sink_tokens].sum(dim=-1, keepdim=True)
+    values[..., :sink_tokens] = 0.0
+    runs = _runs(values)
+    # Of every run and all later ones; 0 behind the last. A product, because a CPU is slow at cumulative sums.
+    sums = runs @ runs.new_ones(runs.shape[-1], runs.shape[-1] + 1).tril()
     tile = torch.arange(first_row, first_row + values.shape[-2], device=values.device)[:, None] // BLOCK_TOKENS
-    last = tile - torch.arange(steps, device=values.device)
-    at = last.clamp(0, every.shape[-1] - 1).expand(*values.shape[:-1], steps)
-    return later.gather(-1, at) + sums.gather(-1, at + 1) + values[..., :sink_tokens].sum(dim=-1, keepdim=True)
+    oldest = tile - torch.arange(steps, device=values.device)
+    return sums.gather(-1, oldest.clamp(0, runs.shape[-1]).expand(*values.shape[:-1], steps)).add_(sink)
 
 
-def _tile_sums(values: torch.Tensor) -> torch.Tensor:
-    """Per row and tile of 64 keys: the sum, and the sum over columns behind the row's own number in its tile, (..., rows, keys / 64, 2).
+def _runs(values: torch.Tensor) -> torch.Tensor:
+    """Per row, sums over runs of 64 keys that end 0, 64, 128 ... keys before the row's own: (..., rows, keys / 64 - 1).
 
-    values: (..., rows, keys), both multiples of 64.
+    values: (..., rows, keys), causal, both multiples of 64, the last row's own key in the last tile. Run k of a row whose number in
+    its tile is r holds the columns r + 1 + 64 k to r + 64 (k + 1); what is left of the first run is in none.
     """
     *lead, rows, keys = values.shape
-    ones = values.new_ones(BLOCK_TOKENS, BLOCK_TOKENS)
-    # Both sums in one reading: for every row of a tile a product with two columns of zeros and ones.
-    columns = torch.stack([ones, ones.triu(1)], dim=-1)
-    sums = torch.matmul(values.reshape(-1, BLOCK_TOKENS, keys // BLOCK_TOKENS, BLOCK_TOKENS), columns)
-    return sums.reshape(*lead, rows, keys // BLOCK_TOKENS, 2)
-
-
-def _beyond(sums: torch.Tensor, values: torch.Tensor, sink_tokens: int) -> torch.Tensor:
-    """The `sums` of `_tile_sums(values)`, in place, without the keys of the sink: only the tiles that it reaches into change."""
-    keys = min(-(-sink_tokens // BLOCK_TOKENS) * BLOCK_TOKENS, values.shape[-1])
-    if keys:
-        sink = torch.arange(keys, device=values.device) < sink_tokens
-        sums[..., : keys // BLOCK_TOKENS, :] = _tile_sums(values[..., :keys].masked_fill(sink, 0.0))
-    return sums
+    values = values.contiguous()
+    shape = (values.numel() // (rows * keys), rows // BLOCK_TOKENS, BLOCK_TOKENS, keys // BLOCK_TOKENS - 1, BLOCK_TOKENS)
+    # A row begins one column later than the row above it.
+    strides = (rows * keys, BLOCK_TOKENS * keys, keys + 1, BLOCK_TOKENS, 1)
+    return values.as_strided(shape, strides, values.storage_offset() + 1).sum(dim=-1).reshape(*lead, rows, shape[3])
 
 
 def naive_influence(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moa_lab.profiling.influence import LayerInfluence, influence, naive_influence, reduce_rows, span_effect
+from moa_lab.profiling.influence import LayerInfluence, influence, logit_slopes, naive_influence, reduce_rows, span_effect
 
 torch.set_num_threads(1)
 
@@ -137,7 +137,8 @@ def test_span_effect_equals_the_output_recomputed_with_every_window(sink_tokens:
     found = torch.zeros(2, 4, dtype=torch.float64)
     for start, stop in [(0, 64), (64, 200)]:
         part = slice(start, stop)
-        found += span_effect(weights[:, part, :stop], gradient[:, part, :stop], start, sink_tokens, 4)
+        own = weights[:, part, :stop].clone()
+        found += span_effect(own, *logit_slopes(own, gradient[:, part, :stop]), start, sink_tokens, 4)
     i, j = torch.arange(n)[:, None], torch.arange(n)[None]
     for b in range(4):
         seen = (j <= i) & ((j < sink_tokens) | (i - j < 64 * b))
@@ -157,5 +158,6 @@ def test_a_head_with_nearly_all_its_weight_on_one_far_key_loses_its_whole_effect
     gradient = torch.zeros(1, n, n)
     # Only the needle's value helps the last row: losing it raises the loss by the weight it had.
     gradient[:, -1, needle] = -1.0
-    effect = span_effect(weights[:, 192:], gradient[:, 192:], 192, 64, 4)[0, 1]
-    assert float(effect) == pytest.approx(float(weights[0, -1, needle]), rel=1e-5)
+    far = float(weights[0, -1, needle])
+    slopes = logit_slopes(weights[:, 192:], gradient[:, 192:])
+    assert float(span_effect(weights[:, 192:], *slopes, 192, 64, 4)[0, 1]) == pytest.approx(far, rel=1e-5)
