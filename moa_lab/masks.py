@@ -56,9 +56,14 @@ class KeyMask:
         return torch.where(asks, positions, own.clamp(min=0))
 
     @property
+    def hides_the_future_alone(self) -> bool:
+        """True where queries see all that came before them."""
+        return self.real is None and self.reach is None and self.explicit is None
+
+    @property
     def is_causal(self) -> bool:
         """True where a whole sequence hides the future from its queries, and nothing else."""
-        return self.real is None and self.reach is None and self.explicit is None and self.n_queries == self.n_keys
+        return self.hides_the_future_alone and self.n_queries == self.n_keys
 
     @cached_property
     def first(self) -> torch.Tensor | None:

@@ -73,7 +73,7 @@ def span_attention(
         return prefill_attention(
             query, key, value, windows, sink_tokens, scale, first=mask.first, reach=mask.reach, softcap=softcap, sink_logits=sink_logits
         )
-    if mask.is_causal and softcap is None and sink_logits is None:
+    if mask.hides_the_future_alone and softcap is None and sink_logits is None:
         return blockwise_attention(query, key, value, sink_tokens, windows, scale)
     positions = mask.positions
     query_positions = positions.amax(dim=-1, keepdim=True)

@@ -32,6 +32,15 @@ def test_blocks_give_what_the_written_out_mask_gives(n: int, windows: tuple[int,
     torch.testing.assert_close(found, expected, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("asked", [1, 100, 2 * QUERY_BLOCK, 2 * QUERY_BLOCK + 37])
+def test_the_last_queries_of_a_sequence_get_what_they_get_among_all(asked: int) -> None:
+    query, key, value = inputs(3 * QUERY_BLOCK + 7)
+    windows = np.array([1, 500, 10_000])
+    whole = blockwise_attention(query, key, value, 3, windows, 0.3)
+    found = blockwise_attention(query[:, :, -asked:], key, value, 3, windows, 0.3)
+    torch.testing.assert_close(found, whole[:, :, -asked:], atol=2e-6, rtol=1e-5)
+
+
 def test_keys_that_no_query_of_a_block_sees_are_not_read() -> None:
     query, key, value = inputs(700)
     gone = slice(4, 700 - QUERY_BLOCK - 100)
