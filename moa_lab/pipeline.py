@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from moa_lab.calibration import SampleSet, calibrate
 from moa_lab.calibration.dataset import Request
 from moa_lab.evaluate.memory import memory_row
-from moa_lab.evaluate.scoring import score_rows, score_samples
+from moa_lab.evaluate.scoring import score_plans, score_rows
 from moa_lab.evaluate.summary import summarise
 from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.learning import learn_spans
@@ -132,18 +132,20 @@ class Run(RunInputs):
         self, plans: Sequence[Plan], *, lengths: Sequence[int] | None = None, tasks: Sequence[str] | None = None
     ) -> list[Measurement]:
         """Scores of `plans` on the test samples, nothing scored twice in this run. None: every tested length, every task."""
-        rows: list[Measurement] = []
         sets = [samples for n in once(lengths or self.test_lengths, "lengths") for samples in self.suites.test(n, tasks)]
         total = sum(map(len, sets)) * len(plans)
         done = 0
-        for plan in plans:
-            for samples in sets:
-                scores = score_samples(
-                    self.model, plan, samples, store=self.score_store, progress=partial(self._evaluated, before=done, total=total)
-                )
-                done += len(samples)
-                rows += score_rows(plan, samples, scores)
-        return rows
+        scores = []
+        for samples in sets:
+            found = partial(self._evaluated, before=done, total=total)
+            scores.append(score_plans(self.model, plans, samples, store=self.score_store, progress=found))
+            done += len(samples) * len(plans)
+        return [
+            row
+            for at, plan in enumerate(plans)
+            for samples, under in zip(sets, scores, strict=True)
+            for row in score_rows(plan, samples, under[at])
+        ]
 
     def report(self) -> dict[str, Any]:
         """Write summary.json and report.html; return the summary."""

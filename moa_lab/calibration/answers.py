@@ -27,17 +27,22 @@ def forward_bytes(model: PreTrainedModel, length: int) -> int:
     return 8 * geometry_of(model).query_heads * length**2
 
 
-def answer_logits(model: PreTrainedModel, batch: Sequence[Sample], embedded: torch.Tensor | None = None) -> list[torch.Tensor]:
+def answer_logits(
+    model: PreTrainedModel, batch: Sequence[Sample], embedded: torch.Tensor | None = None, past: DynamicCache | None = None
+) -> list[torch.Tensor]:
     """Logits that predict each sample's answer tokens: per sample (answer tokens, vocabulary).
 
-    batch: samples of one length. embedded: (batch, length, hidden) input embeddings, when a gradient must flow into them.
+    batch: samples of one length. embedded: (batch, length, hidden) input embeddings, when a gradient must flow into them. past: K and V
+    of the first tokens, fewer than come before the first of those logits; only the other tokens are run, and theirs are added.
     Only the logits that are needed are computed: the vocabulary is by far the widest layer.
     """
+    seen = 0 if past is None else int(past.get_seq_length())
     positions = [sample.answer_positions - 1 for sample in batch]
     kept = np.unique(np.concatenate(positions))
     tokens = torch.from_numpy(np.stack([sample.tokens for sample in batch])).to(model.device)
-    inputs = {"input_ids": tokens} if embedded is None else {"inputs_embeds": embedded}
-    logits = model(**inputs, use_cache=False, logits_to_keep=torch.from_numpy(kept).to(model.device)).logits
+    inputs = {"input_ids": tokens[:, seen:]} if embedded is None else {"inputs_embeds": embedded[:, seen:]}
+    wanted = torch.from_numpy(kept - seen).to(model.device)
+    logits = model(**inputs, past_key_values=past, use_cache=past is not None, logits_to_keep=wanted).logits
     counts = [len(where) for where in positions]
     rows = np.repeat(np.arange(len(batch)), counts)
     columns = np.searchsorted(kept, np.concatenate(positions))
@@ -47,14 +52,14 @@ def answer_logits(model: PreTrainedModel, batch: Sequence[Sample], embedded: tor
 
 
 @torch.inference_mode()
-def score_answers(model: PreTrainedModel, batch: Sequence[Sample]) -> list[list[AnswerScore]]:
-    """Loss and exact match of every answer of every sample, from one forward pass.
+def score_answers(model: PreTrainedModel, batch: Sequence[Sample], past: DynamicCache | None = None) -> list[list[AnswerScore]]:
+    """Loss and exact match of every answer of every sample, from one forward pass, which goes on over `past` as in `answer_logits`.
 
     An answer is exact when each of its tokens is the most likely one given everything before it, which is when greedy
     decoding from the same prompt would produce it.
     """
     results = []
-    for sample, logits in zip(batch, answer_logits(model, batch), strict=True):
+    for sample, logits in zip(batch, answer_logits(model, batch, past=past), strict=True):
         targets = torch.from_numpy(sample.tokens[sample.answer_positions]).to(logits.device)
         losses, hits = _told(logits, targets)
         results.append(_scores(sample, losses.cpu().numpy(), hits.cpu().numpy()))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from moa_lab.calibration.answers import AnswerScore, forward_bytes, score_answers
 from moa_lab.calibration.origin import check_vocabulary
@@ -43,32 +44,95 @@ def score_samples(
     prefill and decoding see the same keys under a plan, so this equals generating the answers token by token. A repeated sample is run
     once. store: where known scores are read and new ones kept.
     """
+    return score_plans(model, [plan], samples, store=store, progress=progress)[0]
+
+
+def score_plans(
+    model: PreTrainedModel,
+    plans: Sequence[Plan],
+    samples: Sequence[Sample],
+    *,
+    store: ScoreStore | None = None,
+    progress: Progress | None = None,
+) -> list[list[list[AnswerScore]]]:
+    """`score_samples` under every plan. All plans of a sample are run in turn: what they have in common is run once on a CPU.
+
+    progress: counts a sample under a plan as one.
+    """
     model = plain_model(model)
     check_vocabulary(samples, model)
-    scores = {sample.identity: store.get(plan, sample) if store else None for sample in samples}
-    missing = list({sample.identity: sample for sample in samples if scores[sample.identity] is None}.values())
-    total = len(scores)
-    done = total - len(missing)
+    known = {sample.identity: [store.get(plan, sample) if store else None for plan in plans] for sample in samples}
+    total = len(known) * len(plans)
+    done = sum(found is not None for row in known.values() for found in row)
 
-    def score(batch: list[Sample]) -> list[Sample]:
-        # The dense plan needs no mask.
-        with contextlib.nullcontext() if plan.is_dense else apply_plan(model, plan, batch[0].length):
-            for sample, result in zip(batch, score_answers(model, batch), strict=True):
-                scores[sample.identity] = result
+    def score(work: _Work) -> _Work:
+        for at, results in _scores_under(model, {at: plans[at] for at in work.plans}, work.batch):
+            for sample, result in zip(work.batch, results, strict=True):
+                known[sample.identity][at] = result
                 if store:
-                    store.put(plan, sample, result)
-        return batch
+                    store.put(plans[at], sample, result)
+        return work
 
-    def tell(batch: list[Sample]) -> None:
+    def tell(work: _Work) -> None:
         nonlocal done
-        done += len(batch)
+        done += len(work.batch) * len(work.plans)
         if progress:
             progress(done, total)
 
-    batches = _batches(missing, model.device)
-    longest = max((batch[0].length for batch in batches), default=0)
-    side_by_side(score, batches, model.device, bytes_each=forward_bytes(model, longest), after=tell)
-    return [found for sample in samples if (found := scores[sample.identity]) is not None]
+    works = _works(samples, known, model.device)
+    longest = max((work.batch[0].length for work in works), default=0)
+    side_by_side(score, works, model.device, bytes_each=forward_bytes(model, longest), after=tell)
+    return [[found for sample in samples if (found := known[sample.identity][at]) is not None] for at in range(len(plans))]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Samples of one length that share a forward pass, and the numbers of the plans that they are to be scored under."""
+
+    batch: list[Sample]
+    plans: tuple[int, ...]
+
+
+def _works(samples: Sequence[Sample], known: Mapping[str, Sequence[list[AnswerScore] | None]], device: torch.device) -> list[_Work]:
+    """All that is missing, every sample once."""
+    groups: dict[tuple[int, ...], dict[str, Sample]] = {}
+    for sample in samples:
+        missing = tuple(at for at, found in enumerate(known[sample.identity]) if found is None)
+        groups.setdefault(missing, {})[sample.identity] = sample
+    return [_Work(batch, missing) for missing, group in groups.items() if missing for batch in _batches(list(group.values()), device)]
+
+
+def _scores_under(model: PreTrainedModel, plans: Mapping[int, Plan], batch: list[Sample]) -> Iterator[tuple[int, list[list[AnswerScore]]]]:
+    """The scores of a batch under every plan, by the plan's number.
+
+    Up to its least span, a token's past is whole under a plan, and so are the pasts of all tokens that it sees: their K and V are the
+    same under every plan of larger spans. The largest comes first, and the others go on from its K and V.
+    """
+    length = batch[0].length
+    # On a GPU a batch's K and V would take the room of other samples.
+    sharing = len(plans) > 1 and model.device.type == "cpu"
+    before_answers = min(sample.answers[0][0] for sample in batch) - 1
+    kept: DynamicCache | None = None
+    for at, plan in sorted(plans.items(), key=lambda item: -_least_span(item[1], length)):
+        past = _first_tokens(kept, min(_least_span(plan, length), before_answers)) if sharing else None
+        # The dense plan needs no mask; what is shared comes from one attention (transformers' sdpa leaves out a soft cap).
+        with contextlib.nullcontext() if plan.is_dense and not sharing else apply_plan(model, plan, length):
+            found = score_answers(model, batch, past)
+        yield at, found
+        kept = past if kept is None else kept
+
+
+def _least_span(plan: Plan, n_tokens: int) -> int:
+    """Tokens that every head keeps at least, the model's own windows aside."""
+    return min(plan.sink_tokens + int(plan.windows(n_tokens).min()), n_tokens)
+
+
+def _first_tokens(cache: DynamicCache | None, count: int) -> DynamicCache:
+    """A cache of its own with the K and V of the first `count` tokens of `cache`; empty where there is none."""
+    # Without a config no layer drops what its own window has left behind.
+    if cache is None or not count:
+        return DynamicCache()
+    return DynamicCache([(keys[:, :, :count], values[:, :, :count]) for keys, values, *_ in cache])
 
 
 def retrieval_rows(plan: Plan, samples: Sequence[Sample], scores: Sequence[Sequence[AnswerScore]]) -> list[Measurement]:

@@ -12,7 +12,7 @@ from moa_lab.calibration.answers import AnswerScore
 from moa_lab.calibration.origin import same_weights
 from moa_lab.calibration.samples import Sample, distinct
 from moa_lab.evaluate.prefer import Losses, kind_of, losses_of, preference_scores
-from moa_lab.evaluate.scoring import Progress, loss_rows, mean_losses, retrieval_rows, score_samples
+from moa_lab.evaluate.scoring import Progress, loss_rows, mean_losses, retrieval_rows, score_plans
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.testsets import document_samples, needle_samples, own_answer_samples
 from moa_lab.geometry.wrappers import plain_model
@@ -53,7 +53,8 @@ def choose(
 
     A plan's losses of needles and of words, against the dense model, are weighed by `prefer` (see `Preference.parse`), each in units of
     what a uniform plan of the front loses. The predictor alone does not separate good plans from lucky ones.
-    progress: called with (plans done, plans in all). Raises ValueError for an empty front, no samples, or an unknown preference.
+    progress: called with (scores done, scores in all), one for a sample under a plan. Raises ValueError for an empty front, no samples,
+    or an unknown preference.
     """
     model, wanted = plain_model(model), Preference.parse(prefer)
     if not len(front) or not samples:
@@ -65,10 +66,7 @@ def choose(
     losses: dict[str, Losses] = {}
     excess: dict[str, float] = {}
     reference: list[list[AnswerScore]] = []
-    for done, plan in enumerate(plans):
-        if progress:
-            progress(done, len(plans))
-        scores = score_samples(model, plan, samples, store=store)
+    for plan, scores in zip(plans, score_plans(model, plans, samples, store=store, progress=progress), strict=True):
         rows += loss_rows(plan, samples, scores)
         asked = [index for index, sample in enumerate(samples) if kind_of(sample) == NEEDLES]
         rows += retrieval_rows(plan, [samples[i] for i in asked], [scores[i] for i in asked])
@@ -78,8 +76,6 @@ def choose(
         losses[plan.name] = losses_of(samples, scores, reference)
         ours, theirs = (mean_losses(samples, some) for some in (scores, reference))
         excess[plan.name] = float(np.mean([ours[key] - theirs[key] for key in ours]))
-    if progress:
-        progress(len(plans), len(plans))
     uniform = next((point.plan.name for point in front if point.origin == "uniform"), None)
     score = preference_scores(losses, uniform, wanted)
     best = min(front, key=lambda point: score[point.plan.name])

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_model
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from moa_lab.calibration.answers import AnswerScore, fill_greedily, score_answers
 from moa_lab.calibration.samples import Sample
 from moa_lab.evaluate import scoring
 from moa_lab.evaluate.intervals import mean, proportion
-from moa_lab.evaluate.scoring import loss_rows, retrieval_rows, sample_loss, score_samples
+from moa_lab.evaluate.scoring import loss_rows, retrieval_rows, sample_loss, score_plans, score_samples
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan, uniform_plan
@@ -85,14 +85,44 @@ def test_scores_come_in_the_order_of_the_samples_also_for_one_that_comes_twice(m
     assert found == pytest.approx([alone[sample.identity] for sample in mixed])
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "gpt_neox"])
+def test_plans_scored_together_score_as_each_alone(family: str) -> None:
+    model = tiny_model(family, tie_word_embeddings=False)
+    # As `load_model` does, because sdpa leaves out what some families do to their logits.
+    model.set_attn_implementation("eager")
+    # Least spans of 20, 80 and 40 tokens; the last sample is asked before any of them ends.
+    plans = [small_plan(model, 0.25), dense_plan(geometry_of(model)), small_plan(model, 0.5)]
+    samples = [random_sample(), random_sample(200, seed=1), random_sample(answers=((3, 7), (60, 64)), seed=2)]
+    together = score_plans(model, plans, samples)
+    for plan, found in zip(plans, together, strict=True):
+        for mine, alone in zip(found, score_samples(model, plan, samples), strict=True):
+            assert [(score.exact, score.tokens) for score in mine] == [(score.exact, score.tokens) for score in alone]
+            assert [score.loss for score in mine] == pytest.approx([score.loss for score in alone], abs=1e-5)
+    assert together[0][0][0].loss != pytest.approx(together[2][0][0].loss, abs=1e-3)
+
+
+def test_tokens_whose_past_two_plans_share_are_run_once(model: PreTrainedModel) -> None:
+    sparse, dense = small_plan(model, 0.25), dense_plan(geometry_of(model))
+    run: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, given, __: run.append(given[0].shape[1]))
+    try:
+        score_plans(model, [sparse, dense], [random_sample(80), random_sample(answers=((10, 14),))])
+        assert run == [80, 80 - int(sparse.spans(80).min()), 80, 80 - 9]
+        del run[:]
+        score_plans(model, [sparse], [random_sample(80)])
+        assert run == [80]
+    finally:
+        hook.remove()
+
+
 def test_stored_scores_are_not_computed_again(model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, plan = ScoreStore(tmp_path, "weights"), small_plan(model)
     samples = [random_sample(seed=seed) for seed in range(3)]
     scored: list[Sample] = []
 
-    def counted(model: PreTrainedModel, batch: list[Sample]) -> list[list[AnswerScore]]:
+    def counted(model: PreTrainedModel, batch: list[Sample], past: DynamicCache | None) -> list[list[AnswerScore]]:
         scored.extend(batch)
-        return score_answers(model, batch)
+        return score_answers(model, batch, past)
 
     monkeypatch.setattr(scoring, "score_answers", counted)
     first = score_samples(model, plan, samples[:2], store=store)
@@ -151,9 +181,9 @@ def test_scores_side_by_side_are_those_of_one_after_the_other(
     samples = [random_sample(n, ((50, 54), (70, 76)), seed) for n in (80, 96) for seed in range(4)]
     threads: set[int] = set()
 
-    def score(model: PreTrainedModel, batch: list[Sample]) -> list[list[AnswerScore]]:
+    def score(model: PreTrainedModel, batch: list[Sample], past: DynamicCache | None) -> list[list[AnswerScore]]:
         threads.add(threading.get_ident())
-        return score_answers(model, batch)
+        return score_answers(model, batch, past)
 
     monkeypatch.setattr(scoring, "score_answers", score)
     steps: list[tuple[int, int]] = []
@@ -175,10 +205,10 @@ def test_a_failure_side_by_side_leaves_what_is_done_and_says_what_failed(
 ) -> None:
     samples = [random_sample(seed=seed) for seed in range(6)]
 
-    def score(model: PreTrainedModel, batch: list[Sample]) -> list[list[AnswerScore]]:
+    def score(model: PreTrainedModel, batch: list[Sample], past: DynamicCache | None) -> list[list[AnswerScore]]:
         if batch[0] is samples[3]:
             raise RuntimeError("sample three has no memory left")
-        return score_answers(model, batch)
+        return score_answers(model, batch, past)
 
     plan, store = small_plan(model), ScoreStore(tmp_path, "w")
     monkeypatch.setattr(scoring, "score_answers", score)
