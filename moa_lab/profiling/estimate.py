@@ -89,7 +89,8 @@ def estimate_cost(model: PreTrainedModel, samples: Iterable[Sample], *, sink_tok
     vocabulary, width = next(model.get_input_embeddings().parameters()).shape
     n0, n1 = (min(n, geometry.max_length) for n in PROBE_TOKENS)
     # As the profile will run: a sample a core. A short pass that all cores share would mostly wait for the slowest of them.
-    probes = on_one_core(lambda: [_probe(model, n, vocabulary, sink_tokens) for n in (n0, n1)], model.device)
+    # The first pass of all is slower than the others, and does not count.
+    _, *probes = on_one_core(lambda: [_probe(model, n, vocabulary, sink_tokens) for n in (n0, n0, n1)], model.device)
     seconds, saved = zip(*probes, strict=True)
     per_token = saved[1] / n1
     quadratic = max(0.0, (seconds[1] / n1 - seconds[0] / n0) / max(n1 - n0, 1))
@@ -119,7 +120,6 @@ def _probe(model: PreTrainedModel, n: int, vocabulary: int, sink_tokens: int) ->
     """Seconds of a backward pass over `n` tokens, and the bytes that it saves."""
     probe = Sample("probe", np.arange(n, dtype=np.int64) % vocabulary, ((n - 1, n),))
     counter = _SavedBytes(model)
-    backward_pass(model, [probe], lambda layer, reduced: None, sink_tokens)
     started = time.perf_counter()
     with torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack):
         backward_pass(model, [probe], lambda layer, reduced: None, sink_tokens)

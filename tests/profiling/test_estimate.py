@@ -120,8 +120,10 @@ def test_the_short_runs_take_one_core_and_the_profile_all(monkeypatch: pytest.Mo
         original(*given)
 
     monkeypatch.setattr(estimate, "backward_pass", watched)
-    # The short runs take one second and three.
-    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=iter([0.0, 1.0, 0.0, 3.0] * 2).__next__))
+    # The short runs take one second and three, and the first pass, which does not count, nine.
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=iter([0.0, 9.0, 0.0, 1.0, 0.0, 3.0] * 2).__next__))
     one, four = (estimate_cost(model, [random_sample(128, seed) for seed in range(count)]).seconds for count in (1, 4))
     assert set(threads) == {1}
+    # One second for 128 tokens and three for 384: twice the tokens would take twice as long.
+    assert one == pytest.approx(1.0)
     assert four == pytest.approx(4 * one / 2)
