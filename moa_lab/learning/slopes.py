@@ -43,21 +43,22 @@ class SlopeSampler:
 
     A rule's window is rounded to whole blocks of 64 tokens, up or down at random so that its mean is right. tokens_in_flight: tokens
     run at once, at least one sample. checkpoint: recompute a layer's activations in the backward pass. weights: of the tasks in the
-    slope, 1 where not given.
+    slope, 1 where not given. stands_for: see `block_windows`.
     """
 
     def __init__(
         self, model: PreTrainedModel, table: LossTable, seed: int, tokens_in_flight: int = 0, checkpoint: bool = False,
-        weights: Mapping[str, float] | None = None,
+        weights: Mapping[str, float] | None = None, stands_for: int | None = None,
     ) -> None:  # fmt: skip
-        self._model, self._table, self._weights = model, table, dict(weights or {})
+        self._model, self._table, self._weights, self._stands_for = model, table, dict(weights or {}), stands_for
         self._tokens, self._checkpoint = tokens_in_flight, checkpoint
         self._rng = np.random.default_rng(seed)
 
     @classmethod
     def fitting(
-        cls, model: PreTrainedModel, table: LossTable, samples: SampleSet, seed: int, weights: Mapping[str, float] | None = None
-    ) -> SlopeSampler:
+        cls, model: PreTrainedModel, table: LossTable, samples: SampleSet, seed: int, weights: Mapping[str, float] | None = None,
+        stands_for: int | None = None,
+    ) -> SlopeSampler:  # fmt: skip
         """A sampler that runs as much of a batch of `samples` at once as fits in memory; on a CPU, where batches are no faster, one.
 
         Raises ValueError where not even one sample fits with its activations recomputed.
@@ -66,14 +67,14 @@ class SlopeSampler:
         estimate = estimate_cost(model, [longest], sink_tokens=table.sink_tokens)
         estimate.require_fit()
         if model.device.type == "cpu":
-            return cls(model, table, seed, weights=weights)
+            return cls(model, table, seed, weights=weights, stands_for=stands_for)
         tokens = int(FREE_SHARE * estimate.free_bytes / (SAFETY * estimate.bytes_per_token))
-        return cls(model, table, seed, tokens, checkpoint=tokens < longest.length, weights=weights)
+        return cls(model, table, seed, tokens, checkpoint=tokens < longest.length, weights=weights, stands_for=stands_for)
 
     def __call__(self, batch: Sequence[Sample], chances: np.ndarray) -> DrawnSlope:
         """chances: (heads, rules). Raises ValueError as `route_attention` does."""
         geometry, length = self._table.geometry, batch[0].length
-        windows = block_windows(self._table, length)
+        windows = block_windows(self._table, length, self._stands_for)
         counts = self._drawn(windows, chances, len(batch)).to(self._model.device)
         share = Counter(sample.task for sample in batch)
         divergence = dict.fromkeys(share, 0.0)
@@ -147,16 +148,18 @@ def mean_slopes(
     *,
     steps: int,
     seed: int = 0,
+    stands_for: int | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Mean slope of every rule of every head over `steps` batches, under plans drawn from `chances` (heads, rules).
 
-    float64 (heads, rules), in nats per answer token, summed over tasks; only differences between a head's rules matter. Raises
-    ValueError for samples or a table of another model, a task that lacks a length, and for samples that do not fit in memory.
+    stands_for: a length that the samples stand for, for instance one that is too long to be run: every rule has the span there, scaled
+    with the length. float64 (heads, rules), in nats per answer token, summed over tasks; only differences between a head's rules matter.
+    Raises ValueError for samples or a table of another model, a task that lacks a length, and for samples that do not fit in memory.
     """
     model = plain_model(model)
     check_inputs(model, samples, table)
-    batches, sampler = Batches(samples, batch_tokens(model), seed), SlopeSampler.fitting(model, table, samples, seed)
+    batches, sampler = Batches(samples, batch_tokens(model), seed), SlopeSampler.fitting(model, table, samples, seed, stands_for=stands_for)
     total = np.zeros(chances.shape)
     for step in range(steps):
         if progress:
@@ -167,14 +170,18 @@ def mean_slopes(
     return total / steps
 
 
-def block_windows(table: LossTable, length: int) -> np.ndarray:
+def block_windows(table: LossTable, length: int, stands_for: int | None = None) -> np.ndarray:
     """Windows of the rules in blocks: float64 (layers, rules), from 1 to all blocks of `length`.
 
-    n blocks hold 64 (n - 1) to 64 n tokens, by where in its block a query is: half a block fewer on the mean.
+    n blocks hold 64 (n - 1) to 64 n tokens, by where in its block a query is: half a block fewer on the mean. stands_for: the length at
+    which rules have their spans, of which `length` sees the same share; a layer's own window is as long at every length.
     """
     blocks = -(-length // BLOCK)
-    spans = table.span_tokens(length)
-    whole = np.array([table.geometry.dense_span_tokens(layer, length) for layer in range(table.geometry.layers)])
+    n = stands_for or length
+    spans = table.span_tokens(n).astype(np.float64)
+    whole = np.array([table.geometry.dense_span_tokens(layer, n) for layer in range(table.geometry.layers)])
+    spans[whole == n] *= length / n
+    whole = np.where(whole == n, length, whole)
     windows = np.clip((spans - table.sink_tokens) / BLOCK + 0.5, 1, blocks)
     return np.where(spans >= whole[:, None], float(blocks), windows)
 

@@ -15,6 +15,7 @@ MODULES: Mapping[str, str] = {
     "calibration": "calibrating.ablation",
     "space": "searching.space",
     "search": "predicting.objectives",
+    "unseen": "predicting.unseen",
     "refine": "searching.refine",
     "rules": "searching.rules",
     "low_density": "densities.low_density",

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import answer_logits
 from moa_lab.calibration.samples import Sample, SampleSet
+from moa_lab.geometry import ModelGeometry
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.mixture import BLOCK, mixed_windows
 from moa_lab.learning import mean_slopes
@@ -98,6 +99,18 @@ def test_windows_are_whole_blocks_and_half_a_block_is_made_up_for() -> None:
     between = table_of(model, (SpanRule(164.0, 0.0), DENSE), min_span=164)
     assert block_windows(between, LENGTH)[0, 0] == pytest.approx(100 / 64 + 0.5)
     assert block_windows(between, 128).tolist() == [[2.0, 2.0]] * 2
+
+
+def test_texts_that_stand_for_longer_ones_see_the_same_share_but_for_layers_with_windows_of_their_own() -> None:
+    geometry = ModelGeometry(2, 2, 2, 16, 8192, (None, 256))
+    rules = (SpanRule(1024.0, 0.0), SpanRule(0.0, 0.5), SpanRule(128.0, 0.0), DENSE)
+    losses = np.zeros((1, 2, 2, len(rules)))
+    table = LossTable(geometry, rules, 64, 128, (Objective("questions", 1024, "sum", (0, 1)),), losses)
+    far, near = block_windows(table, 1024, stands_for=4096)
+    # 1,024 of 4,096 tokens are 256 of 1,024; half is half; 128 are 32, which is less than the sink.
+    assert far.tolist() == [3.5, 7.5, 1.0, 16.0]
+    assert near.tolist() == [16.0, 16.0, 1.5, 16.0]
+    assert block_windows(table, 1024, stands_for=1024).tolist() == block_windows(table, 1024).tolist()
 
 
 def test_windows_between_blocks_are_drawn_so_that_the_mean_is_right() -> None:

@@ -1,0 +1,108 @@
+"""How well a plan's loss is predicted at a length that nobody profiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moa_lab.calibration import calibrate
+from moa_lab.calibration.samples import SampleSet
+from moa_lab.evaluate.compare import spearman
+from moa_lab.evaluate.effects import MeasuredLosses
+from moa_lab.learning import mean_slopes
+from moa_lab.pipeline import Run
+from moa_lab.profiling import profile
+from moa_lab.records import LossTable, Measurement
+from moa_lab.search import InfeasibleError, default_goals, loss_table
+from moa_lab.studies.plans import record_of
+from moa_lab.studies.predicting.predictions import PLANS_DRAWN, SLOPE_STEPS, STEPS_PER_PLAN
+from moa_lab.studies.predicting.predictors import chances_of, random_choices
+from moa_lab.studies.record import StudyGoal, StudyRecord
+from moa_lab.studies.scale import Scale
+
+QUESTION = "How well is a plan's loss predicted at a length that nobody profiled?"
+GOAL = "rank correlation of predicted and measured loss at {:,} tokens, random plans of equal density, {} ({})"
+MOVED = "slopes of shorter texts, spans moved"
+HALF = 0.5
+FEW = 2
+"""Samples a task of the cheap profile at the unseen length."""
+
+
+def unseen(run: Run, scale: Scale) -> StudyRecord:
+    """Predictors that never ran the longest length of use, and two that run it a little, at `scale.density` and a half."""
+    length = max(run.use_lengths)
+    if length <= max(run.lengths):
+        return record_of(run, "unseen", QUESTION, f"Not answered: no length of use is beyond the profiled {max(run.lengths):,} tokens.", ())
+    try:
+        rows = [row for share in dict.fromkeys((scale.density, HALF)) for row in _correlations(run, length, share, scale.random_plans)]
+    except InfeasibleError as error:
+        return record_of(run, "unseen", QUESTION, f"Not answered: {error}.", (), density=scale.density)
+    goals = [
+        StudyGoal(GOAL.format(length, row.plan, row.task), row.value, 0.8, low=row.low, high=row.high, n=row.n)
+        for row in rows if row.plan == MOVED
+    ]  # fmt: skip
+    return record_of(run, "unseen", QUESTION, unseen_answer(rows, length), rows, goals, random_plans=scale.random_plans, length=length)
+
+
+def unseen_answer(rows: Sequence[Measurement], length: int) -> str:
+    """A sentence for every density: all predictors, the best first."""
+    told = []
+    for task in dict.fromkeys(row.task for row in rows):
+        ranked = sorted((row for row in rows if row.task == task), key=lambda row: -row.value)
+        told.append(f"{task}: " + ", ".join(f"{row.plan} {row.value:.2f}" for row in ranked))
+    return f"Rank correlation with the loss measured at {length:,} tokens. {'; '.join(told)}."
+
+
+def _correlations(run: Run, length: int, density: float, plans: int) -> list[Measurement]:
+    table, limits, seed = run.table(), run.at(density).limits, run.settings.seed
+    choices = random_choices(table, limits, plans, seed)
+    samples = SampleSet(tuple(sample for sample in run.suites.validation if sample.length == length))
+    measured = MeasuredLosses(run.model, samples, run.parts_dir("random-plans"))
+    losses = []
+    for done, choice in enumerate(choices):
+        run.progress("unseen: random plans", done, plans)
+        losses.append(float(np.mean(list(measured(table.plan(choice, "random")).values()))))
+    run.progress("unseen: random plans", plans, plans)
+    found = {name: [predict(choice) for choice in choices] for name, predict in _predictors(run, length, limits, plans).items()}
+    task = f"random plans of {density:.0%}"
+    return [
+        Measurement(name, "rank_correlation", task, length, *spearman(told, losses), density, {"measured": losses, "predicted": told})
+        for name, told in found.items()
+    ]
+
+
+def _predictors(run: Run, length: int, limits: Mapping[int, float], plans: int) -> dict[str, Callable[[np.ndarray], float]]:
+    """By name, what takes a choice (layers, kv_heads) and returns the plan's predicted loss at `length`."""
+    table, steps = run.table(), min(SLOPE_STEPS, STEPS_PER_PLAN * plans)
+    wanted = [replace(request, count=min(FEW, request.count)) for request in run.wanted if request.count]
+    few = calibrate(
+        run.model, run.tokenizer, [length], wanted=wanted, documents=run.documents["calibration"], seed=run.settings.seed + 1,
+        batch_size=run.answer_batch,
+    )  # fmt: skip
+    cheap = loss_table(profile(run.model, few, parts_dir=run.parts_dir("profile")), table.rules, min_span=table.min_span, use_lengths=())
+    chances = chances_of(random_choices(table, limits, PLANS_DRAWN, run.settings.seed + 2), len(table.rules))
+
+    def slopes(samples: SampleSet, count: int, stands_for: int | None = None) -> Callable[[np.ndarray], float]:
+        found = mean_slopes(
+            run.model, samples, table, chances, steps=count, seed=run.settings.seed, stands_for=stands_for,
+            progress=lambda done, total: run.progress("unseen: slopes", done, total),
+        )  # fmt: skip
+        heads = np.arange(len(found))
+        return lambda choice: float(found[heads, choice.ravel()].sum())
+
+    return {
+        "profile, extrapolated": _at(table, length),
+        "profile, its longest length": _at(table, max(run.lengths)),
+        f"profile of {FEW} samples a task there": _at(cheap, length),
+        "slopes of shorter texts": slopes(run.lessons(), steps),
+        MOVED: slopes(run.lessons(), steps, length),
+        f"slopes of {FEW} samples a task there": slopes(few, max(1, steps // 4)),
+    }
+
+
+def _at(table: LossTable, length: int) -> Callable[[np.ndarray], float]:
+    """The mean of a table's default goals by task at one length."""
+    names = [goal.name for goal in default_goals(table, "task_length") if goal.name.rpartition("/")[0].endswith(f"@{length}")]
+    return lambda choice: float(np.mean([table.predict(choice)[name] for name in names]))
