@@ -24,7 +24,7 @@ from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprin
 from moa_lab.plan import Plan, dense_plan, uniform_plan
 from moa_lab.profiling import profile
 from moa_lab.provenance import Provenance, provenance
-from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements
+from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements, candidates
 from moa_lab.refinement import refine
 from moa_lab.report import save_report
 from moa_lab.run_inputs import RunInputs
@@ -155,7 +155,7 @@ class Run(RunInputs):
         save_report(
             self.records.place("report.html"), self.plan(), self.profile(), self.front(), self.measurements(),
             title=f"Mixture of attention spans: {self.settings.model} at {self.settings.density:.0%}", baselines=self.baselines(),
-            density=self.settings.density,
+            density=self.settings.density, validation=self._validations(),
         )  # fmt: skip
         for name in ("summary.json", "report.html"):
             self.records.publish(name)
@@ -214,6 +214,17 @@ class Run(RunInputs):
         replace(found.measurements, provenance=origin).save(self.records.place("validation.json"))
         self.records.publish("validation.json")
         return replace(found.best, provenance=origin, lengths=self.use_lengths)
+
+    def _validations(self) -> Measurements | None:
+        """What the plan was chosen by; None where the record, which is made with the plan alone, is not whole."""
+        path = self.records.place("validation.json")
+        try:
+            found = Measurements.load(path)
+            candidates(found, path)
+        except RecordError as error:
+            logger.warning("%s; the report goes without it", error)
+            return None
+        return found
 
     def _measured(self) -> Measurements:
         plans = (*self.baselines(), self.plan())

@@ -7,15 +7,10 @@ from typing import Any
 
 from moa_lab.evaluate.compare import difference
 from moa_lab.plan import Plan
-from moa_lab.records import Measurement
+from moa_lab.records import Measurement, kind_text
 from moa_lab.search.plain import SIMPLE
 
 HIGHER_IS_BETTER = {"retrieval": True, "cross_entropy": False}
-KINDS = {
-    "uniform": "uniform spans", "layers": "a span per layer", "ranked": "whole heads over a floor", "far": "whole far-seeing heads",
-    "learned": "learned spans", "refined": "refined spans",
-}  # fmt: skip
-"""Kinds of plans by origin; the others were searched."""
 
 
 def worse_than_simple(plan: Plan, others: Iterable[Plan], rows: Iterable[Measurement]) -> list[str]:
@@ -50,11 +45,6 @@ def chosen_text(plan: Plan) -> str:
         f"{text}: in validation it loses {found['score']:.3f} of what uniform spans lose, "
         f"the best simple plan, {simple['candidate']} ({kind_text(simple['origin'])}), {simple['score']:.3f}."
     )
-
-
-def kind_text(origin: str) -> str:
-    """What an origin of candidates is, in words."""
-    return KINDS.get(origin, "searched spans")
 
 
 def _preferred(prefer: str) -> str:

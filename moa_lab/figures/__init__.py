@@ -7,6 +7,7 @@ from moa_lab.figures.densities import score_by, score_by_density
 from moa_lab.figures.front import front_scatter, parallel_goals, predicted_against_measured
 from moa_lab.figures.head_maps import HeadPool, difference_map, influence_map, long_range_influence
 from moa_lab.figures.influence import head_blocks, influence_by_distance
+from moa_lab.figures.measured import measured_front
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
 from moa_lab.figures.plan import mask_preview, rule_curves, span_map
 from moa_lab.figures.roofline import kernel_roofline
@@ -32,6 +33,7 @@ __all__ = [
     "long_range_influence",
     "mask_preview",
     "matrix",
+    "measured_front",
     "parallel_goals",
     "percentile_ranks",
     "pooled",

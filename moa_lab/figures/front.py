@@ -26,7 +26,7 @@ def front_scatter(front: Front, x: str, y: str, chosen: Plan | str | None = None
     points = [point for point in front if goal(point, x) is not None and goal(point, y) is not None]
     if not points:
         raise ValueError(f"no point of the front has both {x!r} and {y!r}; it has {', '.join(goals(front)) or 'no points'}")
-    traces = [_pareto_line(points, x, y)] if len(points) > 1 else []
+    traces = [front_line((float(goal(point, x) or 0), float(goal(point, y) or 0)) for point in points)] if len(points) > 1 else []
     styles = theme.series_styles(sorted({point.origin for point in points}))
     for origin, style in styles.items():
         group = [point for point in points if point.origin == origin]
@@ -160,10 +160,11 @@ def _markers(points: list[FrontPoint], x: str, y: str, name: str, marker: dict[s
     )
 
 
-def _pareto_line(points: list[FrontPoint], x: str, y: str) -> go.Scatter:
+def front_line(corners: Iterable[tuple[float, float]]) -> go.Scatter:
+    """The steps through those (across, up) that none beats in both."""
     best = np.inf
     line = []
-    for corner in sorted({(float(goal(point, x) or 0), float(goal(point, y) or 0)) for point in points}):
+    for corner in sorted(set(corners)):
         if corner[1] < best:
             line.append(corner)
             best = corner[1]

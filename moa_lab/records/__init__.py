@@ -1,5 +1,6 @@
 """What the stages hand to one another: frozen dataclasses that save themselves and refuse files that are not theirs."""
 
+from moa_lab.records.candidates import Candidate, candidates, kind_text
 from moa_lab.records.front import FRONT_SCHEMA, Front, FrontPoint
 from moa_lab.records.loss_table import FORMS, TABLE_SCHEMA, Form, LossTable, Objective
 from moa_lab.records.measurements import ALLOCATED, EXACT, MEASUREMENTS_SCHEMA, Measurement, Measurements
@@ -14,6 +15,7 @@ __all__ = [
     "MEASUREMENTS_SCHEMA",
     "PROFILE_SCHEMA",
     "TABLE_SCHEMA",
+    "Candidate",
     "Form",
     "Front",
     "FrontPoint",
@@ -23,4 +25,6 @@ __all__ = [
     "Measurements",
     "Objective",
     "ProfileKey",
+    "candidates",
+    "kind_text",
 ]

@@ -24,21 +24,25 @@ def build_report(
     baselines: Iterable[PlanOrPath] = (),
     reference: Iterable[FrontPoint] = (),
     density: float | None = None,
+    validation: Measurements | None = None,
 ) -> str:
     """Return the page about `plan` as HTML.
 
     Scores are found by plan name: `plan.name` and the names of `baselines` (the dense plan is added when it is missing and was
     measured). `reference` holds predicted goals of plans outside the front, drawn beside it. density: the one all are compared at;
-    plans that do not keep it are named below the scores. What is None or empty is left out of the page. Raises ValueError when
-    `profile` or a baseline has another geometry than the plan.
+    plans that do not keep it are named below the scores. validation: what the plan was chosen by; it is left out where that chose
+    another plan. What is None or empty is left out of the page, whose first lines say where the plan is decidedly worse than a simple
+    one of `baselines`. Raises ValueError when `profile` or a baseline has another geometry than the plan.
     """
     plan, rivals = as_plan(plan), tuple(as_plan(other) for other in baselines)
     for other in (profile, *rivals):
         if other is not None:
             plan.check_model(other.geometry)
     measured = measurements or Measurements(())
-    facts = sections.Facts(plan, _rivals(plan, rivals, measured), profile, front or Front((), ()), measured, tuple(reference), density)
-    return page(title, sections.opening(facts), sections.all_sections(facts))
+    facts = sections.Facts(
+        plan, _rivals(plan, rivals, measured), profile, front or Front((), ()), measured, tuple(reference), density, validation
+    )  # fmt: skip
+    return page(title, sections.opening(facts), sections.all_sections(facts), facts.warnings())
 
 
 def save_report(
@@ -52,9 +56,13 @@ def save_report(
     baselines: Iterable[PlanOrPath] = (),
     reference: Iterable[FrontPoint] = (),
     density: float | None = None,
+    validation: Measurements | None = None,
 ) -> Path:
     """Write `build_report(...)` to `path`, atomically, and return the path."""
-    made = build_report(plan, profile, front, measurements, title=title, baselines=baselines, reference=reference, density=density)
+    made = build_report(
+        plan, profile, front, measurements,
+        title=title, baselines=baselines, reference=reference, density=density, validation=validation,
+    )  # fmt: skip
     return write_text(path, made)
 
 

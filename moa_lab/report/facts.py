@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from moa_lab.evaluate.equal_bytes import unequal_plans
+from moa_lab.evaluate.worse import worse_than_simple
 from moa_lab.figures import pooled
 from moa_lab.figures.measurements import Score, metric_label, shown
 from moa_lab.figures.theme import byte_size
 from moa_lab.plan import Plan
-from moa_lab.records import ALLOCATED, Front, FrontPoint, InfluenceProfile, Measurements
+from moa_lab.records import ALLOCATED, Candidate, Front, FrontPoint, InfluenceProfile, Measurements, candidates
 
 DENSE_ROLE, UNIFORM_ROLE = "dense", "uniform window"
 LEADING_TASKS = {"retrieval": "needles", "cross_entropy": "summaries"}
@@ -22,7 +23,10 @@ BYTES_NOTE = (
 
 @dataclass(frozen=True)
 class Facts:
-    """The records behind a page; `rivals`: plans to compare with, the dense one first; `density`: the one all are compared at."""
+    """The records behind a page.
+
+    rivals: plans to compare with, the dense one first. density: the one all are compared at. validation: what the plan was chosen by.
+    """
 
     plan: Plan
     rivals: tuple[Plan, ...]
@@ -31,6 +35,7 @@ class Facts:
     measurements: Measurements
     reference: tuple[FrontPoint, ...]
     density: float | None = None
+    validation: Measurements | None = None
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -86,6 +91,15 @@ class Facts:
     def unequal(self) -> list[str]:
         """A clause for every plan of the page that does not keep the density asked for at a length that was measured, with the reason."""
         return unequal_plans(self.plans, self.density, self.lengths()) if self.density is not None else []
+
+    def warnings(self) -> list[str]:
+        """A sentence for every simple plan of the page that is decidedly better than the plan in some score."""
+        return worse_than_simple(self.plan, self.rivals, self.measurements)
+
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The candidates that the plan was chosen from, best first; none where the validation is of another plan."""
+        found = candidates(self.validation) if self.validation is not None else ()
+        return found if any(one.chosen and one.name == self.plan.search.get("candidate") for one in found) else ()
 
     def score(self, name: str, metric: str, length: int, task: str | None = None) -> Score | None:
         """The score of a plan in a task (None: the metric's leading task)."""

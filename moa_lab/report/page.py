@@ -56,8 +56,9 @@ def columns(panels: Iterable[str]) -> str:
     return f'<div class="columns">{"".join(panels)}</div>'
 
 
-def page(title: str, opening: str, sections: Sequence[Section]) -> str:
-    """The whole document."""
+def page(title: str, opening: str, sections: Sequence[Section], warnings: Sequence[str] = ()) -> str:
+    """The whole document; `warnings` are its first lines."""
+    warned = f'<div class="warning" role="note">{"".join(f"<p>{escape(line)}</p>" for line in warnings)}</div>' if warnings else ""
     links = "".join(f'<li><a href="#{section.anchor}">{escape(section.heading)}</a></li>' for section in sections)
     body = "".join(
         f'<section id="{section.anchor}" aria-labelledby="{section.anchor}-heading"><h2 id="{section.anchor}-heading">'
@@ -77,7 +78,7 @@ def page(title: str, opening: str, sections: Sequence[Section]) -> str:
 <style>{STYLE}</style>
 </head>
 <body>
-<header><h1>{escape(title)}</h1>{opening}</header>
+<header>{warned}<h1>{escape(title)}</h1>{opening}</header>
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 <main>{body}</main>
 <noscript><p class="note">The figures of this page are drawn by the script inside it; the tables need none.</p></noscript>
@@ -114,9 +115,9 @@ SCRIPT = """
 STYLE = (
     """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #ffffff; --ink: #1f2328; --muted: #59616b; --line: #e3e6ea; --accent: #0072b2;
-  --bar: #0072b280; }
+  --bar: #0072b280; --warn: #d55e00; }
 @media (prefers-color-scheme: dark) { :root { --page: #15181d; --card: #1c2027; --ink: #e8eaed; --muted: #a9b0ba; --line: #343a43;
-  --accent: #5cb3e8; --bar: #5cb3e899; } }
+  --accent: #5cb3e8; --bar: #5cb3e899; --warn: #f08040; } }
 * { box-sizing: border-box; }
 html { scroll-behavior: smooth; -webkit-text-size-adjust: 100%; }
 @media (prefers-reduced-motion: reduce) { html { scroll-behavior: auto; } }
@@ -128,6 +129,10 @@ header { padding-block: clamp(1.75rem, 5vw, 3.5rem) 1.25rem; }
 h1 { margin: 0 0 .75rem; font-size: .95rem; font-weight: 600; color: var(--muted); }
 h1, h2, h3, p, li, dd { overflow-wrap: anywhere; }
 td, th { overflow-wrap: break-word; }
+.warning { margin: 0 0 1.5rem; padding: .7rem 1rem; background: var(--card); border: 1px solid var(--line);
+  border-left: .3rem solid var(--warn); border-radius: .5rem; }
+.warning p { margin: 0; max-width: 52rem; }
+.warning p + p { margin-top: .4rem; }
 .answer { margin: 0; max-width: 48rem; font-size: clamp(1.4rem, 1rem + 2vw, 2.15rem); line-height: 1.25; font-weight: 400;
   letter-spacing: -.01em; text-wrap: balance; }
 .answer strong { font-weight: 650; color: var(--accent); }

@@ -7,6 +7,7 @@ from html import escape
 import numpy as np
 
 from moa_lab import figures
+from moa_lab.evaluate.worse import chosen_text
 from moa_lab.figures.front import goal, goal_label, goals
 from moa_lab.figures.measurements import metric_label, shown
 from moa_lab.figures.theme import percent, series_styles
@@ -30,7 +31,7 @@ def opening(facts: Facts) -> str:
 
 def all_sections(facts: Facts) -> list[Section]:
     """Every section that has something to show, in reading order."""
-    made = [_scores(facts), _depths(facts), _spans(facts), _influence(facts), _front(facts), _origin(facts)]
+    made = [_scores(facts), _depths(facts), _spans(facts), _influence(facts), _front(facts), _validation(facts), _origin(facts)]
     return [section for section in made if section is not None]
 
 
@@ -197,6 +198,26 @@ def _front(facts: Facts) -> Section | None:
             caption += f" Rank correlation {correlation:+.2f}; a perfect predictor has &minus;1 where more is better, +1 where less is."
         panels.append(panel(fig, "Does the prediction hold?", "Predicted loss against the measured score, one marker per plan.", caption))
     return Section("front", "What the search found", columns(panels))
+
+
+def _validation(facts: Facts) -> Section | None:
+    """Which candidate won, and what all of them lost."""
+    told, found = chosen_text(facts.plan), facts.candidates()
+    if not told and not found:
+        return None
+    lead = f"<p>{escape(told)}</p>" if told else ""
+    drawn = ""
+    if facts.validation is not None and any(one.needles is not None and one.words is not None for one in found):
+        alt = f"Needles lost against words lost, one marker for each of {len(found)} candidates; the table below it holds the numbers."
+        caption = (
+            "Measured on validation samples, which no test uses. Lower left is better; the line joins candidates that none beats in both. "
+            "The ring marks the one that was chosen."
+        )
+        heading = "Needles and words that each candidate loses"
+        drawn = panel(figures.measured_front(facts.validation), heading, alt, caption + tables.candidates_table(facts))
+    elif found:
+        drawn = f'<div class="card">{tables.candidates_table(facts)}</div>'
+    return Section("validation", "What was measured to choose it", lead + drawn)
 
 
 def _axes(names: list[str], has_density: bool) -> tuple[str, str] | None:

@@ -92,6 +92,21 @@ def span_table(plan: Plan, n_tokens: int) -> str:
     )
 
 
+def candidates_table(facts: Facts) -> str:
+    """The numbers behind the measured front: one row per candidate, the best first."""
+    rows = []
+    for one in facts.candidates():
+        cells = [one.kind, f"{one.score:.3f}", percent(one.facts, 1), _nats(one.needles), _nats(one.words)]
+        main = ' class="main"' if one.chosen else ""
+        rows.append(f'<tr{main}><th scope="row">{escape(one.name)}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
+    titles = ("Candidate", "Kind", "Score", "Facts lost", "Needles lost (nats)", "Words lost (nats)")
+    columns = "".join(f'<th scope="col">{title}</th>' for title in titles)
+    return (
+        '<details><summary>The same as a table</summary><div class="scroll narrow"><table><caption>The score is what was chosen by, the '
+        f"least; uniform spans have 1.</caption><thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
+    )
+
+
 def provenance_list(facts: Facts) -> str:
     """Model, versions, device, command and time of the records, as far as they are known."""
     records = _records(facts)
@@ -137,6 +152,8 @@ def _records(facts: Facts) -> dict[str, tuple[Provenance, dict[str, Any]]]:
         records["profile"] = (facts.profile.provenance, {})
     if len(facts.front):
         records["search"] = (facts.front.provenance, facts.front.settings)
+    if facts.validation is not None and facts.candidates():
+        records["validation"] = (facts.validation.provenance, facts.validation.settings)
     if facts.measurements.rows:
         records["measurements"] = (facts.measurements.provenance, facts.measurements.settings)
     return records
@@ -172,6 +189,10 @@ def _score_cell(metric: str, score: Score | None) -> str:
     interval = told(score, number, "&ndash;") + ("%" if is_share and has_interval(score.low, score.high) else "")
     bar = f' class="share" style="--of:{min(max(score.value, 0), 1):.3f}"' if is_share else ""
     return f"<td{bar}><b>{shown(metric, score.value)}</b><small><span>{interval}</span> <span>n = {score.n:,}</span></small></td>"
+
+
+def _nats(lost: float | None) -> str:
+    return "&ndash;" if lost is None else f"{lost:.4f}"
 
 
 def _row(facts: Facts, name: str, styles: dict[str, Style], cells: list[str]) -> str:
