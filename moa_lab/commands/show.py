@@ -29,13 +29,14 @@ from moa_lab.records import (
     InfluenceProfile,
     LossTable,
     Measurements,
+    candidates,
 )
 from moa_lab.storage import RecordError, parse, read_description, read_plain, schema_of
 from moa_lab.storage.json_text import short
 from moa_lab.studies import StudyRecord
 from moa_lab.studies import table as study_table
 from moa_lab.studies.record import STUDY_SCHEMA
-from moa_lab.text import interval_text
+from moa_lab.text import aligned, interval_text
 
 
 def draw(path: Path, schema: str, out: Path) -> None:
@@ -166,7 +167,22 @@ def _measurements(path: Path) -> str:
         f"{row.plan}: {row.metric} {row.task}@{row.length} {row.value:.3f} {interval_text(row.low, row.high)} (n = {row.n})"
         for row in found
     ]
-    return "\n".join([f"{len(found.rows)} measurements", *lines, _origin(found.provenance)])
+    return "\n".join([f"{len(found.rows)} measurements", *lines, *_candidates(found, path), _origin(found.provenance)])
+
+
+def _candidates(found: Measurements, path: Path) -> list[str]:
+    """A validation's candidates as a table, the best first; empty for other measurements."""
+    rows = [
+        [one.name, one.kind, f"{one.score:.3f}", f"{one.facts:.1%}", _nats(one.needles), _nats(one.words), "chosen" if one.chosen else ""]
+        for one in candidates(found, path)
+    ]
+    head = ["candidate", "kind", "score", "facts lost", "needles lost (nats)", "words lost (nats)", ""]
+    note = f"{len(rows)} candidates, the least score first; losses are against the dense model, nats per answer token"
+    return [note, *aligned([head, *rows])] if rows else []
+
+
+def _nats(lost: float | None) -> str:
+    return "-" if lost is None else f"{lost:.4f}"
 
 
 def _bench(path: Path) -> str:
