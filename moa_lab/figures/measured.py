@@ -22,7 +22,7 @@ def measured_front(validation: Measurements) -> go.Figure:
     nats per answer token where no candidate loses a fact; words are nats per token. Smaller is better in both.
     Raises ValueError for a record without candidates that were measured by both.
     """
-    found = [one for one in candidates(validation) if one.needles is not None and one.words is not None]
+    found = [one for one in candidates(validation) if one.has_both]
     if not found:
         raise ValueError("the record has no candidates that were measured by needles and words: only a validation by both has")
     by_facts = any(one.facts for one in found)
@@ -40,7 +40,7 @@ def measured_front(validation: Measurements) -> go.Figure:
         traces.append(_ring(chosen[0], up))
     return theme.figure(
         traces,
-        f"Measured: {len(found)} candidates",
+        f"Measured: what {len(found)} candidates lose",
         xaxis={"title": "words lost<br>(nats per token over the dense model)", "tickformat": "~g"},
         yaxis=(
             {"title": "needles lost<br>(% of facts, against the dense model)", "tickformat": ".0%"}
@@ -83,12 +83,12 @@ def _dense() -> go.Scatter:
 
 def _ring(one: Candidate, up: Callable[[Candidate], float]) -> go.Scatter:
     marker = {"symbol": "circle-open", "size": 22, "color": theme.OUTLINE, "line": {"width": 2.5, "color": theme.OUTLINE}}
-    ring = _markers([one], up, f"chosen: {theme.plain(one.name)}", marker)
+    ring = _markers([one], up, f"chosen in validation: {theme.plain(one.name)}", marker)
     return ring.update(mode="markers+text", textposition="top right", texttemplate=theme.plain(one.name))
 
 
 def _hover(one: Candidate) -> str:
     return (
         f"<b>{theme.plain(one.name)}</b>, {one.kind}<br>needles: {theme.percent(one.facts, 1)} of facts, {one.needles:+.3f} nats"
-        f"<br>words: {one.words:+.4f} nats per token<br>score {one.score:.3f} (uniform spans = 1)"
+        f"<br>words: {one.words:+.4f} nats per token<br>score {one.score:.3f}, the least was chosen"
     )

@@ -25,7 +25,7 @@ def kind_text(origin: str) -> str:
 class Candidate:
     """A measured candidate, and what it loses against the dense model; None: no sample of that kind.
 
-    score: what was chosen by, the least; 1 is as bad as uniform spans. needles, words: nats per answer token. facts: share of planted
+    score: what was chosen by, the least. needles, words: nats per answer token. facts: share of planted
     facts that are no longer found.
     """
 
@@ -41,6 +41,11 @@ class Candidate:
     def kind(self) -> str:
         """The kind of plan, in words."""
         return kind_text(self.origin)
+
+    @property
+    def has_both(self) -> bool:
+        """Whether it was measured by needles and by words."""
+        return self.needles is not None and self.words is not None
 
 
 @dataclass(frozen=True)

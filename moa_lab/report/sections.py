@@ -207,7 +207,7 @@ def _validation(facts: Facts) -> Section | None:
         return None
     lead = f"<p>{escape(told)}</p>" if told else ""
     drawn = ""
-    if facts.validation is not None and any(one.needles is not None and one.words is not None for one in found):
+    if facts.validation is not None and any(one.has_both for one in found):
         alt = f"Needles lost against words lost, one marker for each of {len(found)} candidates; the table below it holds the numbers."
         caption = (
             "Measured on validation samples, which no test uses. Lower left is better; the line joins candidates that none beats in both. "

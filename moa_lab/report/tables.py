@@ -102,8 +102,8 @@ def candidates_table(facts: Facts) -> str:
     titles = ("Candidate", "Kind", "Score", "Facts lost", "Needles lost (nats)", "Words lost (nats)")
     columns = "".join(f'<th scope="col">{title}</th>' for title in titles)
     return (
-        '<details><summary>The same as a table</summary><div class="scroll narrow"><table><caption>The score is what was chosen by, the '
-        f"least; uniform spans have 1.</caption><thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
+        '<details><summary>The same as a table</summary><div class="scroll narrow"><table><caption>The least score was chosen.</caption>'
+        f"<thead><tr>{columns}</tr></thead><tbody>{''.join(rows)}</tbody></table></div></details>"
     )
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from moa_lab.evaluate.worse import chosen_text
 from moa_lab.figures.front import axes, goal
 from moa_lab.figures.theme import percent
-from moa_lab.records import Front, FrontPoint, LossTable
+from moa_lab.records import Candidate, Front, FrontPoint, LossTable, Measurements, candidates
 from moa_lab.search import default_goals, epsilon_front, evolve, front_values, hypervolume
 from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.opening import validation_of
 from moa_lab.workbench.state import State
 
 EPSILON, PYMOO = "epsilon (exact)", "pymoo"
@@ -118,7 +120,7 @@ class Choosing:
         return evolve(table, density, generations=effort, callback=heard, cancel=handle.cancel)
 
     def load(self, path: str | Path) -> Front:
-        """Read a front from its file or a run's folder, and make it the state's.
+        """Read a front from its file or a run's folder, and make it the state's, with the validation beside it.
 
         Raises FileNotFoundError where there is none, RecordError for what is no front, ValueError for one of another model.
         """
@@ -131,17 +133,17 @@ class Choosing:
         for point in front:
             if known is not None:
                 point.plan.check_model(known)
-        self.keep(front)
+        self.keep(front, validation_of(file.parent))
         return front
 
-    def keep(self, front: Front) -> float | None:
-        """Make `front` the state's; returns its hypervolume, None for a front of one goal or without plans.
+    def keep(self, front: Front, validation: Measurements | None = None) -> float | None:
+        """Make `front` the state's, with what was measured of it; returns its hypervolume, None for a front of one goal or without plans.
 
         Raises ValueError for a front without plans, which would leave nothing to choose.
         """
         if not len(front):
             raise ValueError("this front has no plans; a search that is stopped early finds none")
-        self.state.set(front=front)
+        self.state.set(front=front, validation=validation)
         return None if len(front.objectives) < 2 else _volume(front_values(front))
 
     def pick(self, name: str) -> FrontPoint:
@@ -155,6 +157,21 @@ class Choosing:
         self.picked = [*(each for each in self.picked[-1:] if each.plan.name != name), point]
         self.state.set(plan=point.plan, other=self.picked[0].plan if len(self.picked) == 2 else None)
         return point
+
+    def won(self) -> str:
+        """Which candidate of the front won its validation; empty where that is not known."""
+        found = {(one.name, one.score) for one in self._candidates if one.chosen}
+        plans = [plan for plan in self.state.plans if (plan.search.get("candidate"), plan.search.get("score")) in found]
+        return chosen_text(plans[0]) if plans else ""
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether plans of the front were measured by needles and by words."""
+        return bool(self.points) and any(one.has_both for one in self._candidates)
+
+    @property
+    def _candidates(self) -> tuple[Candidate, ...]:
+        return candidates(self.state.validation) if self.state.validation is not None else ()
 
     def compared(self, names: Sequence[str] = ()) -> list[tuple[str, list[str]]]:
         """Rows that compare the picked plans: (label, one value per plan), with the goals in `names`; empty where none is picked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,12 +45,14 @@ class Workbench:
         again = button("Open run", "open-run", "its profile, loss table, front, plan and measurements, in all panels")
         again.on_click(self.errors.guard(lambda _: self.reopen(self.run.value)))
         self.model.observe(self.errors.guard(lambda _: self._new_model()), "value")
+        self.worse = w.HTML()
+        self.worse.add_class("moa-worse")
         theme = PageTheme(dark=state.dark)
         theme.observe(lambda change: setattr(self.dark, "value", change["new"]), "dark")
         self.dark.observe(lambda change: self.state.set(dark=change["new"]), "value")
         self.tabs.observe(lambda change: self._turned(change["new"]), "selected_index")
         self._look_at(state, model)
-        self.box = w.VBox([w.HTML(STYLE), theme, row(self.run, again, self.model, self.dark), self.errors.box, self.tabs])
+        self.box = w.VBox([w.HTML(STYLE), theme, self.worse, row(self.run, again, self.model, self.dark), self.errors.box, self.tabs])
         self.box.add_class("moa-bench")
 
     @classmethod
@@ -83,6 +86,9 @@ class Workbench:
     def _look_at(self, state: State, model: str | None) -> None:
         self.state, self._open = state, False
         self.model.value = model or model_of(state)
+        warned = "".join(f"<p>{html.escape(line)}</p>" for line in state.worse)
+        self.worse.value = f'<div class="moa-error" role="note">{warned}</div>' if warned else ""
+        self.worse.layout.display = "" if warned else "none"
         makes: list[tuple[str, Callable[[], Any]]] = [
             ("Heads", lambda: HeadsPanel(state)), ("Budget", lambda: BudgetPanel(state)), ("Front", lambda: FrontPanel(state)),
             ("Apply & measure", lambda: MeasurePanel(state, lambda: Measuring(*load_model(self.model.value)), **self._sizes)),

@@ -43,7 +43,7 @@ class ExportPanel:
         if state.plan is None:
             raise ValueError("no plan is chosen: move the density, or click a plan of the front")
         formats = tuple(kind for kind, box in zip(FORMATS, self.formats, strict=True) if box.value)
-        sources = Sources(state.n_tokens, state.profile, state.front, state.measurements)
+        sources = Sources(state.n_tokens, state.profile, state.front, state.measurements, state.validation)
         paths = export(state.plan, self.folder.value, self.name.value, formats, sources, replace=self.replace.value)
         read = [f"{path} (plan {Plan.load(path).identity()})" if path.name == f"{self.name.value}.json" else str(path) for path in paths]
         self.done.value = f"written and read back: {html.escape('; '.join(read))}"

@@ -33,6 +33,7 @@ class Sources:
     profile: InfluenceProfile | None = None
     front: Front | None = None
     measurements: Measurements | None = None
+    validation: Measurements | None = None
 
 
 def export(
@@ -137,7 +138,7 @@ def _report(plan: Plan, path: Path, sources: Sources) -> None:
     known = known_of(plan, sources.measurements)
     rivals = [uniform_plan(plan.geometry, row.density, (row.length,)) for row in known.select(plan="uniform")[:1]]
     title = f"Mixture of attention spans: {plan.name}"
-    text = build_report(plan, sources.profile, sources.front, known, title=title, baselines=rivals)
+    text = build_report(plan, sources.profile, sources.front, known, title=title, baselines=rivals, validation=sources.validation)
     write_text(path, text)
     read = path.read_text(encoding="utf-8")
     if read != text or plan.identity() not in read:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,7 @@ import ipywidgets as w
 import numpy as np
 import plotly.graph_objects as go
 
-from moa_lab.figures import archive_scatter, front_scatter, hypervolume_curve, parallel_goals, span_map
+from moa_lab.figures import archive_scatter, front_scatter, hypervolume_curve, measured_front, parallel_goals, span_map
 from moa_lab.figures.theme import TITLE_HEIGHT
 from moa_lab.records import Front
 from moa_lab.workbench.choosing import SOLVERS, Choosing, Generation, Ranges
@@ -41,10 +42,13 @@ class FrontPanel:
         self._drawn_s = 0.0
         self._newest: Generation | None = None
         self.scatter = Canvas("front", HALF, self.errors.guard(self._clicked))
+        self.measured = Canvas("measured", HALF, self.errors.guard(self._clicked))
         self.parallel = Canvas("parallel", WIDE, on_brush=self.errors.guard(self._brushed))
         self.difference = Canvas("difference", WIDE, self.errors.guard(self._chose_head))
         self.compared, self.volume, self.kept = w.HTML(layout=w.Layout(width="330px")), w.HTML(), w.HTML()
+        self.won = w.HTML(layout=w.Layout(width="330px"))
         self.compared.add_class("moa-compared")
+        self.won.add_class("moa-won")
         self.volume.add_class("moa-hypervolume")
         self.kept.add_class("moa-kept")
         self.clear = button("Clear brushes", "clear-brushes")
@@ -54,6 +58,7 @@ class FrontPanel:
             box.observe(self.errors.guard(lambda _: None if self._loading else self.draw()), "value")
         changed = state.watch_in("Front", ["front"], self.errors.guard(self.load))
         state.watch_in("Front", ["dark"], self.errors.guard(self._darken))
+        measured = state.watch_in("Front", ["front", "validation"], self.errors.guard(self._tell_measured))
         state.watch_in("Front", ["n_tokens"], self.errors.guard(self.draw))
         state.watch_in("Front", ["layer", "kv_head"], self.errors.guard(self._compare))
         self.works = (self.work,)
@@ -65,12 +70,14 @@ class FrontPanel:
                 self.live,
                 row(self.x, self.y),
                 w.HBox([self.scatter.box, self.compared], layout=w.Layout(flex_flow="row wrap")),
+                w.HBox([self.measured.box, self.won], layout=w.Layout(flex_flow="row wrap")),
                 self.parallel.box,
                 row(self.clear, self.kept),
                 self.difference.box,
             ]
         )
         changed()
+        measured()
 
     def load(self) -> None:
         """Show the state's front; nothing is chosen yet, and nothing brushed."""
@@ -97,10 +104,7 @@ class FrontPanel:
         picked = self.choosing.picked
         known = self.choosing.references()
         fig = front_scatter(front, self.x.value, self.y.value, picked[-1].plan if picked else None, known)
-        # The legend has two names per line.
-        lines = -(-sum(trace.showlegend is not False for trace in fig.data) // 2)
-        fig.update_layout(margin_t=TITLE_HEIGHT + 20 * lines, height=360 + 20 * lines)
-        self.scatter.draw(_dimmed(fig, {point.plan.name for point in (*self.choosing.kept(), *known)}), self.state.dark)
+        self.scatter.draw(_dimmed(_with_legend(fig), {point.plan.name for point in (*self.choosing.kept(), *known)}), self.state.dark)
         self._compare()
         self._list()
 
@@ -122,7 +126,17 @@ class FrontPanel:
             self.parallel.draw(fig, self.state.dark)
         self.draw()
 
+    def _tell_measured(self) -> None:
+        """What every candidate lost in validation, and which won; hidden where the front was not measured."""
+        is_measured = self.choosing.is_measured
+        self.measured.box.layout.display = self.won.layout.display = "" if is_measured else "none"
+        if is_measured and self.state.validation is not None:
+            self.measured.draw(_with_legend(measured_front(self.state.validation)), self.state.dark)
+            told = f"{self.choosing.won()} Measured on validation samples; lower left is better. Click a marker to choose its plan."
+            self.won.value = html.escape(told.strip())
+
     def _darken(self) -> None:
+        self._tell_measured()
         self._recolour()
         self._watch(self._newest)
 
@@ -191,6 +205,12 @@ class FrontPanel:
         volume = self.choosing.keep(front)
         self.volume.value = "" if volume is None else f"{len(front)} plans, hypervolume {volume:.4f}"
         self._watch()
+
+
+def _with_legend(fig: go.Figure) -> go.Figure:
+    """The figure with room for its legend, which has two names per line."""
+    lines = -(-sum(trace.showlegend is not False for trace in fig.data) // 2)
+    return fig.update_layout(margin_t=TITLE_HEIGHT + 20 * lines, height=360 + 20 * lines)
 
 
 def _dimmed(fig: go.Figure, kept: set[str]) -> go.Figure:

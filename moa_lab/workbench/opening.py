@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from moa_lab.plan import MIN_SPAN, Plan
-from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements
+from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements, candidates
 from moa_lab.search import loss_table
 from moa_lab.shipped import data_folder
+from moa_lab.storage import read_plain
 from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.launch import RUN_VARIABLE
 from moa_lab.workbench.state import State
@@ -49,7 +50,8 @@ def named(path: Path) -> str:
 
 
 def open_run(folder: str | Path) -> State:
-    """The records of a run's folder (`moa-lab run`): profile, loss table, front, measurements and chosen plan, whichever are there.
+    """The records of a run's folder (`moa-lab run`): profile, loss table, front, measurements, validation and chosen plan, whichever are
+    there, and what its summary warns of.
 
     Raises ValueError where there is no profile, loss table or front, and for records of models whose heads differ.
     """
@@ -70,8 +72,19 @@ def open_run(folder: str | Path) -> State:
     _check_same_model(given, {profile.name: influence, table.name: losses, front.name: first, "plan.json": chosen})
     return State(
         profile=influence, table=losses, front=found, measurements=_measured(given, chosen),
-        plan=chosen, plans=() if chosen is None else (chosen,),
+        plan=chosen, plans=() if chosen is None else (chosen,), validation=validation_of(given), worse=_worse(given),
     )  # fmt: skip
+
+
+def validation_of(folder: Path) -> Measurements | None:
+    """What the front of a run's folder was chosen by; None where there is no such record. Raises RecordError for a broken one."""
+    path = folder / "validation.json"
+    if not path.exists():
+        return None
+    found = Measurements.load(path)
+    # Refused here and not when it is drawn: the error names the file.
+    candidates(found, path)
+    return found
 
 
 def model_of(state: State) -> str:
@@ -94,6 +107,14 @@ def _check_same_model(folder: Path, records: Mapping[str, Any]) -> None:
 
 def _is_run(folder: Path) -> bool:
     return any((folder / name).is_file() for name in RECORDS)
+
+
+def _worse(folder: Path) -> tuple[str, ...]:
+    """Where the run's plan is worse than a simple one, as its summary says; the summaries of older runs do not."""
+    path = folder / "summary.json"
+    found = read_plain(path) if path.exists() else {}
+    told = found.get("worse", []) if isinstance(found, dict) else []
+    return tuple(line for line in told if isinstance(line, str)) if isinstance(told, list) else ()
 
 
 def _measured(folder: Path, chosen: Plan | None) -> Measurements | None:

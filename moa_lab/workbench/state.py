@@ -18,16 +18,19 @@ class State:
 
     n_tokens: the length that spans and bytes are shown at; length: a profiled one. measurements: the run's and those made here; a row's
     `detail["plan"]` is the plan's identity. plan: what the budget or the front chose last. plans: others, of the run or loaded. dark:
-    the colours of figures. tab: the selected panel, "" for all.
+    the colours of figures. validation: what the plans of the front were chosen by; worse: sentences on where the run's plan is worse
+    than a simple one. tab: the selected panel, "" for all.
     """
 
     profile: InfluenceProfile | None = None
     table: LossTable | None = None
     front: Front | None = None
     measurements: Measurements | None = None
+    validation: Measurements | None = None
     plan: Plan | None = None
     other: Plan | None = None
     plans: tuple[Plan, ...] = ()
+    worse: tuple[str, ...] = ()
     layer: int = 0
     kv_head: int = 0
     task: str = ""

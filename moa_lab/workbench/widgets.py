@@ -26,6 +26,7 @@ WIDE, HALF = 860, 520
 STYLE = """<style>
 .moa-bench { max-width: 1180px; }
 .moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }
+.moa-worse p { margin: 0; max-width: 860px; line-height: 1.4; }
 .moa-facts table, .moa-history table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .moa-facts, .moa-history { line-height: 1.5; }
 .moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 10px 2px 0; text-align: left; font-size: 13px; }
