@@ -23,7 +23,7 @@ def lifelike_table(quick: bool = False, seed: int = SEED) -> LossTable:
     side = 4 if quick else 32
     geometry = ModelGeometry(side, side, side, 128, 2 * max(LENGTHS))
     rules = rule_grid(LENGTHS, alphas=QUICK_SPANS) if quick else (*rule_grid(LENGTHS), *MORE_RULES)
-    return loss_table(lifelike_profile(geometry, seed), rules)
+    return loss_table(lifelike_profile(geometry, seed), rules, use_lengths=())
 
 
 def lifelike_profile(geometry: ModelGeometry, seed: int = SEED) -> InfluenceProfile:

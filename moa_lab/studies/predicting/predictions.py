@@ -35,9 +35,8 @@ def predictions(run: Run, density: float, plans: int) -> list[Measurement]:
         run.progress("search: random plans", done, plans)
         losses.append(float(np.mean(list(measured(table.plan(choice, "random")).values()))))
     run.progress("search: random plans", plans, plans)
-    found = {
-        name: [predict(choice) for choice in choices] for name, predict in predictors(run.profile(), _under_plans(run, limits)).items()
-    }
+    ways = predictors(run.profile(), _under_plans(run, limits), table.rules)
+    found = {name: [predict(choice) for choice in choices] for name, predict in ways.items()}
     slopes = _slopes(run, limits, min(SLOPE_STEPS, STEPS_PER_PLAN * plans))
     heads = np.arange(len(slopes))
     found["slopes under drawn plans"] = [float(slopes[heads, choice.ravel()].sum()) for choice in choices]

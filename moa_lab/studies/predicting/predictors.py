@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from moa_lab.plan import SpanRule
 from moa_lab.records import Form, InfluenceProfile, LossTable
 from moa_lab.search import Goal, loss_table, mean_goal, paper_goals
 from moa_lab.search.goals import default_goals
@@ -36,11 +37,14 @@ def chances_of(choices: Sequence[np.ndarray], rules: int) -> np.ndarray:
     return np.asarray(np.mean([np.eye(rules)[choice.ravel()] for choice in choices], axis=0))
 
 
-def predictors(profile: InfluenceProfile, under_plans: InfluenceProfile | None = None) -> dict[str, Predictor]:
-    """Predictors by name. under_plans: a profile of the same samples with the model under other plans."""
-    span = loss_table(profile)
+def predictors(
+    profile: InfluenceProfile, under_plans: InfluenceProfile | None = None, rules: Sequence[SpanRule] | None = None
+) -> dict[str, Predictor]:
+    """Predictors by name. under_plans: a profile of the same samples with the model under other plans. rules: those that a choice
+    numbers; None: of `loss_table(profile)`."""
+    span = loss_table(profile, rules)
     found = {
-        "element, sum": _goal_of(loss_table(profile, estimator="element"), paper_goals),
+        "element, sum": _goal_of(loss_table(profile, span.rules, estimator="element"), paper_goals),
         "span, sum": _goal_of(span, paper_goals),
         "span, all or nothing": _goal_of(span, lambda table: _all_of(table, "all_or_nothing")),
         "span, worst distance": _goal_of(span, lambda table: _all_of(table, "worst_distance")),
