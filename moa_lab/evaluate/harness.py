@@ -21,7 +21,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.evaluate.harness_tasks import HarnessTasks, installed
-from moa_lab.evaluate.intervals import Interval, Z, mean_share, proportion, unknown
+from moa_lab.evaluate.intervals import Interval, mean_share, proportion, unknown
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import chat_ids, geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, PlanOrPath, as_plan, dense_plan
@@ -29,6 +29,7 @@ from moa_lab.prompting.controls import escaped_controls, told
 from moa_lab.prompting.rendering import Shape, shape_of
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
+from moa_lab.records.intervals import Z
 from moa_lab.runtime import apply_plan
 from moa_lab.runtime.arguments import whole_number
 from moa_lab.text import once

@@ -21,10 +21,10 @@ from typer.testing import CliRunner
 from moa_lab.commands.harness import harness as command
 from moa_lab.evaluate.harness import harness, harness_rows
 from moa_lab.evaluate.harness_tasks import MISSING
-from moa_lab.evaluate.intervals import Z, proportion
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, SpanRule, dense_plan, uniform_plan
 from moa_lab.records import Measurement, Measurements
+from moa_lab.records.intervals import Z, proportion
 from moa_lab.runtime import apply_plan
 
 torch.set_num_threads(1)
