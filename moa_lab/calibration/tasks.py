@@ -68,7 +68,11 @@ class Questions:
         context = insert_at_depths(tokenizer, source.stream.take(room), [planted[i] for i in order], depths)
         tokens, ranges = assemble(frame, context, answers)
         depth_of = dict(zip(order, depths, strict=True))
-        detail = {"facts": [_fact_detail(fact, depth_of[index]) for index, fact in enumerate(facts)]}
+        detail = {
+            "facts": [_fact_detail(fact, depth_of[index]) for index, fact in enumerate(facts)],
+            # Where the first question begins: what is before it can be read, and compressed, without knowing what will be asked.
+            "asked_from": len(frame.opening) + len(context),
+        }
         return Sample(self.name, tokens, ranges, detail)
 
 
