@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from moa_lab.commands.bench import app as bench_app
 from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
+from moa_lab.commands.presses import app as presses_app
 from moa_lab.commands.stages import calibrate, evaluate, parity, profile, refine, search, validate
 from moa_lab.commands.study import study
 from moa_lab.commands.terminal import (
@@ -50,6 +51,7 @@ app = typer.Typer(
 )  # fmt: skip
 
 app.add_typer(bench_app, name="bench")
+app.add_typer(presses_app, name="presses")
 
 
 def main() -> None:
