@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from kvpress import BasePress, KVPressTextGenerationPipeline
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan
 from moa_lab.presses.attention import SpanMask, attending, without_masked_keys
 from moa_lab.presses.footprint import read_densely, read_in_spans, spans_after_reading
-from moa_lab.presses.kvpress_presses import Presses, SpanPress
-from moa_lab.presses.methods import DENSE, METHODS, SPANS, SPANS_AFTER, Needs, kept_context
+from moa_lab.presses.kvpress_presses import BasePress, KVPressTextGenerationPipeline, Presses, SpanPress
+from moa_lab.presses.methods import DENSE, METHODS, SPANS, SPANS_AFTER, Needs
 from moa_lab.presses.questions import Question, QuestionSet, identity
 from moa_lab.presses.tables import METRIC
 from moa_lab.provenance import provenance
@@ -29,12 +29,13 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Side:
-    """A row's worth of work. press: for one question; None for the dense model. footprint: of one question. plan: its identity."""
+    """A row's worth of work. press: for one question; None for the dense model. footprint: of a question, and the
+    share of its tokens that was held at the end. plan: its identity."""
 
     name: str
     needs: Needs
     press: Callable[[Question], BasePress | None]
-    footprint: Callable[[Question], float]
+    footprint: Callable[[Question, float], float]
     plan: str | None = None
 
 
@@ -82,7 +83,7 @@ def _sides(presses: Presses, keeps: Sequence[float], plans: Sequence[Plan], meth
         method = METHODS[name]
         return Side(
             f"{name}-{100 * keep:g}", method.needs, lambda q: presses.press(name, keep, q),
-            lambda q: method.footprint(len(q.context), q.asked_tokens, kept_context(keep, q)),
+            lambda q, share: method.footprint(len(q.context), q.asked_tokens, share * (q.length - 1) - (q.asked_tokens - 1)),
         )  # fmt: skip
 
     def plan_side(plan: Plan, reads_densely: bool) -> Side:
@@ -90,10 +91,10 @@ def _sides(presses: Presses, keeps: Sequence[float], plans: Sequence[Plan], meth
         return Side(
             f"{plan.name} after reading" if reads_densely else plan.name, SPANS_AFTER if reads_densely else SPANS,
             lambda q: SpanPress(SpanMask(plan, q.length, reads_densely)),
-            lambda q: footprint(len(q.context), q.asked_tokens, plan.spans(q.length).ravel()), plan.identity(),
+            lambda q, _: footprint(len(q.context), q.asked_tokens, plan.spans(q.length).ravel()), plan.identity(),
         )  # fmt: skip
 
-    dense = Side("dense", DENSE, lambda q: None, lambda q: read_densely(len(q.context), q.asked_tokens, len(q.context)))
+    dense = Side("dense", DENSE, lambda q: None, lambda q, _: read_densely(len(q.context), q.asked_tokens, len(q.context)))
     ours = [plan_side(plan, reads_densely) for plan in plans for reads_densely in (False, True)]
     return [dense, *ours, *(press_side(name, keep) for keep in keeps for name in methods)]
 
@@ -121,7 +122,7 @@ def _measured(
         "samples": identity(group),
         "plan": side.plan,
         "needs": asdict(side.needs),
-        "footprint": sum(map(side.footprint, group)) / len(group),
+        "footprint": sum(map(side.footprint, group, held)) / len(group),
     }
     return Measurement(side.name, METRIC, task, length, *proportion(sum(hits), len(hits)), sum(held) / len(held), detail)
 
@@ -163,5 +164,5 @@ def _begun(out: Path, questions: QuestionSet, model: PreTrainedModel) -> Measure
         return found
     device = torch.cuda.get_device_name() if model.device.type == "cuda" else "cpu"
     origin = provenance(asked.model, asked.weights, asked.tokenizer, seed=asked.seed, device=device)
-    settings: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "left_out": {}}
+    settings: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch."), "kvpress": version("kvpress"), "left_out": {}}
     return Measurements((), settings, origin)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec, module_from_spec
 from types import SimpleNamespace
@@ -14,10 +14,10 @@ from unittest import mock
 
 import numpy as np
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoTokenizer, DynamicCache, PreTrainedModel
 
 from moa_lab.presses.attention import SpanMask, attending
-from moa_lab.presses.methods import REPLAYED_TOKENS, kept_context, streaming_share
+from moa_lab.presses.methods import REPLAYED_TOKENS, kept_context, split_heads
 from moa_lab.presses.questions import Question
 
 if find_spec("datasets") is None:
@@ -36,13 +36,16 @@ from kvpress import (
     SnapKVPress,
     StreamingLLMPress,
 )
-from kvpress.presses import duo_attention_press
+from kvpress.presses import duo_attention_press, kvzip_press
+
+# KVzip reads its tokenizer anew for every context.
+kvzip_press.AutoTokenizer = SimpleNamespace(from_pretrained=cache(AutoTokenizer.from_pretrained))
 
 TEXT_CHARACTERS = 8_000
 """Of each text that heads are scored on."""
 KVZIP_CHARACTERS = 16_000
 SPLITS = {"duo": (128, 256), "duo-192": (64, 128), "kvzip-heads": (64, 128)}
-"""Tokens that a streaming head keeps, first and newest: kvpress's own, and the 192 of this project's whole-or-floor plans."""
+"""Tokens that a streaming head keeps at least, first and newest: kvpress's own, and the 192 of this project's whole-or-floor plans."""
 
 
 class SpanPress(PrefillDecodingPress):
@@ -59,10 +62,10 @@ class SpanPress(PrefillDecodingPress):
 
 
 class SplitPress(DuoAttentionPress):
-    """DuoAttention with given scores of heads (layers, kv_heads): of those with the lowest a share of `streaming` streams."""
+    """DuoAttention with given scores of heads (layers, kv_heads): the `streaming` lowest keep their first and newest tokens."""
 
-    def __init__(self, scores: np.ndarray, streaming: float, first: int, newest: int) -> None:
-        super().__init__(head_compression_ratio=streaming)
+    def __init__(self, scores: np.ndarray, streaming: int, first: int, newest: int) -> None:
+        super().__init__(head_compression_ratio=streaming / scores.size)
         self.scores, self.sizes = scores, (first, newest)
 
     def post_init_from_model(self, model: PreTrainedModel) -> None:
@@ -104,7 +107,8 @@ class Presses:
             return KVzipPress(dropped, chunk_size=REPLAYED_TOKENS)
         first, newest = SPLITS[method]
         scores = self.kvzip_scores if method == "kvzip-heads" else self.duo_scores
-        return SplitPress(scores, streaming_share(kept, context, first + newest), first, newest)
+        streaming, floor = split_heads(kept, context, scores.size, first + newest)
+        return SplitPress(scores, streaming, first, floor - first)
 
     @cached_property
     def duo_scores(self) -> np.ndarray:

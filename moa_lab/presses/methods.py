@@ -1,7 +1,12 @@
-"""The methods, what each needs beyond a dense model, and what it holds over time."""
+"""The methods, what each needs beyond a dense model, and what it holds over time.
+
+As kvpress runs them. DuoAttention's own engine drops while it reads, as a plan does; and of what is masked, entries stay in memory here:
+what is kept and held is counted as if they had gone.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -28,7 +33,7 @@ Footprint = Callable[[int, int, float], float]
 
 @dataclass(frozen=True)
 class Method:
-    """A press of kvpress. footprint: of context, rest and kept entries of the context (see `moa_lab.presses.footprint`)."""
+    """A press of kvpress. footprint: of context, rest and entries kept of the context (see `moa_lab.presses.footprint`)."""
 
     name: str
     needs: Needs
@@ -39,7 +44,7 @@ def _read_twice(context: int, rest: int, kept: float) -> float:
     return read_twice(context, rest, kept, REPLAYED_TOKENS)
 
 
-_SPLIT = "whole heads; the others keep"
+_SPLIT = "whole heads; the others keep at least"
 METHODS = {
     method.name: method
     for method in (
@@ -68,11 +73,13 @@ def kept_context(keep: float, question: Question) -> int:
     return kept
 
 
-def streaming_share(kept: int, context: int, floor: int) -> float:
-    """Share of heads that must keep `floor` entries of the context, where the others keep all, for `kept` on average.
+def split_heads(kept: int, context: int, heads: int, floor: int) -> tuple[int, int]:
+    """How many of `heads` stream, and the entries that each of them keeps of the context, `floor` at least, where the others keep all
+    and `kept` are kept on average. What is left over by whole heads is given to those that stream.
 
-    Raises ValueError where even all of them do not suffice.
+    Raises ValueError where even streaming alone keeps more.
     """
     if floor > kept:
         raise ValueError(f"heads that keep {floor} tokens at least cannot keep {kept} on average")
-    return (context - kept) / (context - floor)
+    streaming = math.ceil(heads * (context - kept) / (context - floor))
+    return streaming, (kept * heads - context * (heads - streaming)) // max(1, streaming)

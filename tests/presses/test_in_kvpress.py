@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-pytest.importorskip("kvpress", reason="kvpress wants an older transformers: this file runs in an environment of its own")
+if find_spec("kvpress") is None:
+    pytest.skip("kvpress wants an older transformers: this file runs in an environment of its own", allow_module_level=True)
 
 import torch
 from tiny import random_tokens, tiny_model, tiny_tokenizer
@@ -56,9 +58,8 @@ def test_every_method_holds_the_share_that_was_asked_for(folder: Path) -> None:
     assert len(found) == 2 * len(METHODS) + 4
     for name, share in found.items():
         keep = 0.5 if "5" in name.split("-")[-1] else 0.3
-        # Whole heads of four come in steps; entries are rounded down, and the answer's last token is held by nobody.
-        step = 0.12 if "duo" in name or "heads" in name else 0.006
-        assert share == pytest.approx(keep, abs=step), name
+        # Entries are rounded down, and the answer's last token is held by nobody.
+        assert share == pytest.approx(keep, abs=0.006), name
     assert all(row.n == 2 and len(row.detail["per_sample"]) == 2 and row.low <= row.value <= row.high for row in record)
     assert Measurements.load(folder / "out.json") == record
 

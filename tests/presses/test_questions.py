@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.evaluate.testsets import needle_samples
 from moa_lab.models import weights_fingerprint
-from moa_lab.presses.methods import kept_context, streaming_share
+from moa_lab.presses.methods import kept_context, split_heads
 from moa_lab.presses.preparing import MODEL, QUESTIONS, prepare, question_of
 from moa_lab.presses.questions import Question, QuestionSet, identity
 from moa_lab.storage import RecordError
@@ -90,9 +90,16 @@ def test_a_share_that_question_and_answer_alone_exceed_is_refused() -> None:
         kept_context(0.1, question(context=90, asked=6, answer=4))
 
 
-@pytest.mark.parametrize(("kept", "context", "floor"), [(384, 1000, 384), (500, 1000, 192), (1000, 1000, 192)])
-def test_streaming_heads_and_whole_heads_keep_what_is_asked_for(kept: int, context: int, floor: int) -> None:
-    share = streaming_share(kept, context, floor)
-    assert share * floor + (1 - share) * context == pytest.approx(kept)
-    with pytest.raises(ValueError, match="cannot keep"):
-        streaming_share(floor - 1, context, floor)
+@pytest.mark.parametrize(("kept", "context", "floor"), [(384, 1000, 384), (500, 1000, 192), (777, 1001, 192), (1000, 1000, 192)])
+@pytest.mark.parametrize("heads", [1, 4, 48])
+def test_streaming_heads_and_whole_heads_keep_what_is_asked_for(kept: int, context: int, floor: int, heads: int) -> None:
+    streaming, tokens = split_heads(kept, context, heads, floor)
+    assert 0 <= streaming <= heads
+    assert streaming == 0 or floor <= tokens < context
+    # Less than one entry of a streaming head is lost.
+    assert 0 <= heads * kept - (streaming * tokens + (heads - streaming) * context) < max(1, streaming)
+
+
+def test_no_split_keeps_less_than_streaming_heads_alone() -> None:
+    with pytest.raises(ValueError, match="cannot keep 383"):
+        split_heads(383, 1000, 48, 384)
