@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from command_line import exit_code
+from figure_records import make_validation
 from test_records import GEOMETRY, make_front, make_measurements, make_profile, make_table
 
 from moa_lab.bench.record import GOALS, BenchRecord, judged
@@ -111,6 +112,7 @@ def records() -> dict[str, Any]:
     return {
         "front": replace(front, points=front.points[:1]),
         "measurements": make_measurements(),
+        "validation": make_validation({"uniform": ("uniform", 1.0, 0.5, 0.5), "refined-1": ("refined", 0.5, 0.25, 0.0)}),
         "bench": bench,
         "parity": parity,
         "study": study,

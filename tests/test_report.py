@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from figure_records import SMOL, make_baselines, make_front, make_measurements, make_plan, make_profile
+from figure_records import LOST, SMOL, make_baselines, make_chosen, make_front, make_measurements, make_plan, make_profile, make_validation
 
 from moa_lab.commands.doctor import find_chromium
 from moa_lab.geometry import ModelGeometry
@@ -148,7 +148,13 @@ def test_strings_from_records_cannot_become_markup() -> None:
     plan = make_plan(name=HOSTILE)
     measured = make_measurements({HOSTILE: 0.5, "dense": 1.0})
     measured = dataclasses.replace(measured, settings={"note": HOSTILE})
-    page = build_report(plan, make_profile(lengths=(512,), tasks=(HOSTILE,), samples=1), None, measured, title=HOSTILE)
+    measured = measured.plus(worse_rows(HOSTILE))
+    validation = make_validation({HOSTILE: ("refined", 0.1, 0.1, 0.1), "uniform": ("uniform", 1.0, 0.2, 0.5)}, HOSTILE)
+    plan = plan.renamed(HOSTILE, search={"candidate": HOSTILE, "origin": HOSTILE, "prefer": HOSTILE, "score": 0.5})
+    profile = make_profile(lengths=(512,), tasks=(HOSTILE,), samples=1)
+    page = build_report(plan, profile, None, measured, title=HOSTILE, baselines=make_baselines(), validation=validation)
+    assert 'class="warning"' in page
+    assert 'id="validation"' in page
     assert "<script>alert" not in page
     assert page.count("</style>") == 1
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
@@ -190,6 +196,47 @@ def test_headings_are_in_order_and_every_figure_is_described() -> None:
     assert all(address.startswith(("#", "data:")) for address in outline.addresses)
 
 
+def test_what_was_measured_to_choose_the_plan_has_a_section_with_every_candidates_numbers() -> None:
+    page = build_report(make_chosen(), validation=make_validation())
+    section = page[page.index('<section id="validation"') : page.index('<section id="origin"')]
+    told = text_of(section)
+    assert told.startswith("What was measured to choose it moa is refined-1 (refined spans), chosen by needles and words")
+    rows = re.findall(r'<th scope="row">(.*?)</th>', section)
+    assert rows[0] == "refined-1"
+    assert sorted(rows) == sorted(LOST)
+    assert "layers a span per layer 0.733 50.0% 0.6000 0.0700" in told
+    assert "Settings of the validation" in page
+
+
+def test_a_validation_that_chose_another_plan_and_none_leave_the_section_out() -> None:
+    heading = "What was measured to choose it"
+    assert heading not in build_report(make_plan(), validation=make_validation())
+    assert heading not in build_report(make_plan())
+    alone = build_report(make_chosen(), validation=make_validation(chosen="layers"))
+    assert heading in alone, "the card says which candidate won"
+    assert "The same as a table" not in alone[alone.index('<section id="validation"') :]
+
+
+def worse_rows(name: str) -> Measurements:
+    """Needles of which the plan finds a quarter and the uniform one three quarters, on the same samples."""
+    shares = {name: [0.0, 0.0, 0.0, 1.0] * 8, "uniform": [1.0, 1.0, 0.0, 1.0] * 8}
+    detail = {"samples": "s"}
+    return Measurements(
+        tuple(
+            dataclasses.replace(score(plan, sum(found) / 32, n=32), detail={**detail, "per_sample": found})
+            for plan, found in shares.items()
+        )
+    )
+
+
+def test_where_the_plan_is_worse_than_a_simple_one_the_page_says_so_first() -> None:
+    page = build_report(make_plan(), measurements=worse_rows("moa"), baselines=make_baselines(), title="A title")
+    header = text_of(page[page.index("<header>") : page.index("</header>")])
+    assert header.startswith("moa is worse than uniform here: needle at 2,048 tokens 0.250 against 0.750. Try --prefer needles")
+    assert header.index("A title") < header.index("this plan retrieves")
+    assert 'class="warning"' not in build_report(make_plan(), measurements=make_measurements(), baselines=make_baselines())
+
+
 def test_profiles_and_baselines_of_another_geometry_are_refused() -> None:
     with pytest.raises(ValueError, match="another geometry"):
         build_report(make_plan(), make_profile(MQA, (512,)))
@@ -221,6 +268,7 @@ REPORTS = (
     "one KV head with own windows",
     "no retrieval",
     "plan alone",
+    "worse than uniform, with its validation",
 )
 
 
@@ -237,6 +285,9 @@ def reports() -> dict[str, str]:
         "one KV head with own windows": build_report(make_plan(MQA), make_profile(MQA, (64, 512), ("q",), 2), make_front(MQA, 1)),
         "no retrieval": build_report(make_plan(), None, make_front(count=2), losses, baselines=make_baselines()),
         "plan alone": build_report(make_plan()),
+        "worse than uniform, with its validation": build_report(
+            make_chosen(), None, None, worse_rows("moa"), baselines=make_baselines(), validation=make_validation()
+        ),
     }
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from figure_records import make_measurements, make_validation
 
 from moa_lab.commands.show import describe, kind_of
 from moa_lab.geometry import ModelGeometry
@@ -42,6 +45,25 @@ def test_a_name_neither_steers_the_terminal_nor_forges_a_line(name: str, tmp_pat
 )
 def test_a_score_that_no_measurement_can_give_is_shown_as_it_is(score: dict[str, Any], tmp_path: Path) -> None:
     assert "(as the card has it, without interval or n)" in shown(tmp_path / "card.json", {**CARD, "scores": {"r": score}})
+
+
+def test_candidates_of_a_validation_are_listed_by_score_with_their_kind_and_what_they_lose(tmp_path: Path) -> None:
+    path = make_validation().save(tmp_path / "validation.json")
+    head, *rows = describe(path, kind_of(path)).splitlines()[2:-1]
+    assert head.split("  ")[0] == "candidate"
+    assert [row.split()[0] for row in rows] == ["refined-1", "milp-00", "learned", "layers", "far-5", "uniform", "ranked-128"]
+    assert re.split(r"  +", rows[0]) == ["refined-1", "refined spans", "0.301", "12.5%", "0.0700", "0.0340", "chosen"]
+    assert re.split(r"  +", rows[3]) == ["layers", "a span per layer", "0.733", "50.0%", "0.6000", "0.0700"]
+
+
+def test_other_measurements_have_no_candidates_and_losses_without_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    path = make_measurements().save(tmp_path / "measurements.json")
+    assert "candidates" not in describe(path, kind_of(path))
+    found = make_validation()
+    flat = {**found.settings, "losses": {"refined-1": {"needles": 0.1}}}
+    path = replace(found, settings=flat).save(tmp_path / "validation.json")
+    with pytest.raises(RecordError, match=r"validation\.json: field losses"):
+        describe(path, kind_of(path))
 
 
 @pytest.mark.parametrize("grid", [[], [[]], [[0.5, 0.5], [0.5]]])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from figure_records import make_front
+from figure_records import make_chosen, make_front, make_validation
 
 from moa_lab.bench.lifelike import lifelike_table
 from moa_lab.records import LossTable
@@ -176,3 +176,28 @@ def test_a_search_that_cannot_start_or_end_says_why(table: LossTable) -> None:
     ended(panel.work)
     within(5, lambda: "infeasible" in said(panel))
     assert panel.state.front is None
+
+
+def test_a_run_with_its_validation_shows_the_measured_front_and_which_candidate_won() -> None:
+    state = State(front=make_front(), n_tokens=2048, validation=make_validation(), plans=(make_chosen(),))
+    panel = FrontPanel(state)
+    ring = next(trace for trace in panel.measured.widget.data if (trace.name or "").startswith("chosen"))
+    assert list(ring.customdata) == ["refined-1"]
+    assert "moa is refined-1 (refined spans), chosen by needles and words" in panel.won.value
+    panel.measured._on_click("milp-00")
+    assert state.plan.name == "milp-00"
+    state.set(dark=True)
+    assert panel.measured.widget.layout.template.layout.font.color == "#e8eaed"
+
+
+def test_another_front_hides_what_was_measured_of_the_first_and_brings_its_own(tmp_path: Path) -> None:
+    panel = FrontPanel(State(front=make_front(), n_tokens=2048, validation=make_validation(), plans=(make_chosen(),)))
+    assert panel.measured.box.layout.display == ""
+    make_front(count=3).save(tmp_path / "bare" / "front.json")
+    panel.choosing.load(tmp_path / "bare")
+    assert (panel.measured.box.layout.display, panel.won.layout.display) == ("none", "none")
+    make_front().save(tmp_path / "run" / "front.json")
+    make_validation(chosen="layers").save(tmp_path / "run" / "validation.json")
+    panel.choosing.load(tmp_path / "run")
+    assert panel.measured.box.layout.display == ""
+    assert "refined-1" not in panel.won.value, "the card at hand is not of this validation"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import plotly.graph_objects as go
 import pytest
-from figure_records import make_front, make_plan, make_profile
+from figure_records import make_chosen, make_front, make_plan, make_profile, make_validation
 
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import dense_plan
+from moa_lab.storage import RecordError
 from moa_lab.workbench import Workbench
 from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, named, open_run
@@ -95,6 +97,27 @@ def test_another_run_is_opened_in_place_of_the_first_with_the_panels_that_it_has
         bench.show("Heads")
     bench.reopen(DEMO)
     assert list(bench.tabs.titles) == ["Heads", "Budget", "Front", "Apply & measure", "Export"]
+
+
+def test_where_the_runs_plan_is_worse_than_a_simple_one_the_first_line_says_so(tmp_path: Path) -> None:
+    make_front().save(tmp_path / "front.json")
+    make_chosen().save(tmp_path / "plan.json")
+    make_validation().save(tmp_path / "validation.json")
+    (tmp_path / "summary.json").write_text(json.dumps({"worse": ["moa is worse than <uniform> here."]}))
+    bench = Workbench.open(tmp_path)
+    assert bench.state.validation == make_validation()
+    shown = [widget for widget in bench.box.children[2:] if widget.layout.display != "none"]
+    assert re.sub(r"<[^>]+>", "", shown[0].value) == "moa is worse than &lt;uniform&gt; here."
+    bench.reopen(STANDARD)
+    assert bench.state.worse == ()
+    assert bench.worse.layout.display == "none"
+
+
+def test_a_validation_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    make_front().save(tmp_path / "front.json")
+    make_validation(chosen=None).save(tmp_path / "validation.json")
+    with pytest.raises(RecordError, match=r"validation\.json: field chosen"):
+        open_run(tmp_path)
 
 
 def test_the_page_says_whether_figures_are_dark() -> None:
