@@ -83,7 +83,7 @@ def _dense() -> go.Scatter:
 
 def _ring(one: Candidate, up: Callable[[Candidate], float]) -> go.Scatter:
     marker = {"symbol": "circle-open", "size": 22, "color": theme.OUTLINE, "line": {"width": 2.5, "color": theme.OUTLINE}}
-    ring = _markers([one], up, f"chosen in validation: {theme.plain(one.name)}", marker)
+    ring = _markers([one], up, "chosen in validation", marker)
     return ring.update(mode="markers+text", textposition="top right", texttemplate=theme.plain(one.name))
 
 

@@ -133,7 +133,7 @@ class FrontPanel:
         if is_measured and self.state.validation is not None:
             self.measured.draw(_with_legend(measured_front(self.state.validation)), self.state.dark)
             told = f"{self.choosing.won()} Measured on validation samples; lower left is better. Click a marker to choose its plan."
-            self.won.value = html.escape(told.strip())
+            self.won.value = f'<div class="moa-facts">{html.escape(told.strip())}</div>'
 
     def _darken(self) -> None:
         self._tell_measured()

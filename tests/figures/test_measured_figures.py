@@ -37,7 +37,7 @@ def test_the_line_joins_only_candidates_that_none_beats_in_both() -> None:
 
 
 def test_the_chosen_candidate_is_ringed_and_labelled() -> None:
-    ring = named(measured_front(make_validation(chosen="layers")))["chosen in validation: layers"]
+    ring = named(measured_front(make_validation(chosen="layers")))["chosen in validation"]
     assert (ring.x[0], ring.y[0], ring.texttemplate) == (0.07, 0.5, "layers")
     assert not [name for name in named(measured_front(make_validation(chosen="gone"))) if name.startswith("chosen")]
 
