@@ -44,7 +44,8 @@ class Answer:
 class Budget:
     """Density, pinned heads and a cap on rules per layer, over one loss table.
 
-    density: of the KV cache, kept at every limit length (the profiled ones and twice the longest). pinned: {(layer, kv_head): rule
+    density: of the KV cache, kept at every limit length (where the plan will be used). n_tokens: the length that spans are shown at;
+    None: the longest profiled one. pinned: {(layer, kv_head): rule
     index}. goals: default, one per task; their mean is minimised. Raises ValueError (InfeasibleError) for an infeasible density.
     """
 
@@ -52,7 +53,7 @@ class Budget:
         self.table = table
         self.goals = goals or default_goals(table)
         self.goal = mean_goal(self.goals)
-        self.n_tokens = n_tokens or max(table.lengths)
+        self.n_tokens = n_tokens or max(table.profiled_lengths or table.lengths)
         self.density = check_density(density)
         self.pinned: dict[tuple[int, int], int] = {}
         self.max_rules: int | None = None

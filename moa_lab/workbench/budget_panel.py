@@ -8,6 +8,7 @@ import ipywidgets as w
 
 from moa_lab.figures import span_map
 from moa_lab.figures.theme import OUTLINE, byte_size, percent
+from moa_lab.search import limit_lengths
 from moa_lab.workbench.budget import STEP, Answer, Budget
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
@@ -23,8 +24,8 @@ class BudgetPanel:
         if state.table is None:
             raise ValueError("the budget needs a loss table: load a run, or make one with moa_lab.loss_table(profile)")
         self.state, self.errors = state, Errors("budget")
-        lengths = sorted({*state.table.lengths, 2 * max(state.table.lengths)})
-        self.budget = Budget(state.table, density, state.n_tokens if state.n_tokens in lengths else lengths[-2])
+        lengths = limit_lengths(state.table)
+        self.budget = Budget(state.table, density, state.n_tokens if state.n_tokens in lengths else None)
         geometry = state.table.geometry
         self.slider = w.FloatSlider(
             value=density, min=round(self.budget.least + STEP, 3), max=1.0, step=STEP, readout=False, layout=w.Layout(width="230px"),

@@ -46,7 +46,8 @@ def test_a_plan_of_another_model_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_profile_alone_gives_a_loss_table(tmp_path: Path) -> None:
     make_profile(lengths=(512,), samples=1).save(tmp_path / "profile.safetensors")
-    assert open_run(tmp_path).table.lengths == (512,)
+    table = open_run(tmp_path).table
+    assert (table.profiled_lengths, table.lengths) == ((512,), (512, 1024))
     assert model_of(State()) == "smollm2"
 
 
