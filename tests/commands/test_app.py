@@ -212,9 +212,9 @@ def test_spans_are_learned_from_files_stage_by_stage(
     command = ("learn", samples, "--profile", profiled, "--model", model, "--density", 0.6, "--steps", 2, "--out", front)
     assert exit_code(monkeypatch, *command) == 0
     assert "1 plan" in capsys.readouterr().out
-    (found,) = Front.load(front)
-    assert found.origin == "learned"
-    assert found.plan.density(640) <= 0.6
+    found = Front.load(front)
+    assert {point.origin for point in found} == {"learned"}
+    assert all(point.plan.density(640) <= 0.6 for point in found)
     assert exit_code(monkeypatch, *command, "--force", "--weights", "summaries=2,text=3") == 0
     assert Front.load(front).settings["weights"] == {"summaries": 2.0, "text": 3.0}
     for weights, said in (("summaries", "task=number"), ("documents=2", "of the tasks questions, summaries, text")):

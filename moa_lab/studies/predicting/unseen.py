@@ -31,10 +31,12 @@ FEW = 2
 
 
 def unseen(run: Run, scale: Scale) -> StudyRecord:
-    """Predictors that never ran the longest length of use, and two that run it a little, at `scale.density` and a half."""
-    length = max(run.use_lengths)
+    """Predictors that never ran the longest validated length, and two that run it a little, at `scale.density` and a half."""
+    length = max(sample.length for sample in run.suites.validation)
     if length <= max(run.lengths):
-        return record_of(run, "unseen", QUESTION, f"Not answered: no length of use is beyond the profiled {max(run.lengths):,} tokens.", ())
+        return record_of(
+            run, "unseen", QUESTION, f"Not answered: the model goes no further than the profiled {max(run.lengths):,} tokens.", ()
+        )
     try:
         rows = [row for share in dict.fromkeys((scale.density, HALF)) for row in _correlations(run, length, share, scale.random_plans)]
     except InfeasibleError as error:
