@@ -163,7 +163,10 @@ def test_how_far_a_plan_reaches_is_sure_only_where_whole_intervals_are() -> None
 
 def test_a_preset_that_learns_nothing_has_no_learned_plan_and_no_lessons_of_its_own(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     learned = run.at(0.5).learned()
-    assert [point.plan.name for point in learned] == ["learned", "learned-words"]
+    # Each descent's own plan, and some with floors that grow.
+    names = [point.plan.name for point in learned]
+    assert {"learned", "learned-words"} <= set(names)
+    assert all(name.startswith("learned") for name in names)
     assert learned.settings["learned"]["weights"] == {"questions": 3.0}
     monkeypatch.setitem(PRESETS, "sketch", replace(PRESETS["sketch"], learning_steps=0))
     assert not len(run.at(0.5).learned())
