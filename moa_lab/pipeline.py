@@ -29,6 +29,7 @@ from moa_lab.refinement import refine
 from moa_lab.report import save_report
 from moa_lab.run_inputs import RunInputs
 from moa_lab.search import baseline_plan, loss_table, search
+from moa_lab.search.problem import judged_lengths
 from moa_lab.storage import RecordError, to_json, write_json
 from moa_lab.text import once
 
@@ -98,7 +99,7 @@ class Run(RunInputs):
 
     def table(self) -> LossTable:
         """The loss table of the profile."""
-        used = [n for n in self.use_lengths if n >= min(self.lengths)]
+        used = judged_lengths(self.use_lengths, self.lengths)
         return self._stored(
             "table.safetensors", LossTable.load, lambda: loss_table(self.profile(), min_span=self.settings.min_span, use_lengths=used)
         )

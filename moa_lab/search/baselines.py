@@ -9,7 +9,7 @@ from moa_lab.records import InfluenceProfile
 from moa_lab.search.budget import solve_budget
 from moa_lab.search.goals import mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
-from moa_lab.search.problem import Density, InfeasibleError
+from moa_lab.search.problem import Density, InfeasibleError, judged_lengths
 from moa_lab.search.ranked import ranked_plan
 
 BASELINES = ("paper", "ranked")
@@ -23,7 +23,7 @@ def baseline_plan(name: str, profile: InfluenceProfile, density: Density, *, min
     with the most influence on questions beyond the floor are whole, the others at the floor: 192 tokens, or min_span where that is
     larger or 192 exceeds the density. Raises ValueError for another name.
     """
-    used = [n for n in density if n >= min(profile.lengths)] if isinstance(density, Mapping) else None
+    used = judged_lengths(density, profile.lengths) if isinstance(density, Mapping) else None
     table = loss_table(profile, min_span=min_span, estimator="element", use_lengths=used)
     if name == "paper":
         answer = solve_budget(table, density, goal=mean_goal(paper_goals(table)))

@@ -20,7 +20,7 @@ from moa_lab.search.goals import QUESTIONS, Goal, default_goals, mean_goal, pape
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import solve_milp
 from moa_lab.search.plain import SIMPLE, WHOLE, simple_plans, whole_heads
-from moa_lab.search.problem import Density, NoPlanError, feasible
+from moa_lab.search.problem import Density, NoPlanError, feasible, judged_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -281,7 +281,7 @@ def _tables(
         return given, None
     floor = MIN_SPAN if min_span is None else min_span
     asked = lengths if lengths is not None else density if isinstance(density, Mapping) else None
-    used = None if asked is None else [n for n in asked if n >= min(given.lengths)]
+    used = None if asked is None else judged_lengths(asked, given.lengths)
     table = loss_table(given, min_span=floor, use_lengths=used)
     return table, loss_table(given, table.rules, min_span=floor, estimator="element", use_lengths=used) if given.span_effects else None
 

@@ -94,6 +94,13 @@ def used_lengths(profiled: Iterable[int], max_length: int, asked: Iterable[int] 
     return chosen
 
 
+def judged_lengths(asked: Iterable[int], profiled: Iterable[int]) -> list[int]:
+    """Those of `asked` at which losses are predicted: from the shortest profiled one on. Shorter ones limit the density alone, as they
+    would draw heads to spans that are too short for the others."""
+    shortest = min(profiled)
+    return [n for n in asked if n >= shortest]
+
+
 def _lengths(lengths: Iterable[int]) -> tuple[int, ...]:
     chosen = tuple(sorted(set(lengths)))
     if not chosen or chosen[0] < 1:

@@ -37,8 +37,8 @@ def spend(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None = N
         step = (high - low) / (SLOPES - 1)
         low, high = max(-1.0, slope - step), min(1.0, slope + step)
     slope = float(np.floor(slope / BETA_STEP) * BETA_STEP)
-    grown = grower.plan(plan, grower.intercept(slope), slope)
-    return grown if grower.missing(grower.intercept(slope), slope) < grower.missing(0.0, 0.0) else plan
+    intercept = grower.intercept(slope)
+    return grower.plan(plan, intercept, slope) if grower.missing(intercept, slope) < grower.missing(0.0, 0.0) else plan
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from moa_lab.calibration.samples import SampleSet
+from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.evaluate.compare import spearman
 from moa_lab.evaluate.effects import MeasuredLosses
 from moa_lab.learning import mean_slopes
@@ -29,12 +29,7 @@ def predictions(run: Run, density: float, plans: int) -> list[Measurement]:
     """Rank correlation of every predictor with the measured loss of `plans` random plans of a density."""
     table, limits, seed = run.table(), run.at(density).limits, run.settings.seed
     choices = random_choices(table, limits, plans, seed)
-    measured = MeasuredLosses(run.model, SampleSet(tuple(run.suites.validation)), run.parts_dir("random-plans"))
-    losses = []
-    for done, choice in enumerate(choices):
-        run.progress("search: random plans", done, plans)
-        losses.append(float(np.mean(list(measured(table.plan(choice, "random")).values()))))
-    run.progress("search: random plans", plans, plans)
+    losses = measured_losses(run, choices, run.suites.validation, "search: random plans")
     ways = predictors(run.profile(), _under_plans(run, limits), table.rules)
     found = {name: [predict(choice) for choice in choices] for name, predict in ways.items()}
     slopes = _slopes(run, limits, min(SLOPE_STEPS, STEPS_PER_PLAN * plans))
@@ -48,6 +43,17 @@ def predictions(run: Run, density: float, plans: int) -> list[Measurement]:
         )
         for name, told in found.items()
     ]  # fmt: skip
+
+
+def measured_losses(run: Run, choices: Sequence[np.ndarray], samples: Iterable[Sample], stage: str) -> list[float]:
+    """Mean loss over (task, length) of the plan of every choice of the run's table. stage: what its progress is called."""
+    measured = MeasuredLosses(run.model, SampleSet(tuple(samples)), run.parts_dir("random-plans"))
+    table, losses = run.table(), []
+    for done, choice in enumerate(choices):
+        run.progress(stage, done, len(choices))
+        losses.append(float(np.mean(list(measured(table.plan(choice, "random")).values()))))
+    run.progress(stage, len(choices), len(choices))
+    return losses
 
 
 def _under_plans(run: Run, density: Mapping[int, float]) -> InfluenceProfile:

@@ -10,14 +10,13 @@ import numpy as np
 from moa_lab.calibration import calibrate
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.evaluate.compare import spearman
-from moa_lab.evaluate.effects import MeasuredLosses
 from moa_lab.learning import mean_slopes
 from moa_lab.pipeline import Run
 from moa_lab.profiling import profile
 from moa_lab.records import LossTable, Measurement
 from moa_lab.search import InfeasibleError, default_goals, loss_table
 from moa_lab.studies.plans import record_of
-from moa_lab.studies.predicting.predictions import PLANS_DRAWN, SLOPE_STEPS, STEPS_PER_PLAN
+from moa_lab.studies.predicting.predictions import PLANS_DRAWN, SLOPE_STEPS, STEPS_PER_PLAN, measured_losses
 from moa_lab.studies.predicting.predictors import chances_of, random_choices
 from moa_lab.studies.record import StudyGoal, StudyRecord
 from moa_lab.studies.scale import Scale
@@ -60,13 +59,8 @@ def unseen_answer(rows: Sequence[Measurement], length: int) -> str:
 def _correlations(run: Run, length: int, density: float, plans: int) -> list[Measurement]:
     table, limits, seed = run.table(), run.at(density).limits, run.settings.seed
     choices = random_choices(table, limits, plans, seed)
-    samples = SampleSet(tuple(sample for sample in run.suites.validation if sample.length == length))
-    measured = MeasuredLosses(run.model, samples, run.parts_dir("random-plans"))
-    losses = []
-    for done, choice in enumerate(choices):
-        run.progress("unseen: random plans", done, plans)
-        losses.append(float(np.mean(list(measured(table.plan(choice, "random")).values()))))
-    run.progress("unseen: random plans", plans, plans)
+    samples = [sample for sample in run.suites.validation if sample.length == length]
+    losses = measured_losses(run, choices, samples, "unseen: random plans")
     found = {name: [predict(choice) for choice in choices] for name, predict in _predictors(run, length, limits, plans).items()}
     task = f"random plans of {density:.0%}"
     return [
