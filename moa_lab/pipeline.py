@@ -22,7 +22,7 @@ from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.learning import learn_spans
 from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, dense_plan, uniform_plan
-from moa_lab.profiling import profile
+from moa_lab.profiling import profile, profiling_examiner
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements, candidates
 from moa_lab.refinement import refine
@@ -69,8 +69,8 @@ class Run(RunInputs):
         return other
 
     def samples(self) -> SampleSet:
-        """Stage calibrate."""
-        return self._calibrated("samples", "calibrate", self.lengths, self.wanted)
+        """Stage calibrate. On a CPU questions are profiled as they are answered."""
+        return self._calibrated("samples", "calibrate", self.lengths, self.wanted, profiled=True)
 
     def lessons(self) -> SampleSet:
         """Samples that spans are learned from: more than those profiled, in other wordings, and at the shorter tested lengths too.
@@ -81,12 +81,13 @@ class Run(RunInputs):
             return self.samples()
         return self._calibrated("lessons", "lessons", self.lesson_lengths, self.wanted_lessons)
 
-    def _calibrated(self, name: str, stage: str, lengths: Sequence[int], wanted: Sequence[Request]) -> SampleSet:
+    def _calibrated(self, name: str, stage: str, lengths: Sequence[int], wanted: Sequence[Request], profiled: bool = False) -> SampleSet:
         return self._stored(
             f"{name}.safetensors", SampleSet.load,
             lambda: calibrate(
                 self.model, self.tokenizer, lengths, wanted=wanted, documents=self.documents["calibration"], seed=self.settings.seed,
                 batch_size=self.answer_batch, parts_dir=self.parts_dir("answers"), progress=self._steps(stage),
+                examiner=profiling_examiner(self.model, lengths, self.parts_dir("profile")) if profiled else None,
             ),
         )  # fmt: skip
 

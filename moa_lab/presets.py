@@ -101,13 +101,13 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    # A laptop's two cores: thirteen minutes with the embedded model, all installs included.
+    # A laptop's two cores: eight minutes with the embedded model.
     "quick": Preset(
         lengths=(1024, 1536), questions=8, questions_per_sample=2, summaries=2, texts=0, answer_tokens=48,
         candidates=4, learning_steps=0, learning_questions=0, learning_others=0, refine_rounds=0, refine_heads=0,
         validation_questions=4, validation_summaries=2, validation_texts=0, validate_profiled=False,
         test_lengths=(2048,), needles=16, needles_per_text=1, own_answers=4, lines=0, documents=0,
-        baselines=(), search_seconds=20.0,
+        baselines=(), search_seconds=10.0,
     ),
     # One GPU: nine minutes on an H100 with the embedded model.
     "standard": Preset(

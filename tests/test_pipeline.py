@@ -95,7 +95,8 @@ def test_a_run_asks_the_chat_template_before_anything_else(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"lengths": (512,), "test_lengths": (640,)}, "length 384 is too short for a 'questions' sample"),  # the validation length
+        # Validated between the profiled lengths, where the model reaches no further.
+        ({"lengths": (512,), "test_lengths": (512,), "max_length": 512}, "length 384 is too short for a 'questions' sample"),
         ({"lengths": (700,), "test_lengths": (700, 300), "preset": "study"}, "length 300 is too short"),
         ({"lengths": (700,), "supervision": "nobody"}, "supervision must be one of model, human, text"),
     ],
@@ -103,7 +104,7 @@ def test_a_run_asks_the_chat_template_before_anything_else(tmp_path: Path) -> No
 def test_a_run_that_cannot_make_its_samples_is_refused_before_the_model_answers(
     changed: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    tiny_model("llama", max_length=2048).save_pretrained(tmp_path / "model")
+    tiny_model("llama", max_length=changed.pop("max_length", 2048)).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     settings = RunSettings(model=str(tmp_path / "model"), **{"preset": "sketch", "density": 0.9, **changed})
     stages: list[str] = []

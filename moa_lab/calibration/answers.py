@@ -58,12 +58,15 @@ def score_answers(model: PreTrainedModel, batch: Sequence[Sample], past: Dynamic
     An answer is exact when each of its tokens is the most likely one given everything before it, which is when greedy
     decoding from the same prompt would produce it.
     """
-    results = []
-    for sample, logits in zip(batch, answer_logits(model, batch, past=past), strict=True):
-        targets = torch.from_numpy(sample.tokens[sample.answer_positions]).to(logits.device)
-        losses, hits = _told(logits, targets)
-        results.append(_scores(sample, losses.cpu().numpy(), hits.cpu().numpy()))
-    return results
+    return [scores_of(*pair) for pair in zip(batch, answer_logits(model, batch, past=past), strict=True)]
+
+
+@torch.no_grad()
+def scores_of(sample: Sample, logits: torch.Tensor) -> list[AnswerScore]:
+    """The scores of a sample's answers from its `answer_logits`."""
+    targets = torch.from_numpy(sample.tokens[sample.answer_positions]).to(logits.device)
+    losses, hits = _told(logits, targets)
+    return _scores(sample, losses.cpu().numpy(), hits.cpu().numpy())
 
 
 @torch.inference_mode()

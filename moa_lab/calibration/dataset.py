@@ -38,6 +38,19 @@ Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
 Told = Callable[[Sample, list[AnswerScore]], None]
 """Called with a sample that the model answered, and the model's scores of its answers."""
+Keep = Callable[[Sample, list[AnswerScore]], Sample | None]
+"""What is kept of a draft of these scores: a sample with some of its answers, or nothing."""
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Another way to run drafts that the model should get right, which does more with their forward pass than score them.
+
+    run: takes drafts of one length and what decides on them, and gives what was kept of each. bytes_each: of a draft of a length, at most.
+    """
+
+    run: Callable[[list[Sample], Keep], list[Sample | None]]
+    bytes_each: Callable[[int], int]
 
 
 @dataclass(frozen=True)
@@ -91,12 +104,14 @@ def calibrate(
     parts_dir: str | Path | None = None,
     progress: Progress | None = None,
     told: Told | None = None,
+    examiner: Examiner | None = None,
 ) -> SampleSet:
     """Samples of exactly `lengths` tokens for every request, answered by `model` where the task says so.
 
     lengths: duplicates count once. documents: None takes the embedded ones of `split`; control tokens spelled in them stay text and are
     counted in `settings`. batch_size: samples answered at once. parts_dir: keeps finished samples, to go on after a kill.
     told: gets the dense model's scores of every answer that it wrote in this call, possibly from several threads.
+    examiner: runs the questions' drafts (None: they are scored and no more).
     Raises ValueError for an empty or unusable request, a length beyond the model, a chat template that cannot be used, or documents
     that cannot fill a length.
     """
@@ -113,7 +128,7 @@ def calibrate(
         rehearse(tokenizer, documents, split, drafted)
     escaped = tell_escaped(documents, tokenizer)
     weights = weights_fingerprint(model)
-    answerer = _Answerer(model, end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights, told)
+    answerer = _Answerer(model, end_tokens(model, tokenizer), batch_size, Path(parts_dir) if parts_dir else None, weights, told, examiner)
     total = sum(request.count for request in wanted) * len(lengths)
     samples: list[Sample] = []
     for length in lengths:
@@ -154,16 +169,18 @@ class _Answerer:
     """Turns drafts into samples whose answers are the dense model's own, in batches, each finished batch on disk."""
 
     def __init__(
-        self, model: PreTrainedModel, never: tuple[int, ...], batch_size: int, folder: Path | None, weights: str, told: Told | None
-    ) -> None:
+        self, model: PreTrainedModel, never: tuple[int, ...], batch_size: int, folder: Path | None, weights: str, told: Told | None,
+        examiner: Examiner | None,
+    ) -> None:  # fmt: skip
         self.model, self.never, self.batch_size, self.folder, self.weights, self.told = model, never, batch_size, folder, weights, told
+        self.examiner = examiner or Examiner(self._scored, lambda length: forward_bytes(model, length))
 
     def samples(self, request: Request, source: Source, length: int) -> list[Sample]:
         """`request.count` samples of one task and length."""
         kept: list[Sample] = []
         wrong: list[Sample] = []
         spare = int(request.count * SPARE_DRAFTS)
-        at_once = self.batch_size * workers(request.count, self.model.device, forward_bytes(self.model, length))
+        at_once = self.batch_size * workers(request.count, self.model.device, self.examiner.bytes_each(length))
         while len(kept) < request.count and (len(wrong) <= spare):
             # No more than would be drawn batch by batch: the samples are the same on any number of cores.
             room = min(at_once, request.count - len(kept), max(self.batch_size, spare + 1 - len(wrong)))
@@ -193,7 +210,10 @@ class _Answerer:
         return [sample for sample, _ in filled]
 
     def _right(self, drafts: list[Sample]) -> list[Sample | None]:
-        return [_keep_right(*pair) for pair in zip(drafts, score_answers(self.model, drafts), strict=True)]
+        return self.examiner.run(drafts, _keep_right)
+
+    def _scored(self, drafts: list[Sample], keep: Keep) -> list[Sample | None]:
+        return [keep(*pair) for pair in zip(drafts, score_answers(self.model, drafts), strict=True)]
 
     def _stored(
         self, drafts: list[Sample], kind: str, answer: Callable[[list[Sample]], list[Sample | None]], size: int
@@ -214,7 +234,7 @@ class _Answerer:
 
         batches = [missing[start : start + size] for start in range(0, len(missing), size)]
         longest = max((draft.length for draft in missing), default=0)
-        side_by_side(work, batches, self.model.device, bytes_each=size * forward_bytes(self.model, longest))
+        side_by_side(work, batches, self.model.device, bytes_each=size * self.examiner.bytes_each(longest))
         if paths:
             return [next(iter(SampleSet.load(paths[draft.identity])), None) for draft in drafts]
         return [found[draft.identity] for draft in drafts]

@@ -9,20 +9,27 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from moa_lab.calibration.answers import answer_logits
+from moa_lab.calibration.answers import answer_logits, scores_of
+from moa_lab.calibration.dataset import Keep
 from moa_lab.calibration.samples import Sample
 from moa_lab.interface import Handler, route_attention
 from moa_lab.profiling.capture import Receiver, capturing
 
 
 def backward_pass(
-    model: PreTrainedModel, batch: list[Sample], receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None
-) -> None:
+    model: PreTrainedModel,
+    batch: list[Sample],
+    receive: Receiver,
+    sink_tokens: int,
+    windows: np.ndarray | None = None,
+    keep: Keep | None = None,
+) -> list[Sample | None]:
     """One forward and backward pass over samples of one length; `receive` gets every layer's influence.
 
     The loss of a sample is the mean over its answer tokens; the batch's loss is the sum over samples, so that every
     sample's influence is the one it would have alone. windows: int (layers, kv_heads), tokens, of a plan that the model runs
-    under; None: the dense model. Gradients start at the embeddings, so parameters need none.
+    under; None: the dense model. Gradients start at the embeddings, so parameters need none. keep: decides after the forward pass which
+    answers count; returned is what it kept of each sample. `receive` gets nothing where that is nothing at all.
     """
     tokens = torch.tensor(np.stack([sample.tokens for sample in batch]), device=model.device)
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
@@ -31,12 +38,20 @@ def backward_pass(
         return capturing(layer, receive, sink_tokens, None if windows is None else windows[layer])
 
     with _without_denormals(), torch.enable_grad(), route_attention(model, handler):
-        loss = embedded.new_zeros((), dtype=torch.float32)
+        losses, counted = [], []
         for sample, logits in zip(batch, answer_logits(model, batch, embedded), strict=True):
-            targets = torch.from_numpy(sample.tokens[sample.answer_positions]).to(logits.device)
-            loss = loss + torch.nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets)
-        # Not loss.backward(), which would also fill .grad of every parameter that requires one.
-        torch.autograd.grad(loss, embedded)
+            kept = keep(sample, scores_of(sample, logits)) if keep else sample
+            counted.append(kept)
+            if kept is not None:
+                # The gradient of an indexing is as large as all the logits: none where all answers count.
+                wanted = np.isin(sample.answer_positions, kept.answer_positions)
+                logits = logits if wanted.all() else logits[torch.from_numpy(wanted).to(logits.device)]
+                targets = torch.from_numpy(kept.tokens[kept.answer_positions]).to(logits.device)
+                losses.append(torch.nn.functional.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets))
+        if losses:
+            # Not loss.backward(), which would also fill .grad of every parameter that requires one.
+            torch.autograd.grad(torch.stack(losses).sum(), embedded)
+    return counted
 
 
 @contextlib.contextmanager

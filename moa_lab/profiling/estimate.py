@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -78,8 +79,8 @@ class Estimate:
 def estimate_cost(model: PreTrainedModel, samples: Iterable[Sample], *, sink_tokens: int = SINK_TOKENS) -> Estimate:
     """Measure two short backward passes and extrapolate to `samples`.
 
-    Memory: what autograd saves grows linearly with the length, because attention saves only q, k, v; the row block
-    comes on top. Time: a linear and a quadratic term fitted to the two passes.
+    They are measured once a model, device and dtype. Memory: what autograd saves grows linearly with the length, because attention
+    saves only q, k, v; the row block comes on top. Time: a linear and a quadratic term fitted to the two passes.
     """
     model = plain_model(model)
     samples = list(samples)
@@ -87,14 +88,12 @@ def estimate_cost(model: PreTrainedModel, samples: Iterable[Sample], *, sink_tok
     lengths = [sample.length for sample in samples]
     longest = max(lengths)
     vocabulary, width = next(model.get_input_embeddings().parameters()).shape
-    n0, n1 = (min(n, geometry.max_length) for n in PROBE_TOKENS)
-    # As the profile will run: a sample a core. A short pass that all cores share would mostly wait for the slowest of them.
-    # The first pass of all is slower than the others, and does not count.
-    _, *probes = on_one_core(lambda: [_probe(model, n, vocabulary, sink_tokens) for n in (n0, n0, n1)], model.device)
-    seconds, saved = zip(*probes, strict=True)
-    per_token = saved[1] / n1
-    quadratic = max(0.0, (seconds[1] / n1 - seconds[0] / n0) / max(n1 - n0, 1))
-    linear = max(seconds[1] / n1 - quadratic * n1, 0.0)
+    measured = _MEASURED.setdefault(model, {})
+    how = (model.device, model.dtype, sink_tokens)
+    if how not in measured:
+        measured[how] = _measured(model, geometry.max_length, vocabulary, sink_tokens)
+    rates = measured[how]
+    per_token = rates.bytes_per_token
     answers = max(len(sample.answer_positions) for sample in samples)
     logits = answers * vocabulary * 4 * 3
     block = ROW_BLOCK_ELEMENTS.get(model.device.type, ROW_BLOCK_ELEMENTS["cpu"])
@@ -110,10 +109,32 @@ def estimate_cost(model: PreTrainedModel, samples: Iterable[Sample], *, sink_tok
         needed_bytes=int(SAFETY * (per_token * longest + fixed)),
         checkpointed_bytes=int(SAFETY * (checkpointed + fixed)),
         free_bytes=free_bytes(model.device),
-        seconds=sum(linear * n + quadratic * n * n for n in lengths) / workers(len(lengths), model.device),
+        seconds=sum(rates.linear * n + rates.quadratic * n * n for n in lengths) / workers(len(lengths), model.device),
         bytes_per_token=per_token,
         device=str(model.device),
     )
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Seconds a token, seconds a token squared, and bytes a token that autograd saves."""
+
+    linear: float
+    quadratic: float
+    bytes_per_token: float
+
+
+_MEASURED: WeakKeyDictionary[PreTrainedModel, dict[tuple[torch.device, torch.dtype, int], _Rates]] = WeakKeyDictionary()
+
+
+def _measured(model: PreTrainedModel, max_length: int, vocabulary: int, sink_tokens: int) -> _Rates:
+    n0, n1 = (min(n, max_length) for n in PROBE_TOKENS)
+    # As the profile will run: a sample a core. A short pass that all cores share would mostly wait for the slowest of them.
+    # The first pass of all is slower than the others, and does not count.
+    _, *probes = on_one_core(lambda: [_probe(model, n, vocabulary, sink_tokens) for n in (n0, n0, n1)], model.device)
+    seconds, saved = zip(*probes, strict=True)
+    quadratic = max(0.0, (seconds[1] / n1 - seconds[0] / n0) / max(n1 - n0, 1))
+    return _Rates(max(seconds[1] / n1 - quadratic * n1, 0.0), quadratic, saved[1] / n1)
 
 
 def _probe(model: PreTrainedModel, n: int, vocabulary: int, sink_tokens: int) -> tuple[float, int]:

@@ -5,24 +5,24 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab.calibration.dataset import Examiner, Keep
 from moa_lab.calibration.origin import check_origin, check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, group_by_shape
-from moa_lab.geometry import ModelGeometry
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of, model_name, weights_fingerprint
-from moa_lab.plan import SINK_TOKENS, PlanOrPath, as_plan
+from moa_lab.plan import SINK_TOKENS, Plan, PlanOrPath, as_plan
 from moa_lab.profiling.backward import backward_pass, checkpointed
 from moa_lab.profiling.estimate import Estimate, estimate_cost
 from moa_lab.profiling.influence import LayerInfluence
 from moa_lab.provenance import provenance
-from moa_lab.records import InfluenceProfile, ProfileKey
+from moa_lab.records import BLOCK_TOKENS, InfluenceProfile, ProfileKey
 from moa_lab.side_by_side import side_by_side
 from moa_lab.storage import is_intact, read_tensors, write_tensors
 
@@ -73,8 +73,7 @@ def profile(
     weights = weights_fingerprint(model)
     with contextlib.ExitStack() as stack:
         folder = Path(parts_dir) if parts_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        setting = f"{weights}-{sink_tokens}" + (f"-{plan.identity()}" if plan else "")
-        paths = {sample.identity: folder / f"{sample.identity}-{setting}.safetensors" for sample in samples}
+        paths = {sample.identity: _part(folder, sample, weights, sink_tokens, plan) for sample in samples}
         missing = [sample for sample in samples if not is_intact(paths[sample.identity], _read_part)]
         done = len(samples) - len(missing)
         if progress:
@@ -86,8 +85,9 @@ def profile(
 
             def work(batch: list[Sample]) -> list[Sample]:
                 windows = plan.windows(batch[0].length) if plan else None
-                results = _profile_batch(model, geometry, batch, sink_tokens, windows)
-                for sample, part in zip(batch, results, strict=True):
+                layers: dict[int, LayerInfluence] = {}
+                backward_pass(model, batch, layers.__setitem__, sink_tokens, windows)
+                for sample, part in zip(batch, _parts(layers, geometry.layers), strict=True):
                     write_tensors(paths[sample.identity], part, {"schema": PART_SCHEMA})
                 return batch
 
@@ -112,18 +112,49 @@ def profile(
         )  # fmt: skip
 
 
-def _profile_batch(
-    model: PreTrainedModel, geometry: ModelGeometry, batch: list[Sample], sink_tokens: int, windows: np.ndarray | None
-) -> Iterator[dict[str, np.ndarray]]:
+def profiling_examiner(
+    model: PreTrainedModel, lengths: Sequence[int], parts_dir: str | Path, *, sink_tokens: int = SINK_TOKENS
+) -> Examiner | None:
+    """An examiner for `calibrate` that goes back through the forward pass of every draft it keeps: `profile` finds its part in `parts_dir`.
+
+    None where the forward pass is better made twice: on a GPU, which answers larger batches than it profiles, and where activations
+    of one of the longest samples do not fit in memory.
+    """
+    model = plain_model(model)
+    if model.device.type != "cpu":
+        return None
+    geometry, weights, folder = geometry_of(model), weights_fingerprint(model), Path(parts_dir)
+    probes = [Sample("draft", np.zeros(n, np.int64), ((max(1, n - BLOCK_TOKENS), n),)) for n in lengths if n > 1]
+    estimate = estimate_cost(model, probes, sink_tokens=sink_tokens)
+    if estimate.checkpoint:
+        return None
+
+    def run(drafts: list[Sample], keep: Keep) -> list[Sample | None]:
+        found: list[Sample | None] = []
+        for draft in drafts:
+            layers: dict[int, LayerInfluence] = {}
+            (kept,) = backward_pass(model, [draft], layers.__setitem__, sink_tokens, keep=keep)
+            if kept is not None:
+                (part,) = _parts(layers, geometry.layers)
+                write_tensors(_part(folder, kept, weights, sink_tokens), part, {"schema": PART_SCHEMA})
+            found.append(kept)
+        return found
+
+    return Examiner(run, lambda length: estimate.needed_bytes)
+
+
+def _part(folder: Path, sample: Sample, weights: str, sink_tokens: int, plan: Plan | None = None) -> Path:
+    """The file of a sample's influence."""
+    return folder / f"{sample.identity}-{weights}-{sink_tokens}{f'-{plan.identity()}' if plan else ''}.safetensors"
+
+
+def _parts(found: Mapping[int, LayerInfluence], layers: int) -> Iterator[dict[str, np.ndarray]]:
     """Yield per sample, float32: blocks (layers, query_heads, N/64, N/64), distances and span_effects (layers, query_heads, N/64)."""
-    layers: dict[int, LayerInfluence] = {}
-    backward_pass(model, batch, layers.__setitem__, sink_tokens, windows)
     stacked = {
-        name: torch.stack([getattr(layers[layer], name) for layer in range(geometry.layers)], dim=1).float().cpu().numpy()
-        for name in PART_NAMES
+        name: torch.stack([getattr(found[layer], name) for layer in range(layers)], dim=1).float().cpu().numpy() for name in PART_NAMES
     }
-    for index in range(len(batch)):
-        yield {name: array[index] for name, array in stacked.items()}
+    for parts in zip(*stacked.values(), strict=True):
+        yield dict(zip(stacked, parts, strict=True))
 
 
 def _batches(samples: list[Sample], batch_size: int | None, estimate: Estimate) -> Iterator[list[Sample]]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -30,6 +33,8 @@ BUDGET_SHARES = (0.25, 0.5, 0.75, 0.95)
 """Weights of the first of two goals in the budget solves; validation decides which is right."""
 ALTERNATIVE_INTERVALS = 2
 PREFERRED_POINTS = 5
+AT_ONCE = os.cpu_count() or 1
+"""Exact solves at a time: the solver works outside Python's lock."""
 GAP = 2e-3
 WORST_GAP = 1e-2
 """Worst-distance programs close the last per cent of their gap slowly, and the prediction is not that exact."""
@@ -87,14 +92,17 @@ def search(
     targets = feasible(table, density, max_rules_per_layer, lengths)
     sets = goal_sets(table) if goals is None else (GoalSet("given", tuple(goals)),)
     deadline = time.perf_counter() + time_limit_s
-    work = _Search(table, element, targets, sets, intervals, max_rules_per_layer, seed, deadline, cancel, "milp" in methods)
-    stages = [(method, stage) for method in METHODS if method in methods for stage in work.stages(method)]
+    work = _Search(table, element, targets, sets, intervals, max_rules_per_layer, seed, deadline, cancel)
+    stages = {method: work.stages(method) for method in METHODS if method in methods}
     points: list[FrontPoint] = []
-    for done, (method, stage) in enumerate(stages):
-        if cancel is None or not cancel.is_set():
-            points += stage(sum(later == "milp" for later, _ in stages[done:]))
-        if progress is not None:
-            progress(done + 1, len(stages), f"search: {method}, {len(points)} plans")
+    done = 0
+    for method, steps in stages.items():
+        with ThreadPoolExecutor(AT_ONCE, "moa-lab search") as pool:
+            for found in pool.map(lambda step: [] if cancel is not None and cancel.is_set() else step(), steps):
+                points += found
+                done += 1
+                if progress is not None:
+                    progress(done, sum(map(len, stages.values())), f"search: {method}, {len(points)} plans")
     names = (*(objective.name for objective in table.objectives), DENSITY)
     points = [spent_point(table, each, targets, sets[0].goals) for each in points]
     chosen = _thinned(undominated(points, names, keep), names, max_points, keep, sets[0].name)
@@ -130,52 +138,54 @@ class _Search:
     def __init__(
         self, table: LossTable, element: LossTable | None, targets: dict[int, float], sets: Sequence[GoalSet],
         intervals: int, max_rules: int | None,
-        seed: int, deadline: float, cancel: threading.Event | None, exact_too: bool,
+        seed: int, deadline: float, cancel: threading.Event | None,
     ) -> None:  # fmt: skip
         self._table, self._element_table, self._targets, self._sets, self._intervals = table, element, targets, sets, intervals
         self._max_rules, self._seed, self._deadline, self._cancel = max_rules, seed, deadline, cancel
-        self._exact_too = exact_too
+        self._exact_left, self._lock = len(sets), threading.Lock()
 
-    def stages(self, method: str) -> list[Callable[[int], list[FrontPoint]]]:
-        """The steps of a method; each takes the number of exact solves that share the time left."""
+    def stages(self, method: str) -> list[Callable[[], list[FrontPoint]]]:
+        """The steps of a method, none of which needs another's result."""
         if method == "milp":
-            return [self._exact(index) for index in range(len(self._sets))]
+            return [partial(self._exact, index) for index in range(len(self._sets))]
         others = {"simple": self._simple, "ranked": self._ranked, "budget": self._budget, "element": self._element, "evolve": self._evolve}
         return [others[method]]
 
-    def _exact(self, index: int) -> Callable[[int], list[FrontPoint]]:
+    def _exact(self, index: int) -> list[FrontPoint]:
         goal_set = self._sets[index]
         forms = {objective.name: objective.form for objective in self._table.objectives}
         worst = any(forms.get(name) == "worst_distance" for goal in goal_set.goals for name in goal.shares)
         shared: dict[str, Any] = {
             "max_rules_per_layer": self._max_rules, "mip_gap": WORST_GAP if worst else GAP, "cancel": self._cancel,
         }  # fmt: skip
+        budget_s = self._seconds()
+        points = []
+        mean = mean_goal(goal_set.goals)
+        try:
+            answer = solve_milp(self._table, self._targets, goal=mean, time_limit_s=budget_s / 4, **shared)
+            points.append(self._point(answer.choice, goal_set.name, mean, answer.gap))
+        except NoPlanError as error:
+            logger.info("goal set %s: %s", goal_set.name, error)
+        if len(goal_set.goals) > 1:
+            intervals = self._intervals if index == 0 else min(self._intervals, ALTERNATIVE_INTERVALS)
+            front = epsilon_front(
+                self._table, self._targets, goals=goal_set.goals, intervals=intervals, time_limit_s=budget_s * 3 / 4,
+                label=goal_set.name, **shared,
+            )  # fmt: skip
+            points += [self._with_common_goals(found) for found in front]
+        return points
 
-        def stage(sharing: int) -> list[FrontPoint]:
-            budget_s = max((self._deadline - time.perf_counter()) / sharing, 0.5)
-            points = []
-            mean = mean_goal(goal_set.goals)
-            try:
-                answer = solve_milp(self._table, self._targets, goal=mean, time_limit_s=budget_s / 4, **shared)
-                points.append(self._point(answer.choice, goal_set.name, mean, answer.gap))
-            except NoPlanError as error:
-                logger.info("goal set %s: %s", goal_set.name, error)
-            if len(goal_set.goals) > 1:
-                intervals = self._intervals if index == 0 else min(self._intervals, ALTERNATIVE_INTERVALS)
-                front = epsilon_front(
-                    self._table, self._targets, goals=goal_set.goals, intervals=intervals, time_limit_s=budget_s * 3 / 4,
-                    label=goal_set.name, **shared,
-                )  # fmt: skip
-                points += [self._with_common_goals(found) for found in front]
-            return points
+    def _seconds(self) -> float:
+        """What an exact step may take that begins now: its part of the time left, which `AT_ONCE` of the steps left share."""
+        with self._lock:
+            steps, self._exact_left = self._exact_left, self._exact_left - 1
+        return max((self._deadline - time.perf_counter()) * min(1.0, AT_ONCE / steps), 0.5)
 
-        return stage
-
-    def _simple(self, _: int) -> list[FrontPoint]:
+    def _simple(self) -> list[FrontPoint]:
         seconds = max(self._deadline - time.perf_counter(), 0.5) / 6
         return self._plain(simple_plans(self._table, self._targets, seconds, self._cancel))
 
-    def _ranked(self, _: int) -> list[FrontPoint]:
+    def _ranked(self) -> list[FrontPoint]:
         return self._plain(whole_heads(self._table, self._targets))
 
     def _plain(self, plans: Iterable[Plan]) -> list[FrontPoint]:
@@ -185,7 +195,7 @@ class _Search:
             if self._max_rules is None or max(len(set(row)) for row in plan.rules) <= self._max_rules
         ]
 
-    def _budget(self, _: int) -> list[FrontPoint]:
+    def _budget(self) -> list[FrontPoint]:
         found = []
         for goal_set in self._sets:
             for goal in _weighings(goal_set):
@@ -194,7 +204,7 @@ class _Search:
                     found.append(self._point(answer.choice, "budget", goal, answer.gap))
         return found
 
-    def _element(self, _: int) -> list[FrontPoint]:
+    def _element(self) -> list[FrontPoint]:
         if self._element_table is None:
             return []
         found = []
@@ -207,7 +217,7 @@ class _Search:
     def _few_rules(self, choice: np.ndarray) -> bool:
         return self._max_rules is None or max(len(set(row)) for row in choice.tolist()) <= self._max_rules
 
-    def _evolve(self, _: int) -> list[FrontPoint]:
+    def _evolve(self) -> list[FrontPoint]:
         front = evolve(self._table, self._targets, goals=self._sets[0].goals, seed=self._seed, cancel=self._cancel)
         return [found for found in front if self._max_rules is None or max(len(set(row)) for row in found.plan.rules) <= self._max_rules]
 

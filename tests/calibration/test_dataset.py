@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.calibration import Request, Sample, SampleSet, calibrate, dataset, requests
 from moa_lab.calibration.answers import AnswerScore, answer_greedily, fill_greedily, score_answers
+from moa_lab.calibration.dataset import Examiner, Keep
 from moa_lab.calibration.tasks import HumanAnswers, PlainText, Questions, Summaries
 from moa_lab.models import tokenizer_fingerprint, weights_fingerprint
 
@@ -111,6 +112,20 @@ def test_samples_with_fewer_than_half_their_answers_right_are_turned_down(model:
     assert len(samples) == 2
     assert all("right" not in sample.detail and len(sample.answers) == 3 for sample in samples)
     assert "3 of 3 drafts wrongly" in caplog.text
+
+
+def test_an_examiner_runs_the_drafts_of_questions_and_decides_with_the_same_rule(model: PreTrainedModel) -> None:
+    examined: list[int] = []
+
+    def run(drafts: list[Sample], keep: Keep) -> list[Sample | None]:
+        examined.append(len(drafts))
+        return [keep(draft, [AnswerScore(1.0, index == 1, b - a) for index, (a, b) in enumerate(draft.answers)]) for draft in drafts]
+
+    samples = answered(model, lengths=(700,), examiner=Examiner(run, lambda length: 0))
+    assert examined == [1, 1]
+    assert [sample.detail["right"] for sample in samples if sample.task == "questions"] == [[False, True]] * 2
+    summaries = answered(model, (SUMMARIES,), lengths=(700,))
+    assert [s.identity for s in samples if s.task == "summaries"] == [s.identity for s in summaries]
 
 
 def test_the_same_seed_gives_the_same_set_and_another_another(model: PreTrainedModel) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from tiny import VOCABULARY, tiny_model
 from transformers import PreTrainedModel
 
+from moa_lab.calibration.answers import AnswerScore, score_answers
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.models import geometry_of, weights_fingerprint
 from moa_lab.plan import full_or_floor_plan
-from moa_lab.profiling import estimate, profile, profiler
+from moa_lab.profiling import estimate, profile, profiler, profiling_examiner
 from moa_lab.profiling.estimate import Estimate
 from moa_lab.records import InfluenceProfile
 
@@ -50,9 +52,9 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     original = profiler.backward_pass
 
-    def counted(model: PreTrainedModel, batch: list[Sample], *rest: object) -> None:
+    def counted(model: PreTrainedModel, batch: list[Sample], *rest: Any, **settings: Any) -> list[Sample | None]:
         sizes.append(len(batch))
-        original(model, batch, *rest)
+        return original(model, batch, *rest, **settings)
 
     monkeypatch.setattr(profiler, "backward_pass", counted)
     return sizes
@@ -115,6 +117,36 @@ def test_a_killed_run_goes_on_where_it_stopped(
     found = profile(model, SAMPLES, parts_dir=tmp_path)
     assert sum(passes) == len(SAMPLES), "no sample twice"
     assert_same(found, unbroken)
+
+
+def test_drafts_are_profiled_as_they_are_answered_and_not_again(model: PreTrainedModel, passes: list[int], tmp_path: Path) -> None:
+    drafts = [Sample("questions", sample.tokens, ((60, 70), (110, 128))) for sample in SAMPLES if sample.length == 128]
+    told: list[list[AnswerScore]] = []
+
+    def keep(draft: Sample, scores: list[AnswerScore]) -> Sample | None:
+        """Everything of the first draft, one answer of the second, nothing of the third."""
+        told.append(scores)
+        return [draft, replace(draft, answers=draft.answers[1:]), None][len(told) - 1]
+
+    examiner = profiling_examiner(model, [128], tmp_path)
+    assert examiner is not None
+    kept = [sample for sample in examiner.run(drafts, keep) if sample is not None]
+    assert [sample.answers for sample in kept] == [((60, 70), (110, 128)), ((110, 128),)]
+    for found, expected in zip(told, [score_answers(model, [draft])[0] for draft in drafts], strict=True):
+        assert [(score.exact, score.tokens) for score in found] == [(score.exact, score.tokens) for score in expected]
+        np.testing.assert_allclose([score.loss for score in found], [score.loss for score in expected], rtol=1e-5)
+    passes.clear()
+    samples = SampleSet(tuple(kept))
+    assert_same(profile(model, samples, parts_dir=tmp_path), profile(model, samples), rtol=1e-3, atol=1e-7)
+    assert passes == [1, 1], "those of the second profile alone"
+
+
+def test_drafts_are_not_profiled_where_their_activations_do_not_fit(
+    model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert profiling_examiner(model, [200, 128], tmp_path) is not None
+    monkeypatch.setattr(estimate, "free_bytes", lambda device: 1)
+    assert profiling_examiner(model, [200, 128], tmp_path) is None
 
 
 def test_a_truncated_part_is_computed_again(model: PreTrainedModel, unbroken: InfluenceProfile, passes: list[int], tmp_path: Path) -> None:

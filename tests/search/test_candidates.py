@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from moa_lab.records import InfluenceProfile, LossTable
-from moa_lab.search import InfeasibleError, front_values, loss_table, paper_goals, search
+from moa_lab.search import InfeasibleError, candidates, front_values, loss_table, paper_goals, search
 from moa_lab.search.plain import SIMPLE
 from tests.search.instances import skewed_profile
 from tests.search.tables import dominated, random_profile, small_geometry
@@ -41,6 +41,16 @@ def test_few_points_are_as_many_as_asked_for(profile: InfluenceProfile) -> None:
 def test_searches_repeat(profile: InfluenceProfile) -> None:
     fronts = [search(profile, 0.6, methods=("ranked", "budget", "evolve"), seed=2) for _ in range(2)]
     assert [point.plan.identity() for point in fronts[0]] == [point.plan.identity() for point in fronts[1]]
+
+
+def test_exact_solves_side_by_side_give_what_they_give_in_turn(profile: InfluenceProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for at_once in (1, 3):
+        monkeypatch.setattr(candidates, "AT_ONCE", at_once)
+        front = search(profile, 0.6, methods=("ranked", "milp"), intervals=2, time_limit_s=60)
+        found.append([(point.origin, point.plan.identity()) for point in front])
+    assert found[0] == found[1]
+    assert len({origin for origin, _ in found[0]}) > 2
 
 
 def test_a_cancelled_search_returns_what_it_found(profile: InfluenceProfile) -> None:
