@@ -84,6 +84,7 @@ def test_a_worst_distance_goal_is_answered_within_its_bound() -> None:
     assert exact.value <= quick.value * (1 + 1e-9)
 
 
+@pytest.mark.alone
 def test_1024_heads_45_rules_and_3_lengths_are_answered_within_a_quarter_second() -> None:
     table = large_table()
     assert 40 <= len(table.rules) <= 50

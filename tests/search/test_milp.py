@@ -93,6 +93,7 @@ def test_a_limit_at_the_very_optimum_is_met() -> None:
             assert table.predict(answer.choice)[goal.name] == pytest.approx(best, rel=2e-6, abs=2e-7)
 
 
+@pytest.mark.alone
 def test_a_cancelled_program_returns_its_best_plan_promptly() -> None:
     table = large_table(layers=16, kv_heads=16, worst=True)
     cancel = threading.Event()
@@ -109,6 +110,7 @@ def test_a_cancelled_program_returns_its_best_plan_promptly() -> None:
     assert answer.bound <= answer.value
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("before", [True, False])
 def test_a_program_in_its_own_process_ends_within_a_second_of_cancel(before: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from moa_lab.search import highs
@@ -136,6 +138,7 @@ def test_a_program_in_its_own_process_ends_within_a_second_of_cancel(before: boo
     assert time.perf_counter() - set_at[0] < 1.0
 
 
+@pytest.mark.alone
 def test_1024_heads_and_45_rules_are_solved_within_ten_seconds() -> None:
     table = large_table()
     began = time.perf_counter()

@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -23,6 +24,8 @@ from tests.workbench.lab import PROJECT, Page, add_notebook, chromium, copy_proj
 LIMIT_MS = {"W1": 150.0, "W2": 300.0}
 MOVES = 15
 PAUSE_MS = 900
+PLAIN_PYTHON_S = 0.053
+"""Seconds that the loop of `slowness` takes on the machine whose times `LIMIT_MS` was set by."""
 NOTEBOOK = """from moa_lab.workbench import Workbench
 Workbench.open({run!r}).show("Budget")"""
 
@@ -45,6 +48,16 @@ def slider_ms(page: Page, moves: int = MOVES) -> list[float]:
         page.page.wait_for_timeout(PAUSE_MS)
         times.append(page.page.evaluate("() => window.moaClock.ended - window.moaClock.began"))
     return times
+
+
+def slowness() -> float:
+    """How many times longer than the machine of the limits this one takes for plain Python, at its fastest; 1 where it is faster."""
+    seconds = []
+    for _ in range(5):
+        began = time.perf_counter()
+        sum(number * number % 7 for number in range(1_000_000))
+        seconds.append(time.perf_counter() - began)
+    return max(1.0, min(seconds) / PLAIN_PYTHON_S)
 
 
 def run_of(row: str, folder: Path) -> Path:

@@ -12,13 +12,14 @@ import pytest
 from moa_lab.bench.record import BenchRecord, BenchRow
 from moa_lab.plan import Plan
 from tests.workbench.lab import CHROMIUM, PROJECT, Page, add_notebook, chromium, copy_project, jupyterlab, opened
-from tests.workbench.slider import LIMIT_MS, NOTEBOOK, run_of, slider_row
+from tests.workbench.slider import LIMIT_MS, NOTEBOOK, run_of, slider_row, slowness
 
 BESIDE = 2
 """Plans that are drawn beside a front: dense and uniform."""
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.alone,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
     pytest.mark.timeout(900),
 ]
@@ -271,7 +272,7 @@ def keeps_the_limit(row: BenchRow) -> None:
     fastest = row.detail["fastest_ms"]
     assert fastest > 0, "the figure was not redrawn"
     # On a machine that does other things at the same time, the fastest tells what the code takes.
-    assert fastest <= LIMIT_MS[row.id]
+    assert fastest <= LIMIT_MS[row.id] * slowness()
 
 
 def opaque(page: Page) -> int:
