@@ -199,7 +199,8 @@ class Run(RunInputs):
             f"front-{name}.json", Front.load,
             lambda: learn_spans(
                 self.model, self.lessons(), self.table(), self.limits, steps=steps, weights=weights, name=name,
-                max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed, progress=self._steps(f"learn {name}"),
+                max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed, parts_dir=self.parts_dir("learn"),
+                progress=self._steps(f"learn {name}"),
             ),
         )  # fmt: skip
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.commands.terminal import AnyModelOption, Bars, ForceOption, MinSpanOption, ModelOption, free, weights_of
+from moa_lab.commands.terminal import AnyModelOption, Bars, ForceOption, MinSpanOption, ModelOption, free, parts_of, weights_of
 from moa_lab.plan import MIN_SPAN
 
 
@@ -44,7 +44,7 @@ def learn(
     with Bars() as bars:
         front = learn_spans(
             loaded, loaded_samples, table, density, steps=steps, weights=weighed, max_rules_per_layer=max_rules, seed=seed,
-            tokenizer=tokenizer, any_model=any_model, progress=bars.steps("learn"),
+            parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("learn"),
         )  # fmt: skip
     front.save(out)
-    typer.echo(f"1 plan: {out}")
+    typer.echo(f"{len(front)} plans: {out}")

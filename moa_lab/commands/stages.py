@@ -18,6 +18,7 @@ from moa_lab.commands.terminal import (
     UseLengthsOption,
     free,
     lengths_of,
+    parts_of,
 )
 from moa_lab.plan import MIN_SPAN
 from moa_lab.presets import DEFAULT_PREFERENCE
@@ -57,7 +58,7 @@ def calibrate(
     with Bars() as bars:
         samples = make(
             loaded, tokenizer, chosen, wanted=wanted, documents=documents, seed=seed,
-            parts_dir=_parts(out), progress=bars.steps("calibrate"),
+            parts_dir=parts_of(out), progress=bars.steps("calibrate"),
         )  # fmt: skip
     samples.save(out)
     typer.echo(f"{len(samples)} samples: {out}")
@@ -80,7 +81,7 @@ def profile(
     loaded, tokenizer = load_model(model)
     with Bars() as bars:
         result = measure(
-            loaded, loaded_samples, parts_dir=_parts(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("profile")
+            loaded, loaded_samples, parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("profile")
         )
     result.save(out)
     typer.echo(f"profile of {len(loaded_samples)} samples: {out}")
@@ -145,7 +146,7 @@ def refine(
     with Bars() as bars:
         front = improve(
             loaded, card, loaded_samples, table, density, rounds=rounds, heads=heads, max_rules_per_layer=max_rules,
-            parts_dir=_parts(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("refine"),
+            parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("refine"),
         )  # fmt: skip
     front.save(out)
     typer.echo(f"{len(front)} better plans: {out}")
@@ -244,7 +245,3 @@ def parity(
     typer.echo(table(found))
     if not found.passed:
         raise typer.Exit(1)
-
-
-def _parts(out: Path) -> Path:
-    return out.with_name(f"{out.stem}.parts")

@@ -81,6 +81,11 @@ def folder_free(out: Path) -> None:
     _check_parent(out / "file")
 
 
+def parts_of(out: Path) -> Path:
+    """Folder beside `out` for finished parts, from which the same command goes on after a kill."""
+    return out.with_name(f"{out.stem}.parts")
+
+
 def _check_parent(out: Path) -> None:
     """Raise ValueError where the folder of `out` cannot be made or written to: hours later would be too late."""
     parent = next(folder for folder in out.absolute().parents if folder.exists())

@@ -22,12 +22,13 @@ class Batches:
     """Batches of one length and all tasks, as many samples as `tokens` hold and at least one of each; drawn at random.
 
     A length is drawn in proportion to its tokens, as the cost of a span grows with them: a short length, where many spans see everything,
-    would favour spans that are too short at the others. Raises ValueError for a task that lacks a length.
+    would favour spans that are too short at the others. rng: what the next batches depend on. Raises ValueError for a task that lacks a
+    length.
     """
 
     def __init__(self, samples: SampleSet, tokens: int, seed: int) -> None:
         self._groups, self._tokens = group_by_shape(samples), tokens
-        self._rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed)
         self.tasks = sorted({task for task, _ in self._groups})
         self.lengths = sorted({length for _, length in self._groups})
         for task in self.tasks:
@@ -37,12 +38,12 @@ class Batches:
 
     def draw(self) -> list[Sample]:
         """The next batch."""
-        length = int(self._rng.choice(self.lengths, p=np.array(self.lengths) / sum(self.lengths)))
+        length = int(self.rng.choice(self.lengths, p=np.array(self.lengths) / sum(self.lengths)))
         batch: list[Sample] = []
         for task in self.tasks:
             group = self._groups[task, length]
             count = max(1, int(self._share(task) * (self._tokens // length)))
-            batch += [group[int(index)] for index in self._rng.permutation(len(group))[:count]]
+            batch += [group[int(index)] for index in self.rng.permutation(len(group))[:count]]
         return batch
 
     def _share(self, task: str) -> float:

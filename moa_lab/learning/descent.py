@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,8 +21,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.learning.batches import Batches, batch_tokens
+from moa_lab.learning.checkpoint import Checkpoint
 from moa_lab.learning.mixtures import Mixtures
 from moa_lab.learning.slopes import SlopeSampler
+from moa_lab.models import weights_fingerprint
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, LossTable
 from moa_lab.search.front import DENSITY, distinct, point, spent_point
@@ -54,6 +57,7 @@ def learn_spans(
     name: str = "learned",
     max_rules_per_layer: int | None = None,
     seed: int = 0,
+    parts_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     any_model: bool = False,
     progress: Progress | None = None,
@@ -67,6 +71,7 @@ def learn_spans(
     means, each times its weight (`weights`, 1 where not given); a step takes samples of one length. table: the rules to choose from; its
     predicted losses are reported for the point, but not used in learning. `density`, its lengths and max_rules_per_layer, which only
     the final plan keeps to, are as in `search`. rate: nats by which a step changes the evidence for a rule with a slope of average size.
+    parts_dir: keeps the state of the descent every half a minute, from which the same call goes on after a kill.
     tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a table of another model, fewer than
     one step, no samples, a task that lacks a length, weights that are negative, not finite, all 0 or of unknown tasks, or samples
     that do not fit in memory, and InfeasibleError as `search` does.
@@ -83,7 +88,20 @@ def learn_spans(
     mixtures = Mixtures(table, targets, rate)
     sampler = SlopeSampler.fitting(model, table, samples, seed, weights)
     history: list[dict[str, float]] = []
-    for step in range(steps):
+    generators = (batches.rng, sampler.rng)
+    course = {
+        "weights": weights, "steps": steps, "rate": rate, "seed": seed, "density": {str(n): d for n, d in targets.items()},
+        "model": weights_fingerprint(model), "samples": samples.identity, "rules": [str(rule) for rule in table.rules],
+        "table": [table.lengths, table.sink_tokens, table.min_span], "device": model.device.type, "dtype": str(model.dtype),
+    }  # fmt: skip
+    checkpoint = Checkpoint(parts_dir, name, course)
+    if saved := checkpoint.load():
+        arrays, told = saved
+        mixtures.restore(arrays, told["mixtures"])
+        for generator, state in zip(generators, told["generators"], strict=True):
+            generator.bit_generator.state = state
+        history = told["history"]
+    for step in range(len(history), steps):
         if progress:
             progress(step, steps)
         left = max(0.0, 1 - step / max(1.0, SHRINKING * steps))
@@ -91,6 +109,9 @@ def learn_spans(
         found = sampler(batches.draw(), chances)
         mixtures.step(chances, found.slope)
         history.append(found.divergence)
+        arrays, numbers = mixtures.state()
+        state = {"mixtures": numbers, "generators": [rng.bit_generator.state for rng in generators], "history": history}
+        checkpoint.save(arrays, state, last=step + 1 == steps)
     if progress:
         progress(steps, steps)
     last = history[-max(1, steps // 10) :]

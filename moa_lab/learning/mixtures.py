@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -40,6 +41,18 @@ class Mixtures:
         self.evidence = np.zeros(limits.usage.shape[1:])
         self._prices = np.zeros(len(self.limit))
         self._slope, self._size, self._steps = np.zeros_like(self.evidence), 0.0, 0
+
+    def state(self) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+        """All that the steps so far have changed: arrays, and numbers as JSON data."""
+        return (
+            {"evidence": self.evidence, "slope": self._slope, "prices": self._prices},
+            {"size": self._size, "steps": self._steps},
+        )  # fmt: skip
+
+    def restore(self, arrays: Mapping[str, np.ndarray], numbers: Mapping[str, float]) -> None:
+        """Go on from a `state`."""
+        self.evidence, self._slope, self._prices = arrays["evidence"], arrays["slope"], arrays["prices"]
+        self._size, self._steps = numbers["size"], int(numbers["steps"])
 
     def chances(self, limit: np.ndarray) -> np.ndarray:
         """Chances (heads, rules) whose mean usage equals one of `limit`, (limits,) shares of the dense cache, and exceeds none."""

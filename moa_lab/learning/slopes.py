@@ -43,7 +43,7 @@ class SlopeSampler:
 
     A rule's window is rounded to whole blocks of 64 tokens, up or down at random so that its mean is right. tokens_in_flight: tokens
     run at once, at least one sample. checkpoint: recompute a layer's activations in the backward pass. weights: of the tasks in the
-    slope, 1 where not given. stands_for: see `block_windows`.
+    slope, 1 where not given. stands_for: see `block_windows`. rng: what the next draws depend on.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class SlopeSampler:
     ) -> None:  # fmt: skip
         self._model, self._table, self._weights, self._stands_for = model, table, dict(weights or {}), stands_for
         self._tokens, self._checkpoint = tokens_in_flight, checkpoint
-        self._rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(seed)
 
     @classmethod
     def fitting(
@@ -134,9 +134,9 @@ class SlopeSampler:
         """Blocks that each head sees: int32 (layers, count, kv_heads)."""
         geometry = self._table.geometry
         ends = np.cumsum(chances, axis=1)
-        rules = (self._rng.random((count, len(chances), 1)) * ends[:, -1:] > ends).sum(axis=-1)
+        rules = (self.rng.random((count, len(chances), 1)) * ends[:, -1:] > ends).sum(axis=-1)
         wanted = windows[np.arange(len(chances)) // geometry.kv_heads, rules]
-        whole = np.floor(wanted + self._rng.random(wanted.shape)).astype(np.int32)
+        whole = np.floor(wanted + self.rng.random(wanted.shape)).astype(np.int32)
         return torch.from_numpy(whole.reshape(count, geometry.layers, geometry.kv_heads).transpose(1, 0, 2).copy())
 
 

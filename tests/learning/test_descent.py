@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import answer_logits
 from moa_lab.calibration.samples import SampleSet
-from moa_lab.learning import learn_spans
+from moa_lab.learning import checkpoint, learn_spans
 from moa_lab.learning.descent import SHRINKING
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, uniform_plan
@@ -92,6 +93,35 @@ def test_a_seed_says_what_is_learned_and_progress_is_told(model: PreTrainedModel
     assert first.points[0].plan.rules == again.points[0].plan.rules
     assert first.points[0].plan.search == again.points[0].plan.search
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_a_killed_descent_goes_on_where_it_was_and_another_begins_anew(
+    model: PreTrainedModel, samples: SampleSet, table: LossTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    told: list[int] = []
+
+    def kill_at_five(step: int, steps: int) -> None:
+        if step == 5:
+            raise Killed
+
+    monkeypatch.setattr(checkpoint, "SAVE_S", 0.0)
+    whole = learn_spans(model, samples, table, DENSITY, steps=8)
+    with pytest.raises(Killed):
+        learn_spans(model, samples, table, DENSITY, steps=8, parts_dir=tmp_path, progress=kill_at_five)
+    resumed = learn_spans(model, samples, table, DENSITY, steps=8, parts_dir=tmp_path, progress=lambda step, steps: told.append(step))
+    assert told == [5, 6, 7, 8]
+    assert [point.plan.identity() for point in resumed] == [point.plan.identity() for point in whole]
+    assert resumed.points[0].plan.search["drawn_divergence"] == whole.points[0].plan.search["drawn_divergence"]
+    told.clear()
+    learn_spans(model, samples, table, DENSITY, steps=8, seed=1, parts_dir=tmp_path, progress=lambda step, steps: told.append(step))
+    assert told == list(range(9))
+    for state in tmp_path.iterdir():
+        state.write_bytes(state.read_bytes()[:100])
+    again = learn_spans(model, samples, table, DENSITY, steps=8, parts_dir=tmp_path)
+    assert [point.plan.identity() for point in again] == [point.plan.identity() for point in whole]
 
 
 def test_a_task_of_no_weight_says_nothing(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
