@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.scoring import score_plans, score_rows
 from moa_lab.evaluate.summary import summarise
 from moa_lab.evaluate.validate import Validation, choose
+from moa_lab.forecast import Forecast
 from moa_lab.learning import learn_spans
 from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, dense_plan, uniform_plan
@@ -47,12 +49,17 @@ are enough."""
 class Run(RunInputs):
     """A run in `folder`. Stages are methods; each loads its record if it is intact, else makes and saves it."""
 
+    _forecast: Forecast | None = None
+
     def everything(self) -> dict[str, Any]:
         """Run all stages and return the summary. Raises ValueError for unusable settings before the first stage."""
         self._check_documents()
         self._check_lengths()
         self.check_density()
         self.begin()
+        if not self.records.place("measurements.json").exists():
+            self._forecast = Forecast.of(self)
+            logger.info("%s", self._forecast)
         self.samples()
         self.profile()
         self.table()
@@ -256,7 +263,8 @@ class Run(RunInputs):
             except RecordError as error:
                 logger.warning("%s; making it again", error)
         if found is None:
-            make().save(path)
+            with self._forecast.timing(name) if self._forecast else contextlib.nullcontext():
+                make().save(path)
             found = load(path)
         self.records.publish(name)
         return found

@@ -57,8 +57,9 @@ app.add_typer(presses_app, name="presses")
 def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    # What a profile will need is shown before it starts.
-    logging.getLogger("moa_lab.profiling").setLevel(logging.INFO)
+    # What a run or a profile will need is shown before it starts.
+    for name in ("moa_lab.pipeline", "moa_lab.forecast", "moa_lab.profiling"):
+        logging.getLogger(name).setLevel(logging.INFO)
     # And what is fetched or unpacked once, which may take minutes and gigabytes.
     logging.getLogger("moa_lab.models").setLevel(logging.INFO)
     # Large pages for torch's CPU tensors (Linux): a fifth less time for a long prompt. torch reads this before its first tensor.

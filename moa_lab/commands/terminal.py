@@ -39,6 +39,7 @@ class Bars:
 
     def __init__(self) -> None:
         self._bars: dict[str, tqdm[Any]] = {}
+        self._ended: set[str] = set()
 
     def __enter__(self) -> Bars:
         return self
@@ -49,11 +50,17 @@ class Bars:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         if stage not in self._bars:
+            if done == total and stage in self._ended:
+                return
             self._bars[stage] = tqdm(total=total, desc=stage, initial=done, leave=True)
         bar = self._bars[stage]
         bar.total = total
         bar.update(max(done - bar.n, 0))
         bar.refresh()
+        if done == total:
+            # Its time stands still, and what is told next gets a line of its own.
+            self._bars.pop(stage).close()
+            self._ended.add(stage)
 
     def steps(self, stage: str) -> Callable[[int, int], None]:
         """A callback for one stage."""

@@ -81,6 +81,19 @@ class Suites:
             wanted = [(task, length) for length in lengths for task, count in counts.items() if count]
             rehearse(self.tokenizer, self.documents[split], split, wanted)
 
+    def validated_counts(self) -> dict[int, tuple[int, int]]:
+        """By validated length: all samples, and those that the dense model writes."""
+        preset = self.preset
+        every = preset.validation_questions // min(preset.needles_per_text, preset.validation_questions)
+        every += preset.validation_summaries + preset.validation_texts
+        return dict.fromkeys(self._validated, (every, preset.validation_summaries))
+
+    def tested_counts(self, lengths: Sequence[int]) -> dict[int, tuple[int, int]]:
+        """By tested length: all samples, and those that the dense model writes."""
+        preset = self.preset
+        every = preset.needles // preset.needles_per_text + preset.lines + preset.documents + preset.own_answers
+        return dict.fromkeys(lengths, (every, preset.own_answers))
+
     @property
     def _validated(self) -> list[int]:
         beyond = validation_length(self.lengths, geometry_of(self.model).max_length, self.used)

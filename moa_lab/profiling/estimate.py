@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -29,8 +29,26 @@ GPU_BYTES = 12 * 10**9
 
 
 @dataclass(frozen=True)
+class Seconds:
+    """Of one pass by its length: a part that grows with the tokens, and a part that grows with their square."""
+
+    linear: float
+    quadratic: float
+
+    @classmethod
+    def through(cls, lengths: Sequence[int], seconds: Sequence[float]) -> Seconds:
+        """Fitted to what passes of two lengths took."""
+        (n0, n1), (s0, s1) = lengths, seconds
+        quadratic = max(0.0, (s1 / n1 - s0 / n0) / max(n1 - n0, 1))
+        return cls(max(s1 / n1 - quadratic * n1, 0.0), quadratic)
+
+    def __call__(self, n: int) -> float:
+        return self.linear * n + self.quadratic * n * n
+
+
+@dataclass(frozen=True)
 class Estimate:
-    """Predicted cost of a profile. Bytes beyond the loaded weights; seconds for all samples together."""
+    """Predicted cost of a profile. Bytes beyond the loaded weights; seconds for all samples together, and of each by its length."""
 
     longest_tokens: int
     needed_bytes: int
@@ -39,6 +57,7 @@ class Estimate:
     seconds: float
     bytes_per_token: float
     device: str
+    seconds_each: Seconds = Seconds(0.0, 0.0)
 
     @property
     def budget_bytes(self) -> int:
@@ -109,18 +128,18 @@ def estimate_cost(model: PreTrainedModel, samples: Iterable[Sample], *, sink_tok
         needed_bytes=int(SAFETY * (per_token * longest + fixed)),
         checkpointed_bytes=int(SAFETY * (checkpointed + fixed)),
         free_bytes=free_bytes(model.device),
-        seconds=sum(rates.linear * n + rates.quadratic * n * n for n in lengths) / workers(len(lengths), model.device),
+        seconds=sum(map(rates.seconds, lengths)) / workers(len(lengths), model.device),
         bytes_per_token=per_token,
         device=str(model.device),
+        seconds_each=rates.seconds,
     )
 
 
 @dataclass(frozen=True)
 class _Rates:
-    """Seconds a token, seconds a token squared, and bytes a token that autograd saves."""
+    """Seconds of a sample, and bytes a token that autograd saves."""
 
-    linear: float
-    quadratic: float
+    seconds: Seconds
     bytes_per_token: float
 
 
@@ -133,8 +152,7 @@ def _measured(model: PreTrainedModel, max_length: int, vocabulary: int, sink_tok
     # The first pass of all is slower than the others, and does not count.
     _, *probes = on_one_core(lambda: [_probe(model, n, vocabulary, sink_tokens) for n in (n0, n0, n1)], model.device)
     seconds, saved = zip(*probes, strict=True)
-    quadratic = max(0.0, (seconds[1] / n1 - seconds[0] / n0) / max(n1 - n0, 1))
-    return _Rates(max(seconds[1] / n1 - quadratic * n1, 0.0), quadratic, saved[1] / n1)
+    return _Rates(Seconds.through((n0, n1), seconds), saved[1] / n1)
 
 
 def _probe(model: PreTrainedModel, n: int, vocabulary: int, sink_tokens: int) -> tuple[float, int]:

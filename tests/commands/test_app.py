@@ -211,8 +211,8 @@ def test_spans_are_learned_from_files_stage_by_stage(
     assert exit_code(monkeypatch, "profile", samples, "--model", model, "--out", profiled) == 0
     command = ("learn", samples, "--profile", profiled, "--model", model, "--density", 0.6, "--steps", 2, "--out", front)
     assert exit_code(monkeypatch, *command) == 0
-    assert "1 plan" in capsys.readouterr().out
     found = Front.load(front)
+    assert f"{len(found)} plans: {front}" in capsys.readouterr().out
     assert {point.origin for point in found} == {"learned"}
     assert all(point.plan.density(640) <= 0.6 for point in found)
     assert exit_code(monkeypatch, *command, "--force", "--weights", "summaries=2,text=3") == 0

@@ -1,0 +1,206 @@
+"""How long a run will take: what each kind of pass takes here, measured on short ones, times how many passes the settings ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from moa_lab.calibration.answers import forward_bytes
+from moa_lab.calibration.dataset import Request
+from moa_lab.calibration.samples import Sample
+from moa_lab.calibration.tasks import Questions, Summaries
+from moa_lab.evaluate.scoring import GPU_BATCH_TOKENS
+from moa_lab.learning.batches import BATCH_TOKENS
+from moa_lab.learning.descent import FLOOR_SHARES
+from moa_lab.models import geometry_of
+from moa_lab.profiling.estimate import Seconds, estimate_cost
+from moa_lab.refinement import MOVES
+from moa_lab.run_inputs import RunInputs
+from moa_lab.side_by_side import on_one_core, workers
+
+logger = logging.getLogger(__name__)
+
+PROBE_TOKENS = {"cpu": (128, 512), "cuda": (1024, 4096)}
+TOKENS = 8
+"""Tokens generated to time one."""
+SIMPLE_PLANS = 2
+"""Plans of `search.plain` beyond those that a preset counts as candidates, about."""
+LEARNED_PLANS = 2 * (1 + len(FLOOR_SHARES))
+"""Of two descents."""
+CLIMBS = 3
+"""Steps of a round of refinement until no neighbour is better, about."""
+LAST_RECORD = {
+    "calibrate": "samples.safetensors", "profile": "profile.safetensors", "search": "front-search.json", "lessons": "lessons.safetensors",
+    "learn": "front-learned-words.json", "refine": "front.json", "validate": "plan.json", "evaluate": "measurements.json",
+}  # fmt: skip
+"""What each stage leaves when it is done."""
+STAGE_OF = {record: stage for stage, record in LAST_RECORD.items()} | {"front-learned.json": "learn", "draft.json": "validate"}
+SURE_S = 20.0
+"""Stages that took less together say nothing of those to come."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of one sample by its length: a forward pass, and one with the way back; seconds of a generated token; samples at once."""
+
+    forward: Seconds
+    backward: Seconds
+    token: float
+    at_once: int
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, backward: Seconds, answer_batch: int, longest: int) -> Pace:
+        """Measured on `model`, whose answers are written `answer_batch` at once."""
+        most = geometry_of(model).max_length
+        short, long = (min(n, most) for n in PROBE_TOKENS.get(model.device.type, PROBE_TOKENS["cpu"]))
+        timed = on_one_core(lambda: [_forward_s(model, n) for n in (short, long)], model.device)
+        token = on_one_core(lambda: _token_s(model, answer_batch), model.device)
+        at_once = workers(2**16, model.device, forward_bytes(model, longest))
+        return cls(Seconds.through((short, long), timed), backward, token, at_once)
+
+    def answers(self, wanted: Sequence[Request], lengths: Sequence[int], examining: Seconds) -> float:
+        """Samples of every request at every length. examining: of drafts that the model is to get right."""
+        seconds = 0.0
+        for request in wanted:
+            for n in lengths:
+                if isinstance(request.task, Questions):
+                    seconds += request.count * examining(n)
+                elif isinstance(request.task, Summaries):
+                    seconds += request.count * (self.forward(n) + request.task.answer_tokens * self.token)
+        return seconds
+
+
+@dataclass
+class Forecast:
+    """Seconds of every stage of a run, as foretold and, of those that ended, as they were; bytes needed beyond the weights, and free."""
+
+    foretold: dict[str, float]
+    needed_bytes: int
+    free_bytes: int
+    taken: dict[str, float] = field(default_factory=dict)
+    _under_way: list[str] = field(default_factory=list)
+    _done: set[str] = field(default_factory=set)
+    _since: float = 0.0
+
+    @classmethod
+    def of(cls, run: RunInputs) -> Forecast:
+        """Of the stages of a run whose records are missing."""
+        preset, model, longest = run.preset, run.model, max(run.lengths)
+        cost = estimate_cost(model, [Sample("probe", np.zeros(longest, np.int64), ((longest - 1, longest),))])
+        pace = Pace.of(model, cost.seconds_each, run.answer_batch, longest)
+        samples = {n: sum(request.count for request in run.wanted) for n in run.lengths}
+        # On a CPU questions are profiled as they are answered.
+        joined = model.device.type == "cpu" and not cost.checkpoint
+        asked = sum(request.count for request in run.wanted if isinstance(request.task, Questions)) if joined else 0
+        foretold = {
+            "calibrate": pace.answers(run.wanted, run.lengths, pace.backward if joined else pace.forward) / pace.at_once,
+            "profile": sum((count - asked) * pace.backward(n) for n, count in samples.items()) / pace.at_once,
+            "search": preset.search_seconds,
+        }
+        if preset.learning_steps:
+            foretold["lessons"] = pace.answers(run.wanted_lessons, run.lesson_lengths, pace.forward) / pace.at_once
+            # Dense, and drawn with the way back; half as many steps put words first.
+            tokens = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
+            step = np.mean([max(tokens / n, len(run.wanted_lessons)) * (pace.forward(n) + pace.backward(n)) for n in run.lesson_lengths])
+            foretold["learn"] = 1.5 * preset.learning_steps * float(step)
+        if preset.refine_rounds:
+            heads = min(preset.refine_heads, run.geometry.layers * run.geometry.kv_heads)
+            plans = preset.refine_rounds * (2 * heads + CLIMBS * len(MOVES))
+            foretold["refine"] = plans * sum(count * pace.forward(n) for n, count in samples.items()) / pace.at_once
+        measured = preset.candidates + SIMPLE_PLANS + LEARNED_PLANS * bool(preset.learning_steps) + preset.refine_rounds
+        foretold["validate"] = _judging(pace, run.suites.validated_counts(), 1 + measured, preset.answer_tokens)
+        foretold["evaluate"] = _judging(pace, run.suites.tested_counts(run.test_lengths), 3 + len(preset.baselines), preset.answer_tokens)
+        missing = {stage: seconds for stage, seconds in foretold.items() if not run.records.place(LAST_RECORD[stage]).exists()}
+        return cls(missing, cost.bytes_in_flight * (pace.at_once if joined else 1), cost.free_bytes)
+
+    @contextlib.contextmanager
+    def timing(self, record: str) -> Iterator[None]:
+        """Time the making of a record; once a stage is done, tell what it took and how much is left.
+
+        A record that is made on the way to another is timed by itself.
+        """
+        stage = STAGE_OF.get(record)
+        if stage not in self.foretold:
+            yield
+            return
+        self._credit()
+        self._under_way.append(stage)
+        yield
+        self._credit()
+        self._under_way.pop()
+        if record == LAST_RECORD[stage]:
+            self._done.add(stage)
+            foretold = minutes(self.foretold[stage])
+            logger.info("%s took %s (foretold: %s); about %s left", stage, minutes(self.taken[stage]), foretold, minutes(self.left_s))
+
+    def _credit(self) -> None:
+        now = time.perf_counter()
+        if self._under_way:
+            stage = self._under_way[-1]
+            self.taken[stage] = self.taken.get(stage, 0.0) + now - self._since
+        self._since = now
+
+    @property
+    def left_s(self) -> float:
+        """Seconds that the stages to come will take, at the pace of those that ended."""
+        told, took = (sum(times[stage] for stage in self._done) for times in (self.foretold, self.taken))
+        left = sum(max(s - self.taken.get(stage, 0.0), 0.0) for stage, s in self.foretold.items() if stage not in self._done)
+        return left * (took / told if min(told, took) > SURE_S else 1.0)
+
+    def __str__(self) -> str:
+        stages = ", ".join(f"{stage} {minutes(seconds)}" for stage, seconds in self.foretold.items())
+        memory = f"at most {self.needed_bytes / 2**30:.1f} GiB beyond the weights ({self.free_bytes / 2**30:.1f} GiB free)"
+        return f"about {minutes(sum(self.foretold.values()))} in all ({stages}), {memory}"
+
+
+def minutes(seconds: float) -> str:
+    """Seconds in words: 45 s, 8 min, 1 h 20 min."""
+    whole = round(seconds / 60)
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{whole} min" if whole < 90 else f"{whole // 60} h {whole % 60} min"
+
+
+def _judging(pace: Pace, counts: dict[int, tuple[int, int]], plans: int, answer_tokens: int) -> float:
+    """Samples under `plans` plans, the dense one first. counts: by length, of all samples, and of those that the dense model writes."""
+    seconds = 0.0
+    for n, (every, own) in counts.items():
+        seconds += (every * plans) * pace.forward(n) + own * answer_tokens * pace.token
+    return seconds / pace.at_once
+
+
+def _forward_s(model: PreTrainedModel, n: int) -> float:
+    """Seconds of a sample of n tokens in a dense pass, in batches on a GPU."""
+    size = 1 if model.device.type == "cpu" else max(1, GPU_BATCH_TOKENS // n)
+    tokens = torch.arange(n, device=model.device).remainder(model.config.get_text_config().vocab_size).expand(size, n)
+    with torch.inference_mode():
+        return _timed(model, lambda: model(input_ids=tokens, use_cache=False, logits_to_keep=1)) / size
+
+
+def _token_s(model: PreTrainedModel, batch: int) -> float:
+    """Seconds of a generated token of one of `batch` samples."""
+    tokens = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
+    cache = DynamicCache(config=model.config)
+
+    def generate() -> None:
+        for _ in range(TOKENS):
+            model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+    with torch.inference_mode():
+        generate()
+        return _timed(model, generate) / TOKENS / batch
+
+
+def _timed(model: PreTrainedModel, work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter() - began
