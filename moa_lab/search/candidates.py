@@ -18,12 +18,13 @@ from moa_lab.plan import MIN_SPAN, Plan
 from moa_lab.records import Form, Front, FrontPoint, InfluenceProfile, LossTable
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
-from moa_lab.search.front import DENSITY, Progress, epsilon_front, front_values, plan_point, point, spent_point, undominated
+from moa_lab.search.front import DENSITY, Progress, epsilon_front, plan_point, point, spent_point, undominated
 from moa_lab.search.goals import QUESTIONS, Goal, default_goals, mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import solve_milp
-from moa_lab.search.plain import SIMPLE, WHOLE, simple_plans, whole_heads
+from moa_lab.search.plain import SIMPLE, simple_plans, whole_heads
 from moa_lab.search.problem import Density, NoPlanError, feasible, judged_lengths
+from moa_lab.search.thinning import renamed, thinned
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,6 @@ DEFAULT_METHODS = ("simple", "ranked", "milp", "budget", "element")
 BUDGET_SHARES = (0.25, 0.5, 0.75, 0.95)
 """Weights of the first of two goals in the budget solves; validation decides which is right."""
 ALTERNATIVE_INTERVALS = 2
-PREFERRED_POINTS = 5
 AT_ONCE = os.cpu_count() or 1
 """Exact solves at a time: the solver works outside Python's lock."""
 GAP = 2e-3
@@ -105,13 +105,13 @@ def search(
                     progress(done, sum(map(len, stages.values())), f"search: {method}, {len(points)} plans")
     names = (*(objective.name for objective in table.objectives), DENSITY)
     points = [spent_point(table, each, targets, sets[0].goals) for each in points]
-    chosen = _thinned(undominated(points, names, keep), names, max_points, keep, sets[0].name)
+    chosen = thinned(undominated(points, names, keep), names, max_points, keep, sets[0].name)
     settings = {
         "solver": "search", "methods": list(methods), "density": {str(n): value for n, value in targets.items()},
         "goals": {goal.name: dict(goal.weights) for goal in sets[0].goals}, "goal_sets": [goal_set.name for goal_set in sets],
         "intervals": intervals, "max_rules_per_layer": max_rules_per_layer, "seed": seed, "found": len(points), "kept_origins": list(keep),
     }  # fmt: skip
-    return Front(tuple(_renamed(chosen)), names, settings, table.provenance)
+    return Front(tuple(renamed(chosen)), names, settings, table.provenance)
 
 
 def goal_sets(table: LossTable) -> tuple[GoalSet, ...]:
@@ -231,49 +231,6 @@ class _Search:
         """The point with the predicted values of the first goal set as well, so that all points compare."""
         predicted = self._table.predict(self._table.choice(found.plan))
         return replace(found, predicted={**predicted, **{goal.name: goal.value(predicted) for goal in self._sets[0].goals}})
-
-
-def _thinned(points: list[FrontPoint], names: Sequence[str], most: int, keep: Sequence[str], preferred: str) -> list[FrontPoint]:
-    """Those in `keep`, and of the others at most what these leave of `most`, but half of `most` at least: the first of every origin,
-    then a few of the origin `preferred`, then any; each time the one furthest from those chosen."""
-    kept = _kept(points, most, keep)
-    others = [each for each in points if each.origin not in keep]
-    wanted = min(max(most - len(kept), -(-most // 2)), len(others))
-    everyone = [*kept, *others]
-    values = front_values(everyone, names)
-    spread = np.ptp(values, axis=0)
-    scaled = (values - values.min(axis=0)) / np.where(spread > 0, spread, 1.0)
-    origins = [candidate.origin for candidate in everyone]
-    first = [index for index, origin in enumerate(origins) if index >= len(kept) and origins.index(origin) == index]
-    chosen = [*range(len(kept)), *first[:wanted]]
-    while len(chosen) < len(kept) + wanted:
-        distance = np.linalg.norm(scaled[:, None] - scaled[None, chosen], axis=2).min(axis=1)
-        liked = [index for index, origin in enumerate(origins) if origin == preferred and index not in chosen]
-        if liked and sum(origins[index] == preferred for index in chosen) < PREFERRED_POINTS:
-            chosen.append(max(liked, key=lambda index: distance[index]))
-            continue
-        distance[[*chosen, *range(len(kept))]] = -1.0
-        chosen.append(int(distance.argmax()))
-    return [everyone[index] for index in sorted(chosen)]
-
-
-def _kept(points: list[FrontPoint], most: int, keep: Sequence[str]) -> list[FrontPoint]:
-    """Points that stay because of their origin: all of it, but of whole heads as many as fill half of `most`, the first two at least."""
-    kept = [each for each in points if each.origin in keep]
-    whole = [each for each in kept if each.origin == WHOLE]
-    stay = whole[: max(2, most // 2 - (len(kept) - len(whole)))]
-    return [each for each in kept if each.origin != WHOLE or each in stay]
-
-
-def _renamed(points: Sequence[FrontPoint]) -> list[FrontPoint]:
-    """The points with distinct names that tell where each plan came from."""
-    count: dict[str, int] = {}
-    renamed = []
-    for candidate in points:
-        count[candidate.origin] = count.get(candidate.origin, 0) + 1
-        name = candidate.plan.name if candidate.origin in SIMPLE else f"{candidate.origin}-{count[candidate.origin]}"
-        renamed.append(replace(candidate, plan=replace(candidate.plan, name=name)))
-    return renamed
 
 
 def _tables(
