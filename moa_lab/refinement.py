@@ -70,6 +70,7 @@ def refine(
         raise ValueError(f"rounds, heads and moves must be at least 1, got rounds {rounds}, heads {heads}, moves {tuple(moves)}")
     check_inputs(model, samples, table, tokenizer, any_model=any_model)
     plan.check_model(table.geometry)
+    plan.check_untouched("refinement")
     if (plan.sink_tokens, plan.min_span, plan.span_multiple) != (table.sink_tokens, table.min_span, 1):
         raise ValueError(
             f"plan {plan.name!r} has sink {plan.sink_tokens}, floor {plan.min_span} and spans in {plan.span_multiple}s, the table "

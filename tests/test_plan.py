@@ -219,6 +219,25 @@ def test_the_card_reports_density_and_bytes_at_its_lengths(tmp_path: Path) -> No
     assert card["schema"] == "moa-lab/plan/1"
 
 
+def test_a_card_with_bits_says_so_and_counts_bytes(tmp_path: Path) -> None:
+    plan = grown_plan(MHA)
+    stored = plan.with_bits(np.array([[[8, 4], [16, 8]], [[4, 4], [16, 16]]]), "stored")
+    card = json.loads(stored.save(tmp_path / "plan.json").read_text())
+    assert (card["schema"], card["key_bits"], card["value_bits"]) == ("moa-lab/plan/2", [[8, 16], [4, 16]], [[4, 8], [4, 16]])
+    loaded = Plan.load(tmp_path / "plan.json", MHA)
+    assert loaded == stored
+    assert loaded.identity() == stored.identity() != plan.identity()
+    assert card["density"]["2048"] == stored.density(2048) < plan.density(2048)
+    assert stored.bits_of(1) == ((4, 4), (16, 16))
+    assert stored.with_bits(16, plan.name) == plan, "16 bits are no bits of their own"
+    assert not dense_plan(MHA).with_bits(8).is_dense
+    with pytest.raises(ValueError, match="no word for bits"):
+        stored.to_published()
+    for wrong in (5, 8.0, np.full((3, 2, 2), 8)):
+        with pytest.raises(ValueError, match=r"bits|broadcast"):
+            plan.with_bits(wrong)
+
+
 def test_loading_onto_another_geometry_is_refused(tmp_path: Path) -> None:
     path = grown_plan(MHA).save(tmp_path / "plan.json")
     with pytest.raises(ValueError, match="another geometry"):
@@ -241,6 +260,9 @@ def without(name: str) -> dict[str, object]:
         ({**grown_plan(MHA).card(), "min_span": 10}, "must exceed sink_tokens"),
         ({**grown_plan(MHA).card(), "geometry": {"layers": 2}}, "field geometry"),
         ({**grown_plan(MHA).card(), "schema": "moa-lab/plan/99"}, "schema is 'moa-lab/plan/99'"),
+        ({**grown_plan(MHA).card(), "schema": "moa-lab/plan/2"}, "lacks 'key_bits'"),
+        ({**grown_plan(MHA).with_bits(8).card(), "key_bits": [[8]]}, "for every layer and KV head"),
+        ({**grown_plan(MHA).with_bits(8).card(), "key_bits": [[8, 8], [8, 3]]}, "bits must be 4, 8, 16"),
         ({"alphas": [[0]], "betas": [[0]]}, "one of the authors' plans.*from_published"),
         ([], "schema is None"),
     ],

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from moa_lab.cache.layout import LayerLayout, layer_layouts
-from moa_lab.plan import Plan
+from moa_lab.cache.layout import LayerLayout
 
 
 class RingLayer:
@@ -26,6 +25,15 @@ class RingLayer:
     def allocated_bytes(self) -> int:
         """Bytes that K and V hold."""
         return self.keys.nbytes + self.values.nbytes
+
+    def held(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of one KV head, all its slots: (batch, slots, head_dim) each."""
+        part = slice(int(self.layout.starts[head]), int(self.layout.starts[head + 1]))
+        return self.keys[:, part], self.values[:, part]
+
+    def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V (batch, kv_heads, tokens, head_dim) as they will come back from here."""
+        return key, value
 
     def positions(self, lengths: torch.Tensor) -> torch.Tensor:
         """The position of the token in each slot, -1 for an empty slot: int32 (batch, layout.total)."""
@@ -52,17 +60,20 @@ class RingLayer:
 
         lengths: including the new tokens. padding: int32 (batch,), number of leading padding columns in each row.
         """
-        tokens = key.shape[2]
-        column = torch.arange(tokens, device=key.device)
+        kept, slots = self._written(key.shape[2], lengths, padding)
+        batch = torch.arange(len(key), device=key.device)[:, None, None].expand_as(kept)[kept]
+        self.keys[batch, slots[kept]] = key.transpose(1, 2)[kept]
+        self.values[batch, slots[kept]] = value.transpose(1, 2)[kept]
+
+    def _written(self, tokens: int, lengths: torch.Tensor, padding: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Which of the newest tokens are written, and to which slots: bool and int64 (batch, tokens, kv_heads)."""
+        column = torch.arange(tokens, device=lengths.device)
         positions = lengths[:, None].long() - tokens + column
         _, sinks, rings, _ = self.table.long().unbind(dim=1)
         at = positions[..., None]
         # Skip tokens that later ones would overwrite: the order of writes to one slot is undefined.
         kept = (column >= padding[:, None])[..., None] & ((at < sinks) | (at >= lengths[:, None, None] - rings))
-        batch = torch.arange(len(key), device=key.device)[:, None, None].expand_as(kept)[kept]
-        slots = self.slots_of(positions)[kept]
-        self.keys[batch, slots] = key.transpose(1, 2)[kept]
-        self.values[batch, slots] = value.transpose(1, 2)[kept]
+        return kept, self.slots_of(positions)
 
     def grow(self, capacity: int) -> None:
         """Make room for sequences of `capacity` tokens; heads that keep less stay as they are."""
@@ -75,15 +86,12 @@ class RingLayer:
                 for start, target, count in zip(old.starts[:-1], new.starts[:-1], old.slots, strict=True):
                     after[:, target : target + count] = before[:, start : start + count]
                 setattr(self, name, after)
-        self.layout = new
-        self.table = torch.from_numpy(new.table()).to(self.keys.device)
+        self._lay_out(new)
+
+    def _lay_out(self, layout: LayerLayout) -> None:
+        self.layout = layout
+        self.table = torch.from_numpy(layout.table()).to(self.table.device)
 
     def select(self, rows: torch.Tensor) -> None:
         """Keep, drop, repeat or reorder rows: int64 indices."""
         self.keys, self.values = (x.index_select(0, rows.to(x.device)) for x in (self.keys, self.values))
-
-
-def allocated_kv_bytes(plan: Plan, n_tokens: int, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu") -> int:
-    """Bytes that the K and V of one sequence of `n_tokens` take under `plan`, found by allocating them, a layer at a time."""
-    head_dim = plan.geometry.head_dim
-    return sum(RingLayer(layout, 1, head_dim, dtype, torch.device(device)).allocated_bytes for layout in layer_layouts(plan, n_tokens))

@@ -17,7 +17,7 @@ from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.evaluate.summary import table as summary_table
 from moa_lab.figures import CONFIG, goal_ratios
 from moa_lab.geometry import MAX_TOKENS
-from moa_lab.plan import PLAN_SCHEMA, Plan
+from moa_lab.plan import PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, Plan
 from moa_lab.plan.rules import MIN_SPAN, PUBLISHED_MULTIPLE, Rules, is_published, published_rules
 from moa_lab.provenance import Provenance
 from moa_lab.records import (
@@ -89,7 +89,13 @@ def _plan(path: Path) -> str:
     lines += [
         f"at {n} tokens: density {plan.density(n):.1%}, KV {plan.kv_bytes(n) / 2**20:.1f} MiB at 2 bytes (predicted)" for n in lengths
     ]
-    return "\n".join([*lines, *_counted(plan.rules), *_scores(plan.scores), _origin(plan.provenance)])
+    return "\n".join([*lines, *_counted(plan.rules), *_stored(plan), *_scores(plan.scores), _origin(plan.provenance)])
+
+
+def _stored(plan: Plan) -> list[str]:
+    """In how many bits heads are stored, where not all are in the model's own type."""
+    counts = Counter(pair for row in plan.bits for pair in row)
+    return [f"{count} heads store K in {k} bits, V in {v}" for (k, v), count in counts.most_common()]
 
 
 def _published(path: Path) -> str:
@@ -212,6 +218,7 @@ def _origin(origin: Provenance) -> str:
 
 _DESCRIPTIONS: Mapping[str, Callable[[Path], str]] = {
     PLAN_SCHEMA: _plan,
+    PLAN_WITH_BITS_SCHEMA: _plan,
     PUBLISHED: _published,
     SUMMARY: _summary,
     SAMPLES_SCHEMA: _samples,

@@ -123,8 +123,8 @@ def _scores_under(model: PreTrainedModel, plans: Mapping[int, Plan], batch: list
 
 
 def _least_span(plan: Plan, n_tokens: int) -> int:
-    """Tokens that every head keeps at least, the model's own windows aside."""
-    return min(plan.sink_tokens + int(plan.windows(n_tokens).min()), n_tokens)
+    """Tokens that every head keeps at least as they are, the model's own windows aside."""
+    return 0 if plan.bits else min(plan.sink_tokens + int(plan.windows(n_tokens).min()), n_tokens)
 
 
 def _first_tokens(cache: DynamicCache | None, count: int) -> DynamicCache:

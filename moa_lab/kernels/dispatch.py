@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moa_lab.cache import RingLayer
+from moa_lab.cache import PackedRing, RingLayer
 from moa_lab.kernels.blockwise import blockwise_attention
 from moa_lab.kernels.mixture import mixed_windows
 from moa_lab.kernels.reference import windowed_attention
@@ -120,10 +120,10 @@ def ring_attention(
     """Attend from new tokens to the ring and to one another, and write them to it: (batch, query_heads, tokens, head_dim).
 
     Shapes as in `chunk_attention`. schedule: of `new_schedule`, for a single token; None: the reference runs. keep: False writes
-    nothing.
+    nothing. What the ring stores in fewer bits is seen so by every query, the token's own too: chunks of any size give the same.
     """
     if query.shape[2] > 1 or not keep:
-        found = _chunk_attention(query, key, value, ring, lengths, padding, scale, softcap, sink_logits)
+        found = _chunk_attention(query, *ring.as_stored(key, value), ring, lengths, padding, scale, softcap, sink_logits)
         if keep:
             ring_write(key, value, ring, lengths, padding)
         return found
@@ -135,19 +135,19 @@ def ring_attention(
     return decode_attention(query, ring, lengths, schedule, scale, softcap, sink_logits)
 
 
-def _chunk_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *others: Any) -> torch.Tensor:
-    if kernel_applies(query, key, value):
+def _chunk_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring: RingLayer, *others: Any) -> torch.Tensor:
+    if kernel_applies(query, key, value) and not isinstance(ring, PackedRing):
         from moa_lab.kernels import prefill
 
-        return prefill.chunk_attention(query, key, value, *others)
-    return chunk_attention(query, key, value, *others)
+        return prefill.chunk_attention(query, key, value, ring, *others)
+    return chunk_attention(query, key, value, ring, *others)
 
 
 def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, padding: torch.Tensor) -> None:
     """`RingLayer.write`, in one kernel where that applies."""
     # No gradient flows through a cache.
     key, value = key.detach(), value.detach()
-    if kernel_applies(key, value):
+    if kernel_applies(key, value) and not isinstance(ring, PackedRing):
         from moa_lab.kernels import decode
 
         decode.ring_write(key, value, ring, lengths, padding)
@@ -156,8 +156,8 @@ def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths:
 
 
 def new_schedule(ring: RingLayer, batch: int) -> DecodeSchedule | None:
-    """A schedule for the decode kernel that fills this device; None where the kernel does not run."""
-    if not kernel_applies(ring.keys):
+    """A schedule for the decode kernel that fills this device; None where the kernel does not run: it reads no packed ring yet."""
+    if isinstance(ring, PackedRing) or not kernel_applies(ring.keys):
         return None
     # Imported here, since Triton may be missing.
     from moa_lab.kernels.decode import programs_for, tile_slots

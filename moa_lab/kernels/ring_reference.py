@@ -23,8 +23,8 @@ def chunk_attention(
     """Attention of new tokens to the ring and to one another: (batch, query_heads, query_tokens, head_dim).
 
     query: (batch, query_heads, query_tokens, head_dim), the last of the new tokens; key, value: (batch, kv_heads, tokens, head_dim),
-    not yet written to the ring. lengths: int32 (batch,), tokens of each row with the new ones; padding: int32 (batch,), number of
-    leading padding columns, whose output has no meaning. sink_logits: (query_heads, 1, 1), as in `masked_attention`.
+    as the ring will store them, not yet written to it. lengths: int32 (batch,), tokens of each row with the new ones; padding: int32
+    (batch,), number of leading padding columns, whose output has no meaning. sink_logits: (query_heads, 1, 1), as in `masked_attention`.
     """
     tokens, group = key.shape[2], query.shape[1] // key.shape[1]
     layout = ring.layout
@@ -37,8 +37,9 @@ def chunk_attention(
     for head, window in enumerate(layout.windows):
         part = slice(int(layout.starts[head]), int(layout.starts[head + 1]))
         known = torch.cat([past[:, part], new], dim=1)[:, None, None]
-        near_key = torch.cat([ring.keys[:, None, part], key[:, head : head + 1]], dim=2)
-        near_value = torch.cat([ring.values[:, None, part], value[:, head : head + 1]], dim=2)
+        held_key, held_value = ring.held(head)
+        near_key = torch.cat([held_key[:, None], key[:, head : head + 1]], dim=2)
+        near_value = torch.cat([held_value[:, None], value[:, head : head + 1]], dim=2)
         heads = slice(head * group, (head + 1) * group)
         shown = _shown(asked[:, None, :, None], known, layout.sink_tokens, window, layout.reach)
         # A padding query may see all keys: with none its softmax would be 0/0.
@@ -76,8 +77,8 @@ def newest_attention(
         # One KV head: its query heads take the place of the query tokens.
         asked = query[:, rows].transpose(1, 2)
         sinks = None if sink_logits is None else sink_logits[rows].transpose(0, 1)
-        held = (ring.keys[:, None, part], ring.values[:, None, part])
-        found = masked_attention(asked, *held, shown[:, None, None], scale, softcap, sinks)
+        held_key, held_value = ring.held(head)
+        found = masked_attention(asked, held_key[:, None], held_value[:, None], shown[:, None, None], scale, softcap, sinks)
         output[:, rows] = found.transpose(1, 2)
     return output
 

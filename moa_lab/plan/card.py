@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 
 from moa_lab.geometry import ModelGeometry, check_whole
+from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits, check_bits, read_bits, vector_bytes
 from moa_lab.plan.rules import GRIDS, MIN_SPAN, PUBLISHED_MULTIPLE, SpanRule, is_published, published_rules, read_rules
 from moa_lab.provenance import Provenance, digest
 from moa_lab.storage import HAND_CURE, RecordError, check_schema, parse, read_plain, to_json, write_json
 
 PLAN_SCHEMA = "moa-lab/plan/1"
+PLAN_WITH_BITS_SCHEMA = "moa-lab/plan/2"
+"""The schema of cards that say in how many bits heads are stored; without bits a card is one that earlier versions read as well."""
+BITS_FIELDS = ("key_bits", "value_bits")
 SINK_TOKENS = 64
 logger = logging.getLogger(__name__)
 
@@ -27,6 +31,7 @@ class Plan:
 
     `lengths` are the lengths at which the card reports density and bytes; `search`, `scores` and `provenance` tell where
     the plan came from and what was measured with it. Spans are rounded up to `span_multiple` tokens when that is above 1.
+    `bits[layer][kv_head]`: in how many bits K and V are stored (see `with_bits`); empty: all in the model's own type.
     """
 
     geometry: ModelGeometry
@@ -36,6 +41,7 @@ class Plan:
     span_multiple: int = 1
     name: str = "plan"
     lengths: tuple[int, ...] = ()
+    bits: tuple[tuple[Bits, ...], ...] = ()
     search: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
@@ -54,6 +60,7 @@ class Plan:
             raise ValueError(f"min_span ({self.min_span}) must exceed sink_tokens ({self.sink_tokens})")
         for n_tokens in self.lengths:
             check_whole("lengths", n_tokens, 1)
+        check_bits(self.bits, self.geometry.layers, self.geometry.kv_heads)
         if not self.name.isprintable() or not self.name.strip():
             raise ValueError(f"name must be a line of text, got {self.name!r}")
 
@@ -85,24 +92,51 @@ class Plan:
             return max(self.geometry.max_length, n_tokens)
         return rule.uncapped_tokens(n_tokens, self.min_span, self.span_multiple) - self.sink_tokens
 
+    def with_bits(self, bits: int | np.ndarray, name: str | None = None) -> Plan:
+        """The same spans, stored in 16 (the model's own type), 8 or 4 bits.
+
+        bits: of every head's K and V, or an integer array that broadcasts to (layers, kv_heads, 2). A vector in fewer bits has a grid of
+        its own, for 4 bytes more. Raises ValueError for another width.
+        """
+        widths = np.broadcast_to(np.asarray(bits), (self.geometry.layers, self.geometry.kv_heads, 2))
+        return replace(self, bits=read_bits(widths[..., 0], widths[..., 1]), name=name or self.name)
+
+    def widths(self) -> np.ndarray:
+        """Bits of K and V: int64 (layers, kv_heads, 2)."""
+        shape = (self.geometry.layers, self.geometry.kv_heads, 2)
+        return np.array(self.bits, dtype=np.int64) if self.bits else np.full(shape, UNTOUCHED, dtype=np.int64)
+
+    def check_untouched(self, work: str) -> None:
+        """Raise ValueError, naming `work`, where heads are stored in fewer bits than the model's own type."""
+        if self.bits:
+            raise ValueError(f"{work} knows no stored bits, and plan {self.name!r} has some: pass plan.with_bits(16)")
+
+    def bits_of(self, layer: int) -> tuple[Bits, ...] | None:
+        """Bits of a layer's heads; None where nothing is stored in fewer than the model's own."""
+        row = self.bits[layer] if self.bits else ()
+        return row if any(width < UNTOUCHED for pair in row for width in pair) else None
+
     def density(self, n_tokens: int) -> float:
-        """KV cache kept at length `n_tokens`, as a fraction of the dense cache of the same model."""
+        """KV cache kept at length `n_tokens`, as a fraction of the dense cache of the same model: of its bytes in a 16-bit type."""
         dense = sum(self.geometry.dense_span_tokens(layer, n_tokens) for layer in range(self.geometry.layers))
-        return float(self.spans(n_tokens).sum() / (dense * self.geometry.kv_heads))
+        return self.kv_bytes(n_tokens) / (dense * self.geometry.kv_heads * self.geometry.kv_bytes_per_token())
 
     def kv_bytes(self, n_tokens: int, dtype_bytes: int = 2) -> int:
-        """Bytes of K and V that one sequence of `n_tokens` needs under this plan (predicted from spans, not measured)."""
-        return int(self.spans(n_tokens).sum()) * self.geometry.kv_bytes_per_token(dtype_bytes)
+        """Bytes of K and V that one sequence of `n_tokens` needs under this plan (predicted from spans and bits, not measured)."""
+        sizes = {bits: vector_bytes(self.geometry.head_dim, bits, dtype_bytes) for bits in WIDTHS}
+        of_token = np.vectorize(sizes.__getitem__, otypes=[np.int64])(self.widths()).sum(axis=2)
+        return int((self.spans(n_tokens) * of_token).sum())
 
     @property
     def is_dense(self) -> bool:
-        """True when every head keeps everything at every length."""
-        return all(rule.keeps_everything for row in self.rules for rule in row)
+        """True when every head keeps everything at every length, as it is."""
+        return not self.bits and all(rule.keeps_everything for row in self.rules for rule in row)
 
     def identity(self) -> str:
-        """Short hash of what the plan does (rules, sink, floor, geometry), whatever it is called."""
+        """Short hash of what the plan does (rules, sink, floor, bits, geometry), whatever it is called."""
         content = [to_json(self.geometry), [[(r.alpha, r.beta) for r in row] for row in self.rules]]
-        return digest(json.dumps([content, self.sink_tokens, self.min_span, self.span_multiple]).encode())
+        bits = [self.bits] if self.bits else []
+        return digest(json.dumps([content, self.sink_tokens, self.min_span, self.span_multiple, *bits]).encode())
 
     def check_model(self, geometry: ModelGeometry, weights: str | None = None) -> None:
         """Refuse a model of another geometry (ValueError naming both); warn when the weights are not the profiled ones."""
@@ -115,7 +149,7 @@ class Plan:
     def card(self) -> dict[str, Any]:
         """The config card: everything about the plan, as JSON data."""
         return {
-            "schema": PLAN_SCHEMA,
+            "schema": PLAN_WITH_BITS_SCHEMA if self.bits else PLAN_SCHEMA,
             "name": self.name,
             "geometry": to_json(self.geometry),
             "sink_tokens": self.sink_tokens,
@@ -123,6 +157,7 @@ class Plan:
             "span_multiple": self.span_multiple,
             "alphas": [[rule.alpha for rule in row] for row in self.rules],
             "betas": [[rule.beta for rule in row] for row in self.rules],
+            **({name: self.widths()[..., part].tolist() for part, name in enumerate(BITS_FIELDS)} if self.bits else {}),
             "lengths": list(self.lengths),
             "density": {str(n): self.density(n) for n in self.lengths},
             "kv_bytes": {str(n): self.kv_bytes(n) for n in self.lengths},
@@ -141,7 +176,8 @@ class Plan:
         data = read_plain(path, "a config card", HAND_CURE)
         if is_published(data):
             raise RecordError(f"{path}: one of the authors' plans, which names no geometry: Plan.from_published(path, geometry) reads it")
-        plan = cls.from_card(check_schema(path, data, PLAN_SCHEMA), path)
+        has_bits = isinstance(data, dict) and data.get("schema") == PLAN_WITH_BITS_SCHEMA
+        plan = cls.from_card(check_schema(path, data, PLAN_WITH_BITS_SCHEMA if has_bits else PLAN_SCHEMA), path)
         if geometry is not None:
             plan.check_model(geometry)
         return plan
@@ -149,15 +185,17 @@ class Plan:
     @classmethod
     def from_card(cls, data: Mapping[str, Any], path: str | Path = "plan") -> Plan:
         """Build a Plan from the data of a config card; `path` is named in errors. Raises RecordError."""
-        for name in (*GRIDS, "geometry", "sink_tokens", "min_span", "span_multiple", "name"):
+        fields = BITS_FIELDS if data.get("schema") == PLAN_WITH_BITS_SCHEMA else ()
+        for name in (*GRIDS, *fields, "geometry", "sink_tokens", "min_span", "span_multiple", "name"):
             if name not in data:
                 raise RecordError(f"{path}: config card lacks {name!r}")
         # Densities and bytes follow from the rules: what a card says of them is not believed.
-        known = {"schema", *GRIDS, "density", "kv_bytes"}
+        known = {"schema", *GRIDS, *fields, "density", "kv_bytes"}
         head = parse(_CardHead, {name: value for name, value in data.items() if name not in known}, path)
         rules = read_rules(data["alphas"], data["betas"], path)
         try:
-            return cls(rules=rules, **vars(head))
+            bits = read_bits(*(data[name] for name in fields)) if fields else ()
+            return cls(rules=rules, bits=bits, **vars(head))
         except ValueError as error:
             raise RecordError(f"{path}: {error}") from error
 
@@ -197,6 +235,8 @@ class Plan:
                 f"the published format means sink 64 and floor 128, this plan has {self.sink_tokens} and {self.min_span}; "
                 "save a config card instead"
             )
+        if self.bits:
+            raise ValueError("the published format has no word for bits; save a config card instead")
         repeat = self.geometry.group_size
         return {
             "alphas": [[rule.alpha for rule in row for _ in range(repeat)] for row in self.rules],

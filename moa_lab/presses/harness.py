@@ -56,6 +56,7 @@ def run_presses(
         raise ValueError(f"plans need names of their own, got {', '.join(plan.name for plan in plans)}")
     for plan in plans:
         plan.check_model(ModelGeometry.from_config(model.config), questions.provenance.weights)
+        plan.check_untouched("the harness of presses")
         if any(plan.geometry.layer_windows):
             raise ValueError(f"plan {plan.name!r}: layers with a window of their own are not masked here")
     texts = [path.read_text(encoding="utf-8") for path in sorted((data_folder("texts") / "calibration").glob("*.txt"))]

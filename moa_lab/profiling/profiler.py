@@ -67,6 +67,7 @@ def profile(
     check_vocabulary(samples, model)
     if plan is not None:
         plan.check_model(geometry)
+        plan.check_untouched("a profile")
     longest = max(sample.length for sample in samples)
     if longest > geometry.max_length:
         raise ValueError(f"a calibration sample has {longest} tokens, beyond the model's maximum of {geometry.max_length}")

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
+from moa_lab.cache.storage import heads_as_stored
 from moa_lab.interface import AttentionCall, Handler
 from moa_lab.interface.tracing import WORDS, handed, is_traced
 from moa_lab.kernels.dispatch import span_attention
@@ -99,9 +100,8 @@ class SpanAttention:
             if self.fixed is None and (call.is_prefill or self._pass.n_tokens is None):
                 self._settle(call)
             windows = self.windows(self._pass.n_tokens or call.mask.n_keys)[layer]
-            return span_attention(
-                call.query, call.key, call.value, call.mask, self.plan.sink_tokens, windows, call.scale, call.softcap, call.sink_logits
-            )
+            seen = self.as_stored(layer, call.key, call.value)
+            return span_attention(call.query, *seen, call.mask, self.plan.sink_tokens, windows, call.scale, call.softcap, call.sink_logits)
 
         return attend
 
@@ -113,6 +113,10 @@ class SpanAttention:
         # The cache of an earlier pass, if this one went round the model's own door, has nothing to do with it.
         if past is not None and there == self._pass.n_tokens:
             setattr(past, LENGTH, self._pass.n_tokens)
+
+    def as_stored(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V (batch, kv_heads, tokens, head_dim) of a layer as the plan's bits leave them."""
+        return heads_as_stored(key, value, self.plan.bits_of(layer))
 
     def windows(self, n_tokens: int) -> np.ndarray:
         """Window tokens at length N, or at `n_tokens` where no N is fixed: int64 (layers, kv_heads)."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from moa_lab.cache import LayerLayout, RingLayer, layer_layouts
+from moa_lab.cache import LayerLayout, RingLayer, layer_layouts, ring_layer
 from moa_lab.interface import AttentionCall
 from moa_lab.kernels.dispatch import new_schedule, ring_attention, ring_write, span_attention
 from moa_lab.kernels.schedule import DecodeSchedule
@@ -112,9 +112,8 @@ class RingCache(WholeCache):
         if self._is_first:
             layout = self._layouts[layer]
             windows = np.array(layout.windows)
-            found = span_attention(
-                call.query, call.key, call.value, call.mask, layout.sink_tokens, windows, call.scale, call.softcap, call.sink_logits
-            )
+            seen = self._spans.as_stored(layer, call.key, call.value)
+            found = span_attention(call.query, *seen, call.mask, layout.sink_tokens, windows, call.scale, call.softcap, call.sink_logits)
             if not self._is_void:
                 self._allocate(layer, call)
                 self._keep(layer, ordered(call.key, self._order), ordered(call.value, self._order))
@@ -273,7 +272,8 @@ class RingCache(WholeCache):
                     ring.grow(self._capacity)
 
     def _allocate(self, layer: int, call: AttentionCall) -> None:
-        self.rings.append(RingLayer(self._layouts[layer], len(call.key), call.key.shape[3], call.key.dtype, call.key.device))
+        shape = (len(call.key), call.key.shape[3], call.key.dtype, call.key.device)
+        self.rings.append(ring_layer(self._layouts[layer], *shape, self._spans.plan.bits_of(layer)))
 
     def _keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         if self._recorded is None:

@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from figure_records import make_measurements, make_validation
 
 from moa_lab.commands.show import describe, kind_of
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import uniform_plan
+from moa_lab.plan import Plan, uniform_plan
 from moa_lab.storage import RecordError
 
 CARD = uniform_plan(ModelGeometry(2, 4, 2, 16, 4096), 0.5, [1024]).card()
@@ -45,6 +46,14 @@ def test_a_name_neither_steers_the_terminal_nor_forges_a_line(name: str, tmp_pat
 )
 def test_a_score_that_no_measurement_can_give_is_shown_as_it_is(score: dict[str, Any], tmp_path: Path) -> None:
     assert "(as the card has it, without interval or n)" in shown(tmp_path / "card.json", {**CARD, "scores": {"r": score}})
+
+
+def test_a_card_with_bits_is_shown_with_them(tmp_path: Path) -> None:
+    stored = Plan.from_card(CARD).with_bits(np.array([[[8, 4], [8, 4]], [[16, 16], [8, 4]]]))
+    text = shown(tmp_path / "card.json", stored.card())
+    assert "3 heads store K in 8 bits, V in 4" in text
+    assert "1 heads store K in 16 bits, V in 16" in text
+    assert "store K" not in shown(tmp_path / "card.json", CARD)
 
 
 def test_candidates_of_a_validation_are_listed_by_score_with_their_kind_and_what_they_lose(tmp_path: Path) -> None:

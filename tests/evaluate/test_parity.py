@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from command_line import exit_code
@@ -16,7 +17,7 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_plans import small_plan
 from transformers import PreTrainedModel
 
-from moa_lab.cache import LayerLayout, RingLayer
+from moa_lab.cache import LayerLayout, RingLayer, packed
 from moa_lab.evaluate import parity as module
 from moa_lab.evaluate.parity import Parity, default_tokens, parity, table
 from moa_lab.geometry import ModelGeometry
@@ -64,6 +65,22 @@ def test_what_runs_equals_masks_written_out(family: str, plan: Callable[[PreTrai
     assert all(row.difference is not None and row.difference <= 1e-4 for row in found.rows)
     assert all(row.decided > 0.9 * row.positions and row.agreement == 1 for row in found.rows)
     assert found.settings["tolerance"] == 1e-3
+
+
+def stored_plan(model: PreTrainedModel) -> Plan:
+    """The same spans, K in 8 bits and V in 4."""
+    return mixed_plan(model).with_bits(np.array([8, 4]))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_stored_bits_are_compared_with_masks_over_what_comes_back_from_them(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = compared(family, stored_plan)
+    assert found.passed, table(found)
+    assert "allocated bytes" not in failed(found)
+    # A ring that stores one place off.
+    right = packed.places
+    monkeypatch.setattr(packed, "places", lambda values, bits: ((right(values, bits)[0] - 1).clamp(min=0), *right(values, bits)[1:]))
+    assert failed(compared(family, stored_plan)) & PASSES
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -218,6 +218,12 @@ def test_other_designs_can_be_profiled(family: str) -> None:
         assert (found.distances["questions", 128][0, layer, :, 1:].sum() == 0) == (window is not None)
 
 
+def test_a_plan_with_stored_bits_is_refused(model: PreTrainedModel) -> None:
+    plan = full_or_floor_plan(geometry_of(model), whole=[(0, 1)], floor_tokens=128)
+    with pytest.raises(ValueError, match="a profile knows no stored bits"):
+        profile(model, SAMPLES, plan=plan.with_bits(8))
+
+
 def test_a_length_beyond_the_model_is_refused_with_both_numbers(model: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="600 tokens, beyond the model's maximum of 512"):
         profile(model, SampleSet((random_sample("questions", 600, 0),)))

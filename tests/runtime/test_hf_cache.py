@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, random_tokens, tiny_model
@@ -12,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from moa_lab.models import geometry_of
-from moa_lab.plan import Plan, SpanRule, dense_plan, uniform_plan
+from moa_lab.plan import WIDTHS, Plan, SpanRule, dense_plan, uniform_plan
 from moa_lab.runtime import RingCache, apply_plan, ring_cache
 
 torch.set_num_threads(1)
@@ -26,6 +28,13 @@ def mixed_plan(model: PreTrainedModel) -> Plan:
     rules = [SpanRule(9.0, 0.0), SpanRule(30.0, 0.0), SpanRule(0.0, 1.0)]
     dealt = tuple(tuple(rules[(2 * layer + head) % 3] for head in range(geometry.kv_heads)) for layer in range(geometry.layers))
     return Plan(geometry=geometry, rules=dealt, sink_tokens=4, min_span=5)
+
+
+def stored_plan(model: PreTrainedModel) -> Plan:
+    """The same spans in 16, 8 and 4 bits by turns, K and V apart."""
+    plan = mixed_plan(model)
+    shape = (plan.geometry.layers, plan.geometry.kv_heads, 2)
+    return plan.with_bits(np.array(WIDTHS)[np.arange(np.prod(shape)) % 3].reshape(shape))
 
 
 def ragged(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +62,7 @@ def generated(model: PreTrainedModel, plan: Plan, tokens: torch.Tensor, *, ring:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("plan", [small_plan, mixed_plan])
+@pytest.mark.parametrize("plan", [small_plan, mixed_plan, stored_plan])
 def test_a_ragged_batch_generates_the_same_tokens_as_over_a_whole_cache(family: str, plan: Any) -> None:
     model = model_of(family)
     tokens, mask = ragged([60, 41, 7])
@@ -72,12 +81,46 @@ def test_a_ragged_batch_generates_the_same_tokens_as_over_a_whole_cache(family: 
     ],
     ids=["sampling", "beams", "several answers", "prompt lookup"],
 )
-def test_every_way_to_generate_says_the_same(family: str, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("plan", [mixed_plan, stored_plan])
+def test_every_way_to_generate_says_the_same(family: str, settings: dict[str, Any], plan: Any) -> None:
     model = model_of(family)
     rows = 1 if "prompt_lookup_num_tokens" in settings else 2
     tokens = random_tokens(rows, 12).repeat(1, 4)
-    found = generated(model, mixed_plan(model), tokens, ring=True, **settings)
-    assert found == generated(model, mixed_plan(model), tokens, ring=False, **settings)
+    found = generated(model, plan(model), tokens, ring=True, **settings)
+    assert found == generated(model, plan(model), tokens, ring=False, **settings)
+
+
+def test_a_copy_of_a_cache_with_bits_goes_on_and_neither_changes_the_other() -> None:
+    model = model_of("llama")
+    prefix, turns = random_tokens(2, 40), [random_tokens(2, 5, seed) for seed in (1, 2)]
+    with apply_plan(model, stored_plan(model), n_tokens=80), torch.no_grad():
+        cache = ring_cache(model)
+        model(prefix, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        found = [model(turn, past_key_values=one).logits for turn, one in zip(turns, (cache, twin), strict=True)]
+        for turn, logits in zip(turns, found, strict=True):
+            alone = ring_cache(model)
+            model(prefix, past_key_values=alone)
+            assert torch.equal(model(turn, past_key_values=alone).logits, logits)
+
+
+def test_bits_of_a_plan_change_what_is_stored_and_the_bytes_by_as_much() -> None:
+    model = model_of("llama")
+    tokens = random_tokens(2, 60)
+    logits, held = {}, {}
+    for bits in (16, 8, 4):
+        plan = mixed_plan(model).with_bits(bits)
+        with apply_plan(model, plan, n_tokens=60), torch.no_grad():
+            whole = model(tokens).logits
+            cache = ring_cache(model)
+            parts = [model(part, past_key_values=cache).logits for part in tokens.split([37, 1, 1, 21], dim=1)]
+        # Chunks of any size see the same as one pass.
+        torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+        assert cache.allocated_bytes == 2 * plan.kv_bytes(60, 4)
+        logits[bits], held[bits] = whole, cache.allocated_bytes
+    off = {bits: float((logits[bits] - logits[16]).abs().max()) for bits in (8, 4)}
+    assert off[4] > 4 * off[8] > 0
+    assert held[4] < held[8] < held[16] / 2
 
 
 def test_an_assistant_with_its_own_plan_changes_no_token() -> None:

@@ -77,7 +77,8 @@ def test_a_pin_that_leaves_too_little_for_the_rest_is_refused_and_leaves_all_as_
 
 
 @pytest.mark.parametrize(
-    ("pin", "words"), [((30, 0, None), "no layer 30"), ((0, 3, None), "KV head 3"), ((0, 0, 0), r"1\.\.\d+ tokens, got 0"), ((0, 0, 9999), "9999")]
+    ("pin", "words"),
+    [((30, 0, None), "no layer 30"), ((0, 3, None), "KV head 3"), ((0, 0, 0), r"1\.\.\d+ tokens, got 0"), ((0, 0, 9999), "9999")],
 )
 def test_a_pin_of_what_there_is_not_is_refused(pin: tuple[int, int, int | None], words: str, budget: Budget) -> None:
     with pytest.raises(ValueError, match=words):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from moa_lab.cache.storage import heads_as_stored
 from moa_lab.evaluate.parity.cases import Case, words
 from moa_lab.evaluate.parity.passes import POSITIONS, masked_in_blocks, produce
 from moa_lab.evaluate.parity.record import ParityRow
 from moa_lab.evaluate.parity.tally import Tally
-from moa_lab.interface import Handler, route_attention
+from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.plan import Plan
 from moa_lab.runtime import RingCache, Sampling, apply_plan, ring_cache
 from moa_lab.runtime.decoding import Decoder
@@ -113,7 +115,8 @@ class Bench:
         return logits[0].float()
 
     def masked(self, n_tokens: int | None = None, reverse: bool = False) -> AbstractContextManager[None]:
-        """Attend with a full mask for every head, with the spans of length `n_tokens` (None: the length of the bench).
+        """Attend with a full mask for every head, with the spans of length `n_tokens` (None: the length of the bench), to keys and values
+        as the plan's bits leave them.
 
         reverse: attention sums over the keys from the newest to the oldest.
         """
@@ -121,7 +124,13 @@ class Bench:
         windows = windows.repeat_interleave(self.plan.geometry.group_size, dim=1)
 
         def handler(layer: int) -> Handler:
-            return lambda call: masked_in_blocks(call, self.plan.sink_tokens, windows[layer], reverse)
+            bits = self.plan.bits_of(layer)
+
+            def attend(call: AttentionCall) -> torch.Tensor:
+                key, value = heads_as_stored(call.key, call.value, bits)
+                return masked_in_blocks(replace(call, key=key, value=value), self.plan.sink_tokens, windows[layer], reverse)
+
+            return attend
 
         return route_attention(self.model, handler)
 

@@ -14,21 +14,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from moa_lab.cache.storage import as_stored
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.dispatch import span_attention
-from moa_lab.plan import Plan
+from moa_lab.plan import UNTOUCHED, Plan
+from moa_lab.plan.bits import GRID_BYTES
 
-UNTOUCHED = 16
-"""The width of the model's own 16-bit type: values stay as they are."""
-GROUP_BYTES = 4
-"""What a group stores beside its values: the smallest value and the step, in 16 bits each."""
 WEIGHT_GROUP = 64
 """Neighbouring weights of one output that share a grid."""
 
 
 def stored_bytes(numbers: int, groups: int, bits: int) -> float:
     """Bytes of `numbers` values of `bits` bits in `groups` groups; 16 bits need no groups."""
-    return numbers * bits / 8 + (GROUP_BYTES * groups if bits < UNTOUCHED else 0)
+    return numbers * bits / 8 + (GRID_BYTES * groups if bits < UNTOUCHED else 0)
 
 
 def fake_quantise(values: torch.Tensor, bits: torch.Tensor | int, group: int | None = None) -> torch.Tensor:
@@ -37,21 +35,14 @@ def fake_quantise(values: torch.Tensor, bits: torch.Tensor | int, group: int | N
     Every `group` neighbours along the last dimension share a grid (None: all n; the last group may be shorter). bits: a number, or an
     integer tensor that broadcasts with (..., 1), for instance (kv_heads, 1, 1), or with more dimensions in front, which the result gets.
     """
-    bits = torch.as_tensor(bits, device=values.device)
+    if group is None:
+        return as_stored(values, bits)
     n = values.shape[-1]
-    group = group or n
     spare = -n % group
     # Padding with a value of the group changes neither its minimum nor its maximum.
     padded = torch.cat([values, values[..., -1:].expand(*values.shape[:-1], spare)], dim=-1) if spare else values
-    exact = padded.unflatten(-1, (-1, group)).to(torch.promote_types(values.dtype, torch.float32))
-    levels = (2.0**bits - 1)[..., None]
-    low, high = exact.aminmax(dim=-1, keepdim=True)
-    low = low.half().to(exact.dtype)
-    step = ((high - low) / levels).half().to(exact.dtype)
-    # A group of equal values has no step.
-    places = torch.where(step > 0, (exact - low) / step, 0.0).round().minimum(levels).clamp(min=0)
-    found = (low + step * places).flatten(-2)[..., :n]
-    return torch.where(bits >= UNTOUCHED, values, found.to(values.dtype))
+    widths = torch.as_tensor(bits, device=values.device)[..., None]
+    return as_stored(padded.unflatten(-1, (-1, group)), widths).flatten(-2)[..., :n]
 
 
 @contextlib.contextmanager

@@ -13,9 +13,9 @@ from moa_lab.calibration.answers import AnswerScore, score_answers
 from moa_lab.calibration.samples import Sample, group_by_shape
 from moa_lab.evaluate.compare import difference, spearman
 from moa_lab.evaluate.scoring import GPU_BATCH_TOKENS, mean_losses, score_rows
-from moa_lab.plan import Plan, dense_plan
+from moa_lab.plan import UNTOUCHED, Plan, dense_plan
 from moa_lab.records import Measurement
-from moa_lab.studies.bits.quantise import UNTOUCHED, quantised_cache, quantised_weights
+from moa_lab.studies.bits.quantise import quantised_cache, quantised_weights
 from moa_lab.studies.bits.widths import Effects, allocate, below_untouched, kv_bytes, predicted, random_choices
 
 

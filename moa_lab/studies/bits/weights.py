@@ -16,11 +16,12 @@ import numpy as np
 from moa_lab.evaluate.compare import row_of
 from moa_lab.models import is_gguf
 from moa_lab.pipeline import Run
-from moa_lab.plan import Plan, dense_plan
+from moa_lab.plan import UNTOUCHED, Plan, dense_plan
+from moa_lab.plan.bits import GRID_BYTES
 from moa_lab.records import Measurement
 from moa_lab.search import InfeasibleError
 from moa_lab.studies.bits.effects import bit_effects
-from moa_lab.studies.bits.quantise import GROUP_BYTES, UNTOUCHED, WEIGHT_GROUP, linear_modules
+from moa_lab.studies.bits.quantise import WEIGHT_GROUP, linear_modules
 from moa_lab.studies.bits.scores import Side, Variant, difference_rows, rank_rows, untouched, variant_rows
 from moa_lab.studies.bits.widths import ERROR, FIRST_ORDER, PREDICTORS, Effects, kv_costs, weight_costs
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, chosen_plans, record_of
@@ -84,7 +85,7 @@ def weights(run: Run, scale: Scale) -> StudyRecord:
         ),
         [*rows, *ranks, *(row for found in differences.values() for row in found)], left_out=left_out, predictors=best,
         kv_widths=KV_WIDTHS, weight_widths=WEIGHT_WIDTHS, ranked_at=RANKED_AT, effect_tokens=EFFECT_TOKENS,
-        plan_effect_tokens=PLAN_EFFECT_TOKENS, rank_tokens=RANK_TOKENS, weight_group=WEIGHT_GROUP, group_bytes=GROUP_BYTES,
+        plan_effect_tokens=PLAN_EFFECT_TOKENS, rank_tokens=RANK_TOKENS, weight_group=WEIGHT_GROUP, group_bytes=GRID_BYTES,
         variants={variant.name: variant.told() for variant in variants},
     )  # fmt: skip
 

@@ -9,9 +9,9 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array, kron, vstack
 
-from moa_lab.plan import Plan
+from moa_lab.plan import UNTOUCHED, Plan
 from moa_lab.search import InfeasibleError
-from moa_lab.studies.bits.quantise import UNTOUCHED, WEIGHT_GROUP, stored_bytes
+from moa_lab.studies.bits.quantise import WEIGHT_GROUP, stored_bytes
 
 FIRST_ORDER, ROOT, SQUARES, ERROR = "first order", "root of squares", "squares", "error alone"
 PREDICTORS = (FIRST_ORDER, ROOT, SQUARES, ERROR)

@@ -1,0 +1,73 @@
+"""What a cache stores of keys and values in 16, 8 or 4 bits.
+
+A token's vector of one head shares a grid: its smallest value and the step, a float16 each, and of every number the place on that grid,
+rounded to the nearest. Quantising and dequantising in float32, as here, is the definition that kernels are held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from moa_lab.plan.bits import UNTOUCHED, Bits, code_bytes
+
+GRID_MAX = torch.finfo(torch.float16).max / 2
+"""Half of what float16 holds, so that the distance between two such values is held as well."""
+
+
+def places(values: torch.Tensor, bits: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the numbers of `values` (..., n) lie on a grid of 2^bits places: float32 (..., n), and float16 (..., 1) smallest value and
+    step. bits: a number, or a tensor that broadcasts with (..., 1)."""
+    # Beyond the range of a grid's float16 values saturate.
+    exact = values.to(torch.promote_types(values.dtype, torch.float32)).clamp(-GRID_MAX, GRID_MAX)
+    levels = torch.as_tensor(2.0**bits - 1, device=values.device)
+    low, high = exact.aminmax(dim=-1, keepdim=True)
+    low = low.half()
+    step = ((high - low.to(exact.dtype)) / levels).half()
+    # A vector of equal values has no step.
+    found = torch.where(step > 0, (exact - low.to(exact.dtype)) / step.to(exact.dtype), 0.0)
+    return found.round().minimum(levels.to(exact.dtype)).clamp(min=0), low, step
+
+
+def values_at(where: torch.Tensor, low: torch.Tensor, step: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers at places of a grid, computed in float32."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (low.to(wide) + step.to(wide) * where.to(wide)).to(dtype)
+
+
+def as_stored(values: torch.Tensor, bits: torch.Tensor | int) -> torch.Tensor:
+    """`values` (..., n) as they come back from a cache of so many bits, in their dtype; 16 leave them unchanged."""
+    bits = torch.as_tensor(bits, device=values.device)
+    return torch.where(bits >= UNTOUCHED, values, values_at(*places(values, bits), values.dtype))
+
+
+def heads_as_stored(key: torch.Tensor, value: torch.Tensor, bits: Sequence[Bits] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V (batch, kv_heads, tokens, head_dim) as they come back from a layer's cache. bits: per KV head; None: untouched."""
+    if bits is None:
+        return key, value
+    found = []
+    for part, given in enumerate((key, value)):
+        widths = [head[part] for head in bits]
+        if min(widths) < UNTOUCHED:
+            given = as_stored(given, torch.tensor(widths, device=given.device)[:, None, None])
+        found.append(given)
+    return found[0], found[1]
+
+
+def pack(where: torch.Tensor, bits: int) -> torch.Tensor:
+    """Places (..., n) as uint8 (..., code_bytes): of 4 bits, the first half in the lower and the second half in the upper ones."""
+    codes = where.to(torch.uint8)
+    if bits == 8:
+        return codes
+    first, second = codes.split([code_bytes(codes.shape[-1], 4), codes.shape[-1] // 2], dim=-1)
+    packed = first.clone()
+    packed[..., : second.shape[-1]] |= second << 4
+    return packed
+
+
+def unpack(codes: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
+    """The places that `pack` packed: uint8 (..., head_dim)."""
+    if bits == 8:
+        return codes
+    return torch.cat([codes & 15, codes >> 4], dim=-1)[..., :head_dim]
