@@ -20,7 +20,7 @@ from moa_lab.evaluate.scoring import GPU_BATCH_TOKENS
 from moa_lab.learning.batches import BATCH_TOKENS
 from moa_lab.learning.descent import FLOOR_SHARES
 from moa_lab.models import geometry_of
-from moa_lab.profiling.estimate import Seconds, estimate_cost
+from moa_lab.profiling.estimate import Seconds, estimate_cost, far_apart
 from moa_lab.refinement import MOVES
 from moa_lab.run_inputs import RunInputs
 from moa_lab.side_by_side import on_one_core, workers
@@ -58,12 +58,11 @@ class Pace:
     @classmethod
     def of(cls, model: PreTrainedModel, backward: Seconds, answer_batch: int, longest: int) -> Pace:
         """Measured on `model`, whose answers are written `answer_batch` at once."""
-        most = geometry_of(model).max_length
-        short, long = (min(n, most) for n in PROBE_TOKENS.get(model.device.type, PROBE_TOKENS["cpu"]))
-        timed = on_one_core(lambda: [_forward_s(model, n) for n in (short, long)], model.device)
+        probed = far_apart(PROBE_TOKENS.get(model.device.type, PROBE_TOKENS["cpu"]), geometry_of(model).max_length)
+        timed = on_one_core(lambda: [_forward_s(model, n) for n in probed], model.device)
         token = on_one_core(lambda: _token_s(model, answer_batch), model.device)
         at_once = workers(2**16, model.device, forward_bytes(model, longest))
-        return cls(Seconds.through((short, long), timed), backward, token, at_once)
+        return cls(Seconds.through(probed, timed), backward, token, at_once)
 
     def answers(self, wanted: Sequence[Request], lengths: Sequence[int], examining: Seconds) -> float:
         """Samples of every request at every length. examining: of drafts that the model is to get right."""

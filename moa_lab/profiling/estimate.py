@@ -37,7 +37,7 @@ class Seconds:
 
     @classmethod
     def through(cls, lengths: Sequence[int], seconds: Sequence[float]) -> Seconds:
-        """Fitted to what passes of two lengths took."""
+        """Fitted to what passes of two lengths took, which `far_apart` makes different enough."""
         (n0, n1), (s0, s1) = lengths, seconds
         quadratic = max(0.0, (s1 / n1 - s0 / n0) / max(n1 - n0, 1))
         return cls(max(s1 / n1 - quadratic * n1, 0.0), quadratic)
@@ -146,8 +146,15 @@ class _Rates:
 _MEASURED: WeakKeyDictionary[PreTrainedModel, dict[tuple[torch.device, torch.dtype, int], _Rates]] = WeakKeyDictionary()
 
 
+def far_apart(lengths: Sequence[int], max_length: int) -> tuple[int, int]:
+    """Two lengths within a model's maximum, the longer at least three times the shorter: how noisily a pass of nearly the same length
+    differs says nothing of how time grows."""
+    short, long = (min(n, max_length) for n in lengths)
+    return max(1, min(short, long // 3)), long
+
+
 def _measured(model: PreTrainedModel, max_length: int, vocabulary: int, sink_tokens: int) -> _Rates:
-    n0, n1 = (min(n, max_length) for n in PROBE_TOKENS)
+    n0, n1 = far_apart(PROBE_TOKENS, max_length)
     # As the profile will run: a sample a core. A short pass that all cores share would mostly wait for the slowest of them.
     # The first pass of all is slower than the others, and does not count.
     _, *probes = on_one_core(lambda: [_probe(model, n, vocabulary, sink_tokens) for n in (n0, n0, n1)], model.device)

@@ -50,6 +50,17 @@ def test_an_estimate_of_a_model_shorter_than_the_probe_works() -> None:
     assert found.needed_bytes > 0
 
 
+@pytest.mark.parametrize("longest", [96, 128, 136])
+def test_a_pass_that_took_a_little_longer_says_little_of_a_model_shorter_than_the_probe(
+    longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = iter((1.0, 1.0, 1.1))
+    monkeypatch.setattr(estimate, "_probe", lambda model, n, vocabulary, sink_tokens: (n * next(noise), n))
+    found = estimate_cost(tiny_model("llama", max_length=longest), [random_sample(longest)])
+    assert found.seconds_each(longest) == pytest.approx(1.1 * longest)
+    assert 0.9 < found.seconds_each(longest // 2) / (longest // 2) < 1.2
+
+
 def test_what_does_not_fit_is_refused_with_its_length_and_both_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 2**20)
     found = estimate_cost(tiny_model("llama"), [random_sample(300), random_sample(100)])
