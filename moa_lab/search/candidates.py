@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -97,8 +98,10 @@ def search(
     points: list[FrontPoint] = []
     done = 0
     for method, steps in stages.items():
-        with ThreadPoolExecutor(AT_ONCE, "moa-lab search") as pool:
-            for found in pool.map(lambda step: [] if cancel is not None and cancel.is_set() else step(), steps):
+        with work.pool() as pool:
+            # A step that is alone stays in this thread, where an interrupt ends it at once.
+            side_by_side = map if len(steps) == 1 else pool.map
+            for found in side_by_side(lambda step: [] if cancel is not None and cancel.is_set() else step(), steps):
                 points += found
                 done += 1
                 if progress is not None:
@@ -142,7 +145,22 @@ class _Search:
     ) -> None:  # fmt: skip
         self._table, self._element_table, self._targets, self._sets, self._intervals = table, element, targets, sets, intervals
         self._max_rules, self._seed, self._deadline, self._cancel = max_rules, seed, deadline, cancel
-        self._exact_left, self._lock = len(sets), threading.Lock()
+        self._exact_left, self._lock, self._failed = len(sets), threading.Lock(), threading.Event()
+
+    @contextlib.contextmanager
+    def pool(self) -> Iterator[ThreadPoolExecutor]:
+        """Threads for steps. Where one fails or the caller is interrupted, the others end after the solve that they are at."""
+        with ThreadPoolExecutor(AT_ONCE, "moa-lab search") as pool:
+            try:
+                yield pool
+            except BaseException:
+                self._failed.set()
+                raise
+
+    def _go_on(self, *_: object) -> None:
+        """Raise CancelledError in a step whose points nobody waits for any more."""
+        if self._failed.is_set():
+            raise CancelledError
 
     def stages(self, method: str) -> list[Callable[[], list[FrontPoint]]]:
         """The steps of a method, none of which needs another's result."""
@@ -166,11 +184,12 @@ class _Search:
             points.append(self._point(answer.choice, goal_set.name, mean, answer.gap))
         except NoPlanError as error:
             logger.info("goal set %s: %s", goal_set.name, error)
+        self._go_on()
         if len(goal_set.goals) > 1:
             intervals = self._intervals if index == 0 else min(self._intervals, ALTERNATIVE_INTERVALS)
             front = epsilon_front(
                 self._table, self._targets, goals=goal_set.goals, intervals=intervals, time_limit_s=budget_s * 3 / 4,
-                label=goal_set.name, **shared,
+                label=goal_set.name, progress=self._go_on, **shared,
             )  # fmt: skip
             points += [self._with_common_goals(found) for found in front]
         return points

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from moa_lab.plan import Plan
 from moa_lab.records import InfluenceProfile, LossTable
-from moa_lab.search import InfeasibleError, candidates, front_values, loss_table, paper_goals, search
+from moa_lab.search import InfeasibleError, MilpAnswer, candidates, front_values, loss_table, mean_goal, paper_goals, search
+from moa_lab.search import front as fronts
 from moa_lab.search.plain import SIMPLE
 from tests.search.instances import skewed_profile
 from tests.search.tables import dominated, random_profile, small_geometry
@@ -51,6 +55,45 @@ def test_exact_solves_side_by_side_give_what_they_give_in_turn(profile: Influenc
         found.append([(point.origin, point.plan.identity()) for point in front])
     assert found[0] == found[1]
     assert len({origin for origin, _ in found[0]}) > 2
+
+
+def test_where_one_exact_step_fails_the_others_end_after_their_solve(profile: InfluenceProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, began, failed, solves = candidates.solve_milp, threading.Event(), threading.Event(), list[int]()
+
+    def mean(*given: Any, **settings: Any) -> MilpAnswer:
+        if settings["goal"].name == "first":
+            began.wait(10)
+            failed.set()
+            raise RuntimeError("a broken solver")
+        began.set()
+        failed.wait(10)
+        return original(*given, **settings)
+
+    def one_of_many(*given: Any, **settings: Any) -> MilpAnswer:
+        time.sleep(0.2)
+        solves.append(1)
+        return original(*given, **settings)
+
+    names = iter(("first", "second", "third"))
+    monkeypatch.setattr(candidates, "AT_ONCE", 2)
+    monkeypatch.setattr(candidates, "mean_goal", lambda goals: replace(mean_goal(goals), name=next(names)))
+    monkeypatch.setattr(candidates, "solve_milp", mean)
+    monkeypatch.setattr(fronts, "solve_milp", one_of_many)
+    with pytest.raises(RuntimeError, match="a broken solver"):
+        search(profile, 0.6, methods=("milp",), intervals=4, time_limit_s=60)
+    assert len(solves) <= 1
+
+
+def test_a_step_that_is_alone_can_be_interrupted(profile: InfluenceProfile, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[threading.Thread] = []
+
+    def watched(*given: Any) -> list[Plan]:
+        threads.append(threading.current_thread())
+        return []
+
+    monkeypatch.setattr(candidates, "whole_heads", watched)
+    search(profile, 0.6, methods=("simple", "ranked"))
+    assert threads == [threading.current_thread()]
 
 
 def test_a_cancelled_search_returns_what_it_found(profile: InfluenceProfile) -> None:
