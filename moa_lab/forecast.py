@@ -42,6 +42,8 @@ LAST_RECORD = {
 }  # fmt: skip
 """What each stage leaves when it is done."""
 STAGE_OF = {record: stage for stage, record in LAST_RECORD.items()} | {"front-learned.json": "learn", "draft.json": "validate"}
+WITHOUT = {"front.json": ("search", "lessons", "learn", "refine"), "front-learned-words.json": ("lessons",)}
+"""Stages that nothing asks for where a record made from theirs is there."""
 SURE_S = 20.0
 """Stages that took less together say nothing of those to come."""
 
@@ -116,7 +118,9 @@ class Forecast:
         measured = preset.candidates + SIMPLE_PLANS + LEARNED_PLANS * bool(preset.learning_steps) + preset.refine_rounds
         foretold["validate"] = _judging(pace, run.suites.validated_counts(), 1 + measured, preset.answer_tokens)
         foretold["evaluate"] = _judging(pace, run.suites.tested_counts(run.test_lengths), 3 + len(preset.baselines), preset.answer_tokens)
-        missing = {stage: seconds for stage, seconds in foretold.items() if not run.records.place(LAST_RECORD[stage]).exists()}
+        there = {record for record in (*STAGE_OF, *WITHOUT) if run.records.place(record).exists()}
+        unasked = {stage for record, stages in WITHOUT.items() if record in there for stage in stages}
+        missing = {stage: s for stage, s in foretold.items() if LAST_RECORD[stage] not in there and stage not in unasked}
         return cls(missing, cost.bytes_in_flight * (pace.at_once if joined else 1), cost.free_bytes)
 
     @contextlib.contextmanager

@@ -69,6 +69,9 @@ def test_a_run_foretells_itself_and_tells_what_is_left_after_every_stage(
     for record in ("plan.json", "measurements.json"):
         again.records.place(record).unlink()
     assert set(Forecast.of(again).foretold) == {"validate", "evaluate"}
+    for record in ("front-search.json", "front-learned.json", "lessons.safetensors"):
+        again.records.place(record).unlink()
+    assert set(Forecast.of(again).foretold) == {"validate", "evaluate"}, "the front is there, and nothing else asks for those"
 
 
 def test_a_stage_that_another_starts_is_timed_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
