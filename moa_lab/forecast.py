@@ -44,6 +44,8 @@ LAST_RECORD = {
 STAGE_OF = {record: stage for stage, record in LAST_RECORD.items()} | {"front-learned.json": "learn", "draft.json": "validate"}
 WITHOUT = {"front.json": ("search", "lessons", "learn", "refine"), "front-learned-words.json": ("lessons",)}
 """Stages that nothing asks for where a record made from theirs is there."""
+LIMITED = {"search"}
+"""Stages that are foretold by what they may take at most, which says nothing of the pace of passes."""
 SURE_S = 20.0
 """Stages that took less together say nothing of those to come."""
 
@@ -153,7 +155,7 @@ class Forecast:
     @property
     def left_s(self) -> float:
         """Seconds that the stages to come will take, at the pace of those that ended."""
-        told, took = (sum(times[stage] for stage in self._done) for times in (self.foretold, self.taken))
+        told, took = (sum(times[stage] for stage in self._done - LIMITED) for times in (self.foretold, self.taken))
         left = sum(max(s - self.taken.get(stage, 0.0), 0.0) for stage, s in self.foretold.items() if stage not in self._done)
         return left * (took / told if min(told, took) > SURE_S else 1.0)
 

@@ -90,5 +90,13 @@ def test_stages_that_took_long_correct_those_to_come(monkeypatch: pytest.MonkeyP
     assert told.left_s == 100.0
 
 
+def test_a_search_that_ended_before_its_limit_says_nothing_of_the_stages_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Forecast({"search": 300.0, "learn": 3600.0}, 0, 0)
+    clock(monkeypatch, 0.0, 30.0)
+    with told.timing("front-search.json"):
+        pass
+    assert told.left_s == 3600.0
+
+
 def test_durations_are_told_in_words() -> None:
     assert [minutes(seconds) for seconds in (0.2, 45, 480, 4800, 7322)] == ["0 s", "45 s", "8 min", "80 min", "2 h 2 min"]
