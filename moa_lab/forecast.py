@@ -82,12 +82,16 @@ class Pace:
 
 @dataclass
 class Forecast:
-    """Seconds of every stage of a run, as foretold and, of those that ended, as they were; bytes needed beyond the weights, and free."""
+    """Seconds of every stage of a run, as foretold and, of those that ended, as they were; bytes needed beyond the weights, and free.
+
+    resumed: whether an earlier run was stopped in the first of these stages, which then takes less than foretold.
+    """
 
     foretold: dict[str, float]
     needed_bytes: int
     free_bytes: int
     taken: dict[str, float] = field(default_factory=dict)
+    resumed: bool = False
     _under_way: list[str] = field(default_factory=list)
     _done: set[str] = field(default_factory=set)
     _since: float = 0.0
@@ -123,7 +127,8 @@ class Forecast:
         there = {record for record in (*STAGE_OF, *WITHOUT) if run.records.place(record).exists()}
         unasked = {stage for record, stages in WITHOUT.items() if record in there for stage in stages}
         missing = {stage: s for stage, s in foretold.items() if LAST_RECORD[stage] not in there and stage not in unasked}
-        return cls(missing, cost.bytes_in_flight * (pace.at_once if joined else 1), cost.free_bytes)
+        needed = cost.bytes_in_flight * (pace.at_once if joined else 1)
+        return cls(missing, needed, cost.free_bytes, resumed=run.parts_dir("").exists())
 
     @contextlib.contextmanager
     def timing(self, record: str) -> Iterator[None]:
@@ -155,7 +160,8 @@ class Forecast:
     @property
     def left_s(self) -> float:
         """Seconds that the stages to come will take, at the pace of those that ended."""
-        told, took = (sum(times[stage] for stage in self._done - LIMITED) for times in (self.foretold, self.taken))
+        telling = self._done - LIMITED - set(list(self.foretold)[: self.resumed])
+        told, took = (sum(times[stage] for stage in telling) for times in (self.foretold, self.taken))
         left = sum(max(s - self.taken.get(stage, 0.0), 0.0) for stage, s in self.foretold.items() if stage not in self._done)
         return left * (took / told if min(told, took) > SURE_S else 1.0)
 

@@ -90,6 +90,23 @@ def test_stages_that_took_long_correct_those_to_come(monkeypatch: pytest.MonkeyP
     assert told.left_s == 100.0
 
 
+def test_the_rest_of_a_stage_that_was_stopped_says_nothing_of_those_to_come(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Forecast({"calibrate": 600.0, "profile": 100.0, "evaluate": 50.0}, 0, 0, resumed=True)
+    clock(monkeypatch, 0.0, 30.0, 30.0, 230.0)
+    with told.timing("samples.safetensors"):
+        pass
+    assert told.left_s == 150.0, "most of it was done before"
+    with told.timing("profile.safetensors"):
+        pass
+    assert told.left_s == 100.0
+    monkeypatch.undo()
+    assert not Forecast.of(run_of(inputs, tmp_path)).resumed
+    (tmp_path / "parts" / "answers").mkdir(parents=True)
+    assert Forecast.of(run_of(inputs, tmp_path)).resumed
+
+
 def test_a_search_that_ended_before_its_limit_says_nothing_of_the_stages_to_come(monkeypatch: pytest.MonkeyPatch) -> None:
     told = Forecast({"search": 300.0, "learn": 3600.0}, 0, 0)
     clock(monkeypatch, 0.0, 30.0)
