@@ -142,9 +142,11 @@ class Forecast:
             return
         self._credit()
         self._under_way.append(stage)
-        yield
-        self._credit()
-        self._under_way.pop()
+        try:
+            yield
+        finally:
+            self._credit()
+            self._under_way.pop()
         if record == LAST_RECORD[stage]:
             self._done.add(stage)
             foretold = minutes(self.foretold[stage])

@@ -90,6 +90,18 @@ def test_stages_that_took_long_correct_those_to_come(monkeypatch: pytest.MonkeyP
     assert told.left_s == 100.0
 
 
+def test_a_stage_that_failed_is_no_longer_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = Forecast({"profile": 10.0, "search": 10.0}, 0, 0)
+    clock(monkeypatch, 0.0, 3.0, 100.0, 105.0, 200.0, 204.0)
+    with pytest.raises(KeyboardInterrupt), told.timing("profile.safetensors"):
+        raise KeyboardInterrupt
+    with told.timing("front-search.json"):
+        pass
+    with told.timing("profile.safetensors"):
+        pass
+    assert told.taken == {"profile": 7.0, "search": 5.0}
+
+
 def test_the_rest_of_a_stage_that_was_stopped_says_nothing_of_those_to_come(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
