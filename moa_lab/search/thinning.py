@@ -17,6 +17,8 @@ PREFERRED_POINTS = 5
 def thinned(points: list[FrontPoint], names: Sequence[str], most: int, keep: Sequence[str], preferred: str) -> list[FrontPoint]:
     """Those in `keep`, and of the others at most what these leave of `most`, but half of `most` at least: the first of every origin,
     then a few of the origin `preferred`, then any; each time the one furthest from those chosen."""
+    if not points:
+        return []
     kept = _kept(points, most, keep)
     others = [each for each in points if each.origin not in keep]
     wanted = min(max(most - len(kept), -(-most // 2)), len(others))

@@ -106,6 +106,13 @@ def test_a_cancelled_search_returns_what_it_found(profile: InfluenceProfile) -> 
     assert {point.origin for point in front} == {"ranked"}
 
 
+def test_a_search_that_found_nothing_gives_an_empty_front(profile: InfluenceProfile) -> None:
+    cancel = threading.Event()
+    cancel.set()
+    assert len(search(profile, 0.6, cancel=cancel)) == 0
+    assert len(search(loss_table(profile), 0.6, methods=("element",))) == 0, "a table has no single values"
+
+
 def test_an_infeasible_density_names_its_length(profile: InfluenceProfile) -> None:
     with pytest.raises(InfeasibleError, match=r"density 0\.1 at length 512 is infeasible: min_span 128 needs at least 0\.25"):
         search(profile, 0.1)
