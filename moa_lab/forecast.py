@@ -162,7 +162,8 @@ class Forecast:
     @property
     def left_s(self) -> float:
         """Seconds that the stages to come will take, at the pace of those that ended."""
-        telling = self._done - LIMITED - set(list(self.foretold)[: self.resumed])
+        stopped_in = set(list(self.foretold)[:1]) if self.resumed else set()
+        telling = self._done - LIMITED - stopped_in
         told, took = (sum(times[stage] for stage in telling) for times in (self.foretold, self.taken))
         left = sum(max(s - self.taken.get(stage, 0.0), 0.0) for stage, s in self.foretold.items() if stage not in self._done)
         return left * (took / told if min(told, took) > SURE_S else 1.0)

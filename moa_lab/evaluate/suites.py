@@ -84,7 +84,7 @@ class Suites:
     def validated_counts(self) -> dict[int, tuple[int, int]]:
         """By validated length: all samples, and those that the dense model writes."""
         preset = self.preset
-        every = preset.validation_questions // min(preset.needles_per_text, preset.validation_questions)
+        every = preset.validation_questions // max(1, min(preset.needles_per_text, preset.validation_questions))
         every += preset.validation_summaries + preset.validation_texts
         return dict.fromkeys(self._validated, (every, preset.validation_summaries))
 
