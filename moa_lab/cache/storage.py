@@ -37,9 +37,14 @@ def values_at(where: torch.Tensor, low: torch.Tensor, step: torch.Tensor, dtype:
 
 
 def as_stored(values: torch.Tensor, bits: torch.Tensor | int) -> torch.Tensor:
-    """`values` (..., n) as they come back from a cache of so many bits, in their dtype; 16 leave them unchanged."""
+    """`values` (..., n) as they come back from a cache of so many bits, in their dtype; 16 leave them unchanged.
+
+    Rounding has no slope: the gradient is passed straight through, as if nothing had been rounded.
+    """
     bits = torch.as_tensor(bits, device=values.device)
-    return torch.where(bits >= UNTOUCHED, values, values_at(*places(values, bits), values.dtype))
+    exact = values.detach()
+    found = torch.where(bits >= UNTOUCHED, exact, values_at(*places(exact, bits), values.dtype))
+    return found + (values - exact) if values.requires_grad else found
 
 
 def heads_as_stored(key: torch.Tensor, value: torch.Tensor, bits: Sequence[Bits] | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -60,3 +60,13 @@ def test_every_head_has_its_own_bits_of_k_and_of_v() -> None:
 def test_a_vector_takes_its_codes_and_a_grid(head_dim: int, bits: int, size: int) -> None:
     assert vector_bytes(head_dim, bits) == size
     assert vector_bytes(head_dim, 16, dtype_bytes=4) == 4 * head_dim
+
+
+def test_a_gradient_passes_straight_through_the_rounding() -> None:
+    values = torch.randn(2, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    weights = torch.arange(16.0).view(2, 8)
+    found = as_stored(values, torch.tensor([[4], [16]]))
+    assert torch.equal(found, as_stored(values.detach(), torch.tensor([[4], [16]])))
+    (found * weights).sum().backward()
+    assert values.grad is not None
+    assert torch.equal(values.grad, weights)
