@@ -244,6 +244,15 @@ def test_profiles_and_baselines_of_another_geometry_are_refused() -> None:
         build_report(make_plan(), baselines=make_baselines(MQA))
 
 
+def test_different_plans_of_one_name_are_refused() -> None:
+    plan = make_plan()
+    with pytest.raises(ValueError, match="two different plans are named 'moa'"):
+        build_report(plan.with_bits(8), baselines=[plan])
+    with pytest.raises(ValueError, match="two different plans are named 'dense'"):
+        build_report(plan.with_bits(8, "dense"), measurements=make_measurements())
+    assert "moa" in build_report(plan, baselines=[plan])
+
+
 def test_save_report_writes_the_page_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = save_report(tmp_path / "deep" / "report.html", make_plan(), title="½")
     assert path.read_text(encoding="utf-8") == build_report(make_plan(), title="½")

@@ -7,7 +7,7 @@ from typing import Any
 
 from moa_lab.evaluate.equal_bytes import unequal_plans
 from moa_lab.evaluate.worse import chosen_text, worse_than_simple
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, check_names
 from moa_lab.records import ALLOCATED, Measurement, Measurements
 from moa_lab.storage import to_json
 from moa_lab.text import aligned, interval_text
@@ -26,8 +26,9 @@ def summarise(plans: Sequence[Plan], measurements: Measurements, n_tokens: int, 
     """Scores of every plan by name; `density` and bytes at 2 bytes a number, predicted and allocated, are those at `n_tokens`.
 
     density: the one that plans are compared at; `unequal` says which do not keep it at a measured length, and why. `worse` says where
-    the last plan is worse than a simple one, `chosen` which candidate it is.
+    the last plan is worse than a simple one, `chosen` which candidate it is. Raises ValueError for different plans of one name.
     """
+    check_names(plans)
     lengths = sorted({row.length for row in measurements})
     return {
         "plans": {plan.name: _entry(plan, measurements, n_tokens) for plan in plans},

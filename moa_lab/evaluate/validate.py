@@ -17,7 +17,7 @@ from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.testsets import document_samples, needle_samples, own_answer_samples
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of, model_name, weights_fingerprint
-from moa_lab.plan import Plan, dense_plan
+from moa_lab.plan import Plan, check_names, dense_plan
 from moa_lab.presets import DEFAULT_PREFERENCE, NEEDLES, Preference
 from moa_lab.records import Front, Measurement, Measurements
 from moa_lab.search.plain import SIMPLE
@@ -54,7 +54,7 @@ def choose(
     A plan's losses of needles and of words, against the dense model, are weighed by `prefer` (see `Preference.parse`), each in units of
     what a uniform plan of the front loses. The predictor alone does not separate good plans from lucky ones.
     progress: called with (scores done, scores in all), one for a sample under a plan. Raises ValueError for an empty front, no samples,
-    or an unknown preference.
+    an unknown preference, or different plans of one name.
     """
     model, wanted = plain_model(model), Preference.parse(prefer)
     if not len(front) or not samples:
@@ -62,6 +62,7 @@ def choose(
     samples = distinct(samples)
     dense = dense_plan(front.points[0].plan.geometry)
     plans = [dense, *(point.plan for point in front)]
+    check_names(plans)
     rows: list[Measurement] = []
     losses: dict[str, Losses] = {}
     excess: dict[str, float] = {}
@@ -126,6 +127,7 @@ def validate(
         raise ValueError(f"length {length} is beyond the model's maximum of {geometry.max_length} tokens")
     for point in front:
         point.plan.check_model(geometry)
+    check_names([dense_plan(geometry), *(point.plan for point in front)])
     samples = needle_samples(tokenizer, length, questions, split="validation", seed=seed) if questions else []
     if summaries:
         samples += own_answer_samples(model, tokenizer, length, summaries, split="validation", seed=seed)

@@ -1,7 +1,7 @@
 """Plans: a rule for every KV head, the config card that holds them, and the plans that need no profile."""
 
 from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits
-from moa_lab.plan.card import PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, SINK_TOKENS, Plan, PlanOrPath, as_plan
+from moa_lab.plan.card import PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, SINK_TOKENS, Plan, PlanOrPath, as_plan, check_names
 from moa_lab.plan.rules import DENSE, MIN_SPAN, SpanRule
 from moa_lab.plan.simple import EQUAL_BYTES, check_density, dense_plan, full_or_floor_plan, uniform_plan
 
@@ -20,6 +20,7 @@ __all__ = [
     "SpanRule",
     "as_plan",
     "check_density",
+    "check_names",
     "dense_plan",
     "full_or_floor_plan",
     "uniform_plan",

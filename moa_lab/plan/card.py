@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -262,6 +262,16 @@ def as_plan(plan: PlanOrPath) -> Plan:
     if not isinstance(plan, Plan):
         raise ValueError(f"plan must be a Plan or the path of a config card, got {type(plan).__name__}")
     return plan
+
+
+def check_names(plans: Iterable[Plan]) -> None:
+    """Raise ValueError where two different plans have one name, by which their scores are told apart."""
+    known: dict[str, str] = {}
+    for plan in plans:
+        # All dense plans do the same, whatever their sink and floor.
+        found = "dense" if plan.is_dense else plan.identity()
+        if known.setdefault(plan.name, found) != found:
+            raise ValueError(f"two different plans are named {plan.name!r}, and scores are kept by name: plan.renamed(name) gives another")
 
 
 @dataclass(frozen=True)

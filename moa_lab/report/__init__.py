@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from moa_lab.plan import Plan, PlanOrPath, as_plan, dense_plan
+from moa_lab.plan import Plan, PlanOrPath, as_plan, check_names, dense_plan
 from moa_lab.records import Front, FrontPoint, InfluenceProfile, Measurements
 from moa_lab.report import sections
 from moa_lab.report.page import page
@@ -32,15 +32,18 @@ def build_report(
     measured). `reference` holds predicted goals of plans outside the front, drawn beside it. density: the one all are compared at;
     plans that do not keep it are named below the scores. validation: what the plan was chosen by; it is left out where that chose
     another plan. What is None or empty is left out of the page, whose first lines say where the plan is decidedly worse than a simple
-    one of `baselines`. Raises ValueError when `profile` or a baseline has another geometry than the plan.
+    one of `baselines`. Raises ValueError when `profile` or a baseline has another geometry than the plan, or
+    where different plans have one name.
     """
     plan, rivals = as_plan(plan), tuple(as_plan(other) for other in baselines)
     for other in (profile, *rivals):
         if other is not None:
             plan.check_model(other.geometry)
     measured = measurements or Measurements(())
+    shown = _rivals(plan, rivals, measured)
+    check_names([plan, *rivals, *shown])
     facts = sections.Facts(
-        plan, _rivals(plan, rivals, measured), profile, front or Front((), ()), measured, tuple(reference), density, validation
+        plan, shown, profile, front or Front((), ()), measured, tuple(reference), density, validation
     )  # fmt: skip
     return page(title, sections.opening(facts), sections.all_sections(facts), facts.warnings())
 

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from moa_lab.evaluate.memory import memory_row
 from moa_lab.evaluate.summary import summarise, table
 from moa_lab.geometry import ModelGeometry
@@ -84,3 +86,9 @@ def test_a_score_that_was_not_measured_is_a_dash(geometry: ModelGeometry) -> Non
     assert "retrieval" not in summary["plans"]["uniform"]
     uniform = table(summary).splitlines()[2]
     assert uniform.count(" - ") + uniform.endswith(" -") == 4
+
+
+def test_different_plans_of_one_name_have_no_table(geometry: ModelGeometry) -> None:
+    dense = dense_plan(geometry)
+    with pytest.raises(ValueError, match="two different plans are named 'dense'"):
+        summarise([dense, dense.with_bits(8)], Measurements(()), 4096)

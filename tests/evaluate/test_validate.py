@@ -14,7 +14,7 @@ from moa_lab.evaluate.scoring import sample_loss
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.validate import choose, validation_length
 from moa_lab.models import geometry_of
-from moa_lab.plan import Plan, uniform_plan
+from moa_lab.plan import Plan, dense_plan, uniform_plan
 from moa_lab.provenance import Provenance
 from moa_lab.records import Front, FrontPoint
 from moa_lab.runtime import apply_plan
@@ -118,6 +118,21 @@ def test_nothing_to_choose_from_or_by_is_refused(model: PreTrainedModel, samples
         choose(model, Front((), ()), samples)
     with pytest.raises(ValueError, match="at least one plan and one sample"):
         choose(model, front_of(model), [])
+
+
+def test_different_plans_of_one_name_are_refused_and_the_same_one_counts_once(model: PreTrainedModel, samples: list[Sample]) -> None:
+    whole = dense_plan(geometry_of(model))
+
+    def front(*plans: Plan) -> Front:
+        return Front(tuple(FrontPoint(plan, {}, {"100": 1.0}, "milp") for plan in plans), ("density",))
+
+    # The second's losses would be taken for the first's, which is the one that comes out.
+    with pytest.raises(ValueError, match="two different plans are named 'kept'"):
+        choose(model, front(whole.with_bits(4, "kept"), whole.renamed("kept")), samples)
+    with pytest.raises(ValueError, match="two different plans are named 'dense'"):
+        choose(model, front(whole.with_bits(8)), samples)
+    coarse = whole.with_bits(4, "coarse")
+    assert choose(model, front(coarse, coarse, whole), samples).best.is_dense
 
 
 @pytest.mark.parametrize(("lengths", "expected"), [((512, 1024, 2048), 4096), ((2048, 512, 1024), 4096), ((1024,), 2048), ((3000,), 4096)])
