@@ -34,21 +34,26 @@ class Preference:
 
     @classmethod
     def parse(cls, text: str) -> Preference:
-        """`needles`, `words`, `both`, or weights such as `needles=2,words=1`. Raises ValueError for anything else."""
+        """`needles`, `words`, `both`, or weights such as `needles=2,words=1`. Raises ValueError for anything else, and for a kind
+        that is named twice."""
         if text in PREFERENCES:
             weights = dict(PREFERENCES[text])
         else:
             weights = {}
             for part in text.split(","):
                 name, _, number = (word.strip() for word in part.partition("="))
+                if name in weights:
+                    raise ValueError(f"prefer: {name!r} is named twice in {text!r}; name it once")
                 try:
                     weights[name] = float(number)
                 except ValueError:
                     weights = {"": math.nan}
                     break
-        if not set(weights) <= set(KINDS) or not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()) > 0:
+        total = sum(weights.values())
+        if not set(weights) <= set(KINDS) or not all(w >= 0 for w in weights.values()) or not 0 < total < math.inf:
             raise ValueError(f"prefer must be {', '.join(PREFERENCES)} or weights such as needles=2,words=1, got {text!r}")
-        return cls(weights.get(NEEDLES, 0.0), weights.get(WORDS, 0.0))
+        # Shares: weights that are tiny or huge say no more than their ratio.
+        return cls(weights.get(NEEDLES, 0.0) / total, weights.get(WORDS, 0.0) / total)
 
     def weight(self, kind: str) -> float:
         """Weight of a kind; never 0, so that of plans that lose the same of what is preferred, the one that loses less is taken."""

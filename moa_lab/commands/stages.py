@@ -21,7 +21,7 @@ from moa_lab.commands.terminal import (
     parts_of,
 )
 from moa_lab.plan import MIN_SPAN
-from moa_lab.presets import DEFAULT_PREFERENCE
+from moa_lab.presets import DEFAULT_PREFERENCE, Preference
 from moa_lab.text import interval_text
 
 
@@ -171,6 +171,7 @@ def validate(
     from moa_lab.records import Front
 
     free(out, force)
+    Preference.parse(prefer)
     candidates = Front.load(front)
     loaded, tokenizer = load_model(model, plain_prompts=plain_prompts)
     with Bars() as bars:

@@ -119,8 +119,9 @@ def validate(
     """The plan of `front` that loses least on validation samples of `length` tokens, best a length beyond the profiled ones.
 
     questions: needles in validation wordings; summaries: the dense model's own answers; texts: plain ones. prefer: as in `choose`.
-    Its card holds its scores. Raises ValueError for a length beyond the model and for plans of another geometry.
+    Its card holds its scores. Raises ValueError for a length beyond the model, an unknown preference, and plans of another geometry.
     """
+    Preference.parse(prefer)
     model = plain_model(model)
     geometry = geometry_of(model)
     if not 1 <= length <= geometry.max_length:

@@ -248,6 +248,14 @@ def test_lengths_that_are_no_numbers_are_refused_before_the_model_is_loaded(
     assert "lengths must be whole numbers" in capsys.readouterr().err
 
 
+def test_an_unknown_preference_is_refused_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ("validate", tmp_path / "none.json", "--length", "512", "--model", tmp_path / "none", "--out", tmp_path / "x.json")
+    assert exit_code(monkeypatch, *words, "--prefer", "poems") == 2
+    assert "prefer must be needles, words, both" in capsys.readouterr().err
+
+
 def test_a_weight_that_is_named_twice_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

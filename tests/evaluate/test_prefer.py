@@ -40,10 +40,24 @@ def test_one_kind_alone_is_all_that_counts_where_the_other_was_not_measured() ->
     assert scores["a"] < scores["b"]
 
 
-@pytest.mark.parametrize("text", ["", "neither", "needles=", "needles=-1", "needles=0,words=0", "words=nan", "poems=1", "needles=inf"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "neither", "needles=", "needles=-1", "needles=0,words=0", "words=nan", "poems=1", "needles=inf", "needles=1e308,words=1e308"],
+)
 def test_a_preference_that_says_nothing_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="prefer must be needles, words, both or weights such as"):
         RunSettings(prefer=text)
+
+
+def test_a_kind_that_is_named_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="'needles' is named twice in 'needles=1,needles=2'"):
+        Preference.parse("needles=1,needles=2")
+
+
+@pytest.mark.parametrize("weight", ["1e-9", "1e308"])
+def test_weights_count_by_their_ratio(weight: str) -> None:
+    found = [preference_scores(LOSSES, "uniform", Preference.parse(prefer)) for prefer in ("needles", f"needles={weight}")]
+    assert found[1] == pytest.approx(found[0])
 
 
 def _sample(task: str, seed: int, facts: bool) -> Sample:
