@@ -39,6 +39,8 @@ def unequal_rows(rows: Iterable[Measurement]) -> str:
 
 
 def _reason(plan: Plan, asked: float, length: int) -> str:
+    if plan.bits and plan.density(length) < asked:
+        return "it stores keys or values in fewer bits"
     has_windows = any(window is not None for window in plan.geometry.layer_windows)
     dense = sum(plan.geometry.dense_span_tokens(layer, length) for layer in range(plan.geometry.layers))
     if 0 < (asked - plan.density(length)) * dense < plan.geometry.layers:

@@ -42,6 +42,11 @@ def test_rounding_to_whole_tokens_is_named() -> None:
     assert told == "uniform keeps 28.6% at 63 tokens, not 30%: spans are whole tokens"
 
 
+def test_stored_bits_are_named() -> None:
+    (told,) = unequal_plans([uniform_plan(PLAIN, 0.5).with_bits(8)], 0.5, [4096])
+    assert told.endswith("tokens, not 50%: it stores keys or values in fewer bits")
+
+
 def test_windows_that_lengths_on_both_sides_ask_for_are_named() -> None:
     (told,) = unequal_plans([uniform_plan(HYBRID, 0.5, [256, 1024, 4096])], 0.5, [256, 1024, 4096])
     assert "layers with windows of their own" in told
