@@ -89,13 +89,7 @@ def _plan(path: Path) -> str:
     lines += [
         f"at {n} tokens: density {plan.density(n):.1%}, KV {plan.kv_bytes(n) / 2**20:.1f} MiB at 2 bytes (predicted)" for n in lengths
     ]
-    return "\n".join([*lines, *_counted(plan.rules), *_stored(plan), *_scores(plan.scores), _origin(plan.provenance)])
-
-
-def _stored(plan: Plan) -> list[str]:
-    """In how many bits heads are stored, where not all are in the model's own type."""
-    counts = Counter(pair for row in plan.bits for pair in row)
-    return [f"{count} heads store K in {k} bits, V in {v}" for (k, v), count in counts.most_common()]
+    return "\n".join([*lines, *_counted(plan.rules), *plan.stored_text(), *_scores(plan.scores), _origin(plan.provenance)])
 
 
 def _published(path: Path) -> str:

@@ -1,11 +1,12 @@
 """Plans: a rule for every KV head, the config card that holds them, and the plans that need no profile."""
 
 from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits
-from moa_lab.plan.card import PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, SINK_TOKENS, Plan, PlanOrPath, as_plan, check_names
+from moa_lab.plan.card import BITS_FIELDS, PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, SINK_TOKENS, Plan, PlanOrPath, as_plan, check_names
 from moa_lab.plan.rules import DENSE, MIN_SPAN, SpanRule
 from moa_lab.plan.simple import EQUAL_BYTES, check_density, dense_plan, full_or_floor_plan, uniform_plan
 
 __all__ = [
+    "BITS_FIELDS",
     "DENSE",
     "EQUAL_BYTES",
     "MIN_SPAN",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,6 +116,12 @@ class Plan:
         """Bits of a layer's heads; None where nothing is stored in fewer than the model's own."""
         row = self.bits[layer] if self.bits else ()
         return row if any(width < UNTOUCHED for pair in row for width in pair) else None
+
+    def stored_text(self) -> list[str]:
+        """A clause for every pair of bits with the number of heads stored so, the most frequent first; empty where none is in fewer bits
+        than the model's own type."""
+        counts = Counter(pair for row in self.bits for pair in row)
+        return [f"{count} heads store K in {k} bits, V in {v}" for (k, v), count in counts.most_common()]
 
     def density(self, n_tokens: int) -> float:
         """KV cache kept at length `n_tokens`, as a fraction of the dense cache of the same model: of its bytes in a 16-bit type."""

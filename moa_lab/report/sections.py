@@ -98,6 +98,8 @@ def _spans(facts: Facts) -> Section:
         f"Each cell is one KV head and how many tokens it keeps at {length:,} tokens. "
         f"The shortest span is {spans.min():,}, the longest {spans.max():,}, the mean {spans.mean():,.0f} tokens."
     )
+    if plan.bits:
+        lead += f" Not all is stored in the model's own type: {'; '.join(plan.stored_text())}."
     whole = int((spans >= [[plan.geometry.dense_span_tokens(layer, length)] for layer in range(plan.geometry.layers)]).sum())
     alt = (
         f"Heat-map of spans: {plan.geometry.layers} layers by {plan.geometry.kv_heads} KV heads, "

@@ -125,6 +125,7 @@ def provenance_list(facts: Facts) -> str:
         ("Time (UTC)", _all(records, "created")),
         ("Plan", [f"{facts.plan.name}, identity {facts.plan.identity()}"]),
         ("Sink and floor", [f"{facts.plan.sink_tokens:,} tokens in the sink, no span below {facts.plan.min_span:,}"]),
+        ("Stored bits", facts.plan.stored_text()),
     ]
     code = {"Weights", "Tokenizer", "Calibration set", "Command"}
     rows = "".join(

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from moa_lab.plan import Plan, uniform_plan
+from moa_lab.plan import BITS_FIELDS, Plan, uniform_plan
 from moa_lab.records import Front, InfluenceProfile, Measurement, Measurements
 from moa_lab.report import build_report
 from moa_lab.storage import write_json, write_text
@@ -86,13 +86,16 @@ print(f"{{answer.kv_bytes_allocated / 2**20:.1f}} MiB of keys and values")
 
 
 def spans_csv(plan: Plan, n_tokens: int) -> str:
-    """Every head's rule and its span at `n_tokens`."""
+    """Every head's rule and its span at `n_tokens`; and its bits of K and V, where some are stored in fewer than the model's own."""
     spans, text = plan.spans(n_tokens), io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["layer", "kv_head", "alpha_tokens", "beta", f"span_tokens_at_{n_tokens}", "share_of_n"])
+    rows.writerow(
+        ["layer", "kv_head", "alpha_tokens", "beta", f"span_tokens_at_{n_tokens}", "share_of_n", *(BITS_FIELDS if plan.bits else ())]
+    )
     for layer, row in enumerate(plan.rules):
         for head, rule in enumerate(row):
-            rows.writerow([layer, head, rule.alpha, rule.beta, int(spans[layer, head]), round(float(spans[layer, head]) / n_tokens, 6)])
+            kept, bits = int(spans[layer, head]), plan.bits[layer][head] if plan.bits else ()
+            rows.writerow([layer, head, rule.alpha, rule.beta, kept, round(kept / n_tokens, 6), *bits])
     return text.getvalue()
 
 

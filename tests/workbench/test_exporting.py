@@ -30,6 +30,16 @@ def test_every_format_holds_the_plan(tmp_path: Path) -> None:
     assert plan.identity() in report.read_text(encoding="utf-8")
 
 
+def test_stored_bits_are_in_every_format_that_can_hold_them(tmp_path: Path) -> None:
+    plan = make_plan().with_bits(np.array([8, 4]))
+    card, table, report = export(plan, tmp_path, "mine", ("config card", "spans as CSV", "HTML report"), 2048)
+    assert Plan.load(card).bits == plan.bits
+    assert set(zip(*pd.read_csv(table)[["key_bits", "value_bits"]].to_numpy().T, strict=True)) == {(8, 4)}
+    assert report.read_text(encoding="utf-8").count(f"{plan.geometry.layers * plan.geometry.kv_heads} heads store K in 8 bits, V in 4") == 2
+    with pytest.raises(ValueError, match="no word for bits"):
+        export(plan, tmp_path, "other", ("published {alphas, betas}",), 2048)
+
+
 def test_nothing_is_overwritten_unless_asked(tmp_path: Path) -> None:
     export(make_plan(), tmp_path, "mine", ("config card",), 2048)
     before = (tmp_path / "mine.json").read_text()
