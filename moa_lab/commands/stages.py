@@ -139,7 +139,9 @@ def refine(
     from moa_lab.search import feasible, loss_table
 
     free(out, force)
-    card, loaded_samples = Plan.load(plan), SampleSet.load(samples)
+    card = Plan.load(plan)
+    card.check_untouched("refinement")
+    loaded_samples = SampleSet.load(samples)
     table = loss_table(InfluenceProfile.load(profile), min_span=card.min_span)
     feasible(table, density, max_rules)
     loaded, tokenizer = load_model(model)

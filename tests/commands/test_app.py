@@ -256,6 +256,15 @@ def test_an_unknown_preference_is_refused_before_the_model_is_loaded(
     assert "prefer must be needles, words, both" in capsys.readouterr().err
 
 
+def test_refinement_of_a_plan_with_stored_bits_is_refused_before_anything_else_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    card = uniform_plan(ModelGeometry(2, 4, 2, 16, 512), 0.5).with_bits(8).save(tmp_path / "card.json")
+    words = ("refine", card, "--samples", tmp_path / "none", "--profile", tmp_path / "none", "--out", tmp_path / "x.json")
+    assert exit_code(monkeypatch, *words) == 2
+    assert "pass plan.with_bits(16)" in capsys.readouterr().err
+
+
 def test_a_weight_that_is_named_twice_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
