@@ -53,15 +53,11 @@ class LayerView(CacheLayerMixin):
 
     @property
     def keys(self) -> NoReturn:  # type: ignore[override]
-        raise AttributeError(
-            f"every KV head keeps other tokens: read `cache.rings[{self._layer}].keys`, whose layout says which slots are whose"
-        )
+        raise AttributeError(f"every KV head keeps other tokens: `cache.rings[{self._layer}].held(head)[0]` are those of one")
 
     @property
     def values(self) -> NoReturn:  # type: ignore[override]
-        raise AttributeError(
-            f"every KV head keeps other tokens: read `cache.rings[{self._layer}].values`, whose layout says which slots are whose"
-        )
+        raise AttributeError(f"every KV head keeps other tokens: `cache.rings[{self._layer}].held(head)[1]` are those of one")
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: a layer is allocated with its first tokens."""

@@ -339,3 +339,16 @@ def test_a_cache_of_an_encoder_and_a_decoder_is_refused() -> None:
     model = model_of()
     with apply_plan(model, small_plan(model)), pytest.raises(ValueError, match="one decoder"):
         model(random_tokens(1, 3), past_key_values=EncoderDecoderCache(ring_cache(model), DynamicCache()))
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+def test_where_a_layers_keys_and_values_are_refused_the_way_to_them_is_named(bits: int) -> None:
+    model = tiny_model("llama")
+    plan = small_plan(model).with_bits(bits)
+    with apply_plan(model, plan, 20), torch.no_grad():
+        cache = ring_cache(model)
+        model(random_tokens(1, 20), past_key_values=cache)
+        for part, name in enumerate(("keys", "values")):
+            with pytest.raises(AttributeError, match=rf"cache\.rings\[1\]\.held\(head\)\[{part}\]"):
+                getattr(cache.layers[1], name)
+            assert cache.rings[1].held(0)[part].shape == (1, *plan.spans(20)[1, :1], plan.geometry.head_dim)
