@@ -14,7 +14,7 @@ import numpy as np
 
 from moa_lab.geometry import ModelGeometry, check_whole
 from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits, check_bits, read_bits, vector_bytes
-from moa_lab.plan.rules import GRIDS, MIN_SPAN, PUBLISHED_MULTIPLE, SpanRule, is_published, published_rules, read_rules
+from moa_lab.plan.rules import GRIDS, MIN_SPAN, PUBLISHED_MULTIPLE, SpanRule, fitted, is_published, published_rules, read_rules
 from moa_lab.provenance import Provenance, digest
 from moa_lab.storage import HAND_CURE, RecordError, check_schema, parse, read_plain, to_json, write_json
 
@@ -214,12 +214,7 @@ class Plan:
         span at the model's maximum length stays. The cost is logged. Raises RecordError for a file of another shape.
         """
         rules = published_rules(path)
-        heads = {len(row) for row in rules}
-        if len(rules) != geometry.layers or heads not in ({geometry.kv_heads}, {geometry.query_heads}):
-            raise RecordError(f"{path}: plan has {len(rules)} layers of {sorted(heads)} heads; model has {geometry}")
-        plan_rules = rules
-        if heads != {geometry.kv_heads}:
-            plan_rules = tuple(_pool_groups(row, geometry) for row in rules)
+        plan_rules = fitted(rules, geometry, path)
         plan = cls(
             geometry=geometry, rules=plan_rules, span_multiple=PUBLISHED_MULTIPLE, name=Path(path).stem, search={"origin": "published"}
         )
@@ -294,12 +289,6 @@ class _CardHead:
     search: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=Provenance)
-
-
-def _pool_groups(row: tuple[SpanRule, ...], geometry: ModelGeometry) -> tuple[SpanRule, ...]:
-    size = geometry.group_size
-    groups = [row[start : start + size] for start in range(0, len(row), size)]
-    return tuple(max(group, key=lambda rule: (rule.span_tokens(geometry.max_length), rule.beta)) for group in groups)
 
 
 def _mean_span_ratio(rules: tuple[tuple[SpanRule, ...], ...], plan: Plan, n_tokens: int) -> float:

@@ -8,7 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
-from moa_lab.geometry import MAX_TOKENS
+from moa_lab.geometry import MAX_TOKENS, ModelGeometry
 from moa_lab.storage import HAND_CURE, RecordError, parse, read_plain
 
 MIN_SPAN = 128
@@ -89,6 +89,22 @@ def read_rules(alphas: Any, betas: Any, path: str | Path) -> Rules:
         tuple(_rule(a, b, path, f"layer {layer}, head {head}") for head, (a, b) in enumerate(zip(row_a, row_b, strict=True)))
         for layer, (row_a, row_b) in enumerate(zip(*read, strict=True))
     )
+
+
+def fitted(rules: Rules, geometry: ModelGeometry, path: str | Path) -> Rules:
+    """Rules of query heads pooled to KV heads: of a group, the rule with the largest span at the maximum length; those of KV heads as
+    they are. Raises RecordError, naming `path`, for another shape."""
+    heads = {len(row) for row in rules}
+    if len(rules) != geometry.layers or heads not in ({geometry.kv_heads}, {geometry.query_heads}):
+        raise RecordError(f"{path}: plan has {len(rules)} layers of {sorted(heads)} heads; model has {geometry}")
+    if heads == {geometry.kv_heads}:
+        return rules
+
+    def longest(group: tuple[SpanRule, ...]) -> SpanRule:
+        return max(group, key=lambda rule: (rule.span_tokens(geometry.max_length), rule.beta))
+
+    size = geometry.group_size
+    return tuple(tuple(longest(row[start : start + size]) for start in range(0, len(row), size)) for row in rules)
 
 
 def _rule(alpha: float, beta: float, path: str | Path, where: str) -> SpanRule:

@@ -83,6 +83,12 @@ def test_stored_bits_are_compared_with_masks_over_what_comes_back_from_them(fami
     assert failed(compared(family, stored_plan)) & PASSES
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral"])
+def test_stored_bits_in_half_precision_pass_though_numbers_move_by_whole_steps(family: str) -> None:
+    found = compared(family, lambda model: mixed_plan(model).with_bits(4), dtype=torch.bfloat16)
+    assert found.passed, table(found)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_held_against_its_own_noise(dtype: torch.dtype) -> None:
     found = compared(dtype=dtype)

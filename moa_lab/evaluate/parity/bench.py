@@ -24,6 +24,9 @@ from moa_lab.runtime.decoding import Decoder
 NEW_TOKENS = 256
 FULL_PRECISION_TOLERANCE = 1e-3
 NOISE_FACTOR = 2.0
+STORED_NOISE_FACTOR = STORED_FLOOR_FACTOR = 4.0
+"""With stored bits a number near the middle between two places of its grid moves by a whole step, which the few positions that noise is
+measured at may not show: so much more noise, and so many steps of the coarsest grid at least. In float32 few numbers do."""
 FLOOR_FACTOR = 8.0
 
 
@@ -36,7 +39,10 @@ class Bench:
         self._bytes: list[tuple[int, int]] = []
         self.noise = self._noise() if model.dtype.itemsize < 4 else None
         floor = FLOOR_FACTOR * torch.finfo(model.dtype).eps
-        self.tolerance = FULL_PRECISION_TOLERANCE if self.noise is None else max(NOISE_FACTOR * self.noise, floor)
+        factor = NOISE_FACTOR
+        if plan.bits:
+            factor, floor = STORED_NOISE_FACTOR, max(floor, STORED_FLOOR_FACTOR / (2.0 ** int(plan.widths().min()) - 1))
+        self.tolerance = FULL_PRECISION_TOLERANCE if self.noise is None else max(factor * self.noise, floor)
 
     def settings(self) -> dict[str, Any]:
         """The settings that the record stores."""
