@@ -23,6 +23,7 @@ from moa_lab.models import geometry_of
 from moa_lab.profiling.estimate import Seconds, estimate_cost, far_apart
 from moa_lab.refinement import MOVES
 from moa_lab.run_inputs import RunInputs
+from moa_lab.runtime.decoding import clock
 from moa_lab.side_by_side import on_one_core, workers
 
 logger = logging.getLogger(__name__)
@@ -213,8 +214,6 @@ def _token_s(model: PreTrainedModel, batch: int) -> float:
 
 
 def _timed(model: PreTrainedModel, work: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began = clock(model.device)
     work()
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    return time.perf_counter() - began
+    return clock(model.device) - began

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from moa_lab.cache.storage import as_stored
+from moa_lab.cache.storage import as_stored, heads_as_stored
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.dispatch import span_attention
 from moa_lab.plan import UNTOUCHED, Plan
@@ -56,15 +56,12 @@ def quantised_cache(model: PreTrainedModel, widths: np.ndarray, plan: Plan, n_to
     if widths.shape != shape:
         raise ValueError(f"widths must be (layers, kv_heads, 2) = {shape}, got {widths.shape}")
     windows = plan.windows(n_tokens)
-    bits = torch.from_numpy(np.asarray(widths, dtype=np.int64)).to(model.device)
 
     def handler(layer: int) -> Handler:
-        key_bits, value_bits = (bits[layer, :, part, None, None] for part in range(2))
-        touched = (widths[layer] < UNTOUCHED).any(axis=0)
+        bits = [(int(key), int(value)) for key, value in widths[layer]]
 
         def attend(call: AttentionCall) -> torch.Tensor:
-            key = fake_quantise(call.key, key_bits) if touched[0] else call.key
-            value = fake_quantise(call.value, value_bits) if touched[1] else call.value
+            key, value = heads_as_stored(call.key, call.value, bits)
             return span_attention(
                 call.query, key, value, call.mask, plan.sink_tokens, windows[layer], call.scale, call.softcap, call.sink_logits
             )
