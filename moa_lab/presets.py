@@ -114,13 +114,13 @@ PRESETS: Mapping[str, Preset] = {
         test_lengths=(2048,), needles=16, needles_per_text=1, own_answers=4, lines=0, documents=0,
         baselines=(), search_seconds=10.0,
     ),
-    # One GPU: nine minutes on an H100 with the embedded model.
+    # One GPU: minutes with half a billion weights, half an hour with eight.
     "standard": Preset(
-        lengths=(2048, 4096), questions=48, questions_per_sample=1, summaries=12, texts=0, answer_tokens=128,
-        candidates=12, learning_steps=0, learning_questions=0, learning_others=0, refine_rounds=2, refine_heads=96,
-        validation_questions=64, validation_summaries=16, validation_texts=0, validate_profiled=True,
-        test_lengths=(2048, 4096), needles=128, needles_per_text=1, own_answers=32, lines=32, documents=16,
-        baselines=("ranked", "paper"), search_seconds=30.0,
+        lengths=(2048, 4096), questions=32, questions_per_sample=1, summaries=8, texts=0, answer_tokens=128,
+        candidates=8, learning_steps=200, learning_questions=96, learning_others=16, refine_rounds=0, refine_heads=0,
+        validation_questions=48, validation_summaries=8, validation_texts=8, validate_profiled=True,
+        test_lengths=(2048, 4096), needles=256, needles_per_text=1, own_answers=64, lines=32, documents=32,
+        baselines=("paper",), search_seconds=30.0,
     ),
     # Many densities and many plans from one profile: less time for each, plain text as a task, more test samples.
     "study": Preset(

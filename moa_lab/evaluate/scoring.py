@@ -17,6 +17,7 @@ from moa_lab.calibration.samples import Sample, SampleSet, distinct, group_by_sh
 from moa_lab.evaluate.intervals import Interval, mean, proportion
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.geometry.wrappers import plain_model
+from moa_lab.interface.compiled import compiled_layers
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement
 from moa_lab.runtime import apply_plan
@@ -81,7 +82,9 @@ def score_plans(
 
     works = _works(samples, known, model.device)
     longest = max((work.batch[0].length for work in works), default=0)
-    side_by_side(score, works, model.device, bytes_each=forward_bytes(model, longest), after=tell)
+    tokens = sum(len(work.plans) * sum(sample.length for sample in work.batch) for work in works)
+    with compiled_layers(model, tokens):
+        side_by_side(score, works, model.device, bytes_each=forward_bytes(model, longest), after=tell)
     return [[found for sample in samples if (found := known[sample.identity][at]) is not None] for at in range(len(plans))]
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moa_lab.kernels.mixture import BLOCK, LEAST
+from moa_lab.kernels.mixture import BLOCK
 from moa_lab.kernels.prefill import NO_REACH
 
 
@@ -89,41 +89,61 @@ def _forward_kernel(
 
 @triton.jit
 def _rows_kernel(
-    query, key, value, slope, counts, normaliser, expected, query_slope, masses, gains, n_tokens, n_blocks, sink_blocks, reach, scale,
-    softcap,
+    query, key, value, slope, counts, sink_logits, normaliser, expected, query_slope, window_slope, n_tokens, n_blocks, sink_blocks, reach,
+    scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """Slopes of the queries; and for every block of keys, by its distance: log of its mass, and its mean of slope . value."""
+    """Slopes of a block of queries; and slope . output, summed over these queries, for a window of 1, 2, .. blocks.
+
+    After the sink the blocks of keys come nearest first: what has been added up after each is a window's softmax.
+    """
     block, head = tl.program_id(0), tl.program_id(1)
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
     rows = block * BLOCK + tl.arange(0, BLOCK)
     dims = tl.arange(0, PADDED_DIM)
     asked = _tile(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    # Rows past the end have no slope, and add nothing.
     wanted = _tile(slope + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
     key += head // GROUP * size
     value += head // GROUP * size
     held = tl.load(normaliser + head * n_tokens + rows, mask=rows < n_tokens, other=0.0)
     mean = tl.load(expected + head * n_tokens + rows, mask=rows < n_tokens, other=0.0)
     first = tl.maximum(block + 1 - tl.load(counts + head // GROUP), 0)
+    sinks = tl.minimum(sink_blocks, block + 1)
     gathered = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
-    places = (tl.cast(head, tl.int64) * n_tokens + rows) * n_blocks
-    for near in range(0, block + 1):
+    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    gained = tl.zeros((BLOCK,), tl.float32)
+    if SINK_LOGITS:
+        highest = tl.zeros((BLOCK,), tl.float32) + tl.load(sink_logits + head)
+        total += 1.0
+    window_slope += (tl.cast(head, tl.int64) * n_blocks + block) * n_blocks
+    for index in range(0, block + 1):
+        near = tl.where(index < sinks, index, block + sinks - index)
         known = _tile(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
         values = _tile(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
         scores = _scores(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
         gain = tl.dot(wanted, tl.trans(values), input_precision=PRECISION)
-        highest = tl.max(scores, axis=1)
-        weights = tl.exp(scores - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
-        total = tl.sum(weights, axis=1)
-        tl.store(masses + places + block - near, highest + tl.log(tl.maximum(total, 1e-30)), mask=rows < n_tokens)
-        tl.store(gains + places + block - near, tl.sum(weights * gain, axis=1) / tl.maximum(total, 1e-30), mask=rows < n_tokens)
+        higher = tl.maximum(highest, tl.max(scores, axis=1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp(scores - safe[:, None])
+        shrink = tl.exp(highest - safe)
+        total = total * shrink + tl.sum(weights, axis=1)
+        gained = gained * shrink + tl.sum(weights * gain, axis=1)
+        highest = higher
+        tl.store(window_slope + block - near, tl.sum(gained / tl.maximum(total, 1e-30)), mask=index >= sinks)
         if (near >= first) | (near < sink_blocks):
             change = tl.exp(scores - held[:, None]) * (gain - mean[:, None]) * scale
             if CAPPED:
                 capped = tl.where(scores == float("-inf"), 0.0, scores) / softcap
                 change *= 1.0 - capped * capped
             gathered += tl.dot(change.to(known.dtype), known, input_precision=PRECISION)
+    # Longer windows see no more.
+    whole = tl.sum(gained / tl.maximum(total, 1e-30))
+    for start in range(block + 1 - sinks, n_blocks, BLOCK):
+        longer = start + tl.arange(0, BLOCK)
+        tl.store(window_slope + longer, tl.zeros((BLOCK,), tl.float32) + whole, mask=longer < n_blocks)
     real = (rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM)
     places = head * size + rows[:, None] * HEAD_DIM + dims[None, :]
     tl.store(query_slope + places, gathered.to(query_slope.dtype.element_ty), mask=real)
@@ -224,33 +244,14 @@ class _Drawn(torch.autograd.Function):
         blocks, group = ctx.grid[0], ctx.settings["GROUP"]
         expected = (slope.float() * output.float()).sum(dim=-1)
         query_slope, key_slope, value_slope = (torch.empty_like(query) for _ in range(3))
-        masses = torch.full((batch, heads, n_tokens, blocks), float("-inf"), device=query.device)
-        gains = torch.zeros_like(masses)
-        shared = (query, key, value, slope, counts, normaliser, expected)
-        _rows_kernel[ctx.grid](*shared, query_slope, masses, gains, n_tokens, blocks, *ctx.numbers, **ctx.settings)
-        _columns_kernel[ctx.grid](*shared, key_slope, value_slope, n_tokens, blocks, *ctx.numbers, **ctx.settings)
+        window_slope = normaliser.new_empty(batch, heads, blocks, blocks)
+        known, told, numbers = (query, key, value, slope, counts), (normaliser, expected), (n_tokens, blocks, *ctx.numbers)
+        _rows_kernel[ctx.grid](
+            *known, normaliser if logits is None else logits, *told, query_slope, window_slope, *numbers,
+            SINK_LOGITS=logits is not None, **ctx.settings,
+        )  # fmt: skip
+        _columns_kernel[ctx.grid](*known, *told, key_slope, value_slope, *numbers, **ctx.settings)
         per_group = (batch, heads // group, group)
         key_slope, value_slope = (x.unflatten(1, per_group[1:]).sum(dim=2) for x in (key_slope, value_slope))
-        logits = None if logits is None else logits.reshape(batch, heads, 1, 1)
-        found = _slope_of_windows(masses, gains, ctx.numbers[0], logits).unflatten(1, per_group[1:]).sum(dim=2)
+        found = window_slope.sum(dim=2).unflatten(1, per_group[1:]).sum(dim=2)
         return query_slope, key_slope, value_slope, found, None, None, None, None, None, None
-
-
-def _slope_of_windows(masses: torch.Tensor, gains: torch.Tensor, sink_blocks: int, sink_logits: torch.Tensor | None) -> torch.Tensor:
-    """(batch, query_heads, blocks): slope . output, summed over queries, for a window of 1, 2, .. blocks.
-
-    masses, gains: (batch, query_heads, tokens, blocks), of the keys 0, 1, .. blocks back. sink_logits: (batch, query_heads, 1, 1).
-    """
-    highest = masses.amax(dim=-1, keepdim=True)
-    highest = highest if sink_logits is None else highest.maximum(sink_logits)
-    mass = (masses - highest).exp()
-    gain = mass * gains
-    index = torch.arange(masses.shape[-1], device=masses.device)
-    own = index.repeat_interleave(BLOCK)[: masses.shape[2], None]
-    sink = (index <= own) & (own - index < sink_blocks)
-    kept_mass, kept_gain = (
-        torch.where(sink, 0.0, x).cumsum(dim=-1) + torch.where(sink, x, 0.0).sum(dim=-1, keepdim=True) for x in (mass, gain)
-    )
-    if sink_logits is not None:
-        kept_mass = kept_mass + (sink_logits - highest).exp()
-    return (kept_gain / kept_mass.clamp(min=LEAST)).sum(dim=2)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.geometry.wrappers import plain_model
+from moa_lab.interface.compiled import compiled_layers
 from moa_lab.learning.batches import Batches, batch_tokens
 from moa_lab.learning.checkpoint import Checkpoint
 from moa_lab.learning.mixtures import Mixtures
@@ -101,17 +102,18 @@ def learn_spans(
         for generator, state in zip(generators, told["generators"], strict=True):
             generator.bit_generator.state = state
         history = told["history"]
-    for step in range(len(history), steps):
-        if progress:
-            progress(step, steps)
-        left = max(0.0, 1 - step / max(1.0, SHRINKING * steps))
-        chances = mixtures.chances(mixtures.limit + left * np.maximum(FIRST_DENSITY - mixtures.limit, 0))
-        found = sampler(batches.draw(), chances)
-        mixtures.step(chances, found.slope)
-        history.append(found.divergence)
-        arrays, numbers = mixtures.state()
-        state = {"mixtures": numbers, "generators": [rng.bit_generator.state for rng in generators], "history": history}
-        checkpoint.save(arrays, state, last=step + 1 == steps)
+    with compiled_layers(model, (steps - len(history)) * batch_tokens(model)):
+        for step in range(len(history), steps):
+            if progress:
+                progress(step, steps)
+            left = max(0.0, 1 - step / max(1.0, SHRINKING * steps))
+            chances = mixtures.chances(mixtures.limit + left * np.maximum(FIRST_DENSITY - mixtures.limit, 0))
+            found = sampler(batches.draw(), chances)
+            mixtures.step(chances, found.slope)
+            history.append(found.divergence)
+            arrays, numbers = mixtures.state()
+            state = {"mixtures": numbers, "generators": [rng.bit_generator.state for rng in generators], "history": history}
+            checkpoint.save(arrays, state, last=step + 1 == steps)
     if progress:
         progress(steps, steps)
     last = history[-max(1, steps // 10) :]

@@ -14,6 +14,7 @@ from moa_lab.calibration.answers import answer_logits
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.interface import AttentionCall, Handler, route_attention
+from moa_lab.interface.compiled import compiled_layers
 from moa_lab.kernels.dispatch import drawn_attention
 from moa_lab.kernels.mixture import BLOCK
 from moa_lab.learning.batches import Batches, batch_tokens
@@ -161,10 +162,11 @@ def mean_slopes(
     check_inputs(model, samples, table)
     batches, sampler = Batches(samples, batch_tokens(model), seed), SlopeSampler.fitting(model, table, samples, seed, stands_for=stands_for)
     total = np.zeros(chances.shape)
-    for step in range(steps):
-        if progress:
-            progress(step, steps)
-        total += sampler(batches.draw(), chances).slope
+    with compiled_layers(model, steps * batch_tokens(model)):
+        for step in range(steps):
+            if progress:
+                progress(step, steps)
+            total += sampler(batches.draw(), chances).slope
     if progress:
         progress(steps, steps)
     return total / steps
