@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -100,7 +101,13 @@ def insert_at_depths(
     return result + list(context[last:])
 
 
+_endings: WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, bool]] = WeakKeyDictionary()
+
+
 def _sentence_ends(tokenizer: PreTrainedTokenizerBase, context: Sequence[int]) -> np.ndarray:
-    texts: dict[int, Any] = {token: tokenizer.decode([token]) for token in set(context)}
-    ends = [index + 1 for index, token in enumerate(context) if texts[token].rstrip().endswith((".", "!", "?"))]
+    known = _endings.setdefault(tokenizer, {})
+    for token in set(context) - known.keys():
+        text: Any = tokenizer.decode([token])
+        known[token] = text.rstrip().endswith((".", "!", "?"))
+    ends = [index + 1 for index, token in enumerate(context) if known[token]]
     return np.array([0, *ends] if ends else [])

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -32,6 +33,11 @@ class Controls:
     pattern: re.Pattern[str]
     unflagged: frozenset[str] = frozenset()
 
+    @cached_property
+    def marks(self) -> frozenset[int]:
+        """Their ids."""
+        return frozenset(self.ids.values())
+
     def within(self, text: str) -> Counter[str]:
         """How often `text` spells each control token."""
         return Counter(self.pattern.findall(text))
@@ -46,7 +52,8 @@ def controls_of(tokenizer: PreTrainedTokenizerBase) -> Controls:
     A token that is not flagged as special is a control token when it is bracketed (`<tool_call>`, `<|fim_prefix|>`) and no HTML
     element, unless the chat template itself uses that element. Blank tokens (line breaks) and added words are text.
     """
-    if not hasattr(tokenizer, "added_tokens_decoder"):  # mistral_common, which recognises no control token in a text
+    # Asked of the class: some tokenizers put thousands of tokens together to answer.
+    if not hasattr(type(tokenizer), "added_tokens_decoder"):  # mistral_common, which recognises no control token in a text
         return Controls({}, _NEVER)
     key = (len(tokenizer), str(tokenizer.chat_template), tuple(tokenizer.all_special_tokens))
     known = _known.get(tokenizer)

@@ -92,8 +92,7 @@ def _spells_controls(tokenizer: PreTrainedTokenizerBase, text: str, ids: Sequenc
     if not controls.ids:
         return False
     # Look at the ids too: a tokenizer may normalise before it matches ("<BOS>"). The unknown token may stand for any text.
-    marks = set(controls.ids.values()) - {tokenizer.unk_token_id}
-    return controls.pattern.search(text) is not None or not marks.isdisjoint(ids)
+    return controls.pattern.search(text) is not None or bool(controls.marks.intersection(ids) - {tokenizer.unk_token_id})
 
 
 def _without_controls(tokenizer: PreTrainedTokenizerBase, text: str) -> _Plain:
