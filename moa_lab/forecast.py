@@ -1,40 +1,32 @@
-"""How long a run will take: what each kind of pass takes here, measured on short ones, times how many passes the settings ask for."""
+"""How long a run will take: what each kind of pass takes here, times how many passes the settings ask for."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from transformers import DynamicCache, PreTrainedModel
 
-from moa_lab.calibration.answers import forward_bytes
-from moa_lab.calibration.dataset import Request
 from moa_lab.calibration.samples import Sample
-from moa_lab.calibration.tasks import Questions, Summaries
-from moa_lab.evaluate.scoring import GPU_BATCH_TOKENS
+from moa_lab.calibration.tasks import Questions
 from moa_lab.learning.batches import BATCH_TOKENS
 from moa_lab.learning.descent import FLOOR_SHARES
-from moa_lab.models import geometry_of
-from moa_lab.profiling.estimate import Seconds, estimate_cost, far_apart
+from moa_lab.pace import Pace
+from moa_lab.profiling.estimate import estimate_cost
 from moa_lab.refinement import MOVES
 from moa_lab.run_inputs import RunInputs
-from moa_lab.runtime.decoding import clock
-from moa_lab.side_by_side import on_one_core, workers
 
 logger = logging.getLogger(__name__)
 
-PROBE_TOKENS = {"cpu": (128, 512), "cuda": (1024, 4096)}
-TOKENS = 8
-"""Tokens generated to time one."""
 SIMPLE_PLANS = 2
 """Plans of `search.plain` beyond those that a preset counts as candidates, about."""
 LEARNED_PLANS = 2 * (1 + len(FLOOR_SHARES))
 """Of two descents."""
+LEARNED_STEPS = 1.5
+"""Steps of both descents in those of the first: the one that puts words first takes half as many."""
 CLIMBS = 3
 """Steps of a round of refinement until no neighbour is better, about."""
 LAST_RECORD = {
@@ -49,36 +41,6 @@ LIMITED = {"search"}
 """Stages that are foretold by what they may take at most, which says nothing of the pace of passes."""
 SURE_S = 20.0
 """Stages that took less together say nothing of those to come."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """Seconds of one sample by its length: a forward pass, and one with the way back; seconds of a generated token; samples at once."""
-
-    forward: Seconds
-    backward: Seconds
-    token: float
-    at_once: int
-
-    @classmethod
-    def of(cls, model: PreTrainedModel, backward: Seconds, answer_batch: int, longest: int) -> Pace:
-        """Measured on `model`, whose answers are written `answer_batch` at once."""
-        probed = far_apart(PROBE_TOKENS.get(model.device.type, PROBE_TOKENS["cpu"]), geometry_of(model).max_length)
-        timed = on_one_core(lambda: [_forward_s(model, n) for n in probed], model.device)
-        token = on_one_core(lambda: _token_s(model, answer_batch), model.device)
-        at_once = workers(2**16, model.device, forward_bytes(model, longest))
-        return cls(Seconds.through(probed, timed), backward, token, at_once)
-
-    def answers(self, wanted: Sequence[Request], lengths: Sequence[int], examining: Seconds) -> float:
-        """Samples of every request at every length. examining: of drafts that the model is to get right."""
-        seconds = 0.0
-        for request in wanted:
-            for n in lengths:
-                if isinstance(request.task, Questions):
-                    seconds += request.count * examining(n)
-                elif isinstance(request.task, Summaries):
-                    seconds += request.count * (self.forward(n) + request.task.answer_tokens * self.token)
-        return seconds
 
 
 @dataclass
@@ -102,8 +64,14 @@ class Forecast:
         """Of the stages of a run whose records are missing."""
         preset, model, longest = run.preset, run.model, max(run.lengths)
         cost = estimate_cost(model, [Sample("probe", np.zeros(longest, np.int64), ((longest - 1, longest),))])
-        pace = Pace.of(model, cost.seconds_each, run.answer_batch, longest)
         samples = {n: sum(request.count for request in run.wanted) for n in run.lengths}
+        measured = preset.candidates + SIMPLE_PLANS + LEARNED_PLANS * bool(preset.learning_steps) + preset.refine_rounds
+        judged = (run.suites.validated_counts(), 1 + measured), (run.suites.tested_counts(run.test_lengths), 3 + len(preset.baselines))
+        step = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
+        tokens = int(LEARNED_STEPS * preset.learning_steps * step) + sum(
+            n * every * plans for counts, plans in judged for n, (every, _) in counts.items()
+        )
+        pace = Pace.of(model, cost, run.answer_batch, tokens, bool(preset.learning_steps))
         # On a CPU questions are profiled as they are answered.
         joined = model.device.type == "cpu" and not cost.checkpoint
         asked = sum(request.count for request in run.wanted if isinstance(request.task, Questions)) if joined else 0
@@ -114,17 +82,16 @@ class Forecast:
         }
         if preset.learning_steps:
             foretold["lessons"] = pace.answers(run.wanted_lessons, run.lesson_lengths, pace.forward) / pace.at_once
-            # Dense, and drawn with the way back; half as many steps put words first.
-            tokens = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
-            step = np.mean([max(tokens / n, len(run.wanted_lessons)) * (pace.forward(n) + pace.backward(n)) for n in run.lesson_lengths])
-            foretold["learn"] = 1.5 * preset.learning_steps * float(step)
+            # A length is drawn in proportion to its tokens.
+            tasks, drawn = sum(request.count > 0 for request in run.wanted_lessons), np.array(run.lesson_lengths)
+            each = [max(step // n, tasks) * pace.drawn(n) for n in run.lesson_lengths]
+            foretold["learn"] = LEARNED_STEPS * preset.learning_steps * float(drawn @ each / drawn.sum())
         if preset.refine_rounds:
             heads = min(preset.refine_heads, run.geometry.layers * run.geometry.kv_heads)
             plans = preset.refine_rounds * (2 * heads + CLIMBS * len(MOVES))
             foretold["refine"] = plans * sum(count * pace.forward(n) for n, count in samples.items()) / pace.at_once
-        measured = preset.candidates + SIMPLE_PLANS + LEARNED_PLANS * bool(preset.learning_steps) + preset.refine_rounds
-        foretold["validate"] = _judging(pace, run.suites.validated_counts(), 1 + measured, preset.answer_tokens)
-        foretold["evaluate"] = _judging(pace, run.suites.tested_counts(run.test_lengths), 3 + len(preset.baselines), preset.answer_tokens)
+        for stage, counts in zip(("validate", "evaluate"), judged, strict=True):
+            foretold[stage] = _judging(pace, *counts, preset.answer_tokens)
         there = {record for record in (*STAGE_OF, *WITHOUT) if run.records.place(record).exists()}
         unasked = {stage for record, stages in WITHOUT.items() if record in there for stage in stages}
         missing = {stage: s for stage, s in foretold.items() if LAST_RECORD[stage] not in there and stage not in unasked}
@@ -189,31 +156,3 @@ def _judging(pace: Pace, counts: dict[int, tuple[int, int]], plans: int, answer_
     for n, (every, own) in counts.items():
         seconds += (every * plans) * pace.forward(n) + own * answer_tokens * pace.token
     return seconds / pace.at_once
-
-
-def _forward_s(model: PreTrainedModel, n: int) -> float:
-    """Seconds of a sample of n tokens in a dense pass, in batches on a GPU."""
-    size = 1 if model.device.type == "cpu" else max(1, GPU_BATCH_TOKENS // n)
-    tokens = torch.arange(n, device=model.device).remainder(model.config.get_text_config().vocab_size).expand(size, n)
-    with torch.inference_mode():
-        return _timed(model, lambda: model(input_ids=tokens, use_cache=False, logits_to_keep=1)) / size
-
-
-def _token_s(model: PreTrainedModel, batch: int) -> float:
-    """Seconds of a generated token of one of `batch` samples."""
-    tokens = torch.zeros(batch, 1, dtype=torch.long, device=model.device)
-    cache = DynamicCache(config=model.config)
-
-    def generate() -> None:
-        for _ in range(TOKENS):
-            model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-
-    with torch.inference_mode():
-        generate()
-        return _timed(model, generate) / TOKENS / batch
-
-
-def _timed(model: PreTrainedModel, work: Callable[[], object]) -> float:
-    began = clock(model.device)
-    work()
-    return clock(model.device) - began

@@ -42,15 +42,15 @@ def test_every_stage_is_foretold_and_more_samples_and_longer_ones_take_longer(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Passes of a tiny model are too short to be timed twice alike.
-    pace = Pace(Seconds(1e-5, 1e-9), Seconds(3e-5, 3e-9), token=0.01, at_once=2)
+    pace = Pace(Seconds(1e-5, 1e-9), Seconds(3e-5, 3e-9), Seconds(5e-5, 5e-9), token=0.01, at_once=2)
     monkeypatch.setattr(Pace, "of", lambda *_: pace)
     small = Forecast.of(run_of(inputs, tmp_path / "small"))
     assert set(small.foretold) == {"calibrate", "profile", "search", "lessons", "learn", "validate", "evaluate"}
     assert all(seconds > 0 for seconds in small.foretold.values())
     assert small.needed_bytes > 0
-    large = Forecast.of(run_of(inputs, tmp_path / "large", "standard"))
-    assert set(large.foretold) == {"calibrate", "profile", "search", "refine", "validate", "evaluate"}
-    for stage in ("calibrate", "profile", "validate", "evaluate"):
+    large = Forecast.of(run_of(inputs, tmp_path / "large", "full"))
+    assert set(large.foretold) == {"calibrate", "profile", "search", "lessons", "learn", "refine", "validate", "evaluate"}
+    for stage in ("calibrate", "profile", "learn", "validate", "evaluate"):
         assert large.foretold[stage] > 3 * small.foretold[stage], stage
 
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from moa_lab.clock import clock
 from moa_lab.plan import Plan
 from moa_lab.runtime import apply_plan, ring_cache
-from moa_lab.runtime.decoding import clock
 from moa_lab.runtime.generate import PREFILL_TOKENS
 
 

@@ -9,10 +9,11 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from moa_lab.clock import clock
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan
 from moa_lab.runtime import RingCache, Sampling, apply_plan, ring_cache
-from moa_lab.runtime.decoding import WARM_UP, Decoder, clock
+from moa_lab.runtime.decoding import WARM_UP, Decoder
 
 SETTLED = WARM_UP + 3
 """Untimed steps: compilation, graph capture, and the first replays."""

@@ -38,13 +38,13 @@ def compiled_layers(model: PreTrainedModel, tokens: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def compiling(model: PreTrainedModel) -> Iterator[None]:
-    """The layers of `model` compiled, also on a CPU; as they were on exit. What was compiled is known to the next block."""
+def compiling(model: PreTrainedModel, backend: str = "inductor") -> Iterator[None]:
+    """The layers of `model` compiled by one of torch's backends, also on a CPU; as they were on exit. What was compiled is kept."""
     config: Any = torch._dynamo.config
     mine = [layer for layer in _layers(model) if getattr(layer, "_compiled_call_impl", None) is None]
     with config.patch(suppress_errors=True, recompile_limit=GRAPHS, accumulated_recompile_limit=GRAPHS * len(mine) + GRAPHS):
         for layer in mine:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True, backend=backend)
         try:
             yield
         finally:

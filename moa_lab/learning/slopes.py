@@ -19,7 +19,7 @@ from moa_lab.kernels.dispatch import drawn_attention
 from moa_lab.kernels.mixture import BLOCK
 from moa_lab.learning.batches import Batches, batch_tokens
 from moa_lab.profiling.backward import checkpointed
-from moa_lab.profiling.estimate import SAFETY, estimate_cost
+from moa_lab.profiling.estimate import SAFETY, Estimate, estimate_cost
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import LossTable
 
@@ -69,7 +69,7 @@ class SlopeSampler:
         estimate.require_fit()
         if model.device.type == "cpu":
             return cls(model, table, seed, weights=weights, stands_for=stands_for)
-        tokens = int(FREE_SHARE * estimate.free_bytes / (SAFETY * estimate.bytes_per_token))
+        tokens = tokens_at_once(estimate)
         return cls(model, table, seed, tokens, checkpoint=tokens < longest.length, weights=weights, stands_for=stands_for)
 
     def __call__(self, batch: Sequence[Sample], chances: np.ndarray) -> DrawnSlope:
@@ -85,51 +85,14 @@ class SlopeSampler:
         for start in range(0, len(batch), size):
             part = batch[start : start + size]
             weights = [self._weights.get(sample.task, 1.0) / share[sample.task] for sample in part]
-            lost, slope = self._run(part, counts[:, start : start + size], weights)
+            lost, slope = drawn_slopes(
+                self._model, part, counts[:, start : start + size], weights, self._table.sink_tokens, checkpoint=self._checkpoint
+            )
             by_window += slope
             for sample, value in zip(part, lost, strict=True):
                 divergence[sample.task] += value / share[sample.task]
         by_rule = np.stack([layer @ _shares(own, blocks).T for layer, own in zip(by_window, windows, strict=True)])
         return DrawnSlope(divergence, by_rule.reshape(len(chances), -1))
-
-    def _run(self, batch: Sequence[Sample], counts: torch.Tensor, weights: Sequence[float]) -> tuple[list[float], np.ndarray]:
-        """Divergence of every sample, and the slope of their weighted sum in windows of 1, 2, .. blocks: (layers, kv_heads, blocks).
-
-        counts: int32 (layers, batch, kv_heads), blocks that each head sees.
-        """
-        table = self._table
-        blocks = -(-batch[0].length // BLOCK)
-        shift = torch.zeros(*counts.shape, blocks, device=counts.device, requires_grad=True)
-
-        def handler(layer: int) -> Handler:
-            def attend(call: AttentionCall) -> torch.Tensor:
-                return drawn_attention(
-                    call.query,
-                    call.key,
-                    call.value,
-                    call.mask,
-                    shift[layer],
-                    counts[layer],
-                    table.sink_tokens,
-                    call.scale,
-                    call.softcap,
-                    call.sink_logits,
-                )
-
-            return attend
-
-        with torch.no_grad():
-            wanted = _log_probabilities(self._model, batch)
-        with torch.enable_grad(), checkpointed(self._model, self._checkpoint), route_attention(self._model, handler):
-            found = _log_probabilities(self._model, batch)
-            lost = torch.stack(
-                [
-                    torch.nn.functional.kl_div(ours, dense, reduction="batchmean", log_target=True)
-                    for ours, dense in zip(found, wanted, strict=True)
-                ]
-            )
-            (slope,) = torch.autograd.grad((lost * lost.new_tensor(weights)).sum(), shift)
-        return lost.tolist(), slope.sum(dim=1).double().cpu().numpy()
 
     def _drawn(self, windows: np.ndarray, chances: np.ndarray, count: int) -> torch.Tensor:
         """Blocks that each head sees: int32 (layers, count, kv_heads)."""
@@ -139,6 +102,46 @@ class SlopeSampler:
         wanted = windows[np.arange(len(chances)) // geometry.kv_heads, rules]
         whole = np.floor(wanted + self.rng.random(wanted.shape)).astype(np.int32)
         return torch.from_numpy(whole.reshape(count, geometry.layers, geometry.kv_heads).transpose(1, 0, 2).copy())
+
+
+def tokens_at_once(estimate: Estimate) -> int:
+    """Tokens whose activations fit in the memory that is free beside what `estimate` was made with; fewer than a sample: recompute."""
+    return int(FREE_SHARE * estimate.free_bytes / (SAFETY * estimate.bytes_per_token))
+
+
+def drawn_slopes(
+    model: PreTrainedModel, batch: Sequence[Sample], counts: torch.Tensor, weights: Sequence[float], sink_tokens: int, *,
+    checkpoint: bool = False,
+) -> tuple[list[float], np.ndarray]:  # fmt: skip
+    """Divergence of every sample, and the slope of their weighted sum in windows of 1, 2, .. blocks: (layers, kv_heads, blocks).
+
+    batch: samples of one length. counts: int32 (layers, batch, kv_heads), blocks that each head sees. weights: of the samples.
+    checkpoint: recompute a layer's activations in the backward pass.
+    """
+    blocks = -(-batch[0].length // BLOCK)
+    shift = torch.zeros(*counts.shape, blocks, device=counts.device, requires_grad=True)
+
+    def handler(layer: int) -> Handler:
+        def attend(call: AttentionCall) -> torch.Tensor:
+            return drawn_attention(
+                call.query, call.key, call.value, call.mask, shift[layer], counts[layer], sink_tokens, call.scale, call.softcap,
+                call.sink_logits,
+            )  # fmt: skip
+
+        return attend
+
+    with torch.no_grad():
+        wanted = _log_probabilities(model, batch)
+    with torch.enable_grad(), checkpointed(model, checkpoint), route_attention(model, handler):
+        found = _log_probabilities(model, batch)
+        lost = torch.stack(
+            [
+                torch.nn.functional.kl_div(ours, dense, reduction="batchmean", log_target=True)
+                for ours, dense in zip(found, wanted, strict=True)
+            ]
+        )
+        (slope,) = torch.autograd.grad((lost * lost.new_tensor(weights)).sum(), shift)
+    return lost.tolist(), slope.sum(dim=1).double().cpu().numpy()
 
 
 def mean_slopes(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -12,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.samples import Sample
+from moa_lab.clock import clock
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of
 from moa_lab.plan import SINK_TOKENS
@@ -19,7 +19,8 @@ from moa_lab.profiling.backward import backward_pass
 from moa_lab.profiling.capture import ROW_BLOCK_ELEMENTS
 from moa_lab.side_by_side import free_bytes, on_one_core, workers
 
-PROBE_TOKENS = (128, 384)
+PROBE_TOKENS = {"cpu": (128, 384), "cuda": (512, 2048)}
+"""Shorter passes tell nothing of longer ones: on a GPU they take as long as it takes to ask for them."""
 # Temporaries of one row block: scores, weights, their gradients, influence and its tiles.
 ROW_BLOCK_ARRAYS = 8
 SAFETY = 1.15
@@ -154,11 +155,12 @@ def far_apart(lengths: Sequence[int], max_length: int) -> tuple[int, int]:
 
 
 def _measured(model: PreTrainedModel, max_length: int, vocabulary: int, sink_tokens: int) -> _Rates:
-    n0, n1 = far_apart(PROBE_TOKENS, max_length)
+    n0, n1 = far_apart(PROBE_TOKENS.get(model.device.type, PROBE_TOKENS["cpu"]), max_length)
     # As the profile will run: a sample a core. A short pass that all cores share would mostly wait for the slowest of them.
-    # The first pass of all is slower than the others, and does not count.
-    _, *probes = on_one_core(lambda: [_probe(model, n, vocabulary, sink_tokens) for n in (n0, n0, n1)], model.device)
-    seconds, saved = zip(*probes, strict=True)
+    # The first pass is slower than the others, on a GPU of each length, and does not count.
+    order = (n0, n0, n1) if model.device.type == "cpu" else (n0, n1, n0, n1)
+    *_, first, last = on_one_core(lambda: [_probe(model, n, vocabulary, sink_tokens) for n in order], model.device)
+    seconds, saved = zip(first, last, strict=True)
     return _Rates(Seconds.through((n0, n1), seconds), saved[1] / n1)
 
 
@@ -166,10 +168,10 @@ def _probe(model: PreTrainedModel, n: int, vocabulary: int, sink_tokens: int) ->
     """Seconds of a backward pass over `n` tokens, and the bytes that it saves."""
     probe = Sample("probe", np.arange(n, dtype=np.int64) % vocabulary, ((n - 1, n),))
     counter = _SavedBytes(model)
-    started = time.perf_counter()
+    started = clock(model.device)
     with torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack):
         backward_pass(model, [probe], lambda layer, reduced: None, sink_tokens)
-    return time.perf_counter() - started, counter.bytes
+    return clock(model.device) - started, counter.bytes
 
 
 class _SavedBytes:

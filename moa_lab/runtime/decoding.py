@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,13 +17,6 @@ WARM_UP = 3
 """Steps that run before one is captured: what is made on first use is there by then."""
 CHECK_EVERY = 32
 """Steps between two questions whether all rows have stopped: the only time the host waits."""
-
-
-def clock(device: torch.device) -> float:
-    """Seconds, once all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def check_graph(graph: bool | None, device: torch.device) -> None:

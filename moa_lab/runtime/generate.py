@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab.clock import clock
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import chat_ids, geometry_of, prompt_ids
 from moa_lab.plan import PlanOrPath, as_plan, dense_plan
 from moa_lab.runtime.apply import apply_plan, ring_cache
 from moa_lab.runtime.arguments import check_tokenizer, stop_ids, texts, truth, whole_number
-from moa_lab.runtime.decoding import Decoder, check_graph, clock
+from moa_lab.runtime.decoding import Decoder, check_graph
 from moa_lab.runtime.hf_cache import RingCache
 from moa_lab.runtime.sampling import Sampling
 

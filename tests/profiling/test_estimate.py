@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,7 +131,8 @@ def test_the_short_runs_take_one_core_and_the_profile_all(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(estimate, "backward_pass", watched)
     # The short runs take one second and three, and the first pass, which does not count, nine.
-    monkeypatch.setattr(estimate, "time", SimpleNamespace(perf_counter=iter([0.0, 9.0, 0.0, 1.0, 0.0, 3.0] * 2).__next__))
+    times = iter([0.0, 9.0, 0.0, 1.0, 0.0, 3.0] * 2)
+    monkeypatch.setattr(estimate, "clock", lambda device: next(times))
     one, four = (estimate_cost(model, [random_sample(128, seed) for seed in range(count)]).seconds for count in (1, 4))
     assert set(threads) == {1}
     # One second for 128 tokens and three for 384: twice the tokens would take twice as long.
