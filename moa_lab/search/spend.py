@@ -1,4 +1,4 @@
-"""Spend what a plan leaves of its budget: its short spans grow, together and alike, until every length keeps what was asked for."""
+"""Spend what a plan leaves of its budget: its short spans grow until every length keeps what was asked for, alike where they can."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moa_lab.plan import EQUAL_BYTES, Plan, SpanRule
+from moa_lab.search.bend import ALPHA_STEP, BETA_STEP, bent
 
 SLOPES = 65
 """Slopes tried at once, from spans that shrink with the length to whole heads; the best one's neighbourhood is divided once more."""
 BISECTIONS = 40
-ALPHA_STEP, BETA_STEP = 0.25, 2.0**-14
-"""Rules are rounded down to these, so that a card reads well and the budget holds."""
 
 
 def spend(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None = None) -> Plan:
     """`plan` with `a + b N` tokens more for every head that is cut, so that it keeps the densities `targets` (by length) as nearly as
-    one a and b can, and never more. A plan that keeps them to `EQUAL_BYTES` already is returned as it is.
+    one a and b can, and never more; where that leaves tokens at some length, each rule takes what it can by a line of its own (see
+    `bend`). A plan that keeps them to `EQUAL_BYTES` already is returned as it is.
 
     heads: bool (layers, kv_heads), heads that may grow; None: all. Heads with equal rules keep equal rules. A plan whose spans are
     rounded up to a multiple is left alone: one token more could cost many.
@@ -26,19 +26,19 @@ def spend(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None = N
     if plan.span_multiple > 1 or not targets:
         return plan
     grower = _Grower.of(plan, targets, heads)
-    if not (1 - grower.kept(0.0, 0.0) / grower.allowed).max() > EQUAL_BYTES:
+    if not grower.is_short:
         return plan
-    low, high = -1.0, 1.0
-    slope = 0.0
-    for _ in range(2):
-        # The steepest of equals comes first: spans that grow are enough at longer lengths too.
-        tried = np.linspace(high, low, SLOPES)
-        slope = min(tried, key=lambda b: round(grower.missing(grower.intercept(b), b), 4))
-        step = (high - low) / (SLOPES - 1)
-        low, high = max(-1.0, slope - step), min(1.0, slope + step)
-    slope = float(np.floor(slope / BETA_STEP) * BETA_STEP)
-    intercept = grower.intercept(slope)
-    return grower.plan(plan, intercept, slope) if grower.missing(intercept, slope) < grower.missing(0.0, 0.0) else plan
+    intercept, slope = grower.alike()
+    if grower.missing(intercept, slope) < grower.missing(0.0, 0.0):
+        plan = grower.plan(
+            plan, grower.alpha + intercept * grower.moves, grower.beta + slope * grower.moves, {"alpha": intercept, "beta": slope}
+        )
+        grower = _Grower.of(plan, targets, heads)
+    if not grower.is_short:
+        return plan
+    alpha, beta = bent(grower.alpha, grower.beta, grower.moves, grower.dense, grower.lengths, grower.allowed, grower.min_span)
+    changed = int(((alpha != grower.alpha) | (beta != grower.beta)).sum())
+    return grower.plan(plan, alpha, beta, {"bent_heads": changed}) if changed else plan
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,24 @@ class _Grower:
         short = 1 - kept / self.allowed
         return float(short.max() + short.mean())
 
+    @property
+    def is_short(self) -> bool:
+        """Whether some length keeps less than is allowed, by more than `EQUAL_BYTES`."""
+        return bool((1 - self.kept(0.0, 0.0) / self.allowed).max() > EQUAL_BYTES)
+
+    def alike(self) -> tuple[float, float]:
+        """The a and b with which the budget is spent best."""
+        low, high = -1.0, 1.0
+        slope = 0.0
+        for _ in range(2):
+            # The steepest of equals comes first: spans that grow are enough at longer lengths too.
+            tried = np.linspace(high, low, SLOPES)
+            slope = min(tried, key=lambda b: round(self.missing(self.intercept(b), b), 4))
+            step = (high - low) / (SLOPES - 1)
+            low, high = max(-1.0, slope - step), min(1.0, slope + step)
+        slope = float(np.floor(slope / BETA_STEP) * BETA_STEP)
+        return self.intercept(slope), slope
+
     def intercept(self, b: float) -> float:
         """The most tokens `a` that the budget allows with a slope b; at least so many that no span shrinks at any of the lengths."""
         low, high = max(-b * self.lengths[0], -b * self.lengths[-1]), 2.0 * float(self.lengths[-1])
@@ -93,12 +111,9 @@ class _Grower:
             low, high = (low, middle) if above else (middle, high)
         return float(np.floor(low / ALPHA_STEP) * ALPHA_STEP)
 
-    def plan(self, plan: Plan, a: float, b: float) -> Plan:
-        """The plan with the grown rules."""
-        grown = [
-            SpanRule(float(alpha + a), float(beta + b)) if moves else SpanRule(float(alpha), float(beta))
-            for alpha, beta, moves in zip(self.alpha, self.beta, self.moves, strict=True)
-        ]
+    def plan(self, plan: Plan, alpha: np.ndarray, beta: np.ndarray, how: Mapping[str, float]) -> Plan:
+        """The plan with other rules; how: what made them, for its card."""
+        rules = [SpanRule(float(tokens), float(slope)) for tokens, slope in zip(alpha, beta, strict=True)]
         width = plan.geometry.kv_heads
-        rows = tuple(tuple(grown[start : start + width]) for start in range(0, len(grown), width))
-        return replace(plan, rules=rows, search={**plan.search, "spent": {"alpha": a, "beta": b}})
+        rows = tuple(tuple(rules[start : start + width]) for start in range(0, len(rules), width))
+        return replace(plan, rules=rows, search={**plan.search, "spent": {**plan.search.get("spent", {}), **how}})

@@ -137,10 +137,6 @@ def test_bad_arguments_of_the_solvers_are_named() -> None:
         Goal("none", {"questions@256/sum": 0.0})
 
 
-def _hard_table() -> LossTable:
-    return loss_table(skewed_profile(30, 9, 3, (1024, 2048, 4096)))
-
-
 def test_a_solver_process_gives_the_answer_of_this_process() -> None:
     table = loss_table(skewed_profile(6, 4, 2, (512, 1024)))
     problem = Instance(terms(table, None), Usage(table, (512, 1024)).limits({512: 0.5, 1024: 0.5}), (), allowed_rules(table, None), 6, None)
@@ -154,7 +150,7 @@ def test_a_solver_process_gives_the_answer_of_this_process() -> None:
 
 
 def test_running_out_of_time_reports_a_valid_gap() -> None:
-    table = _hard_table()
+    table = loss_table(skewed_profile(60, 16, 8, (1024, 2048, 4096)))
     goal = mean_goal(default_goals(table, forms={"questions": "worst_distance"}))
     answer = solve_milp(table, 0.25, goal=goal, mip_gap=0.0, time_limit_s=1.0)
     assert answer.status == "time_limit"

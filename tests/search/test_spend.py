@@ -68,3 +68,34 @@ def test_in_a_hybrid_spans_may_shrink_with_the_length_where_long_inputs_leave_le
     plan = spend(spend(full_or_floor_plan(HYBRID, [], 128), targets(density), mask), targets(density), ~mask)
     assert all(plan.density(n) <= density + 1e-9 for n in LENGTHS)
     assert min(plan.density(n) / density for n in LENGTHS) > 0.9
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.sampled_from([(128, 0), (3072, 0), (0, 1), (0, 0.125), (512, 0), (-512, 0.5), (1024, 0.0)]), min_size=6, max_size=6),
+    st.floats(0.3, 0.9), st.booleans(),
+)  # fmt: skip
+def test_rules_that_cannot_grow_alike_grow_by_lines_of_their_own(rules: list[tuple[float, float]], density: float, hybrid: bool) -> None:
+    geometry = HYBRID if hybrid else small_geometry(layers=6, kv_heads=1, max_length=8192)
+    plan = Plan(geometry=geometry, rules=tuple((SpanRule(float(alpha), float(beta)),) for alpha, beta in rules))
+    grown = spend(plan, targets(density))
+    for n in LENGTHS:
+        assert (grown.spans(n) >= plan.spans(n)).all(), "no span shrinks"
+        assert grown.density(n) <= max(density, plan.density(n)) + 1e-9
+    for one in range(6):
+        for other in range(one):
+            if plan.rules[one] == plan.rules[other] and geometry.layer_windows[one] == geometry.layer_windows[other]:
+                assert grown.rules[one] == grown.rules[other]
+
+
+def test_a_budget_that_binds_at_one_length_is_spent_at_the_others() -> None:
+    # Two heads see far: at 2048 the constant one is whole, at 4096 all is kept that may be.
+    rules = [SpanRule(float(tokens), 0.0) for tokens in (128, 128, 3072, 128, 128, 0)]
+    rules[5] = SpanRule(0.0, 1.0)
+    plan = Plan(geometry=HYBRID, rules=tuple((rule,) for rule in rules))
+    asked = {n: plan.density(4096) for n in (2048, 4096, 8192)}
+    assert plan.density(8192) < 0.9 * asked[8192]
+    grown = spend(plan, asked)
+    assert grown.spans(4096).tolist() == plan.spans(4096).tolist()
+    assert grown.density(8192) > 0.99 * asked[8192]
+    assert grown.search["spent"]["bent_heads"] == 1

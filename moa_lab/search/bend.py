@@ -1,0 +1,105 @@
+"""Spend what is left of a budget where heads cannot grow alike: every rule grows by a line of its own, found by a linear program."""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy.optimize import linprog
+from scipy.sparse import csr_array
+
+ALPHA_STEP, BETA_STEP = 0.25, 2.0**-14
+"""Rules are rounded down to these, so that a card reads well and the budget holds."""
+ROUNDS = 4
+"""Programs in turn: a span that the last one made whole costs no more than the whole from then on."""
+EVENLY = 1e-3
+"""Weight of the largest growth of a rule, as a share of what it can see, against the share of the budget that is spent."""
+
+
+def bent(
+    alpha: np.ndarray, beta: np.ndarray, moves: np.ndarray, dense: np.ndarray, lengths: np.ndarray, allowed: np.ndarray, min_span: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rules `clip(alpha + beta N, min_span, dense)` of longer spans that keep more of `allowed`, first of all where least is kept.
+
+    alpha, beta: (heads,); moves: bool (heads,), heads that may grow. dense: (lengths, heads), tokens that a head can see. allowed:
+    (lengths,), tokens that may be kept. No span shrinks at any of the lengths, equal rules of heads that see as much stay equal, and
+    of what spends as much, growth that is spread evenly is taken.
+    """
+    alpha, beta = alpha.astype(float), beta.astype(float)
+    first = _spans(alpha, beta, dense, lengths, min_span)
+    for _ in range(ROUNDS):
+        kept = _spans(alpha, beta, dense, lengths, min_span)
+        found = _program(alpha, beta, moves, dense, lengths, allowed, first, kept, min_span)
+        if found is None:
+            break
+        spent = _spans(*found, dense, lengths, min_span).sum(axis=1)
+        if (spent > allowed).any() or (spent <= kept.sum(axis=1)).all():
+            break
+        alpha, beta = found
+    return alpha, beta
+
+
+def _spans(alpha: np.ndarray, beta: np.ndarray, dense: np.ndarray, lengths: np.ndarray, min_span: int) -> np.ndarray:
+    """(lengths, heads)."""
+    return np.minimum(np.maximum(np.floor(alpha + beta * lengths[:, None] + 1e-6), min_span), dense)
+
+
+def _program(
+    alpha: np.ndarray, beta: np.ndarray, moves: np.ndarray, dense: np.ndarray, lengths: np.ndarray, allowed: np.ndarray,
+    least: np.ndarray, kept: np.ndarray, min_span: int,
+) -> tuple[np.ndarray, np.ndarray] | None:  # fmt: skip
+    """One program, from spans that keep `kept`; None where nothing moves or it has no answer.
+
+    Variables: of every group of equal rules its line a + b N and, at every length where it is cut, the tokens that it costs; the smallest
+    share of `allowed` that is kept at a length; the largest growth.
+    """
+    keys = np.concatenate([alpha[None], beta[None], dense])[:, moves]
+    if not keys.size:
+        return None
+    _, index, member, count = np.unique(keys, axis=1, return_index=True, return_inverse=True, return_counts=True)
+    heads, member = np.flatnonzero(moves)[index], member.ravel()
+    groups, many = len(heads), len(lengths)
+    cut = kept[:, heads] < dense[:, heads]
+    costs = np.full((many, groups), -1)
+    costs[cut] = 2 * groups + np.arange(cut.sum())
+    share, growth = 2 * groups + int(cut.sum()), 2 * groups + int(cut.sum()) + 1
+    entries: list[tuple[int, int, float]] = []
+    high: list[float] = []
+
+    def limit(terms: list[tuple[int, float]], most: float) -> None:
+        entries.extend((len(high), variable, weight) for variable, weight in terms)
+        high.append(most)
+
+    gain = np.zeros(growth + 1)
+    for at, n in enumerate(lengths):
+        scale = count / allowed[at]
+        held = kept[at].sum() - (count * kept[at, heads])[cut[at]].sum()
+        spent: list[tuple[int, float]] = []
+        for group, head in enumerate(heads):
+            line = [(2 * group, 1.0), (2 * group + 1, float(n))]
+            if least[at, head] > min_span:
+                limit(_times(line, -1.0), -float(least[at, head]))
+            if cut[at, group]:
+                limit([*line, (costs[at, group], -1.0)], 0.0)
+                limit([*line, (growth, -float(dense[at, head]))], float(kept[at, head]))
+                spent += _times(line, float(scale[group]))
+        for variable, weight in spent:
+            gain[variable] += weight / many
+        limit([(share, 1.0), *_times(spent, -1.0)], held / allowed[at])
+        limit([(costs[at, group], float(count[group])) for group in np.flatnonzero(cut[at])], allowed[at] - held)
+    gain[share], gain[growth] = 1.0, -EVENLY
+    rows, columns, values = zip(*entries, strict=True)
+    bounds = [(None, None), (-1.0, None)] * groups + [(float(min_span), None)] * (share - 2 * groups) + [(None, 1.0), (0.0, None)]
+    answer = linprog(-gain, A_ub=csr_array((values, (rows, columns)), shape=(len(high), growth + 1)), b_ub=high, bounds=bounds)
+    if answer.x is None:
+        return None
+    alpha, beta = alpha.copy(), beta.copy()
+    slopes = np.floor(answer.x[1 : 2 * groups : 2] / BETA_STEP + 1e-6) * BETA_STEP
+    tokens = np.floor(answer.x[0 : 2 * groups : 2] / ALPHA_STEP + 1e-6) * ALPHA_STEP
+    # Rounded down, a line may fall short of the spans that must not shrink.
+    needed = np.where(least[:, heads] > min_span, least[:, heads] - slopes * lengths[:, None], -np.inf).max(axis=0)
+    tokens = np.maximum(tokens, np.ceil(needed / ALPHA_STEP - 1e-6) * ALPHA_STEP)
+    alpha[moves], beta[moves] = tokens[member], slopes[member]
+    return alpha, beta
+
+
+def _times(terms: list[tuple[int, float]], factor: float) -> list[tuple[int, float]]:
+    return [(variable, weight * factor) for variable, weight in terms]
