@@ -94,7 +94,9 @@ class Run(RunInputs):
             lambda: calibrate(
                 self.model, self.tokenizer, lengths, wanted=wanted, documents=self.documents["calibration"], seed=self.settings.seed,
                 batch_size=self.answer_batch, parts_dir=self.parts_dir("answers"), progress=self._steps(stage),
-                examiner=profiling_examiner(self.model, lengths, self.parts_dir("profile")) if profiled else None,
+                examiner=profiling_examiner(
+                    self.model, lengths, self.parts_dir("profile"), sink_tokens=self.settings.sink_tokens
+                ) if profiled else None,
             ),
         )  # fmt: skip
 
@@ -102,7 +104,10 @@ class Run(RunInputs):
         """Stage profile."""
         return self._stored(
             "profile.safetensors", InfluenceProfile.load,
-            lambda: profile(self.model, self.samples(), parts_dir=self.parts_dir("profile"), progress=self._steps("profile")),
+            lambda: profile(
+                self.model, self.samples(), sink_tokens=self.settings.sink_tokens, parts_dir=self.parts_dir("profile"),
+                progress=self._steps("profile"),
+            ),
         )  # fmt: skip
 
     def table(self) -> LossTable:
@@ -123,8 +128,8 @@ class Run(RunInputs):
     def baselines(self) -> tuple[Plan, ...]:
         """Dense, uniform at the same density, and the preset's other baselines."""
         lengths = (*self.test_lengths,)
-        density, floor = self.settings.density, self.settings.min_span
-        plans = [dense_plan(self.geometry, lengths), uniform_plan(self.geometry, density, lengths, min_span=floor)]
+        density, floor, sink = self.settings.density, self.settings.min_span, self.settings.sink_tokens
+        plans = [dense_plan(self.geometry, lengths), uniform_plan(self.geometry, density, lengths, min_span=floor, sink_tokens=sink)]
         for name in self.preset.baselines:
             made = self._stored(
                 f"baseline-{name}.json", Plan.load,

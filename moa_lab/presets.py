@@ -155,8 +155,8 @@ class RunSettings:
 
     test_seed: of the test samples alone, so that what was developed on one draw can be tested on another. plain_prompts: questions
     and answers are plain text, whatever chat template the tokenizer has. min_span: the floor, tokens that every head keeps at least,
-    its sink among them. use_lengths: where the plan will be used, beside the profiled and the tested lengths (None: up to twice the
-    longest profiled one). prefer: what the plan is chosen by (see `Preference.parse`).
+    its sink of `sink_tokens` among them. use_lengths: where the plan will be used, beside the profiled and the tested lengths (None: up
+    to twice the longest profiled one). prefer: what the plan is chosen by (see `Preference.parse`).
     """
 
     model: str = "smollm2"
@@ -172,6 +172,7 @@ class RunSettings:
     plain_prompts: bool = False
     max_rules_per_layer: int | None = None
     min_span: int = MIN_SPAN
+    sink_tokens: int = SINK_TOKENS
     use_lengths: tuple[int, ...] | None = None
     prefer: str = DEFAULT_PREFERENCE
 
@@ -180,7 +181,9 @@ class RunSettings:
         Preference.parse(self.prefer)
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
-        if self.min_span <= SINK_TOKENS:
-            raise ValueError(f"min_span must exceed the sink of {SINK_TOKENS} tokens, got {self.min_span}")
+        if self.sink_tokens < 0:
+            raise ValueError(f"the sink must have 0 tokens or more, got {self.sink_tokens}")
+        if self.min_span <= self.sink_tokens:
+            raise ValueError(f"min_span must exceed the sink of {self.sink_tokens} tokens, got {self.min_span}")
         if self.max_rules_per_layer is not None and self.max_rules_per_layer < 1:
             raise ValueError(f"max_rules_per_layer must be at least 1 or None, got {self.max_rules_per_layer}")

@@ -18,8 +18,8 @@ from moa_lab.plan import MIN_SPAN
 from moa_lab.presets import DEFAULT_PREFERENCE, PRESETS, SETTINGS_SCHEMA, RunSettings
 from moa_lab.storage import atomic_path, parse, read_json, to_json, write_json
 
-FIXED = ("model", "lengths", "preset", "seed", "supervision", "source", "columns", "plain_prompts")
-"""Settings that the samples, and so everything else, depend on: another value needs another folder."""
+FIXED = ("model", "lengths", "preset", "seed", "supervision", "source", "columns", "plain_prompts", "sink_tokens")
+"""Settings that the samples or the profile, and so everything else, depend on: another value needs another folder."""
 
 _SEARCHING = ("density", "min_span", "max_rules_per_layer", "use_lengths", "short_lengths")
 _CHOOSING = (*_SEARCHING, "prefer")

@@ -77,7 +77,8 @@ class RunInputs:
     def check_density(self, *, tested: bool = True) -> None:
         """Raise InfeasibleError where the floor alone exceeds the density, at a length of `limits` or a tested one that the user named."""
         asked = (*(self.settings.use_lengths or ()), *(self.settings.test_lengths or self.settings.lengths or ())) if tested else ()
-        check_floor(self.geometry, {**self.limits, **dict.fromkeys(asked, self.settings.density)}, self.settings.min_span)
+        targets = {**self.limits, **dict.fromkeys(asked, self.settings.density)}
+        check_floor(self.geometry, targets, self.settings.min_span, self.settings.sink_tokens)
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

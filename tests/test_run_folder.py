@@ -168,6 +168,19 @@ def test_a_lower_floor_makes_the_density_feasible_and_every_plan_keeps_it(settin
     assert Plan.load(out / "plan.json").min_span == 70
 
 
+def test_a_shorter_sink_leaves_room_for_a_lower_floor_and_wants_a_folder_of_its_own(settings: RunSettings, tmp_path: Path) -> None:
+    short = replace(settings, density=0.1, min_span=20, sink_tokens=4, test_lengths=(512,))
+    run = Run(tmp_path, short)
+    run.everything()
+    assert (run.profile().sink_tokens, run.table().sink_tokens) == (4, 4)
+    assert {(plan.sink_tokens, plan.min_span) for plan in (run.plan(), *run.baselines()) if not plan.is_dense} == {(4, 20)}
+    assert run.plan().density(512) <= 0.1
+    with pytest.raises(ValueError, match="another sink_tokens"):
+        Run(tmp_path, replace(short, sink_tokens=8))
+    with pytest.raises(ValueError, match="exceed the sink of 4"):
+        replace(short, min_span=4)
+
+
 @pytest.mark.parametrize(("option", "message"), [("--min-span=64", "sink of 64"), ("--max-rules-per-layer=0", "at least 1")])
 def test_a_floor_within_the_sink_and_no_rules_at_all_are_refused_at_once(
     option: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -26,13 +26,14 @@ from moa_lab.commands.terminal import (
     ModelOption,
     PlainOption,
     PreferOption,
+    SinkOption,
     TestSeedOption,
     UseLengthsOption,
     folder_free,
     free,
     lengths_of,
 )
-from moa_lab.plan import MIN_SPAN
+from moa_lab.plan import MIN_SPAN, SINK_TOKENS
 from moa_lab.presets import DEFAULT_PREFERENCE, PRESETS, RunSettings
 from moa_lab.text import one_line
 
@@ -92,6 +93,7 @@ def run(
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer", help="at most so many distinct rules in a layer")] = None,
     plain_prompts: PlainOption = False,
     min_span: MinSpanOption = MIN_SPAN,
+    sink: SinkOption = SINK_TOKENS,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """All stages: calibrate, profile, search, validate, evaluate, report."""
@@ -102,7 +104,7 @@ def run(
     settings = RunSettings(
         model=model, density=density, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
         test_seed=test_seed, supervision=supervision, source=source, columns=columns, plain_prompts=plain_prompts,
-        max_rules_per_layer=max_rules, min_span=min_span, use_lengths=lengths_of(use_lengths), prefer=prefer,
+        max_rules_per_layer=max_rules, min_span=min_span, sink_tokens=sink, use_lengths=lengths_of(use_lengths), prefer=prefer,
     )  # fmt: skip
     with Bars() as bars:
         summary = Run(out, settings, bars).everything()

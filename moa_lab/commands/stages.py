@@ -15,12 +15,13 @@ from moa_lab.commands.terminal import (
     ModelOption,
     PlainOption,
     PreferOption,
+    SinkOption,
     UseLengthsOption,
     free,
     lengths_of,
     parts_of,
 )
-from moa_lab.plan import MIN_SPAN
+from moa_lab.plan import MIN_SPAN, SINK_TOKENS
 from moa_lab.presets import DEFAULT_PREFERENCE, Preference
 from moa_lab.text import interval_text
 
@@ -68,6 +69,7 @@ def profile(
     samples: Annotated[Path, typer.Argument(help="samples file of `moa-lab calibrate`")],
     out: Annotated[Path, typer.Option("--out", help="profile file (.safetensors)")],
     model: ModelOption = "smollm2",
+    sink: SinkOption = SINK_TOKENS,
     any_model: AnyModelOption = False,
     force: ForceOption = False,
 ) -> None:
@@ -81,8 +83,9 @@ def profile(
     loaded, tokenizer = load_model(model)
     with Bars() as bars:
         result = measure(
-            loaded, loaded_samples, parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("profile")
-        )
+            loaded, loaded_samples, sink_tokens=sink, parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model,
+            progress=bars.steps("profile"),
+        )  # fmt: skip
     result.save(out)
     typer.echo(f"profile of {len(loaded_samples)} samples: {out}")
 

@@ -22,7 +22,11 @@ ForceOption = Annotated[bool, typer.Option("--force", help="replace the output f
 AnyModelOption = Annotated[bool, typer.Option("--any-model", help="take samples and a profile of other weights, of a sibling model say")]
 TestSeedOption = Annotated[int, typer.Option("--test-seed", help="draws the test samples; what is chosen stays")]
 MinSpanOption = Annotated[
-    int, typer.Option("--min-span", help="the floor: tokens that every head keeps at least, the sink of 64 among them", show_default=True)
+    int, typer.Option("--min-span", help="the floor: tokens that every head keeps at least, the sink among them", show_default=True)
+]
+SinkOption = Annotated[
+    int,
+    typer.Option("--sink", min=0, help="first tokens that every head keeps for good; few where most layers have windows of their own"),
 ]
 
 UseLengthsOption = Annotated[

@@ -9,7 +9,7 @@ import numpy as np
 
 from moa_lab.plan import DENSE, MIN_SPAN, SpanRule
 
-FLOORS = (128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048, 3072)
+FLOORS = (16, 32, 48, 64, 96, 128, 192, 256, 320, 384, 448, 512, 640, 768, 1024, 1280, 1536, 2048, 3072)
 RATIOS = tuple(step / 16 for step in range(1, 16))
 MIXES = tuple(product((-1024, -512, -256, 256), (0.25, 0.5, 0.75, 1.0)))
 
