@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 
-from moa_lab.cache import LayerLayout, RingLayer
+from moa_lab.cache import LayerLayout, PackedRing, ring_layer
 from moa_lab.kernels.reference import masked_attention
 from moa_lab.masks import visible
+from moa_lab.plan import Bits
 
 HEAD_DIM = 16
 
@@ -31,27 +33,29 @@ class Sequences:
     def __init__(
         self, layout: LayerLayout, batch: int, *, group: int = 2, head_dim: int = HEAD_DIM, dtype: torch.dtype = torch.float32,
         device: str = "cpu", seed: int = 0, softcap: float | None = None, sinks: bool = False,
+        bits: list[Bits] | None = None,
     ) -> None:  # fmt: skip
         self.layout, self.group, self.softcap, self.scale = layout, group, softcap, head_dim**-0.5
-        self.ring = RingLayer(layout, batch, head_dim, dtype, torch.device(device))
+        self.ring = ring_layer(layout, batch, head_dim, dtype, torch.device(device), bits)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._random = torch.Generator().manual_seed(seed)
         query_heads = len(layout.windows) * group
-        self.sink_logits = (1 + torch.randn(query_heads, 1, 1, generator=self._random)).to(self.ring.keys) if sinks else None
+        self.sink_logits = (1 + torch.randn(query_heads, 1, 1, generator=self._random)).to(self.ring.sample) if sinks else None
         self._keys: list[list[torch.Tensor]] = [[] for _ in range(batch)]
         self._values: list[list[torch.Tensor]] = [[] for _ in range(batch)]
 
     def chunk(self, counts: list[int]) -> Chunk:
         """The next `counts[b]` tokens of row b."""
         batch, tokens, kv_heads = len(counts), max(counts), len(self.layout.windows)
-        shape = (batch, tokens, kv_heads * (self.group + 2), self.ring.keys.shape[-1])
-        drawn = torch.randn(shape, generator=self._random).to(self.ring.keys).transpose(1, 2)
+        shape = (batch, tokens, kv_heads * (self.group + 2), self.ring.sample.shape[-1])
+        drawn = torch.randn(shape, generator=self._random).to(self.ring.sample).transpose(1, 2)
         query, key, value = drawn.split([kv_heads * self.group, kv_heads, kv_heads], dim=1)
         padding = torch.tensor([tokens - count for count in counts], dtype=torch.int32, device=drawn.device)
         self.lengths = self.lengths + torch.tensor(counts, dtype=torch.int32, device=drawn.device)
+        held_key, held_value = self.ring.as_stored(key, value)
         for row, count in enumerate(counts):
-            self._keys[row].append(key[row, :, tokens - count :])
-            self._values[row].append(value[row, :, tokens - count :])
+            self._keys[row].append(held_key[row, :, tokens - count :])
+            self._values[row].append(held_value[row, :, tokens - count :])
         return Chunk(query, key, value, padding, self.lengths)
 
     def expected(self, chunk: Chunk) -> torch.Tensor:
@@ -71,7 +75,14 @@ class Sequences:
         """NaN in every slot that holds no token: what is read from there shows. unwritten: a chunk that is not in the ring yet."""
         new = 0 if unwritten is None else unwritten.key.shape[2] - unwritten.padding
         empty = self.ring.positions(self.lengths - new) < 0
-        self.ring.keys[empty] = self.ring.values[empty] = float("nan")
+        if not isinstance(self.ring, PackedRing):
+            self.ring.keys[empty] = self.ring.values[empty] = float("nan")
+            return
+        for head, part in product(range(len(self.layout.windows)), range(2)):
+            of_head = empty[:, self.ring.layout.starts[head] : self.ring.layout.starts[head + 1]]
+            for kind, held in self.ring.views(head, part).items():
+                # In a grid, too, these bits are NaN.
+                held[of_head] = float("nan") if kind == "plain" else -1
 
     def reorder(self, rows: list[int]) -> None:
         """Rows dropped, repeated, moved."""

@@ -10,10 +10,11 @@ import torch
 from moa_lab.cache.layout import LayerLayout
 from moa_lab.cache.ring import RingLayer
 from moa_lab.cache.storage import heads_as_stored, pack, places, unpack, values_at
-from moa_lab.plan.bits import UNTOUCHED, Bits, code_bytes
+from moa_lab.plan.bits import UNTOUCHED, Bits, code_words
 
 Buffers = dict[str, torch.Tensor]
-"""Flat, by kind: numbers of untouched vectors, packed places, and grids; (batch, size) each."""
+"""Flat, by kind, (batch, size) each: numbers of untouched vectors ("plain"), 32-bit words of packed places ("codes"), and "grids", a
+word each: the bits of the smallest value, a float16, are the lower half."""
 
 Side = tuple[int, int]
 """A head, and 0 for its K or 1 for its V."""
@@ -23,16 +24,32 @@ Place = dict[str, tuple[int, int, int]]
 
 class PackedRing(RingLayer):
     """As `RingLayer`, with `bits` of K and V for every KV head. The K of a head, then its V, lie slot by slot in the buffer of their kind,
-    one head after the other; no byte is spare."""
+    one head after the other; no byte is spare.
+
+    table: as `LayerLayout.table`, on the device. sides: what a kernel needs to know beside it, of every head's K and V, int64 (kv_heads,
+    2, 3): bits, first number or word of codes, and first grid. widths: bits of K and V by turns, of every pair that heads have.
+    """
 
     def __init__(
         self, layout: LayerLayout, batch: int, head_dim: int, dtype: torch.dtype, device: torch.device, bits: Sequence[Bits]
     ) -> None:
         self.bits = tuple(bits)
-        self._head_dim, self._dtypes = head_dim, {"plain": dtype, "codes": torch.uint8, "grids": torch.float16}
+        self.widths = [width for pair in sorted(set(self.bits)) for width in pair]
+        self._head_dim, self._dtypes = head_dim, {"plain": dtype, "codes": torch.int32, "grids": torch.int32}
         self.layout, self.table = layout, torch.from_numpy(layout.table()).to(device)
         self._places = self._placed(layout)
+        self.sides = self._sides()
         self.buffers = self._empty(self._places, batch)
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """Empty, of the dtype and on the device of what is read from here: (batch, 0, head_dim)."""
+        return self.buffers["plain"][:, :0, None].expand(-1, -1, self._head_dim)
+
+    @property
+    def most_bits(self) -> int:
+        """The most bits that a head's K or V has."""
+        return max(self.widths)
 
     @property
     def allocated_bytes(self) -> int:
@@ -41,8 +58,12 @@ class PackedRing(RingLayer):
 
     def held(self, head: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of one KV head, all its slots, dequantised: (batch, slots, head_dim) each."""
-        key, value = (self._read(_views(self._places[head, part], self.buffers), self.bits[head][part]) for part in range(2))
+        key, value = (self._read(self.views(head, part), self.bits[head][part]) for part in range(2))
         return key, value
+
+    def views(self, head: int, part: int) -> Buffers:
+        """What is stored of one head's K (part 0) or V (1), by kind: (batch, slots, elements)."""
+        return _views(self._places[head, part], self.buffers)
 
     def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V (batch, kv_heads, tokens, head_dim) as they will come back from here."""
@@ -55,7 +76,7 @@ class PackedRing(RingLayer):
             rows, columns = kept[..., head].nonzero(as_tuple=True)
             at = slots[rows, columns, head] - int(self.layout.starts[head])
             for part, given in enumerate((key, value)):
-                self._store(_views(self._places[head, part], self.buffers), self.bits[head][part], rows, at, given[rows, head, columns])
+                self._store(self.views(head, part), self.bits[head][part], rows, at, given[rows, head, columns])
 
     def grow(self, capacity: int) -> None:
         """Make room for sequences of `capacity` tokens; heads that keep less stay as they are."""
@@ -69,6 +90,7 @@ class PackedRing(RingLayer):
                 for kind, old in _views(place, self.buffers).items():
                     after[kind][:, : old.shape[1]] = old
             self._places, self.buffers = places, buffers
+            self.sides = self._sides()
         self._lay_out(new)
 
     def select(self, rows: torch.Tensor) -> None:
@@ -81,12 +103,20 @@ class PackedRing(RingLayer):
         found: dict[Side, Place] = {}
         for head, (slots, widths) in enumerate(zip(layout.slots.tolist(), self.bits, strict=True)):
             for part, bits in enumerate(widths):
-                packed = {"codes": code_bytes(self._head_dim, bits), "grids": 2}
+                packed = {"codes": code_words(self._head_dim, bits), "grids": 1}
                 found[head, part] = {}
                 for kind, count in ({"plain": self._head_dim} if bits == UNTOUCHED else packed).items():
                     found[head, part][kind] = (ends[kind], slots, count)
                     ends[kind] += slots * count
         return found
+
+    def _sides(self) -> torch.Tensor:
+        found = torch.zeros(len(self.bits), 2, 3, dtype=torch.int64)
+        for (head, part), place in self._places.items():
+            bits = self.bits[head][part]
+            first = place["plain" if bits == UNTOUCHED else "codes"][0]
+            found[head, part] = torch.tensor([bits, first, place["grids"][0] if "grids" in place else 0])
+        return found.to(self.table.device)
 
     def _empty(self, places: dict[Side, Place], batch: int) -> Buffers:
         sizes = dict.fromkeys(self._dtypes, 0)
@@ -98,7 +128,7 @@ class PackedRing(RingLayer):
     def _read(self, held: Buffers, bits: int) -> torch.Tensor:
         if bits == UNTOUCHED:
             return held["plain"]
-        low, step = held["grids"].split(1, dim=-1)
+        low, step = held["grids"].contiguous().view(torch.float16).split(1, dim=-1)
         return values_at(unpack(held["codes"], bits, self._head_dim), low, step, self._dtypes["plain"])
 
     def _store(self, held: Buffers, bits: int, rows: torch.Tensor, at: torch.Tensor, values: torch.Tensor) -> None:
@@ -108,7 +138,7 @@ class PackedRing(RingLayer):
             return
         where, low, step = places(values, bits)
         held["codes"][rows, at] = pack(where, bits)
-        held["grids"][rows, at] = torch.cat([low, step], dim=-1)
+        held["grids"][rows, at] = torch.cat([low, step], dim=-1).view(torch.int32)
 
 
 def _views(place: Place, buffers: Buffers) -> Buffers:

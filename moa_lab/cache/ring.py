@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from moa_lab.cache.layout import LayerLayout
+from moa_lab.plan.bits import UNTOUCHED
 
 
 class RingLayer:
@@ -20,6 +21,16 @@ class RingLayer:
         self.layout = layout
         self.keys, self.values = (torch.zeros(batch, layout.total, head_dim, dtype=dtype, device=device) for _ in range(2))
         self.table = torch.from_numpy(layout.table()).to(device)
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """Empty, of the dtype and on the device of what is read from here: (batch, 0, head_dim)."""
+        return self.keys[:, :0]
+
+    @property
+    def most_bits(self) -> int:
+        """The most bits that a head's K or V has."""
+        return UNTOUCHED
 
     @property
     def allocated_bytes(self) -> int:

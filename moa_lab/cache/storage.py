@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from moa_lab.plan.bits import UNTOUCHED, Bits, code_bytes
+from moa_lab.plan.bits import UNTOUCHED, Bits
 
 GRID_MAX = torch.finfo(torch.float16).max / 2
 """Half of what float16 holds, so that the distance between two such values is held as well."""
@@ -61,18 +61,18 @@ def heads_as_stored(key: torch.Tensor, value: torch.Tensor, bits: Sequence[Bits]
 
 
 def pack(where: torch.Tensor, bits: int) -> torch.Tensor:
-    """Places (..., n) as uint8 (..., code_bytes): of 4 bits, the first half in the lower and the second half in the upper ones."""
-    codes = where.to(torch.uint8)
-    if bits == 8:
-        return codes
-    first, second = codes.split([code_bytes(codes.shape[-1], 4), codes.shape[-1] // 2], dim=-1)
-    packed = first.clone()
-    packed[..., : second.shape[-1]] |= second << 4
-    return packed
+    """Places (..., n) as int32 (..., code_words): the even ones of a word's numbers in its lower 16 bits, the odd ones in the upper,
+    each from the lowest bits on. A shift and a mask then leave two neighbours as 16-bit numbers, which is how kernels read them."""
+    codes = torch.nn.functional.pad(where.to(torch.uint8), (0, -where.shape[-1] % (32 // bits)))
+    codes = codes.unflatten(-1, (-1, 16 // bits, 2)).transpose(-1, -2)
+    if bits == 4:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes.flatten(-3).contiguous().view(torch.int32)
 
 
 def unpack(codes: torch.Tensor, bits: int, head_dim: int) -> torch.Tensor:
     """The places that `pack` packed: uint8 (..., head_dim)."""
-    if bits == 8:
-        return codes
-    return torch.cat([codes & 15, codes >> 4], dim=-1)[..., :head_dim]
+    found = codes.contiguous().view(torch.uint8).unflatten(-1, (-1, 2, 2))
+    if bits == 4:
+        found = torch.stack([found & 15, found >> 4], dim=-1).flatten(-2)
+    return found.transpose(-1, -2).flatten(-3)[..., :head_dim]

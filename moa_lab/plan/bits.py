@@ -17,14 +17,14 @@ Bits = tuple[int, int]
 """Of the K and of the V of one head."""
 
 
-def code_bytes(head_dim: int, bits: int) -> int:
-    """Bytes of the numbers of one vector on its grid; two of 4 bits share a byte."""
-    return -(-head_dim * bits // 8)
+def code_words(head_dim: int, bits: int) -> int:
+    """32-bit words that hold the numbers of one vector on its grid."""
+    return -(-head_dim * bits // 32)
 
 
 def vector_bytes(head_dim: int, bits: int, dtype_bytes: int = 2) -> int:
     """Bytes of one token's K or V of one head. dtype_bytes: of a number that is left untouched."""
-    return head_dim * dtype_bytes if bits == UNTOUCHED else code_bytes(head_dim, bits) + GRID_BYTES
+    return head_dim * dtype_bytes if bits == UNTOUCHED else 4 * code_words(head_dim, bits) + GRID_BYTES
 
 
 def read_bits(keys: Any, values: Any) -> tuple[tuple[Bits, ...], ...]:

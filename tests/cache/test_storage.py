@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa_lab.cache.storage import as_stored, heads_as_stored, pack, places, unpack, values_at
-from moa_lab.plan.bits import code_bytes, vector_bytes
+from moa_lab.plan.bits import code_words, vector_bytes
 
 
 @settings(max_examples=60, deadline=None)
@@ -17,7 +17,7 @@ def test_packed_places_come_back_and_values_lie_within_half_a_step(seed: int, bi
     values = scale * torch.randn(3, 5, head_dim, generator=torch.Generator().manual_seed(seed))
     where, low, step = places(values, bits)
     codes = pack(where, bits)
-    assert codes.shape == (3, 5, code_bytes(head_dim, bits))
+    assert codes.shape == (3, 5, code_words(head_dim, bits))
     assert torch.equal(unpack(codes, bits, head_dim), where.to(torch.uint8))
     found = values_at(unpack(codes, bits, head_dim), low, step, torch.float32)
     assert torch.equal(found, as_stored(values, bits))
@@ -56,7 +56,7 @@ def test_every_head_has_its_own_bits_of_k_and_of_v() -> None:
     assert heads_as_stored(key, value, None) == (key, value)
 
 
-@pytest.mark.parametrize(("head_dim", "bits", "size"), [(64, 16, 128), (64, 8, 68), (64, 4, 36), (128, 4, 68), (5, 4, 7), (5, 8, 9)])
+@pytest.mark.parametrize(("head_dim", "bits", "size"), [(64, 16, 128), (64, 8, 68), (64, 4, 36), (128, 4, 68), (5, 4, 8), (5, 8, 12)])
 def test_a_vector_takes_its_codes_and_a_grid(head_dim: int, bits: int, size: int) -> None:
     assert vector_bytes(head_dim, bits) == size
     assert vector_bytes(head_dim, 16, dtype_bytes=4) == 4 * head_dim
