@@ -1,0 +1,152 @@
+"""Writing new tokens to a ring in Triton: all heads of a layer in one launch, without host synchronisation."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from moa_lab.cache import PackedRing, RingLayer
+from moa_lab.cache.storage import GRID_MAX
+from moa_lab.kernels.codes import grid_word, words_of
+
+LIMIT = tl.constexpr(GRID_MAX)
+
+
+def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, padding: torch.Tensor) -> None:
+    """`RingLayer.write` in one kernel; what a `PackedRing` stores is equal to the last bit."""
+    if isinstance(ring, PackedRing):
+        buffers = ring.buffers["plain"], ring.buffers["codes"], ring.buffers["grids"]
+        _write_packed(key, value, *buffers, ring.table, ring.sides, lengths, padding)
+    else:
+        _write(key, value, ring.keys, ring.values, ring.table, lengths, padding)
+
+
+@triton.jit
+def _slots(table, lengths, padding, batch, head, columns, tokens):
+    """Which of the new tokens, by column, are written, and to which slots of their head."""
+    length = tl.load(lengths + batch)
+    sink = tl.load(table + head * 4 + 1)
+    ring = tl.load(table + head * 4 + 2)
+    at = length - tokens + columns
+    # Skip tokens that later ones would overwrite: the order of writes to one slot is undefined.
+    kept = (columns < tokens) & (columns >= tl.load(padding + batch)) & ((at < sink) | (at >= length - ring))
+    return kept, tl.where(at < sink, at, sink + (at - sink) % ring)
+
+
+@triton.jit
+def _write_kernel(
+    key, value, keys, values, table, lengths, padding,
+    key_batch, key_head, key_token, value_batch, value_head, value_token, ring_batch, tokens, kv_heads,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    dims = tl.arange(0, PADDED_DIM)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    kept, slots = _slots(table, lengths, padding, batch, head, columns, tokens)
+    slots += tl.load(table + head * 4)
+    there = kept[:, None] & (dims[None, :] < HEAD_DIM)
+    target = batch * ring_batch + slots[:, None].to(tl.int64) * HEAD_DIM + dims[None, :]
+    source = key + batch * key_batch + head * key_head + columns[:, None].to(tl.int64) * key_token + dims[None, :]
+    tl.store(keys + target, tl.load(source, mask=there, other=0.0), mask=there)
+    source = value + batch * value_batch + head * value_head + columns[:, None].to(tl.int64) * value_token + dims[None, :]
+    tl.store(values + target, tl.load(source, mask=there, other=0.0), mask=there)
+
+
+@triton.jit
+def _store(
+    source, numbers, codes, grids, side, slots, kept, columns, token,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+):  # fmt: skip
+    """K or V of one head at `columns`, which lie `token` elements apart, to their slots; as `moa_lab.cache.storage.places`."""
+    bits = tl.load(side)
+    first = tl.load(side + 1)
+    dims = tl.arange(0, PADDED_DIM)[None, :]
+    there = kept[:, None] & (dims < HEAD_DIM)
+    slots = slots[:, None].to(tl.int64)
+    given = tl.load(source + columns[:, None].to(tl.int64) * token + dims, mask=there, other=0.0)
+    if bits == 16:
+        tl.store(numbers + first + slots * HEAD_DIM + dims, given, mask=there)
+    else:
+        levels = tl.where(bits == 8, 255.0, 15.0)
+        exact = tl.minimum(tl.maximum(given.to(tl.float32), -LIMIT), LIMIT)
+        low = tl.min(tl.where(there, exact, LIMIT), axis=1, keep_dims=True).to(tl.float16)
+        wide = exact - low.to(tl.float32)
+        high = tl.max(tl.where(there, wide, -2 * LIMIT), axis=1, keep_dims=True)
+        # Division must round to the nearest; Triton's own does not on a GPU.
+        step = tl.div_rn(high, tl.zeros_like(high) + levels).to(tl.float16)
+        found = tl.where(step > 0, tl.div_rn(wide, tl.where(step > 0, step.to(tl.float32), 1.0)), 0.0)
+        # Adding 1.5 * 2^23 leaves no bits for a fraction: halves go to the even number, as in torch.
+        found = tl.maximum(tl.minimum((found + 12582912.0) - 12582912.0, levels), 0.0)
+        places = tl.where(there, found, 0.0).to(tl.int32)
+        tl.store(grids + tl.load(side + 2) + slots, grid_word(low, step), mask=kept[:, None])
+        if bits == 8:
+            _store_words(codes + first, words_of(places, 8), slots, kept, (HEAD_DIM + 3) // 4)
+        else:
+            _store_words(codes + first, words_of(places, 4), slots, kept, (HEAD_DIM + 7) // 8)
+
+
+@triton.jit
+def _store_words(target, words, slots, kept, COUNT: tl.constexpr):
+    """Words (n, m), of which the first COUNT are the vector's, to their slots."""
+    at = tl.arange(0, words.shape[1])[None, :]
+    tl.store(target + slots * COUNT + at, words, mask=kept[:, None] & (at < COUNT))
+
+
+@triton.jit
+def _write_packed_kernel(
+    key, value, numbers, codes, grids, table, sides, lengths, padding,
+    key_batch, key_head, key_token, value_batch, value_head, value_token, numbers_batch, codes_batch, grids_batch, tokens, kv_heads,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(1) // kv_heads).to(tl.int64)
+    head = (tl.program_id(1) % kv_heads).to(tl.int64)
+    columns = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    kept, slots = _slots(table, lengths, padding, batch, head, columns, tokens)
+    numbers += batch * numbers_batch
+    codes += batch * codes_batch
+    grids += batch * grids_batch
+    key += batch * key_batch + head * key_head
+    value += batch * value_batch + head * value_head
+    side = sides + head * 6
+    _store(key, numbers, codes, grids, side, slots, kept, columns, key_token, HEAD_DIM, PADDED_DIM)
+    _store(value, numbers, codes, grids, side + 3, slots, kept, columns, value_token, HEAD_DIM, PADDED_DIM)
+
+
+@torch.library.custom_op("moa_lab::ring_write", mutates_args=("keys", "values"))
+def _write(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor,
+    lengths: torch.Tensor, padding: torch.Tensor,
+) -> None:  # fmt: skip
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    batch, kv_heads, tokens, head_dim = key.shape
+    padded_dim = triton.next_power_of_2(head_dim)
+    block = _block(tokens, padded_dim, 4096)
+    _write_kernel[(triton.cdiv(tokens, block), batch * kv_heads)](
+        key, value, keys, values, table, lengths, padding, *key.stride()[:3], *value.stride()[:3], keys.stride(0),
+        tokens, kv_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("moa_lab::ring_write_packed", mutates_args=("numbers", "codes", "grids"))
+def _write_packed(
+    key: torch.Tensor, value: torch.Tensor, numbers: torch.Tensor, codes: torch.Tensor, grids: torch.Tensor, table: torch.Tensor,
+    sides: torch.Tensor, lengths: torch.Tensor, padding: torch.Tensor,
+) -> None:  # fmt: skip
+    key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
+    batch, kv_heads, tokens, head_dim = key.shape
+    # At least the numbers of a word.
+    padded_dim = max(triton.next_power_of_2(head_dim), 8)
+    # A quarter of what a copy moves at once: quantising takes registers.
+    block = _block(tokens, padded_dim, 1024)
+    _write_packed_kernel[(triton.cdiv(tokens, block), batch * kv_heads)](
+        key, value, numbers, codes, grids, table, sides, lengths, padding, *key.stride()[:3], *value.stride()[:3],
+        numbers.stride(0), codes.stride(0), grids.stride(0), tokens, kv_heads,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim, BLOCK=block, num_warps=1 if block == 1 else 4,
+    )  # fmt: skip
+
+
+def _block(tokens: int, padded_dim: int, most: int) -> int:
+    """Tokens per program, which moves up to `most` numbers at once."""
+    return min(triton.next_power_of_2(tokens), max(most // padded_dim, 1))
