@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moa_lab.cache import PackedRing, RingLayer
+from moa_lab.cache import RingLayer
 from moa_lab.kernels.blockwise import blockwise_attention
 from moa_lab.kernels.mixture import mixed_windows
 from moa_lab.kernels.reference import windowed_attention
@@ -136,7 +136,7 @@ def ring_attention(
 
 
 def _chunk_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ring: RingLayer, *others: Any) -> torch.Tensor:
-    if kernel_applies(query, key, value) and not isinstance(ring, PackedRing):
+    if kernel_applies(query, key, value):
         from moa_lab.kernels import prefill
 
         return prefill.chunk_attention(query, key, value, ring, *others)
@@ -147,24 +147,25 @@ def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths:
     """`RingLayer.write`, in one kernel where that applies."""
     # No gradient flows through a cache.
     key, value = key.detach(), value.detach()
-    if kernel_applies(key, value) and not isinstance(ring, PackedRing):
-        from moa_lab.kernels import decode
+    if kernel_applies(key, value):
+        from moa_lab.kernels import write
 
-        decode.ring_write(key, value, ring, lengths, padding)
+        write.ring_write(key, value, ring, lengths, padding)
     else:
         ring.write(key, value, lengths, padding)
 
 
 def new_schedule(ring: RingLayer, batch: int) -> DecodeSchedule | None:
-    """A schedule for the decode kernel that fills this device; None where the kernel does not run: it reads no packed ring yet."""
-    if isinstance(ring, PackedRing) or not kernel_applies(ring.keys):
+    """A schedule for the decode kernel that fills this device; None where the kernel does not run."""
+    sample = ring.sample
+    if not kernel_applies(sample):
         return None
     # Imported here, since Triton may be missing.
     from moa_lab.kernels.decode import programs_for, tile_slots
 
-    tile = tile_slots(ring.keys.shape[-1], ring.keys.dtype)
+    tile = tile_slots(sample.shape[-1], sample.dtype, ring.most_bits)
     tiles = batch * int((-(-ring.layout.slots // tile)).sum())
-    return decode_schedule(ring.layout.slots, batch, tile, programs_for(tiles, _cores(ring.keys.device)), ring.keys.device)
+    return decode_schedule(ring.layout.slots, batch, tile, programs_for(tiles, _cores(sample.device)), sample.device)
 
 
 def _cores(device: torch.device) -> int:

@@ -13,8 +13,9 @@ import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moa_lab.cache import RingLayer
+from moa_lab.cache import PackedRing, RingLayer
 from moa_lab.kernels.prefill_kernel import prefill_kernel
+from moa_lab.kernels.read import ring_read
 
 NO_REACH = 2**30
 """The reach of a layer without a window of its own: longer than any sequence."""
@@ -69,14 +70,16 @@ def chunk_attention(
 ) -> torch.Tensor:
     """`moa_lab.kernels.ring_reference.chunk_attention` in one kernel: new tokens attend to the ring and to one another.
 
-    Tiles of the ring that no new token sees are not read. float16, bfloat16 or float32.
+    Tiles of the ring that no new token sees are not read. float16, bfloat16 or float32. What a `PackedRing` holds is first read whole,
+    into memory for this layer's K and V in the ring's dtype.
     """
     _check(query, key, value, scale)
     layout = ring.layout
+    keys, values = ring_read(ring) if isinstance(ring, PackedRing) else (ring.keys, ring.values)
     _, order = _heads(layout.windows, query.device)
     return _prefill(
-        query, key, value, ring.keys, ring.values, ring.table, order, lengths, padding, layout.sink_tokens, layout.reach or NO_REACH,
-        scale, softcap or 0.0, sink_logits,
+        query, key, value, keys, values, ring.table, order, lengths, padding, layout.sink_tokens, layout.reach or NO_REACH, scale,
+        softcap or 0.0, sink_logits,
     )  # fmt: skip
 
 

@@ -286,11 +286,11 @@ class RingCache(WholeCache):
             self._recorded[layer] = (torch.cat([before[0], key], dim=2), torch.cat([before[1], value], dim=2))
 
     def _schedule_of(self, layer: int) -> DecodeSchedule | None:
-        """For one token a row; layers of one layout share it."""
+        """For one token a row; layers of one layout and equal bits share it."""
         if not self._counts:
             return self._dealt[layer]
-        slots = self.rings[layer].layout.slots
-        name = (len(self.lengths), *slots.tolist())
+        ring = self.rings[layer]
+        name = (len(self.lengths), ring.most_bits, *ring.layout.slots.tolist())
         if name not in self._schedules:
-            self._schedules[name] = new_schedule(self.rings[layer], len(self.lengths))
+            self._schedules[name] = new_schedule(ring, len(self.lengths))
         return self._schedules[name]
