@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import random_tokens, tiny_model
+from tiny_plans import stored_plan
 from transformers import DynamicCache, PreTrainedModel
 
 from moa_lab.kernels import dispatch, prefill
 from moa_lab.models import geometry_of
 from moa_lab.plan import full_or_floor_plan
-from moa_lab.runtime import apply_plan
+from moa_lab.runtime import apply_plan, ring_cache
 
 N = 300
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -71,6 +72,19 @@ def test_padding_and_caches_give_the_same_logits_by_kernel(padding: int, counted
     assert set(calls) == {200, 100}
     real = mask.bool()
     torch.testing.assert_close(torch.cat([first, second], dim=1)[real], expected[real], atol=2e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_cache_with_bits_gives_the_same_logits_by_kernel(counted: Callable[[bool], list[int]]) -> None:
+    model = tiny_model("llama").to(DEVICE)
+    tokens = random_tokens(2, 60).to(DEVICE)
+    found = []
+    for by_kernel in (False, True):
+        counted(by_kernel)
+        with apply_plan(model, stored_plan(model), 60):
+            cache = ring_cache(model)
+            found.append(torch.cat([model(part, past_key_values=cache).logits for part in tokens.split([40, 1, 1, 18], dim=1)], dim=1))
+    torch.testing.assert_close(found[1], found[0], atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["right padding", "hole", "own mask"])

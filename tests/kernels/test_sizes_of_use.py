@@ -10,7 +10,7 @@ import copy
 import pytest
 import torch
 
-from moa_lab.cache import LayerLayout, RingLayer
+from moa_lab.cache import LayerLayout, PackedRing, RingLayer
 from moa_lab.kernels.decode import decode_attention, tile_slots
 from moa_lab.kernels.dispatch import new_schedule
 from moa_lab.kernels.prefill import chunk_attention, prefill_attention
@@ -106,6 +106,27 @@ def test_decoding_over_large_rings_equals_the_reference(batch: int, window: int)
     for row in {0, batch - 1}:
         part = slice(row, row + 1)
         near(found[part], newest_attention(query[part].float(), row_of(ring, row), lengths[part], SCALE))
+
+
+@pytest.mark.parametrize(("batch", "window"), [(64, size(262_144, 300)), (1, size(131_072, 500))], ids=["large", "one row of 128k tokens"])
+def test_decoding_over_large_packed_rings_equals_the_reference(batch: int, window: int) -> None:
+    head_dim, batch = size(128, 16), batch if ON_GPU else min(batch, 3)
+    layout = LayerLayout(SINK, (window, 100, 300), None, 2 * window + 77)
+    ring = PackedRing(layout, batch, head_dim, DTYPE, DEVICE, [(8, 4), (16, 8), (4, 16)])
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    ring.buffers["plain"].normal_(generator=generator)
+    # Any word is a word of codes; grids from -1 with steps up to 1/16.
+    ring.buffers["codes"].random_(-(2**31), 2**31, generator=generator)
+    steps = torch.randint(0x2000, 0x2C00, ring.buffers["grids"].shape, generator=generator, device=DEVICE, dtype=torch.int32)
+    ring.buffers["grids"].copy_(steps << 16 | 0xBC00)
+    lengths = torch.full((batch,), layout.capacity, dtype=torch.int32, device=DEVICE)
+    query = random(batch, 6, 1, head_dim, seed=5)
+    schedule = new_schedule(ring, batch) or decode_schedule(layout.slots, batch, tile_slots(head_dim, DTYPE), 5, DEVICE)
+    found = decode_attention(query, ring, lengths, schedule, SCALE)
+    for row in {0, batch - 1}:
+        one = copy.copy(ring)
+        one.buffers = {kind: held[row : row + 1] for kind, held in ring.buffers.items()}
+        near(found[row : row + 1], newest_attention(query[row : row + 1], one, lengths[:1], SCALE).float())
 
 
 def test_a_chunk_onto_a_large_ring_equals_one_token_after_another() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from tiny_plans import small_plan
+from tiny_plans import small_plan, stored_plan
 from transformers import DynamicCache, PreTrainedModel
 
 import moa_lab as ml
@@ -67,6 +67,15 @@ def test_bytes_are_predicted_and_allocated_alike() -> None:
     assert found.decode_steps == 19
     assert found.decode_tokens_per_s > 0
     assert found.prefill_s > 0
+
+
+def test_over_stored_bits_a_step_is_captured_where_there_is_a_gpu_and_says_the_same() -> None:
+    model = model_of("llama").to("cuda" if torch.cuda.is_available() else "cpu")
+    plan = stored_plan(model)
+    found, stepwise = (generate(model, tiny_tokenizer(), PROMPTS, plan=plan, max_new_tokens=20, graph=graph) for graph in (None, False))
+    assert found.tokens == stepwise.tokens
+    assert found.captured == torch.cuda.is_available()
+    assert found.kv_bytes_allocated == found.kv_bytes_predicted
 
 
 def test_a_row_ends_with_its_stop_token_and_the_others_go_on() -> None:

@@ -5,36 +5,20 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, random_tokens, tiny_model
-from tiny_plans import small_plan
+from tiny_plans import mixed_plan, small_plan, stored_plan
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from moa_lab.models import geometry_of
-from moa_lab.plan import WIDTHS, Plan, SpanRule, dense_plan, uniform_plan
+from moa_lab.plan import Plan, dense_plan, uniform_plan
 from moa_lab.runtime import RingCache, apply_plan, ring_cache
 
 torch.set_num_threads(1)
 
 FOUR_FAMILIES = ["llama", "gemma2", "mistral", "gpt_neox"]
-
-
-def mixed_plan(model: PreTrainedModel) -> Plan:
-    """Heads with little, with more, and with everything, by turns."""
-    geometry = geometry_of(model)
-    rules = [SpanRule(9.0, 0.0), SpanRule(30.0, 0.0), SpanRule(0.0, 1.0)]
-    dealt = tuple(tuple(rules[(2 * layer + head) % 3] for head in range(geometry.kv_heads)) for layer in range(geometry.layers))
-    return Plan(geometry=geometry, rules=dealt, sink_tokens=4, min_span=5)
-
-
-def stored_plan(model: PreTrainedModel) -> Plan:
-    """The same spans in 16, 8 and 4 bits by turns, K and V apart."""
-    plan = mixed_plan(model)
-    shape = (plan.geometry.layers, plan.geometry.kv_heads, 2)
-    return plan.with_bits(np.array(WIDTHS)[np.arange(np.prod(shape)) % 3].reshape(shape))
 
 
 def ragged(lengths: list[int], seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
