@@ -24,7 +24,7 @@ Place = dict[str, tuple[int, int, int]]
 
 class PackedRing(RingLayer):
     """As `RingLayer`, with `bits` of K and V for every KV head. The K of a head, then its V, lie slot by slot in the buffer of their kind,
-    one head after the other; no byte is spare.
+    one head after the other.
 
     table: as `LayerLayout.table`, on the device. sides: what a kernel needs to know beside it, of every head's K and V, int64 (kv_heads,
     2, 3): bits, first number or word of codes, and first grid. widths: bits of K and V by turns, of every pair that heads have.

@@ -68,7 +68,6 @@ def _decode(
     output = torch.empty(batch, query_heads, 1, head_dim, dtype=query.dtype, device=query.device)
     part_output = torch.empty(len(segments), group, padded_dim, dtype=torch.float32, device=query.device)
     part_max, part_sum = torch.empty(2, len(segments), group, dtype=torch.float32, device=query.device)
-    warps, stages = _shape(padded_dim, query.dtype)
     if codes is None or grids is None or sides is None:
         codes, grids, sides = keys, keys, table
     decode_kernel[(len(bounds) - 1,)](
@@ -78,7 +77,7 @@ def _decode(
         TILE=tile, CAPPED=softcap != 0, REACHES=reach != 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
         PAIRS=tuple(zip(widths[::2], widths[1::2], strict=True)),
         ALIGNED=gcd(16, *(code_words(head_dim, bits) for bits in widths if bits != UNTOUCHED)),
-        num_warps=warps, num_stages=stages,
+        num_warps=4, num_stages=_stages(query.dtype, max(widths, default=UNTOUCHED)),
     )  # fmt: skip
     merge_kernel[(batch * query_heads,)](
         part_output, part_max, part_sum, firsts, part_max if sink_logits is None else sink_logits.contiguous(),
@@ -104,6 +103,6 @@ def programs_for(tiles: int, cores: int) -> int:
     return min(max(tiles // TILES_PER_PROGRAM, cores), PROGRAMS_PER_CORE * cores)
 
 
-def _shape(padded_dim: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Warps and stages."""
-    return (4, 1) if dtype == torch.float32 else (4, 3)
+def _stages(dtype: torch.dtype, bits: int) -> int:
+    """Tiles of keys, and of values, that are loaded or read at a time; `bits` as in `tile_slots`, which makes tiles of codes larger."""
+    return 1 if dtype == torch.float32 else 3 if bits == UNTOUCHED else 2
