@@ -65,10 +65,12 @@ class Forecast:
         preset, model, longest = run.preset, run.model, max(run.lengths)
         cost = estimate_cost(model, [Sample("probe", np.zeros(longest, np.int64), ((longest - 1, longest),))])
         samples = {n: sum(request.count for request in run.wanted) for n in run.lengths}
-        measured = preset.candidates + SIMPLE_PLANS + LEARNED_PLANS * bool(preset.learning_steps) + preset.refine_rounds
-        judged = (run.suites.validated_counts(), 1 + measured), (run.suites.tested_counts(run.test_lengths), 3 + len(preset.baselines))
+        many = len(run.mixes)
+        measured = preset.candidates + many * (SIMPLE_PLANS + LEARNED_PLANS * bool(preset.learning_steps)) + preset.refine_rounds
+        compared = 2 + many + len(preset.baselines)
+        judged = (run.suites.validated_counts(), 1 + measured), (run.suites.tested_counts(run.test_lengths), compared)
         step = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
-        tokens = int(LEARNED_STEPS * preset.learning_steps * step) + sum(
+        tokens = int(many * LEARNED_STEPS * preset.learning_steps * step) + sum(
             n * every * plans for counts, plans in judged for n, (every, _) in counts.items()
         )
         pace = Pace.of(model, cost, run.answer_batch, tokens, bool(preset.learning_steps))
@@ -85,7 +87,7 @@ class Forecast:
             # A length is drawn in proportion to its tokens.
             tasks, drawn = sum(request.count > 0 for request in run.wanted_lessons), np.array(run.lesson_lengths)
             each = [max(step // n, tasks) * pace.drawn(n) for n in run.lesson_lengths]
-            foretold["learn"] = LEARNED_STEPS * preset.learning_steps * float(drawn @ each / drawn.sum())
+            foretold["learn"] = many * LEARNED_STEPS * preset.learning_steps * float(drawn @ each / drawn.sum())
         if preset.refine_rounds:
             heads = min(preset.refine_heads, run.geometry.layers * run.geometry.kv_heads)
             plans = preset.refine_rounds * (2 * heads + CLIMBS * len(MOVES))

@@ -23,7 +23,7 @@ from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.forecast import Forecast
 from moa_lab.learning import learn_spans
 from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import Plan, dense_plan, uniform_plan
+from moa_lab.plan import WHOLE_BITS, Bits, Plan, dense_plan, mixed_name, stored_plan, tokens_bought, told_bits, uniform_plan
 from moa_lab.profiling import profile, profiling_examiner
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements, candidates
@@ -31,6 +31,7 @@ from moa_lab.refinement import refine
 from moa_lab.report import save_report
 from moa_lab.run_inputs import RunInputs
 from moa_lab.search import baseline_plan, loss_table, search
+from moa_lab.search.mixes import over_mixes
 from moa_lab.search.problem import judged_lengths
 from moa_lab.storage import RecordError, to_json, write_json
 from moa_lab.text import once
@@ -129,7 +130,11 @@ class Run(RunInputs):
         """Dense, uniform at the same density, and the preset's other baselines."""
         lengths = (*self.test_lengths,)
         density, floor, sink = self.settings.density, self.settings.min_span, self.settings.sink_tokens
-        plans = [dense_plan(self.geometry, lengths), uniform_plan(self.geometry, density, lengths, min_span=floor, sink_tokens=sink)]
+        uniform = partial(uniform_plan, self.geometry, lengths=lengths, min_span=floor, sink_tokens=sink)
+        plans = [dense_plan(self.geometry, lengths), uniform(density)]
+        for mix in (mix for mix in self.mixes if mix != WHOLE_BITS):
+            (share,) = tokens_bought({1: density}, mix, self.geometry).values()
+            plans.append(stored_plan(uniform(share), mix))
         for name in self.preset.baselines:
             made = self._stored(
                 f"baseline-{name}.json", Plan.load,
@@ -183,6 +188,9 @@ class Run(RunInputs):
         if not self.preset.refine_rounds:
             return front
         draft = self._stored("draft.json", Plan.load, lambda: self.validation(front, "draft").best)
+        if draft.bits:
+            logger.info("%s stores fewer bits, of which refinement knows nothing: it stays as it is", draft.search["candidate"])
+            return front
         refined = refine(
             self.model, draft, self.samples(), self.table(), self.limits, rounds=self.preset.refine_rounds,
             heads=self.preset.refine_heads, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self.parts_dir("refine"),
@@ -193,7 +201,7 @@ class Run(RunInputs):
     def _search(self) -> Front:
         return search(
             self.profile(), self.limits, max_rules_per_layer=self.settings.max_rules_per_layer, min_span=self.settings.min_span,
-            seed=self.settings.seed, time_limit_s=self.preset.search_seconds, max_points=self.preset.candidates,
+            seed=self.settings.seed, time_limit_s=self.preset.search_seconds, max_points=self.preset.candidates, bits=self.settings.bits,
             progress=lambda done, total, message: self.progress("search", done, total),
         )  # fmt: skip
 
@@ -207,14 +215,14 @@ class Run(RunInputs):
         return replace(asked, points=(*asked.points, *words.points), settings={"learned": asked.settings, "learned-words": words.settings})
 
     def _descended(self, name: str, steps: int, weights: Mapping[str, float]) -> Front:
-        return self._stored(
-            f"front-{name}.json", Front.load,
-            lambda: learn_spans(
-                self.model, self.lessons(), self.table(), self.limits, steps=steps, weights=weights, name=name,
+        def descend(mix: Bits) -> Front:
+            return learn_spans(
+                self.model, self.lessons(), self.table(), self.limits, steps=steps, weights=weights, name=name, bits=told_bits(mix),
                 max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed, parts_dir=self.parts_dir("learn"),
-                progress=self._steps(f"learn {name}"),
-            ),
-        )  # fmt: skip
+                progress=self._steps(f"learn {mixed_name(name, mix)}"),
+            )  # fmt: skip
+
+        return self._stored(f"front-{name}.json", Front.load, lambda: over_mixes(descend, self.mixes))
 
     def validation(self, front: Front, name: str) -> Validation:
         """Measure every plan of `front` on validation samples; the best is called `name`."""

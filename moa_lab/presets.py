@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from moa_lab.plan import MIN_SPAN, SINK_TOKENS, check_density
+from moa_lab.plan import MIN_SPAN, SINK_TOKENS, check_density, read_mixes
 
 SETTINGS_SCHEMA = "moa-lab/run/1"
 QUESTIONS_PER_LESSON = 2
@@ -156,7 +156,8 @@ class RunSettings:
     test_seed: of the test samples alone, so that what was developed on one draw can be tested on another. plain_prompts: questions
     and answers are plain text, whatever chat template the tokenizer has. min_span: the floor, tokens that every head keeps at least,
     its sink of `sink_tokens` among them. use_lengths: where the plan will be used, beside the profiled and the tested lengths (None: up
-    to twice the longest profiled one). prefer: what the plan is chosen by (see `Preference.parse`).
+    to twice the longest profiled one). prefer: what the plan is chosen by (see `Preference.parse`). bits: in how
+    many keys and values may be stored (see `moa_lab.plan.read_mixes`); the density is one of bytes.
     """
 
     model: str = "smollm2"
@@ -173,12 +174,14 @@ class RunSettings:
     max_rules_per_layer: int | None = None
     min_span: int = MIN_SPAN
     sink_tokens: int = SINK_TOKENS
+    bits: str = "16"
     use_lengths: tuple[int, ...] | None = None
     prefer: str = DEFAULT_PREFERENCE
 
     def __post_init__(self) -> None:
         check_density(self.density)
         Preference.parse(self.prefer)
+        read_mixes(self.bits)
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         if self.sink_tokens < 0:

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moa_lab.plan import MIN_SPAN
+from moa_lab.plan import MIN_SPAN, read_mixes, told_bits
 from moa_lab.presets import DEFAULT_PREFERENCE, PRESETS, SETTINGS_SCHEMA, RunSettings
 from moa_lab.storage import atomic_path, parse, read_json, to_json, write_json
 
 FIXED = ("model", "lengths", "preset", "seed", "supervision", "source", "columns", "plain_prompts", "sink_tokens")
 """Settings that the samples or the profile, and so everything else, depend on: another value needs another folder."""
 
-_SEARCHING = ("density", "min_span", "max_rules_per_layer", "use_lengths", "short_lengths")
+_SEARCHING = ("density", "bits", "min_span", "max_rules_per_layer", "use_lengths", "short_lengths")
 _CHOOSING = (*_SEARCHING, "prefer")
 _CHOSEN = (*_CHOOSING, "test_lengths")
 _TESTED = (*_CHOSEN, "test_seed")
@@ -146,6 +146,7 @@ def _values(settings: RunSettings) -> dict[str, tuple[Any, Any]]:
     usual = RunSettings(lengths=settings.lengths, preset=settings.preset)
     return {
         "density": (settings.density, None),
+        "bits": (",".join(map(told_bits, read_mixes(settings.bits))), "16"),
         "floor": (settings.min_span, None),
         "min_span": (settings.min_span, MIN_SPAN),
         "max_rules_per_layer": (settings.max_rules_per_layer, None),

@@ -20,6 +20,7 @@ from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.suites import Suites
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, load_model, weights_fingerprint
+from moa_lab.plan import Bits, read_mixes, tokens_bought
 from moa_lab.presets import PRESETS, QUESTIONS_PER_LESSON, Preset, RunSettings
 from moa_lab.prompting.rendering import check_turns
 from moa_lab.run_folder import RunFolder
@@ -58,6 +59,11 @@ class RunInputs:
         self.records.begin()
 
     @property
+    def mixes(self) -> tuple[Bits, ...]:
+        """The bits in which K and V may be stored, the most first."""
+        return read_mixes(self.settings.bits)
+
+    @property
     def limits(self) -> dict[int, float]:
         """The density by length at which it limits plans: `use_lengths`, those shorter than the profiled ones where the floor takes
         at most a quarter of the density."""
@@ -78,7 +84,9 @@ class RunInputs:
         """Raise InfeasibleError where the floor alone exceeds the density, at a length of `limits` or a tested one that the user named."""
         asked = (*(self.settings.use_lengths or ()), *(self.settings.test_lengths or self.settings.lengths or ())) if tested else ()
         targets = {**self.limits, **dict.fromkeys(asked, self.settings.density)}
-        check_floor(self.geometry, targets, self.settings.min_span, self.settings.sink_tokens)
+        # The mix of the fewest bits buys the most tokens.
+        bought = tokens_bought(targets, self.mixes[-1], self.geometry)
+        check_floor(self.geometry, bought, self.settings.min_span, self.settings.sink_tokens)
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

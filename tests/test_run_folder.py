@@ -16,6 +16,7 @@ from moa_lab import presets
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan
 from moa_lab.presets import SETTINGS_SCHEMA, RunSettings
+from moa_lab.records import Measurements
 from moa_lab.run_folder import ON_TOP, RunFolder
 from moa_lab.search import InfeasibleError
 from moa_lab.storage import to_json
@@ -166,6 +167,21 @@ def test_a_lower_floor_makes_the_density_feasible_and_every_plan_keeps_it(settin
         "dense": False, "uniform": True, "moa": True, "ranked": True,
     }  # fmt: skip
     assert Plan.load(out / "plan.json").min_span == 70
+
+
+def test_a_run_searches_spans_in_every_mix_of_bits_and_measuring_chooses(settings: RunSettings, tmp_path: Path) -> None:
+    mixed = replace(settings, density=0.4, bits="16,8", test_lengths=(512,))
+    run = Run(tmp_path, mixed)
+    summary = run.everything()
+    assert {"uniform", "uniform@8", "moa"} <= set(summary["plans"])
+    validated = {row.plan for row in Measurements.load(tmp_path / "validation.json").rows}
+    assert {"uniform", "uniform@8", "layers", "layers@8"} <= validated
+    for name in ("uniform", "uniform@8"):
+        assert 0.38 < summary["plans"][name]["density"] <= 0.4
+    assert run.plan().density(512) <= 0.4
+    assert run.records.place("plan.json") != Run(tmp_path, replace(mixed, bits="16")).records.place("plan.json")
+    assert run.records.place("plan.json") == Run(tmp_path, replace(mixed, bits="8, 16")).records.place("plan.json")
+    assert Run(tmp_path, replace(mixed, bits="8,16")).plan() == run.plan()
 
 
 def test_a_shorter_sink_leaves_room_for_a_lower_floor_and_wants_a_folder_of_its_own(settings: RunSettings, tmp_path: Path) -> None:

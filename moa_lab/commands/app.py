@@ -20,6 +20,7 @@ from moa_lab.commands.stages import calibrate, evaluate, parity, profile, refine
 from moa_lab.commands.study import study
 from moa_lab.commands.terminal import (
     Bars,
+    BitsOption,
     ForceOption,
     LengthsOption,
     MinSpanOption,
@@ -94,6 +95,7 @@ def run(
     plain_prompts: PlainOption = False,
     min_span: MinSpanOption = MIN_SPAN,
     sink: SinkOption = SINK_TOKENS,
+    bits: BitsOption = "16",
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """All stages: calibrate, profile, search, validate, evaluate, report."""
@@ -104,7 +106,7 @@ def run(
     settings = RunSettings(
         model=model, density=density, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
         test_seed=test_seed, supervision=supervision, source=source, columns=columns, plain_prompts=plain_prompts,
-        max_rules_per_layer=max_rules, min_span=min_span, sink_tokens=sink, use_lengths=lengths_of(use_lengths), prefer=prefer,
+        max_rules_per_layer=max_rules, min_span=min_span, sink_tokens=sink, bits=bits, use_lengths=lengths_of(use_lengths), prefer=prefer,
     )  # fmt: skip
     with Bars() as bars:
         summary = Run(out, settings, bars).everything()

@@ -7,8 +7,18 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.commands.terminal import AnyModelOption, Bars, ForceOption, MinSpanOption, ModelOption, free, parts_of, weights_of
-from moa_lab.plan import MIN_SPAN
+from moa_lab.commands.terminal import (
+    AnyModelOption,
+    Bars,
+    BitsOption,
+    ForceOption,
+    MinSpanOption,
+    ModelOption,
+    free,
+    parts_of,
+    weights_of,
+)
+from moa_lab.plan import MIN_SPAN, Bits, mixed_name, read_mixes, tokens_bought, told_bits
 
 
 def learn(
@@ -25,6 +35,7 @@ def learn(
     ] = None,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
     min_span: MinSpanOption = MIN_SPAN,
+    bits: BitsOption = "16",
     seed: Annotated[int, typer.Option("--seed")] = 0,
     any_model: AnyModelOption = False,
     force: ForceOption = False,
@@ -33,18 +44,25 @@ def learn(
     from moa_lab.calibration import SampleSet
     from moa_lab.learning import learn_spans
     from moa_lab.models import load_model
-    from moa_lab.records import InfluenceProfile
+    from moa_lab.records import Front, InfluenceProfile
     from moa_lab.search import feasible, loss_table
+    from moa_lab.search.mixes import over_mixes
+    from moa_lab.search.problem import densities
 
     free(out, force)
-    weighed = weights_of(weights)
+    weighed, mixes = weights_of(weights), read_mixes(bits)
     loaded_samples, table = SampleSet.load(samples), loss_table(InfluenceProfile.load(profile), min_span=min_span)
-    feasible(table, density, max_rules)
+    feasible(table, tokens_bought(densities(table, density), mixes[-1], table.geometry), max_rules)
     loaded, tokenizer = load_model(model)
     with Bars() as bars:
-        front = learn_spans(
-            loaded, loaded_samples, table, density, steps=steps, weights=weighed, max_rules_per_layer=max_rules, seed=seed,
-            parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("learn"),
-        )  # fmt: skip
+
+        def descend(mix: Bits) -> Front:
+            return learn_spans(
+                loaded, loaded_samples, table, density, steps=steps, weights=weighed, max_rules_per_layer=max_rules, bits=told_bits(mix),
+                seed=seed, parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model,
+                progress=bars.steps(f"learn {mixed_name('learned', mix)}"),
+            )  # fmt: skip
+
+        front = over_mixes(descend, mixes)
     front.save(out)
     typer.echo(f"{len(front)} plans: {out}")

@@ -10,6 +10,7 @@ import typer
 from moa_lab.commands.terminal import (
     AnyModelOption,
     Bars,
+    BitsOption,
     ForceOption,
     MinSpanOption,
     ModelOption,
@@ -97,6 +98,7 @@ def search(
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
     min_span: MinSpanOption = MIN_SPAN,
     use_lengths: UseLengthsOption = None,
+    bits: BitsOption = "16",
     seconds: Annotated[float, typer.Option("--seconds", help="time for the exact solves")] = 60.0,
     points: Annotated[int, typer.Option("--points", help="plans to keep at most")] = 16,
     force: ForceOption = False,
@@ -112,6 +114,7 @@ def search(
     with Bars() as bars:
         front = find(
             loaded, density, min_span=min_span, lengths=used, max_rules_per_layer=max_rules, time_limit_s=seconds, max_points=points,
+            bits=bits,
             progress=lambda done, total, message: bars("search", done, total),
         )  # fmt: skip
     front.save(out)

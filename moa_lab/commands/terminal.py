@@ -24,6 +24,10 @@ TestSeedOption = Annotated[int, typer.Option("--test-seed", help="draws the test
 MinSpanOption = Annotated[
     int, typer.Option("--min-span", help="the floor: tokens that every head keeps at least, the sink among them", show_default=True)
 ]
+BitsOption = Annotated[
+    str,
+    typer.Option("--bits", help="of keys and values as stored, density being one of bytes: 16, 8, 8+4 (K+V), 4, or several: 16,8,8+4"),
+]
 SinkOption = Annotated[
     int,
     typer.Option("--sink", min=0, help="first tokens that every head keeps for good; few where most layers have windows of their own"),

@@ -26,11 +26,13 @@ from moa_lab.learning.checkpoint import Checkpoint
 from moa_lab.learning.mixtures import Mixtures
 from moa_lab.learning.slopes import SlopeSampler
 from moa_lab.models import weights_fingerprint
+from moa_lab.plan import WHOLE_BITS, mixed_name, read_mixes, tokens_bought
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, LossTable
 from moa_lab.search.front import DENSITY, distinct, point, spent_point
 from moa_lab.search.goals import default_goals
-from moa_lab.search.problem import Density, feasible
+from moa_lab.search.mixes import stored_front
+from moa_lab.search.problem import Density, densities, feasible
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ def learn_spans(
     weights: Mapping[str, float] | None = None,
     name: str = "learned",
     max_rules_per_layer: int | None = None,
+    bits: int | str = 16,
     seed: int = 0,
     parts_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -71,11 +74,13 @@ def learn_spans(
     The loss is the divergence of the answers of `samples` from the dense model's, in nats per answer token, the sum of the tasks'
     means, each times its weight (`weights`, 1 where not given); a step takes samples of one length. table: the rules to choose from; its
     predicted losses are reported for the point, but not used in learning. `density`, its lengths and max_rules_per_layer, which only
-    the final plan keeps to, are as in `search`. rate: nats by which a step changes the evidence for a rule with a slope of average size.
+    the final plan keeps to, are as in `search`. bits: in how many keys and values are stored, one mix of those of `search`, which names
+    the plans; none is made where the budget holds all tokens so. rate: nats by which a step changes the evidence for a rule with a slope
+    of average size.
     parts_dir: keeps the state of the descent every half a minute, from which the same call goes on after a kill.
     tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a table of another model, fewer than
-    one step, no samples, a task that lacks a length, weights that are negative, not finite, all 0 or of unknown tasks, or samples
-    that do not fit in memory, and InfeasibleError as `search` does.
+    one step, no samples, several mixes, a task that lacks a length, weights that are negative, not finite, all 0 or of unknown tasks, or
+    samples that do not fit in memory, and InfeasibleError as `search` does.
     """
     model = plain_model(model)
     if steps < 1 or not len(samples):
@@ -85,17 +90,25 @@ def learn_spans(
     if weights.keys() - set(batches.tasks) or not all(0 <= weight < math.inf for weight in counted) or not any(counted):
         raise ValueError(f"weights must be at least 0, one above it, and of the tasks {', '.join(batches.tasks)}, got {weights}")
     check_inputs(model, samples, table, tokenizer, any_model=any_model)
-    targets = feasible(table, density, max_rules_per_layer)
+    (mix, *others) = read_mixes(bits)
+    if others:
+        raise ValueError(f"a descent stores keys and values in one mix of bits, got {bits!r}: call it once for each")
+    targets = tokens_bought(densities(table, density), mix, table.geometry)
+    feasible(table, targets, max_rules_per_layer)
+    objectives = (*(objective.name for objective in table.objectives), DENSITY)
+    if min(targets.values()) == 1:
+        return Front((), objectives)
     mixtures = Mixtures(table, targets, rate)
-    sampler = SlopeSampler.fitting(model, table, samples, seed, weights)
+    sampler = SlopeSampler.fitting(model, table, samples, seed, weights, bits=mix)
     history: list[dict[str, float]] = []
     generators = (batches.rng, sampler.rng)
     course = {
         "weights": weights, "steps": steps, "rate": rate, "seed": seed, "density": {str(n): d for n, d in targets.items()},
         "model": weights_fingerprint(model), "samples": samples.identity, "rules": [str(rule) for rule in table.rules],
         "table": [table.lengths, table.sink_tokens, table.min_span], "device": model.device.type, "dtype": str(model.dtype),
+        **({} if mix == WHOLE_BITS else {"bits": mix}),
     }  # fmt: skip
-    checkpoint = Checkpoint(parts_dir, name, course)
+    checkpoint = Checkpoint(parts_dir, mixed_name(name, mix), course)
     if saved := checkpoint.load():
         arrays, told = saved
         mixtures.restore(arrays, told["mixtures"])
@@ -131,4 +144,4 @@ def learn_spans(
         )  # fmt: skip
         points.append(spent_point(table, learned, targets, goals))
     settings = {**how, "solver": "learn", "seed": seed, "density": {str(n): d for n, d in targets.items()}}
-    return Front(tuple(distinct(points)), (*(objective.name for objective in table.objectives), DENSITY), settings, table.provenance)
+    return stored_front(Front(tuple(distinct(points)), objectives, settings, table.provenance), mix)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from moa_lab.cache.storage import heads_as_stored
 from moa_lab.calibration.answers import answer_logits
 from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.geometry.wrappers import plain_model
@@ -18,6 +19,7 @@ from moa_lab.interface.compiled import compiled_layers
 from moa_lab.kernels.dispatch import drawn_attention
 from moa_lab.kernels.mixture import BLOCK
 from moa_lab.learning.batches import Batches, batch_tokens
+from moa_lab.plan import WHOLE_BITS, Bits
 from moa_lab.profiling.backward import checkpointed
 from moa_lab.profiling.estimate import SAFETY, Estimate, estimate_cost
 from moa_lab.profiling.inputs import check_inputs
@@ -44,13 +46,15 @@ class SlopeSampler:
 
     A rule's window is rounded to whole blocks of 64 tokens, up or down at random so that its mean is right. tokens_in_flight: tokens
     run at once, at least one sample. checkpoint: recompute a layer's activations in the backward pass. weights: of the tasks in the
-    slope, 1 where not given. stands_for: see `block_windows`. rng: what the next draws depend on.
+    slope, 1 where not given. stands_for: see `block_windows`. bits: of K and V, which every query sees as they are stored. rng: what the
+    next draws depend on.
     """
 
     def __init__(
         self, model: PreTrainedModel, table: LossTable, seed: int, tokens_in_flight: int = 0, checkpoint: bool = False,
-        weights: Mapping[str, float] | None = None, stands_for: int | None = None,
+        weights: Mapping[str, float] | None = None, stands_for: int | None = None, bits: Bits = WHOLE_BITS,
     ) -> None:  # fmt: skip
+        self._bits = bits
         self._model, self._table, self._weights, self._stands_for = model, table, dict(weights or {}), stands_for
         self._tokens, self._checkpoint = tokens_in_flight, checkpoint
         self.rng = np.random.default_rng(seed)
@@ -58,7 +62,7 @@ class SlopeSampler:
     @classmethod
     def fitting(
         cls, model: PreTrainedModel, table: LossTable, samples: SampleSet, seed: int, weights: Mapping[str, float] | None = None,
-        stands_for: int | None = None,
+        stands_for: int | None = None, bits: Bits = WHOLE_BITS,
     ) -> SlopeSampler:  # fmt: skip
         """A sampler that runs as much of a batch of `samples` at once as fits in memory; on a CPU, where batches are no faster, one.
 
@@ -68,9 +72,9 @@ class SlopeSampler:
         estimate = estimate_cost(model, [longest], sink_tokens=table.sink_tokens)
         estimate.require_fit()
         if model.device.type == "cpu":
-            return cls(model, table, seed, weights=weights, stands_for=stands_for)
+            return cls(model, table, seed, weights=weights, stands_for=stands_for, bits=bits)
         tokens = tokens_at_once(estimate)
-        return cls(model, table, seed, tokens, checkpoint=tokens < longest.length, weights=weights, stands_for=stands_for)
+        return cls(model, table, seed, tokens, checkpoint=tokens < longest.length, weights=weights, stands_for=stands_for, bits=bits)
 
     def __call__(self, batch: Sequence[Sample], chances: np.ndarray) -> DrawnSlope:
         """chances: (heads, rules). Raises ValueError as `route_attention` does."""
@@ -86,7 +90,13 @@ class SlopeSampler:
             part = batch[start : start + size]
             weights = [self._weights.get(sample.task, 1.0) / share[sample.task] for sample in part]
             lost, slope = drawn_slopes(
-                self._model, part, counts[:, start : start + size], weights, self._table.sink_tokens, checkpoint=self._checkpoint
+                self._model,
+                part,
+                counts[:, start : start + size],
+                weights,
+                self._table.sink_tokens,
+                checkpoint=self._checkpoint,
+                bits=self._bits,
             )
             by_window += slope
             for sample, value in zip(part, lost, strict=True):
@@ -111,20 +121,22 @@ def tokens_at_once(estimate: Estimate) -> int:
 
 def drawn_slopes(
     model: PreTrainedModel, batch: Sequence[Sample], counts: torch.Tensor, weights: Sequence[float], sink_tokens: int, *,
-    checkpoint: bool = False,
+    checkpoint: bool = False, bits: Bits = WHOLE_BITS,
 ) -> tuple[list[float], np.ndarray]:  # fmt: skip
     """Divergence of every sample, and the slope of their weighted sum in windows of 1, 2, .. blocks: (layers, kv_heads, blocks).
 
     batch: samples of one length. counts: int32 (layers, batch, kv_heads), blocks that each head sees. weights: of the samples.
-    checkpoint: recompute a layer's activations in the backward pass.
+    checkpoint: recompute a layer's activations in the backward pass. bits: of K and V of all heads under the plans.
     """
+    stored = None if bits == WHOLE_BITS else (bits,) * counts.shape[2]
     blocks = -(-batch[0].length // BLOCK)
     shift = torch.zeros(*counts.shape, blocks, device=counts.device, requires_grad=True)
 
     def handler(layer: int) -> Handler:
         def attend(call: AttentionCall) -> torch.Tensor:
+            key, value = heads_as_stored(call.key, call.value, stored)
             return drawn_attention(
-                call.query, call.key, call.value, call.mask, shift[layer], counts[layer], sink_tokens, call.scale, call.softcap,
+                call.query, key, value, call.mask, shift[layer], counts[layer], sink_tokens, call.scale, call.softcap,
                 call.sink_logits,
             )  # fmt: skip
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moa_lab.plan import MIN_SPAN, Plan
+from moa_lab.plan import MIN_SPAN, Bits, Plan, read_mixes, tokens_bought
 from moa_lab.records import Form, Front, FrontPoint, InfluenceProfile, LossTable
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
@@ -23,8 +23,9 @@ from moa_lab.search.front import DENSITY, Progress, epsilon_front, plan_point, p
 from moa_lab.search.goals import QUESTIONS, Goal, default_goals, mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import solve_milp
+from moa_lab.search.mixes import over_mixes, stored_front
 from moa_lab.search.plain import SIMPLE, simple_plans, whole_heads
-from moa_lab.search.problem import Density, NoPlanError, feasible, judged_lengths
+from moa_lab.search.problem import Density, NoPlanError, densities, feasible, judged_lengths
 from moa_lab.search.thinning import renamed, thinned
 
 logger = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def search(
     time_limit_s: float = 120.0,
     max_points: int = 16,
     keep: Sequence[str] = SIMPLE,
+    bits: int | str = 16,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
 ) -> Front:
@@ -83,6 +85,9 @@ def search(
     method, "uniform", "layers", "ranked" (whole heads) or "far". `progress(done, total, message)`; when `cancel`
     is set, what was found so far is returned. Results repeat unless `time_limit_s`, shared by all exact solves, runs out.
 
+    bits: in how many keys and values may be stored (see `moa_lab.plan.read_mixes`). Density is one of bytes: every mix buys spans of its
+    own, which are searched in an equal part of the time and of `max_points`. Predicted losses do not know of the rounding: measure them.
+
     Raises InfeasibleError (a ValueError) naming the length that binds and the least feasible density there.
     """
     _check_methods(methods, max_points)
@@ -90,10 +95,29 @@ def search(
         raise ValueError(f"time_limit_s must be 0 or more seconds, got {time_limit_s}")
     lengths = None if lengths is None else tuple(lengths)
     table, element = _tables(profile_or_table, min_span, density, lengths)
-    targets = feasible(table, density, max_rules_per_layer, lengths)
+    mixes, asked = read_mixes(bits), densities(table, density, lengths)
+
+    def found(mix: Bits) -> Front:
+        front = _found(
+            table, element, tokens_bought(asked, mix, table.geometry), goals=goals, intervals=intervals, max_rules=max_rules_per_layer,
+            methods=methods, seed=seed, time_limit_s=time_limit_s / len(mixes), max_points=-(-max_points // len(mixes)), keep=keep,
+            progress=progress, cancel=cancel,
+        )  # fmt: skip
+        return stored_front(front, mix)
+
+    return over_mixes(found, mixes)
+
+
+def _found(
+    table: LossTable, element: LossTable | None, targets: dict[int, float], *, goals: Sequence[Goal] | None, intervals: int,
+    max_rules: int | None, methods: Sequence[str], seed: int, time_limit_s: float, max_points: int, keep: Sequence[str],
+    progress: Progress | None, cancel: threading.Event | None,
+) -> Front:  # fmt: skip
+    """`search` of plans that keep the shares `targets` of the tokens (by length)."""
+    feasible(table, targets, max_rules)
     sets = goal_sets(table) if goals is None else (GoalSet("given", tuple(goals)),)
     deadline = time.perf_counter() + time_limit_s
-    work = _Search(table, element, targets, sets, intervals, max_rules_per_layer, seed, deadline, cancel)
+    work = _Search(table, element, targets, sets, intervals, max_rules, seed, deadline, cancel)
     stages = {method: work.stages(method) for method in METHODS if method in methods}
     points: list[FrontPoint] = []
     done = 0
@@ -112,7 +136,7 @@ def search(
     settings = {
         "solver": "search", "methods": list(methods), "density": {str(n): value for n, value in targets.items()},
         "goals": {goal.name: dict(goal.weights) for goal in sets[0].goals}, "goal_sets": [goal_set.name for goal_set in sets],
-        "intervals": intervals, "max_rules_per_layer": max_rules_per_layer, "seed": seed, "found": len(points), "kept_origins": list(keep),
+        "intervals": intervals, "max_rules_per_layer": max_rules, "seed": seed, "found": len(points), "kept_origins": list(keep),
     }  # fmt: skip
     return Front(tuple(renamed(chosen)), names, settings, table.provenance)
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import answer_logits
 from moa_lab.calibration.samples import SampleSet
-from moa_lab.learning import checkpoint, learn_spans
+from moa_lab.learning import checkpoint, learn_spans, slopes
 from moa_lab.learning.descent import SHRINKING
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, uniform_plan
@@ -159,3 +159,22 @@ def test_what_cannot_be_learned_is_refused_in_words(model: PreTrainedModel, samp
             learn_spans(model, samples, table, DENSITY, steps=1, weights=weights)
     with pytest.raises(InfeasibleError, match="infeasible"):
         learn_spans(model, samples, table, 0.05, steps=1)
+
+
+def test_fewer_bits_buy_longer_spans_under_which_keys_and_values_are_rounded(
+    model: PreTrainedModel, samples: SampleSet, table: LossTable, front: Front, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    original = slopes.heads_as_stored
+    monkeypatch.setattr(slopes, "heads_as_stored", lambda key, value, bits: seen.append(bits) or original(key, value, bits))
+    low = learn_spans(model, samples, table, DENSITY / 2, steps=4, bits="8+4")
+    assert set(seen) == {((8, 4),) * 2}
+    for length in LENGTHS:
+        for point in low:
+            assert point.density[str(length)] == point.plan.density(length) <= DENSITY / 2 + 1e-9
+            assert (point.plan.widths() == (8, 4)).all()
+            assert point.plan.name.endswith("@8+4")
+    assert low.points[0].plan.density(LENGTHS[-1]) > 0.97 * DENSITY / 2
+    assert not len(learn_spans(model, samples, table, 0.9, steps=1, bits=4)), "all tokens fit"
+    with pytest.raises(ValueError, match="one mix"):
+        learn_spans(model, samples, table, DENSITY, steps=1, bits="8,4")

@@ -1,0 +1,49 @@
+"""Mixes: one pair of bits for the K and V of all heads; fewer bits hold more tokens in the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from moa_lab.geometry import ModelGeometry
+from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits, vector_bytes
+from moa_lab.plan.card import Plan
+
+WHOLE_BITS: Bits = (UNTOUCHED, UNTOUCHED)
+
+
+def read_mixes(bits: int | str) -> tuple[Bits, ...]:
+    """Bits of K and V from `16`, `8`, `8+4` (K in 8, V in 4), `4`, or several with commas between them, each once, the most first.
+
+    Raises ValueError for anything else.
+    """
+    found: set[Bits] = set()
+    for part in str(bits).split(","):
+        numbers = part.strip().split("+")
+        if len(numbers) > 2 or not all(number.isdecimal() and int(number) in WIDTHS for number in numbers):
+            raise ValueError(f"bits must be 16, 8, 4 or two of them for keys and values such as 8+4, or several with commas, got {bits!r}")
+        found.add((int(numbers[0]), int(numbers[-1])))
+    return tuple(sorted(found, reverse=True))
+
+
+def told_bits(mix: Bits) -> str:
+    """As `read_mixes` reads it."""
+    return f"{mix[0]}" if mix[0] == mix[1] else f"{mix[0]}+{mix[1]}"
+
+
+def mixed_name(name: str, mix: Bits) -> str:
+    """What a plan of that name is called where it is stored in `mix`."""
+    return name if mix == WHOLE_BITS else f"{name}@{told_bits(mix)}"
+
+
+def tokens_bought(targets: Mapping[int, float], mix: Bits, geometry: ModelGeometry) -> dict[int, float]:
+    """The share of the tokens, by length, that the share `targets` of the bytes of a 16-bit cache holds in `mix`; at most all of them."""
+    full = 2 * vector_bytes(geometry.head_dim, UNTOUCHED)
+    ratio = full / sum(vector_bytes(geometry.head_dim, width) for width in mix)
+    return {n: min(1.0, share * ratio) for n, share in targets.items()}
+
+
+def stored_plan(plan: Plan, mix: Bits) -> Plan:
+    """The plan with all heads stored in `mix`, under the name of `mixed_name`."""
+    return plan if mix == WHOLE_BITS else plan.with_bits(np.array(mix), mixed_name(plan.name, mix))
