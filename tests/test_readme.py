@@ -33,6 +33,18 @@ def test_the_readme_quotes_the_records_of_the_gpu() -> None:
             assert " | ".join([f"| {density}% | {name}", *cells(plans[name])]) + " |" in README
 
 
+def test_the_readme_quotes_the_record_of_another_model() -> None:
+    plans = json.loads((ROOT / "data/runs/qwen2.5-coder-0.5b-50/summary.json").read_text(encoding="utf-8"))["plans"]
+    kinds = {"retrieval": "accuracy", "line_retrieval": "accuracy", "cross_entropy": "value", "document_cross_entropy": "value"}
+    counts = {"retrieval": 512, "line_retrieval": 64, "cross_entropy": 64, "document_cross_entropy": 32}
+    for length in ("2048", "4096", "8192", "16384"):
+        assert {metric: plans["moa"][metric][length]["n"] for metric in kinds} == counts
+        told = [
+            " / ".join(f"{plans[name][metric][length][part]:.3f}" for name in ("dense", "uniform", "moa")) for metric, part in kinds.items()
+        ]
+        assert f"| {int(length):,} | {' | '.join(told)} |" in README
+
+
 def test_the_readme_quotes_the_record_of_the_decode_kernel() -> None:
     rows = json.loads((ROOT / "data/benchmarks/decode.json").read_text(encoding="utf-8"))["rows"]
     decode = [row for row in rows if row["id"] == "D1"]
