@@ -24,6 +24,7 @@ from moa_lab.plan import Bits, read_mixes, tokens_bought
 from moa_lab.presets import PRESETS, QUESTIONS_PER_LESSON, Preset, RunSettings
 from moa_lab.prompting.rendering import check_turns
 from moa_lab.run_folder import RunFolder
+from moa_lab.search.mixes import told_of_tokens
 from moa_lab.search.problem import check_floor, least_density, limits_of
 
 ANSWER_BATCH = 32
@@ -86,7 +87,8 @@ class RunInputs:
         targets = {**self.limits, **dict.fromkeys(asked, self.settings.density)}
         # The mix of the fewest bits buys the most tokens.
         bought = tokens_bought(targets, self.mixes[-1], self.geometry)
-        check_floor(self.geometry, bought, self.settings.min_span, self.settings.sink_tokens)
+        with told_of_tokens(self.mixes[-1]):
+            check_floor(self.geometry, bought, self.settings.min_span, self.settings.sink_tokens)
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

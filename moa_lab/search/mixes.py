@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from moa_lab.plan import Bits, stored_plan, told_bits
+from moa_lab.plan import WHOLE_BITS, Bits, stored_plan, told_bits
 from moa_lab.records import Front
 from moa_lab.search.problem import InfeasibleError
 
@@ -22,6 +23,17 @@ def stored_front(front: Front, mix: Bits) -> Front:
     return replace(front, points=tuple(points))
 
 
+@contextlib.contextmanager
+def told_of_tokens(mix: Bits) -> Iterator[None]:
+    """Say in an InfeasibleError that its densities are shares of the tokens, where fewer bits hold more of them than of the bytes."""
+    try:
+        yield
+    except InfeasibleError as error:
+        if mix == WHOLE_BITS:
+            raise
+        raise InfeasibleError(f"stored in {told_bits(mix)} bits, with densities of the tokens: {error}") from error
+
+
 def over_mixes(make: Callable[[Bits], Front], mixes: Sequence[Bits]) -> Front:
     """The union of the fronts that `make` gives for every mix, stored so, with the settings of the first.
 
@@ -31,7 +43,8 @@ def over_mixes(make: Callable[[Bits], Front], mixes: Sequence[Bits]) -> Front:
     refused: InfeasibleError | None = None
     for mix in mixes:
         try:
-            fronts.append(make(mix))
+            with told_of_tokens(mix):
+                fronts.append(make(mix))
         except InfeasibleError as error:
             logger.info("no plans stored in %s bits: %s", told_bits(mix), error)
             refused = refused or error

@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moa_lab.cache import allocated_kv_bytes
-from moa_lab.plan import Plan, check_density, dense_plan
+from moa_lab.plan import Bits, Plan, check_density, dense_plan, read_mixes, stored_plan, tokens_bought, told_bits
 from moa_lab.records import LossTable
 from moa_lab.search import BudgetSolver, Goal, default_goals, mean_goal, solve_milp
+from moa_lab.search.mixes import told_of_tokens
 
 STEP = 0.005
 """Step of the density slider."""
@@ -42,14 +43,18 @@ class Answer:
 
 
 class Budget:
-    """Density, pinned heads and a cap on rules per layer, over one loss table.
+    """Density, stored bits, pinned heads and a cap on rules per layer, over one loss table.
 
-    density: of the KV cache, kept at every limit length (where the plan will be used). n_tokens: the length that spans are shown at;
-    None: the longest profiled one. pinned: {(layer, kv_head): rule
-    index}. goals: default, one per task; their mean is minimised. Raises ValueError (InfeasibleError) for an infeasible density.
+    density: of the bytes of the 16-bit KV cache, kept at every limit length (where the plan will be used). bits: in which all heads are
+    stored, one mix of `moa_lab.plan.read_mixes`; predicted losses do not know of the rounding. n_tokens: the length that spans are
+    shown at; None: the longest profiled one. pinned: {(layer, kv_head): rule index}. goals: default, one per task; their mean is minimised.
+    Raises ValueError (InfeasibleError) for an infeasible density.
     """
 
-    def __init__(self, table: LossTable, density: float = 0.5, n_tokens: int | None = None, goals: tuple[Goal, ...] | None = None) -> None:
+    def __init__(
+        self, table: LossTable, density: float = 0.5, n_tokens: int | None = None, goals: tuple[Goal, ...] | None = None,
+        bits: int | str = 16,
+    ) -> None:  # fmt: skip
         self.table = table
         self.goals = goals or default_goals(table)
         self.goal = mean_goal(self.goals)
@@ -61,7 +66,24 @@ class Budget:
         self.dense_bytes = dense_plan(table.geometry).kv_bytes(self.n_tokens)
         cheapest = np.zeros((table.geometry.layers, table.geometry.kv_heads), dtype=np.int64)
         cheapest += np.argmin(table.span_tokens(max(self._solver.lengths)).sum(axis=0))
-        self.least = max(table.density(cheapest, n) for n in self._solver.lengths)
+        self._least_tokens = max(table.density(cheapest, n) for n in self._solver.lengths)
+        self.bits = bits
+
+    @property
+    def bits(self) -> str:
+        """The bits in which all heads are stored, as `read_mixes` reads them."""
+        return told_bits(self._mix)
+
+    @bits.setter
+    def bits(self, bits: int | str) -> None:
+        """Raises ValueError for what is no single mix."""
+        mixes: tuple[Bits, ...] = read_mixes(bits)
+        if len(mixes) > 1:
+            raise ValueError(f"a budget is for one mix of bits, got {bits!r}")
+        (self._mix,) = mixes
+        # Tokens that are held in the bytes of one of 16 bits.
+        self._bought = tokens_bought({0: 1e-3}, self._mix, self.table.geometry)[0] / 1e-3
+        self.least = self._least_tokens / self._bought
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -71,7 +93,8 @@ class Budget:
     def answer(self, density: float | None = None) -> Answer:
         """Solve for `density` (None: the current one), in tens of milliseconds; it becomes the current one if it is feasible."""
         asked = self.density if density is None else check_density(density)
-        found = self._solver.solve(asked, self.pinned)
+        with told_of_tokens(self._mix):
+            found = self._solver.solve(self._share(asked), self.pinned)
         self.density = asked
         few = self.max_rules is None or max(len(set(row)) for row in found.choice.tolist()) <= self.max_rules
         return self._told(found.choice, found.gap, found.seconds, "slider", not few)
@@ -79,7 +102,7 @@ class Budget:
     def exact(self, time_limit_s: float = 30.0, cancel: threading.Event | None = None) -> Answer:
         """The optimal plan, or the best one found in time, with its proven gap; the cap on rules holds."""
         found = solve_milp(
-            self.table, self.density, goal=self.goal, max_rules_per_layer=self.max_rules, pinned=self.pinned,
+            self.table, self._share(self.density), goal=self.goal, max_rules_per_layer=self.max_rules, pinned=self.pinned,
             time_limit_s=time_limit_s, cancel=cancel,
         )  # fmt: skip
         return self._told(found.choice, found.gap, found.seconds, f"exact ({found.status.replace('_', ' ')})", False)
@@ -104,7 +127,7 @@ class Budget:
         before = dict(self.pinned)
         self.pinned[layer, kv_head] = int(rule)
         try:
-            self._solver.solve(self.density, self.pinned)
+            self._solver.solve(self._share(self.density), self.pinned)
         except ValueError:
             self.pinned = before
             raise
@@ -125,7 +148,12 @@ class Budget:
     def density_of_span(self, tokens: float) -> float:
         """The density at which heads keep `tokens` of `n_tokens` on average, at least the least feasible one, at most 1."""
         geometry = self.table.geometry
-        return self._possible(tokens * geometry.layers * geometry.kv_heads / self.table.dense_tokens(self.n_tokens))
+        share = tokens * geometry.layers * geometry.kv_heads / self.table.dense_tokens(self.n_tokens)
+        return self._possible(share / self._bought)
+
+    def _share(self, density: float) -> float:
+        """The share of the tokens that a density of bytes holds; all of them where it holds more."""
+        return min(1.0, density * self._bought)
 
     def _possible(self, density: float) -> float:
         return float(min(max(density, self.least), 1.0))
@@ -140,7 +168,7 @@ class Budget:
         predicted = self.table.predict(choice)
         losses = {goal.name: goal.value(predicted) for goal in (*self.goals, replace(self.goal, name="mean"))}
         search = {"density": self.density, "solver": solver, "gap": gap, "pinned": [[*head, rule] for head, rule in self.pinned.items()]}
-        plan = self.table.plan(choice, "budget", lengths=self.lengths, search=search)
+        plan = stored_plan(self.table.plan(choice, "budget", lengths=self.lengths, search=search), self._mix)
         # On the meta device, without storage: a slider must not allocate memory at every step.
         allocated = allocated_kv_bytes(plan, self.n_tokens, device="meta")
         return Answer(

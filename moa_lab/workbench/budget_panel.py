@@ -15,6 +15,7 @@ from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, facts, number, ring, row, whole
 
 MIB = 2**20
+BITS = [("16 bits", "16"), ("8 bits", "8"), ("K in 8, V in 4 bits", "8+4"), ("4 bits", "4")]
 
 
 class BudgetPanel:
@@ -36,6 +37,7 @@ class BudgetPanel:
         self.mean = number("mean span", 0.0, 0.0, self.budget.n_tokens, 16.0, "mean-span", "150px")
         self.length = choice("at", [(f"{n:,} tokens", n) for n in lengths], "budget-length", "150px")
         self.length.value = self.budget.n_tokens
+        self.bits = choice("stored in", BITS, "budget-bits", "230px")
         self.layer = whole("layer", state.layer, 0, geometry.layers - 1, "layer", "120px")
         self.head = whole("KV head", state.kv_head, 0, geometry.kv_heads - 1, "kv-head", "130px")
         self.span = whole("span (tokens)", self.budget.n_tokens // 2, 1, max(lengths), "pin-span", "180px")
@@ -57,6 +59,7 @@ class BudgetPanel:
         self.length.observe(self.errors.guard(self._new_length), "value")
         self.layer.observe(self.errors.guard(lambda change: state.set(layer=change["new"])), "value")
         self.head.observe(self.errors.guard(lambda change: state.set(kv_head=change["new"])), "value")
+        self.bits.observe(self.errors.guard(self._new_bits), "value")
         self.rules.observe(self.errors.guard(self._new_rules), "value")
         full.on_click(self.errors.guard(lambda _: self._pin(None)))
         to_span.on_click(self.errors.guard(lambda _: self._pin(self.span.value)))
@@ -67,7 +70,7 @@ class BudgetPanel:
         self.works = (self.exact,)
         self.box = w.VBox(
             [
-                row(self.slider, self.number, self.mib, self.mean, self.length),
+                row(self.slider, self.number, self.mib, self.mean, self.length, self.bits),
                 self.errors.box,
                 w.HBox([self.canvas.box, self.facts], layout=w.Layout(flex_flow="row wrap")),
                 row(self.layer, self.head, full, self.span, to_span, release, release_all),
@@ -137,9 +140,19 @@ class BudgetPanel:
 
     def _new_length(self, change: dict[str, int]) -> None:
         pinned, rules = self.budget.pinned, self.budget.max_rules
-        self.budget = Budget(self.budget.table, self.budget.density, change["new"], self.budget.goals)
+        self.budget = Budget(self.budget.table, self.budget.density, change["new"], self.budget.goals, self.budget.bits)
         self.budget.pinned, self.budget.max_rules = pinned, rules
         self.show(self.budget.answer())
+
+    def _new_bits(self, change: dict[str, str]) -> None:
+        self.budget.bits = change["new"]
+        least = round(self.budget.least + STEP, 3)
+        self._moving = True
+        try:
+            self.slider.min = least
+        finally:
+            self._moving = False
+        self.show(self.budget.answer(max(self.budget.density, least)))
 
     def _exactly(self, handle: Handle) -> Answer:
         handle.progress(0, 1)
@@ -158,7 +171,8 @@ class BudgetPanel:
 def _told(answer: Answer, budget: Budget) -> str:
     spans = answer.plan.spans(budget.n_tokens)
     rows = [
-        ("density", f"{percent(answer.density, 1)} at {budget.n_tokens:,} tokens"),
+        ("density", f"{percent(answer.density, 1)} of the bytes at {budget.n_tokens:,} tokens"),
+        *([("stored in", f"{budget.bits} bits: predicted losses do not know it")] if answer.plan.bits else []),
         ("mean span", f"{spans.mean():,.0f} tokens ({int((spans == budget.n_tokens).sum())} of {spans.size} heads keep all)"),
         ("KV, predicted", byte_size(answer.kv_bytes)),
         ("KV, allocated", byte_size(answer.allocated_bytes)),

@@ -126,3 +126,30 @@ def test_a_mean_span_is_another_name_of_the_same_slider(budget: Budget) -> None:
     assert budget.density_of_span(answer.plan.spans(budget.n_tokens).mean()) == pytest.approx(answer.density)
     assert budget.density_of_span(0) == budget.least
     assert budget.density_of_span(1e9) == 1.0
+
+
+@pytest.mark.parametrize("bits", ["8", "8+4", "4"])
+def test_fewer_bits_keep_more_tokens_in_the_same_bytes(bits: str, table: LossTable) -> None:
+    budget, whole = Budget(table, bits=bits), Budget(table)
+    answer, before = budget.answer(0.25), whole.answer(0.25)
+    assert answer.plan.name == f"budget@{bits}"
+    assert within(answer, budget, 0.25)
+    assert answer.kv_bytes == answer.allocated_bytes == answer.plan.kv_bytes(budget.n_tokens)
+    assert answer.density == pytest.approx(0.25, rel=0.03)
+    assert answer.plan.spans(2048).mean() > 1.5 * before.plan.spans(2048).mean()
+    assert answer.losses["mean"] < before.losses["mean"]
+    assert budget.least < whole.least
+    budget.answer(budget.density_of_span(700))
+    assert budget.answer().plan.spans(budget.n_tokens).mean() == pytest.approx(700, rel=0.05)
+    assert budget.exact(time_limit_s=1).plan.widths().tolist() == answer.plan.widths().tolist()
+
+
+def test_bits_that_hold_everything_keep_everything_and_one_mix_is_asked_for(table: LossTable) -> None:
+    budget = Budget(table, bits=4)
+    answer = budget.answer(0.9)
+    assert (answer.plan.spans(2048) == 2048).all()
+    assert answer.density < 0.3
+    budget.bits = 16
+    assert budget.answer(0.5).plan.bits == ()
+    with pytest.raises(ValueError, match="one mix"):
+        budget.bits = "16,8"

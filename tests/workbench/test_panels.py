@@ -61,6 +61,25 @@ def test_a_density_that_cannot_be_had_is_told_and_the_next_that_can_takes_it_awa
     assert panel.state.plan is not before
 
 
+def test_fewer_bits_buy_longer_spans_at_the_same_bytes(table: LossTable) -> None:
+    panel = BudgetPanel(State(table=table), density=0.4)
+    before = panel.state.plan
+    panel.bits.value = "8"
+    assert panel.slider.value == 0.4
+    assert (panel.state.plan.widths() == 8).all()
+    assert panel.state.plan.density(panel.state.n_tokens) <= 0.4 + 1e-9
+    assert panel.state.plan.spans(panel.state.n_tokens).mean() > before.spans(panel.state.n_tokens).mean()
+    assert "8 bits" in panel.facts.value
+    panel.number.value = 0.01
+    assert "stored in 8 bits, with densities of the tokens" in said(panel)
+    panel.length.value = max(panel.budget.lengths)
+    assert panel.budget.bits == "8"
+    panel.bits.value = "16"
+    assert panel.state.plan.bits == ()
+    # What fewer bits could keep is out of reach again.
+    assert panel.slider.value >= panel.slider.min > 0
+
+
 def test_a_pinned_head_is_told_drawn_and_released(table: LossTable) -> None:
     panel = BudgetPanel(State(table=table))
     panel.layer.value, panel.head.value = 2, 3
