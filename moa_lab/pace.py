@@ -17,7 +17,7 @@ from moa_lab.clock import clock
 from moa_lab.evaluate.scoring import GPU_BATCH_TOKENS
 from moa_lab.interface.compiled import compiled_layers
 from moa_lab.kernels.mixture import BLOCK
-from moa_lab.learning.slopes import drawn_slopes, tokens_at_once
+from moa_lab.learning.slopes import drawn_slopes, passes, tokens_at_once
 from moa_lab.models import geometry_of
 from moa_lab.plan import SINK_TOKENS
 from moa_lab.profiling.estimate import Estimate, Seconds, far_apart
@@ -88,7 +88,9 @@ def _drawn(model: PreTrainedModel, n: int, cost: Estimate) -> int:
     tokens, geometry = _tokens(model, n).cpu().numpy(), geometry_of(model)
     batch = [Sample("probe", tokens, ((n // 2 if at % 4 == 3 else n - 1, n),)) for at in range(size)]
     half = torch.full((geometry.layers, size, geometry.kv_heads), max(1, n // BLOCK // 2), dtype=torch.int32, device=model.device)
-    drawn_slopes(model, batch, half, [1.0] * size, SINK_TOKENS, checkpoint=tokens_at_once(cost) < n)
+    for places in passes(batch, size):
+        part, weights = [batch[at] for at in places], [1.0] * len(places)
+        drawn_slopes(model, part, half[:, places], weights, SINK_TOKENS, checkpoint=tokens_at_once(cost) < n)
     return size
 
 

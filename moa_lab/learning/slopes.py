@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,8 @@ from moa_lab.profiling.estimate import SAFETY, Estimate, estimate_cost
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import LossTable
 
+LONG_ANSWERS = 0.125
+"""Share of a sample's tokens from which on its answers are long: half of a plain text counts, of a question a few tokens."""
 FREE_SHARE = 0.5
 """Share of the free memory for what autograd saves; logits and the kernels' sums come on top."""
 
@@ -85,18 +87,11 @@ class SlopeSampler:
         divergence = dict.fromkeys(share, 0.0)
         blocks = -(-length // BLOCK)
         by_window = np.zeros((geometry.layers, geometry.kv_heads, blocks))
-        size = max(1, self._tokens // length)
-        for start in range(0, len(batch), size):
-            part = batch[start : start + size]
+        for places in passes(batch, max(1, self._tokens // length)):
+            part = [batch[at] for at in places]
             weights = [self._weights.get(sample.task, 1.0) / share[sample.task] for sample in part]
             lost, slope = drawn_slopes(
-                self._model,
-                part,
-                counts[:, start : start + size],
-                weights,
-                self._table.sink_tokens,
-                checkpoint=self._checkpoint,
-                bits=self._bits,
+                self._model, part, counts[:, places], weights, self._table.sink_tokens, checkpoint=self._checkpoint, bits=self._bits
             )
             by_window += slope
             for sample, value in zip(part, lost, strict=True):
@@ -201,6 +196,14 @@ def block_windows(table: LossTable, length: int, stands_for: int | None = None) 
     whole = np.where(whole == n, length, whole)
     windows = np.clip((spans - table.sink_tokens) / BLOCK + 0.5, 1, blocks)
     return np.where(spans >= whole[:, None], float(blocks), windows)
+
+
+def passes(batch: Sequence[Sample], size: int) -> Iterator[list[int]]:
+    """Places in `batch` of samples that run at once, at most `size`: those with long answers apart from the others, since a pass computes
+    logits of all its samples wherever one of them has an answer."""
+    for long in (False, True):
+        places = [at for at, sample in enumerate(batch) if (len(sample.answer_positions) > LONG_ANSWERS * sample.length) == long]
+        yield from (places[start : start + size] for start in range(0, len(places), size))
 
 
 def _shares(windows: np.ndarray, blocks: int) -> np.ndarray:

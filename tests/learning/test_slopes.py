@@ -17,7 +17,7 @@ from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.geometry import ModelGeometry
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.mixture import BLOCK, mixed_windows
-from moa_lab.learning import mean_slopes
+from moa_lab.learning import mean_slopes, slopes
 from moa_lab.learning.slopes import SlopeSampler, block_windows
 from moa_lab.models import geometry_of
 from moa_lab.plan import DENSE, SpanRule
@@ -183,3 +183,12 @@ def test_slopes_at_fixed_chances_are_a_mean_over_batches() -> None:
     np.testing.assert_array_equal(found, again)
     # A head that sees less loses more, on the whole.
     assert found[:, 0].sum() > found[:, -1].sum()
+
+
+def test_samples_with_long_answers_run_apart_from_the_others() -> None:
+    def sample(answer: int) -> Sample:
+        return Sample("task", np.zeros(LENGTH, np.int64), ((LENGTH - answer, LENGTH),))
+
+    batch = [sample(answer) for answer in (4, LENGTH // 2, 8, 3, LENGTH // 2, 2)]
+    assert list(slopes.passes(batch, 3)) == [[0, 2, 3], [5], [1, 4]]
+    assert list(slopes.passes(batch[:1], 1)) == [[0]]
