@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 from moa_lab.commands.bench import app as bench_app
+from moa_lab.commands.capacity import capacity
 from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
 from moa_lab.commands.presses import app as presses_app
@@ -168,5 +169,5 @@ def doctor(
         raise typer.Exit(1)
 
 
-for command in (run, calibrate, profile, search, learn, refine, validate, evaluate, parity, study, harness, show, lab, doctor):
+for command in (run, calibrate, profile, search, learn, refine, validate, evaluate, parity, study, harness, capacity, show, lab, doctor):
     app.command()(command)

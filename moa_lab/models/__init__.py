@@ -8,6 +8,7 @@ from moa_lab.models.kept import clear_kept, kept_models, unpacked_folder
 from moa_lab.models.loading import load_model
 from moa_lab.models.names import is_gguf
 from moa_lab.models.places import DTYPES, device_of, dtype_of
+from moa_lab.models.size import weight_count
 
 __all__ = [
     "DTYPES",
@@ -30,5 +31,6 @@ __all__ = [
     "prompt_ids",
     "tokenizer_fingerprint",
     "unpacked_folder",
+    "weight_count",
     "weights_fingerprint",
 ]

@@ -6,6 +6,7 @@ from typing import Any
 
 import ipywidgets as w
 
+from moa_lab.capacity import GPUS, capacity
 from moa_lab.figures import span_map
 from moa_lab.figures.theme import OUTLINE, byte_size, percent
 from moa_lab.search import limit_lengths
@@ -38,6 +39,8 @@ class BudgetPanel:
         self.length = choice("at", [(f"{n:,} tokens", n) for n in lengths], "budget-length", "150px")
         self.length.value = self.budget.n_tokens
         self.bits = choice("stored in", BITS, "budget-bits", "230px")
+        self.gpu = choice("on", [(gpu.name, name) for name, gpu in GPUS.items()], "budget-gpu", "200px")
+        self.weights = number("weights GB", 0.0, 0.0, 10_000.0, 0.1, "budget-weights", "170px")
         self.layer = whole("layer", state.layer, 0, geometry.layers - 1, "layer", "120px")
         self.head = whole("KV head", state.kv_head, 0, geometry.kv_heads - 1, "kv-head", "130px")
         self.span = whole("span (tokens)", self.budget.n_tokens // 2, 1, max(lengths), "pin-span", "180px")
@@ -60,6 +63,8 @@ class BudgetPanel:
         self.layer.observe(self.errors.guard(lambda change: state.set(layer=change["new"])), "value")
         self.head.observe(self.errors.guard(lambda change: state.set(kv_head=change["new"])), "value")
         self.bits.observe(self.errors.guard(self._new_bits), "value")
+        for box in (self.gpu, self.weights):
+            box.observe(self.errors.guard(lambda _: self._tell()), "value")
         self.rules.observe(self.errors.guard(self._new_rules), "value")
         full.on_click(self.errors.guard(lambda _: self._pin(None)))
         to_span.on_click(self.errors.guard(lambda _: self._pin(self.span.value)))
@@ -75,7 +80,7 @@ class BudgetPanel:
                 w.HBox([self.canvas.box, self.facts], layout=w.Layout(flex_flow="row wrap")),
                 row(self.layer, self.head, full, self.span, to_span, release, release_all),
                 self.pins,
-                row(self.rules, self.exact.box),
+                row(self.gpu, self.weights, self.rules, self.exact.box),
             ]
         )
         self.solve(density)
@@ -96,11 +101,27 @@ class BudgetPanel:
             self.mean.value = round(float(answer.plan.spans(self.budget.n_tokens).mean()))
         finally:
             self._moving = False
-        self.facts.value = _told(answer, self.budget)
+        self._tell()
         pins = [f"layer {layer}, KV head {head}: {self._span(rule, layer):,} tokens" for (layer, head), rule in self.budget.pinned.items()]
         self.pins.value = f"pinned: {'; '.join(pins)}" if pins else "no head is pinned"
         self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
         self._redraw()
+
+    def _tell(self) -> None:
+        if self._answer is not None:
+            self.facts.value = facts([*_told(self._answer, self.budget), *self._served(self._answer)])
+
+    def _served(self, answer: Answer) -> list[tuple[str, str]]:
+        """What the GPU of choice holds under the answer's plan, and under the dense one; weights of 0 GB are left out."""
+        gpu, weights = GPUS[self.gpu.value], max(1, int(self.weights.value * 1e9))
+        ours, dense = (capacity(gpu, weights, size) for size in (answer.kv_bytes, answer.dense_bytes))
+        if not ours.batch:
+            return [(f"on {gpu.name}", "not one sequence fits beside the weights")]
+        times = f", {ours.tokens_s / dense.tokens_s:.1f} times dense" if dense.batch else ", where dense does not fit"
+        return [
+            (f"sequences on {gpu.name}", f"{ours.batch:,} (dense {dense.batch:,})"),
+            ("tokens/s, foretold", f"{ours.tokens_s:,.0f}{times}"),
+        ]  # fmt: skip
 
     def _draw(self) -> None:
         if self._answer is None:
@@ -168,7 +189,7 @@ class BudgetPanel:
         return self.budget.dense_bytes / MIB
 
 
-def _told(answer: Answer, budget: Budget) -> str:
+def _told(answer: Answer, budget: Budget) -> list[tuple[str, str]]:
     spans = answer.plan.spans(budget.n_tokens)
     rows = [
         ("density", f"{percent(answer.density, 1)} of the bytes at {budget.n_tokens:,} tokens"),
@@ -184,4 +205,4 @@ def _told(answer: Answer, budget: Budget) -> str:
     ]
     if answer.rules_ignored:
         rows.append(("rules per layer", "not kept yet: press Solve exactly"))
-    return facts(rows)
+    return rows

@@ -271,3 +271,17 @@ def test_a_weight_that_is_named_twice_is_refused(
     words = ("learn", tmp_path / "none", "--profile", tmp_path / "none", "--out", tmp_path / "x.json", "--weights", "text=1,text=5")
     assert exit_code(monkeypatch, *words) == 2
     assert "a task is named twice in 'text=1,text=5'" in capsys.readouterr().err
+
+
+def test_capacity_foretells_both_caches_on_a_gpu_of_choice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    card = Path(__file__).resolve().parents[2] / "data" / "runs" / "standard-50" / "plan.json"
+    asked = ("capacity", "--plan", card, "--weights-gb", "0.27", "--tokens", "2048,8192")
+    assert exit_code(monkeypatch, *asked, "--gpu", "l4") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines[1:5]] == [["2,048", "dense"], ["2,048", "moa"], ["8,192", "dense"], ["8,192", "moa"]]
+    assert "(1.9 x)" in lines[2] or "(2.0 x)" in lines[2]
+    assert exit_code(monkeypatch, *asked, "--memory-gb", "0.2", "--read-gb-s", "100") == 0
+    assert "none" in capsys.readouterr().out
+    for more in (("--gpu", "abacus"), ("--model", "smollm2")):
+        assert exit_code(monkeypatch, *asked, *more) == 2
+        assert "--" in capsys.readouterr().err

@@ -61,6 +61,15 @@ def test_a_density_that_cannot_be_had_is_told_and_the_next_that_can_takes_it_awa
     assert panel.state.plan is not before
 
 
+def test_the_gpu_of_choice_tells_what_it_holds_and_how_fast(table: LossTable) -> None:
+    panel = BudgetPanel(State(table=table), density=0.5)
+    assert "2.0 times dense" in panel.facts.value or "1.9 times dense" in panel.facts.value
+    panel.gpu.value = "l4"
+    assert "sequences on L4 24GB" in panel.facts.value
+    panel.weights.value = 23.9
+    assert "not one sequence fits" in panel.facts.value
+
+
 def test_fewer_bits_buy_longer_spans_at_the_same_bytes(table: LossTable) -> None:
     panel = BudgetPanel(State(table=table), density=0.4)
     before = panel.state.plan
