@@ -63,7 +63,8 @@ def test_a_density_that_cannot_be_had_is_told_and_the_next_that_can_takes_it_awa
 
 def test_the_gpu_of_choice_tells_what_it_holds_and_how_fast(table: LossTable) -> None:
     panel = BudgetPanel(State(table=table), density=0.5)
-    assert "2.0 times dense" in panel.facts.value or "1.9 times dense" in panel.facts.value
+    plan, n = panel.state.plan, panel.state.n_tokens
+    assert f"{1 / plan.density(n):.1f} times dense" in panel.facts.value
     panel.gpu.value = "l4"
     assert "sequences on L4 24GB" in panel.facts.value
     panel.weights.value = 23.9
