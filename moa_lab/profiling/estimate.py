@@ -155,7 +155,16 @@ def far_apart(lengths: Sequence[int], max_length: int) -> tuple[int, int]:
 
 
 def _measured(model: PreTrainedModel, max_length: int, vocabulary: int, sink_tokens: int) -> _Rates:
-    n0, n1 = far_apart(PROBE_TOKENS.get(model.device.type, PROBE_TOKENS["cpu"]), max_length)
+    asked = PROBE_TOKENS.get(model.device.type, PROBE_TOKENS["cpu"])
+    try:
+        return _rates(model, far_apart(asked, max_length), vocabulary, sink_tokens)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return _rates(model, far_apart(PROBE_TOKENS["cpu"], max_length), vocabulary, sink_tokens)
+
+
+def _rates(model: PreTrainedModel, lengths: tuple[int, int], vocabulary: int, sink_tokens: int) -> _Rates:
+    n0, n1 = lengths
     # As the profile will run: a sample a core. A short pass that all cores share would mostly wait for the slowest of them.
     # The first pass is slower than the others, on a GPU of each length, and does not count.
     order = (n0, n0, n1) if model.device.type == "cpu" else (n0, n1, n0, n1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -138,3 +139,18 @@ def test_the_short_runs_take_one_core_and_the_profile_all(monkeypatch: pytest.Mo
     # One second for 128 tokens and three for 384: twice the tokens would take twice as long.
     assert one == pytest.approx(1.0)
     assert four == pytest.approx(4 * one / 2)
+
+
+def test_a_gpu_too_small_for_the_longer_probes_is_asked_for_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def rates(model: Any, lengths: tuple[int, int], *_: int) -> str:
+        asked.append(lengths)
+        if lengths[1] > 1000:
+            raise torch.OutOfMemoryError("no room")
+        return "rates"
+
+    monkeypatch.setattr(estimate, "_rates", rates)
+    on_gpu: Any = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    assert estimate._measured(on_gpu, 8192, 256, 4) == "rates"
+    assert asked == [estimate.PROBE_TOKENS["cuda"], estimate.PROBE_TOKENS["cpu"]]
