@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -64,6 +65,13 @@ class PackedRing(RingLayer):
     def views(self, head: int, part: int) -> Buffers:
         """What is stored of one head's K (part 0) or V (1), by kind: (batch, slots, elements)."""
         return _views(self._places[head, part], self.buffers)
+
+    def in_float32(self) -> PackedRing:
+        """As `RingLayer.in_float32`: what codes stand for is not rounded, and the codes themselves are shared."""
+        exact = copy.copy(self)
+        exact._dtypes = {**self._dtypes, "plain": torch.float32}
+        exact.buffers = {**self.buffers, "plain": self.buffers["plain"].float()}
+        return exact
 
     def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V (batch, kv_heads, tokens, head_dim) as they will come back from here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import torch
@@ -41,6 +42,12 @@ class RingLayer:
         """K and V of one KV head, all its slots: (batch, slots, head_dim) each."""
         part = slice(int(self.layout.starts[head]), int(self.layout.starts[head + 1]))
         return self.keys[:, part], self.values[:, part]
+
+    def in_float32(self) -> RingLayer:
+        """A ring that holds the same numbers in float32, for a reference."""
+        exact = copy.copy(self)
+        exact.keys, exact.values = self.keys.float(), self.values.float()
+        return exact
 
     def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V (batch, kv_heads, tokens, head_dim) as they will come back from here."""

@@ -130,9 +130,13 @@ class Plan:
 
     def kv_bytes(self, n_tokens: int, dtype_bytes: int = 2) -> int:
         """Bytes of K and V that one sequence of `n_tokens` needs under this plan (predicted from spans and bits, not measured)."""
+        return int((self.spans(n_tokens) * self.token_bytes(dtype_bytes)).sum())
+
+    def token_bytes(self, dtype_bytes: int = 2) -> np.ndarray:
+        """Bytes of one token's K and V in every head: int64 (layers, kv_heads)."""
         sizes = {bits: vector_bytes(self.geometry.head_dim, bits, dtype_bytes) for bits in WIDTHS}
-        of_token = np.vectorize(sizes.__getitem__, otypes=[np.int64])(self.widths()).sum(axis=2)
-        return int((self.spans(n_tokens) * of_token).sum())
+        found: np.ndarray = np.vectorize(sizes.__getitem__, otypes=[np.int64])(self.widths()).sum(axis=2)
+        return found
 
     @property
     def is_dense(self) -> bool:

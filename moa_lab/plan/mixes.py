@@ -44,6 +44,14 @@ def tokens_bought(targets: Mapping[int, float], mix: Bits, geometry: ModelGeomet
     return {n: min(1.0, share * ratio) for n, share in targets.items()}
 
 
+def mix_of(plan: Plan) -> Bits:
+    """The bits that all heads of the plan share. Raises ValueError where heads differ."""
+    found = {(int(k), int(v)) for k, v in plan.widths().reshape(-1, 2)}
+    if len(found) > 1:
+        raise ValueError(f"all heads must be stored in one mix of bits, plan {plan.name!r} has {', '.join(map(told_bits, sorted(found)))}")
+    return found.pop()
+
+
 def stored_plan(plan: Plan, mix: Bits) -> Plan:
     """The plan with all heads stored in `mix`, under the name of `mixed_name`."""
     return plan if mix == WHOLE_BITS else plan.with_bits(np.array(mix), mixed_name(plan.name, mix))

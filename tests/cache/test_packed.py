@@ -36,6 +36,19 @@ def same(plain: RingLayer, packed: PackedRing, lengths: torch.Tensor) -> None:
             assert torch.equal(found[real], wanted[:, head][real])
 
 
+def test_a_ring_in_float32_holds_what_codes_stand_for_without_rounding_it() -> None:
+    ring = PackedRing(LayerLayout(2, (9,), None, 11), 2, 16, torch.bfloat16, CPU, [(8, 16)])
+    key, value = torch.randn(2, 2, 1, 11, 16, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
+    ring.write(key, value, torch.tensor([11, 11]), torch.tensor([0, 0]))
+    exact = ring.in_float32()
+    for found, rounded in zip(exact.held(0), ring.held(0), strict=True):
+        assert found.dtype == torch.float32
+        assert torch.equal(found.bfloat16(), rounded)
+    assert (exact.held(0)[0] != ring.held(0)[0]).any()
+    assert torch.equal(exact.held(0)[1], value[:, 0].float())
+    assert ring.held(0)[0].dtype == torch.bfloat16
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1))
 def test_any_layout_and_bits_hold_what_a_plain_ring_holds(seed: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from moa_lab.plan import mixed_name, read_mixes, tokens_bought, told_bits, uniform_plan
+from moa_lab.plan import mix_of, mixed_name, read_mixes, tokens_bought, told_bits, uniform_plan
 from moa_lab.plan.mixes import stored_plan
 from moa_lab.search import InfeasibleError, search
 from tests.search.instances import skewed_profile
@@ -24,6 +24,13 @@ def test_mixes_are_read_each_once_the_most_bits_first() -> None:
     for wrong in ("", "5", "8+", "8+4+4", "8;4", "fp8", "-8"):
         with pytest.raises(ValueError, match="bits must be"):
             read_mixes(wrong)
+
+
+def test_a_plan_has_a_mix_where_all_its_heads_are_stored_alike() -> None:
+    plan = uniform_plan(small_geometry(layers=4, kv_heads=2, max_length=8192), 0.5)
+    assert [mix_of(stored_plan(plan, mix)) for mix in read_mixes("16,8,8+4")] == [(16, 16), (8, 8), (8, 4)]
+    with pytest.raises(ValueError, match=r"one mix of bits.*4, 8"):
+        mix_of(plan.with_bits(np.array([8, 4])[None, :, None]))
 
 
 @pytest.mark.parametrize("bits", ["8", "8+4", "4"])
