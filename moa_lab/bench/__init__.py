@@ -16,13 +16,16 @@ from moa_lab.bench.memory import memory_row
 from moa_lab.bench.prefill import prefill_rows
 from moa_lab.bench.record import BENCH_SCHEMA, GOALS, TOLERANCE, BenchRecord, BenchRow, table
 from moa_lab.bench.shapes import SHAPES, Shape, shapes_of
+from moa_lab.bench.stored import stored_rows
 from moa_lab.plan import Plan
 from moa_lab.provenance import provenance
 
 __all__ = ["BENCH_SCHEMA", "GOALS", "INTERPRETER", "ROWS", "BenchRecord", "BenchRow", "bench_kernels", "table"]
 
 ROWS = tuple(SHAPES)
-PREFILL_ROWS = ("P1", "P2")
+Together = Callable[[Shape, Lab, Collection[str]], list[BenchRow]]
+TOGETHER: dict[str, Together] = {"B1": stored_rows, "B2": stored_rows, "B3": stored_rows, "P1": prefill_rows, "P2": prefill_rows}
+"""Rows that share a measurement of their shapes."""
 
 
 def bench_kernels(
@@ -32,7 +35,7 @@ def bench_kernels(
     out: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchRecord:
-    """Measure the rows named, of D1, D2, D3, P1, P2 and M1; a few minutes on a GPU.
+    """Measure the rows named, of D1, D2, D3, P1, P2, M1 and, of stored bits, B1, B2 and B3; a few minutes on a GPU.
 
     quick: tiny shapes, to test that everything runs; also without a GPU under TRITON_INTERPRET=1 (set before Triton is imported),
     where no row meets its goal. plan: a plan or config card whose spans are stretched to the shapes; default: the recorded ones of
@@ -64,17 +67,17 @@ def _record(found: Collection[BenchRow], lab: Lab, quick: bool) -> BenchRecord:
 
 
 def _tasks(rows: Collection[str], quick: bool, lab: Lab) -> list[Callable[[], list[BenchRow]]]:
-    """One task per shape, shared by P1 and P2. Those of FlexAttention come last: they compile for long."""
+    """One task per shape and measurement. Those that compile FlexAttention for prefill come last: they take long."""
     tasks: list[Callable[[], list[BenchRow]]] = []
     for row in ROWS:
-        if row in rows and row not in PREFILL_ROWS:
+        if row in rows and row not in TOGETHER:
             tasks += [partial(_one, row, shape, lab) for shape in shapes_of(row, quick, lab.plans)]
-    wanted: dict[Shape, list[str]] = {}
-    for row in PREFILL_ROWS:
+    wanted: dict[tuple[Together, Shape], list[str]] = {}
+    for row, measure in TOGETHER.items():
         for shape in shapes_of(row, quick, lab.plans) if row in rows else ():
-            wanted.setdefault(shape, []).append(row)
-    tasks += [partial(prefill_rows, shape, lab, names) for shape, names in sorted(wanted.items(), key=lambda item: item[0].flex)]
-    return tasks
+            wanted.setdefault((measure, shape), []).append(row)
+    shared = sorted(wanted.items(), key=lambda item: item[0][1].flex)
+    return [*tasks, *(partial(measure, shape, lab, names) for (measure, shape), names in shared)]
 
 
 def _one(row: str, shape: Shape, lab: Lab) -> list[BenchRow]:
@@ -84,7 +87,11 @@ def _one(row: str, shape: Shape, lab: Lab) -> list[BenchRow]:
 
 
 def _settings(lab: Lab, quick: bool) -> dict[str, Any]:
-    ceilings = {"copy_GB/s": lab.copy_bytes / 1e9, "matmul_TFLOP/s": lab.matmul_flops / 1e12} if lab.is_gpu else {}
+    ceilings = (
+        {"copy_GB/s": lab.copy_bytes / 1e9, "read_GB/s": lab.read_bytes / 1e9, "matmul_TFLOP/s": lab.matmul_flops / 1e12}
+        if lab.is_gpu
+        else {}
+    )
     return {
         "device": lab.name,
         "quick": quick,

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from moa_lab.bench.filling import fill_ring
 from moa_lab.bench.lab import Lab, timing_detail
 from moa_lab.bench.peers import flashinfer_decode, flex_decode, measured, sdpa_decode
 from moa_lab.bench.record import GOALS, BenchRow, errors, judged
 from moa_lab.bench.shapes import Shape, Spans, described, kv_bytes
 from moa_lab.bench.timing import copies_past_cache, time_calls
-from moa_lab.cache import LayerLayout, RingLayer
+from moa_lab.cache import LayerLayout, RingLayer, ring_layer
 from moa_lab.kernels.dispatch import new_schedule
 from moa_lab.kernels.ring_reference import newest_attention
 from moa_lab.kernels.schedule import DecodeSchedule, decode_schedule
+from moa_lab.plan import WHOLE_BITS
 
 INTERPRETER_PROGRAMS = 5
 GIGA = 1e9
@@ -46,9 +47,7 @@ class DecodeInputs:
 
     def expected(self) -> torch.Tensor:
         """The reference in float32, on the same numbers."""
-        exact = copy.copy(self.ring)
-        exact.keys, exact.values = self.ring.keys.float(), self.ring.values.float()
-        return newest_attention(self.query.float(), exact, self.lengths, self.scale)
+        return newest_attention(self.query.float(), self.ring.in_float32(), self.lengths, self.scale)
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,10 @@ class Measured:
 
 
 def decode_inputs(shape: Shape, spans: Spans, lab: Lab, seed: int = 0, dense: bool = False) -> DecodeInputs:
-    """Random inputs at full length. dense: keys and values of all tokens are made, and written to the ring."""
+    """Random inputs at full length, stored in the shape's bits. dense: keys and values of all tokens are made, and written to the ring."""
     layout = LayerLayout(spans.sink_tokens, spans.windows, None, shape.n_tokens)
-    ring = RingLayer(layout, shape.batch, shape.head_dim, lab.dtype, lab.device)
+    bits = None if shape.bits == WHOLE_BITS else (shape.bits,) * shape.kv_heads
+    ring = ring_layer(layout, shape.batch, shape.head_dim, lab.dtype, lab.device, bits)
     lengths = torch.full((shape.batch,), shape.n_tokens, dtype=torch.int32, device=lab.device)
     query = lab.random(seed, shape.batch, shape.query_heads, 1, shape.head_dim)
     tokens = None
@@ -78,9 +78,7 @@ def decode_inputs(shape: Shape, spans: Spans, lab: Lab, seed: int = 0, dense: bo
         tokens = lab.random(seed + 1, *size), lab.random(seed + 2, *size)
         ring.write(*tokens, lengths, torch.zeros_like(lengths))
     else:
-        generator = torch.Generator(lab.device).manual_seed(seed + 1)
-        ring.keys.normal_(generator=generator)
-        ring.values.normal_(generator=generator)
+        fill_ring(ring, torch.Generator(lab.device).manual_seed(seed + 1))
     return DecodeInputs(query, ring, lengths, _schedule(ring), shape.scale, tokens)
 
 
@@ -115,8 +113,8 @@ def measure(shape: Shape, spans: Spans, lab: Lab, dense: bool = False) -> tuple[
     """Inputs, and our kernel measured and checked on them."""
     nbytes = kv_bytes(shape, sum(spans.tokens), lab.dtype.itemsize)
     inputs = decode_inputs(shape, spans, lab, dense=dense)
-    if inputs.ring.layout.total != sum(spans.tokens):
-        raise ValueError(f"the ring has {inputs.ring.layout.total} slots for spans of {sum(spans.tokens)} tokens")
+    if inputs.ring.allocated_bytes != nbytes:
+        raise ValueError(f"the ring holds {inputs.ring.allocated_bytes} bytes, its spans take {nbytes}")
     found = errors(inputs.attend(), inputs.expected())
     lab.release()
     more = [decode_inputs(shape, spans, lab, seed=3 * index) for index in range(1, copies_past_cache(nbytes, lab.device))]
@@ -136,10 +134,11 @@ def _peers(shape: Shape, spans: Spans, lab: Lab) -> dict[str, Any]:
 
 
 def _schedule(ring: RingLayer) -> DecodeSchedule:
-    made = new_schedule(ring, len(ring.keys))
+    sample = ring.sample
+    made = new_schedule(ring, len(sample))
     if made is not None:
         return made
     from moa_lab.kernels.decode import tile_slots
 
-    tile = tile_slots(ring.keys.shape[-1], ring.keys.dtype)
-    return decode_schedule(ring.layout.slots, len(ring.keys), tile, INTERPRETER_PROGRAMS, ring.keys.device)
+    tile = tile_slots(sample.shape[-1], sample.dtype, ring.most_bits)
+    return decode_schedule(ring.layout.slots, len(sample), tile, INTERPRETER_PROGRAMS, sample.device)

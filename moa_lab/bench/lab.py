@@ -11,7 +11,7 @@ import torch
 
 from moa_lab.bench.record import is_right
 from moa_lab.bench.shapes import Shape, Spans, default_plans, stretched_spans
-from moa_lab.bench.timing import Timing, copy_rate, matmul_rate
+from moa_lab.bench.timing import READ_BYTES, Timing, copy_rate, matmul_rate, read_rate
 from moa_lab.plan import Plan, PlanOrPath, as_plan
 
 INTERPRETER = "interpreter"
@@ -22,13 +22,15 @@ TINY_COPY_BYTES = 2**16
 class Lab:
     """device: a GPU, or the CPU under Triton's interpreter. dtype: of queries, keys and values.
 
-    plans: by name. copy_bytes: bytes/s of a copy; matmul_flops: FLOP/s of a product, 0 under the interpreter.
+    plans: by name. copy_bytes: bytes/s of a copy, read and written; read_bytes: bytes/s of a pure read; matmul_flops: FLOP/s of a
+    product, 0 under the interpreter.
     """
 
     device: torch.device
     dtype: torch.dtype
     plans: Mapping[str, Plan]
     copy_bytes: float
+    read_bytes: float
     matmul_flops: float
 
     @property
@@ -40,6 +42,11 @@ class Lab:
     def name(self) -> str:
         """The GPU's name, or "interpreter"."""
         return torch.cuda.get_device_name(self.device) if self.is_gpu else INTERPRETER
+
+    @property
+    def read_by(self) -> str:
+        """What `read_bytes` was measured with."""
+        return f"sum over {(READ_BYTES if self.is_gpu else TINY_COPY_BYTES) // 2**10} KiB of bfloat16"
 
     def spans(self, shape: Shape) -> Spans:
         """The spans of a shape's heads."""
@@ -66,12 +73,12 @@ def open_lab(quick: bool, plan: PlanOrPath | None) -> Lab:
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if torch.cuda.is_available() and not interpreted:
         device = torch.device("cuda", torch.cuda.current_device())
-        return Lab(device, torch.bfloat16, plans, copy_rate(device), matmul_rate(device))
+        return Lab(device, torch.bfloat16, plans, copy_rate(device), read_rate(device), matmul_rate(device))
     if not (quick and interpreted):
         raise ValueError("bench_kernels needs a GPU; without one, quick=True under TRITON_INTERPRET=1 runs all of it on tiny shapes")
     device = torch.device("cpu")
     # float16: Triton's interpreter multiplies bfloat16 wrongly.
-    return Lab(device, torch.float16, plans, copy_rate(device, TINY_COPY_BYTES), 0.0)
+    return Lab(device, torch.float16, plans, copy_rate(device, TINY_COPY_BYTES), read_rate(device, TINY_COPY_BYTES), 0.0)
 
 
 def bench_device(name: str, quick: bool) -> torch.device:

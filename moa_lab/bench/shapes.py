@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from moa_lab.masks import causal_work
-from moa_lab.plan import Plan
+from moa_lab.plan import WHOLE_BITS, Bits, Plan, told_bits
+from moa_lab.plan.bits import vector_bytes
 from moa_lab.shipped import data_folder
 
 RUNS = data_folder("runs")
@@ -20,7 +21,7 @@ DEFAULT_PLANS = ("standard-50", "standard-25")
 class Shape:
     """Attention of one layer: `batch` rows of `n_tokens` tokens under the plan of that name.
 
-    flex: FlexAttention is measured too, which compiles for many seconds per shape.
+    flex: FlexAttention is measured too, which compiles for many seconds per shape. bits: of K and V, stored.
     """
 
     query_heads: int
@@ -30,6 +31,7 @@ class Shape:
     n_tokens: int
     plan: str = "standard-50"
     flex: bool = False
+    bits: Bits = WHOLE_BITS
 
     @property
     def group(self) -> int:
@@ -99,14 +101,16 @@ def stretched(plan: Plan, heads: int, n_tokens: int) -> tuple[np.ndarray, int]:
 
 
 def described(shape: Shape, spans: Spans) -> dict[str, Any]:
-    """The shape as JSON data, with its density and skew."""
-    fields = {name: value for name, value in asdict(shape).items() if name != "flex"}
+    """The shape as JSON data, with its density (of tokens) and skew; bits only where they are fewer than the dtype's."""
+    fields = {name: value for name, value in asdict(shape).items() if name not in ("flex", "bits")}
+    if shape.bits != WHOLE_BITS:
+        fields["bits"] = told_bits(shape.bits)
     return {**fields, "sink_tokens": spans.sink_tokens, "density": round(spans.density, 4), "skew": round(spans.skew, 2)}
 
 
 def kv_bytes(shape: Shape, slots: int, itemsize: int) -> int:
-    """Bytes of K and V in `slots` slots a row (all KV heads together), all rows: what a decode step must read."""
-    return 2 * slots * shape.head_dim * itemsize * shape.batch
+    """Bytes of K and V in `slots` slots a row (all KV heads together), all rows: what a decode step must read, grids included."""
+    return slots * sum(vector_bytes(shape.head_dim, width, itemsize) for width in shape.bits) * shape.batch
 
 
 def prefill_flops(shape: Shape, spans: Spans) -> int:
@@ -141,6 +145,8 @@ DECODE = (
     Shape(32, 8, 128, 32, 16384, "standard-25"),
     Shape(32, 32, 128, 1, 65536, "standard-25"),
 )
+# B1 to B3: at least 128 MB in 8 bits, and so 256 MB in bfloat16.
+STORED = tuple(replace(DECODE[index], flex=False) for index in (0, 2, 4, 6))
 HETEROGENEOUS = tuple(DECODE[index] for index in (0, 1, 4, 7, 8))
 SINGLE = tuple(Shape(32, kv_heads, 128, 1, length) for kv_heads in (32, 8) for length in (16384, 32768, 65536))
 PREFILL = (
@@ -164,6 +170,9 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "P1": PREFILL,
     "P2": tuple(shape for shape in PREFILL if shape.n_tokens in WALL_CLOCK_LENGTHS),
     "M1": MEMORY,
+    "B1": STORED,
+    "B2": STORED,
+    "B3": STORED,
 }
 
 _TINY = Shape(4, 2, 32, 1, 256)
@@ -174,6 +183,9 @@ QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {
     "P1": (_TINY,),
     "P2": (_TINY,),
     "M1": (_TINY,),
+    "B1": (_TINY,),
+    "B2": (_TINY,),
+    "B3": (_TINY,),
 }
 
 

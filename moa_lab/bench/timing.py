@@ -26,6 +26,7 @@ CACHES = 4
 
 MAX_COPIES = 32
 COPY_BYTES = 2 * 2**30
+READ_BYTES = 2**30
 MATMUL_SIDE = 8192
 
 logger = logging.getLogger(__name__)
@@ -82,6 +83,12 @@ def copy_rate(device: torch.device, nbytes: int = COPY_BYTES) -> float:
     source = torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
     return time_calls([lambda: target.copy_(source)], device).rate(2 * nbytes)
+
+
+def read_rate(device: torch.device, nbytes: int = READ_BYTES) -> float:
+    """Bytes/s of a pure read: a sum over `nbytes` of bfloat16, of which one number is written."""
+    source = torch.ones(nbytes // torch.bfloat16.itemsize, dtype=torch.bfloat16, device=device)
+    return time_calls([source.sum], device).rate(nbytes)
 
 
 def matmul_rate(device: torch.device, side: int = MATMUL_SIDE) -> float:

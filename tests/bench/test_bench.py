@@ -24,11 +24,9 @@ from moa_lab.kernels.reference import masked_attention
 from moa_lab.masks import dense_mask
 from moa_lab.provenance import Provenance
 from moa_lab.storage import RecordError
+from tests.bench.labs import DEVICE, plain_lab, trusting_lab
 
 CPU = torch.device("cpu")
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Triton's interpreter multiplies bfloat16 wrongly.
-DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float16
 SHAPE = Shape(4, 2, 32, 2, 256)
 SPANS = Spans(256, 4, (200, 30))
 
@@ -37,20 +35,12 @@ needs_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU 
 
 @pytest.fixture
 def lab() -> Lab:
-    return Lab(DEVICE, DTYPE, default_plans(), copy_bytes=1e9, matmul_flops=0.0)
-
-
-class TrustingLab(Lab):
-    """One that takes its times for a GPU's, to see what else keeps a row from its goal."""
-
-    def trusts(self, *found: Any) -> bool:
-        return all(is_right(dict(each)) for each in found)
+    return plain_lab()
 
 
 @pytest.fixture
 def trusting() -> Lab:
-    # A copy so slow that any kernel is fast.
-    return TrustingLab(DEVICE, DTYPE, default_plans(), copy_bytes=1e-3, matmul_flops=0.0)
+    return trusting_lab()
 
 
 @pytest.fixture(scope="module")
