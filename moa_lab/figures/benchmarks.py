@@ -59,7 +59,12 @@ def _what(row: BenchRow) -> str:
     """The shape in a few words, and the peer."""
     shape = row.shape
     heads = f"{shape['query_heads']}/{shape['kv_heads']} heads" if "query_heads" in shape else ""
-    words = [str(shape.get("model") or heads), f"{shape['n_tokens']:,}" if "n_tokens" in shape else "", row.peer_name]
+    words = [
+        str(shape.get("model") or heads),
+        f"{shape['n_tokens']:,}" if "n_tokens" in shape else "",
+        f"{shape['bits']} bits" if "bits" in shape else "",
+        row.peer_name,
+    ]
     return " ".join(word for word in words if word)
 
 

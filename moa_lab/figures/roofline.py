@@ -10,6 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from moa_lab.figures import theme
+from moa_lab.plan import UNTOUCHED, read_mixes
+from moa_lab.plan.bits import vector_bytes
 
 if TYPE_CHECKING:
     from moa_lab.bench.record import BenchRecord, BenchRow
@@ -32,8 +34,8 @@ def kernel_roofline(*records: BenchRecord) -> go.Figure:
     """TFLOP/s against FLOP per byte, both logarithmic: every kernel of the records under the roof measured in the same process.
 
     A roof is min(copy GB/s x FLOP per byte, matrix product TFLOP/s). Only visible pairs count as FLOP. Bytes are those that must move:
-    kept K and V in decoding, Q, K, V and output once in prefill. A copy writes as much as it reads, so a kernel that only reads can
-    pass the slope. Raises ValueError for a record without ceilings, without such rows, or of unknown dtype.
+    kept K and V in decoding, as they are stored, Q, K, V and output once in prefill. A copy writes as much as it reads, so a kernel that
+    only reads can pass the slope. Raises ValueError for a record without ceilings, without such rows, or of unknown dtype.
     """
     points = [point for record in records for point in roofline_points(record)]
     if not points:
@@ -74,6 +76,7 @@ def _row_points(row: BenchRow, item_bytes: int) -> Iterable[Point]:
     detail, shape = row.detail, row.shape
     told = f"{shape.get('query_heads')}/{shape.get('kv_heads')} heads of {shape.get('head_dim')}, {shape.get('n_tokens', 0):,} tokens"
     told += f", batch {shape.get('batch')}, {theme.percent(shape.get('density', 1.0))} kept"
+    told += f" in {shape['bits']} bits" if "bits" in shape else ""
     peers = {name: peer for name, peer in detail.get("peers", {}).items() if "rate" in peer}
     if "useful_flops" in detail:
         moved = 2 * (shape["query_heads"] + shape["kv_heads"]) * shape["batch"] * shape["n_tokens"] * shape["head_dim"] * item_bytes
@@ -81,8 +84,10 @@ def _row_points(row: BenchRow, item_bytes: int) -> Iterable[Point]:
             # TFLOP/s times ms: the FLOP that this side counts as useful (all pairs where it is dense).
             yield Point(who, side["rate"] * side["ms"] * 1e9 / moved, side["rate"], f"prefill, {told}")
     elif "useful_bytes" in detail and row.unit == "GB/s":
-        # Per kept token and KV head: 2 head_dim numbers are read, and each query head of the group does 4 head_dim FLOP.
-        intensity = 2 * shape["query_heads"] / shape["kv_heads"] / item_bytes
+        # Per kept token and KV head: K and V are read, and each query head of the group does 4 head_dim FLOP.
+        (mix,) = read_mixes(shape.get("bits", UNTOUCHED))
+        of_token = sum(vector_bytes(shape["head_dim"], width, item_bytes) for width in mix)
+        intensity = 4 * shape["head_dim"] * shape["query_heads"] / shape["kv_heads"] / of_token
         for who, rate in {OURS: row.ours, **{name: peer["rate"] for name, peer in peers.items()}}.items():
             yield Point(who, intensity, rate * intensity / 1e3, f"decoding, {told}")
 

@@ -64,6 +64,15 @@ def test_a_group_of_query_heads_makes_as_many_flop_per_byte(records: dict[str, B
     assert {point.intensity for point in roofline_points(records["decode"])} == {1.0, 4.0}
 
 
+def test_fewer_bits_make_more_flop_per_byte(records: dict[str, BenchRecord]) -> None:
+    row = records["decode"].select("D1")[0]
+    assert row.shape["head_dim"] == 128
+    packed = replace(row, id="B1", shape={**row.shape, "bits": "8"})
+    points = [point for point in roofline_points(replace(records["decode"], rows=(row, packed))) if point.who == "ours"]
+    assert points[1].intensity == pytest.approx(points[0].intensity * 256 / 132)
+    assert points[1].told.endswith("in 8 bits")
+
+
 def test_rows_of_one_measurement_are_one_point(records: dict[str, BenchRecord]) -> None:
     points = roofline_points(records["prefill"])
     shapes = {tuple(row.shape.values()) for row in records["prefill"]}
