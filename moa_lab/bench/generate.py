@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, __version__
 
 from moa_lab.bench.check import check_tokens
-from moa_lab.bench.endtoend import COMPILED, DYNAMIC, KINDS, ROWS, STATIC, Findings, jobs_of, ours_name, tasks_of
+from moa_lab.bench.endtoend import COMPILED, DYNAMIC, KINDS, ROWS, STATIC, TOLD, Findings, Job, jobs_of, ours_name, tasks_of
 from moa_lab.bench.generate_rows import rows_of
 from moa_lab.bench.lab import bench_device, bench_dtype, device_name
 from moa_lab.bench.models import (
@@ -34,7 +34,7 @@ from moa_lab.bench.steps import SETTLED, our_step, transformers_step
 from moa_lab.bench.timing import copy_rate
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of
-from moa_lab.plan import Plan, dense_plan
+from moa_lab.plan import WHOLE_BITS, Plan, dense_plan, stored_plan
 from moa_lab.provenance import provenance
 from moa_lab.side_by_side import free_bytes
 
@@ -56,17 +56,21 @@ def bench_generate(
     lengths: Collection[int] | None = None,
     resume: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    told: Mapping[tuple[str, int], float] | None = None,
 ) -> BenchRecord:
-    """Measure the rows named, of E1 to E4; about a quarter of an hour on a GPU of 80 GB.
+    """Measure the rows named, of E1 to E6; E1 to E4 take about a quarter of an hour on a GPU of 80 GB.
 
     quick: a tiny model, also without a GPU, where no row meets its goal. plan: a plan, a config card or a published plan, instead of
     the recorded ones of 50% and 25%. out: the record is written there after every side. sides: some of `KINDS`. lengths: some prompt
-    lengths. resume: sides in the record at `out` are not measured again. progress: called with sides done and sides in all. Raises
-    ValueError for an unknown row or side, and where nothing can be measured.
+    lengths. resume: sides in the record at `out` are not measured again, and what was told stays. progress: called with sides done and
+    sides in all. told: tokens/s of `TOLD`, peers that cannot run here, by (peer, prompt tokens): rows E5 and E6 are held against them.
+    Raises ValueError for an unknown row, side or peer, where nothing can be measured, and for rows E5 and E6 of a plan that has bits.
     """
     state = open_findings(rows, quick, plan, sides, lengths)
+    _check_told(told or {}, state)
     if resume and out is not None and Path(out).exists():
         _take_up(state, BenchRecord.load(out))
+    state.told.update(told or {})
     shapes = list(dict.fromkeys(job.shape for job in state.jobs))
     tasks = {shape: tasks_of(state, shape) for shape in shapes}
     total, done = sum(map(len, tasks.values())), 0
@@ -123,6 +127,18 @@ def _take_up(state: Findings, record: BenchRecord) -> None:
         # Failed sides are tried again.
         if "failed" not in entry["found"]:
             state.found[entry["model"], entry["prompt"], entry["side"]] = entry["found"]
+    state.told.update({(entry["peer"], entry["prompt"]): entry["rate"] for entry in record.settings.get("told", ())})
+
+
+def _check_told(told: Mapping[tuple[str, int], float], state: Findings) -> None:
+    """Raise ValueError for another peer than `TOLD`, a prompt that rows E5 and E6 do not have, and a rate that is none."""
+    prompts = {job.prompt for job in state.jobs if job.beside}
+    for (peer, prompt), rate in told.items():
+        if peer not in TOLD or prompt not in prompts or not 0 < rate < float("inf"):
+            raise ValueError(
+                f"told must be tokens/s of {' or '.join(TOLD)} at a prompt of rows E5 and E6 ({', '.join(map(str, sorted(prompts)))}), "
+                f"got {peer} at {prompt}: {rate}"
+            )
 
 
 def _record(state: Findings) -> BenchRecord:
@@ -134,6 +150,7 @@ def _record(state: Findings) -> BenchRecord:
         "prefill": "none: random keys and values in the caches of all sides", "weights": "random",
         "allocator": os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""),
         "plans": {name: plan.identity() if isinstance(plan, Plan) else Path(plan).name for name, plan in state.plans.items()},
+        "told": [{"peer": peer, "prompt": prompt, "rate": rate} for (peer, prompt), rate in state.told.items()],
         "sides": [{"model": model, "prompt": prompt, "side": side, "found": found} for (model, prompt, side), found in state.found.items()],
     }  # fmt: skip
     return BenchRecord(tuple(rows_of(state)), settings, provenance(device=name, seed=0))
@@ -142,12 +159,22 @@ def _record(state: Findings) -> BenchRecord:
 def _resolve(state: Findings, shape: ModelShape, model: PreTrainedModel) -> None:
     """Set the plans of a model's jobs, and check our loop under them."""
     for job in (job for job in state.jobs if job.shape == shape):
-        plan = plan_for(state.plans[job.plan], geometry_of(model), state.n_tokens(job.prompt))
-        state.used[shape.name, job.prompt, ours_name(job.plan)] = plan
-        if (shape.name, job.plan) not in state.checks:
+        whole = plan_for(state.plans[job.plan], geometry_of(model), state.n_tokens(job.prompt))
+        plan = _stored(whole, job)
+        state.used[shape.name, job.prompt, ours_name(job.stored)] = plan
+        if job.beside:
+            state.used[shape.name, job.prompt, job.beside] = whole
+        if (shape.name, job.stored) not in state.checks:
             size = {} if shape != TINY else {"n_tokens": 144, "new_tokens": 16}
             check = partial(check_tokens, shape, plan, state.device, state.dtype, **size)
-            state.checks[shape.name, job.plan] = _tried(check, state.device)
+            state.checks[shape.name, job.stored] = _tried(check, state.device)
+
+
+def _stored(whole: Plan, job: Job) -> Plan:
+    """The plan in the bits of the job. Raises ValueError where both have some."""
+    if job.bits != WHOLE_BITS and whole.bits:
+        raise ValueError(f"row {job.row} stores a plan in bits of its own, and plan {whole.name!r} has some: pass plan.with_bits(16)")
+    return stored_plan(whole, job.bits)
 
 
 def _measured(state: Findings, shape: ModelShape, model: PreTrainedModel, prompt: int, side: str) -> dict[str, Any]:
@@ -186,8 +213,7 @@ def measured_side(
     if "failed" in found:
         return found
     length = prompt + (SETTLED + new_tokens) // 2
-    token_bytes = plan.geometry.kv_bytes_per_token(model.dtype.itemsize)
-    kv = batch * kept_bytes(plan.spans(n_tokens).ravel().tolist(), length, token_bytes)
+    kv = batch * kept_bytes(plan, n_tokens, length, model.dtype.itemsize)
     roofline = roofline_ms(read_weight_bytes(model), kv, copy_bytes)
     rate = batch / found["ms"] * 1e3
     over = {"roofline_ms": roofline, "over_roofline": found["ms"] / roofline}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from moa_lab.bench.shapes import Spans, stretched
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import Plan, SpanRule
+from moa_lab.plan import Plan, SpanRule, mix_of
 from moa_lab.storage import RecordError
 
 STEP_BACK = 16
@@ -64,12 +63,14 @@ def random_model(
 def stretched_plan(plan: Plan, geometry: ModelGeometry, n_tokens: int, seed: int = 0) -> Plan:
     """A plan for `geometry` with the density of `plan` at lengths near `n_tokens`, and heads as unequal as those of `plan`.
 
-    As `stretched_spans`, over the heads of all layers together, shuffled.
+    As `stretched_spans`, over the heads of all layers together, shuffled; stored in the bits of `plan`. Raises ValueError where its heads
+    differ in these.
     """
     parts, sink = stretched(plan, geometry.layers * geometry.kv_heads, n_tokens)
     shuffled = np.random.default_rng(seed).permutation(parts).reshape(geometry.layers, geometry.kv_heads)
     rules = tuple(tuple(SpanRule(0.0, min(float(part), 1.0)) for part in row) for row in shuffled)
-    return Plan(geometry, rules, sink_tokens=sink, min_span=sink + 1, name=plan.name, lengths=(n_tokens,), search={"origin": "stretched"})
+    whole = Plan(geometry, rules, sink_tokens=sink, min_span=sink + 1, name=plan.name, lengths=(n_tokens,), search={"origin": "stretched"})
+    return whole.with_bits(np.array(mix_of(plan)))
 
 
 def plan_for(plan: Plan | str | Path, geometry: ModelGeometry, n_tokens: int) -> Plan:
@@ -116,9 +117,9 @@ def read_weight_bytes(model: PreTrainedModel) -> int:
     return sum(parameter.nbytes for parameter in model.parameters() if parameter is not table)
 
 
-def kept_bytes(spans: Iterable[int], length: int, token_bytes: int) -> int:
-    """Bytes of K and V that heads of `spans` tokens hold of a row of `length` tokens; token_bytes: of one token in one head."""
-    return sum(min(int(span), length) for span in spans) * token_bytes
+def kept_bytes(plan: Plan, n_tokens: int, length: int, itemsize: int) -> int:
+    """Bytes of K and V that heads hold of a row of `length` tokens, with spans for `n_tokens`. itemsize: of the model's dtype."""
+    return int((np.minimum(plan.spans(n_tokens), length) * plan.token_bytes(itemsize)).sum())
 
 
 def roofline_ms(weight_bytes: int, kv_bytes: int, bytes_per_s: float) -> float:

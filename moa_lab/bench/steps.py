@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
+from moa_lab.bench.filling import fill_ring
 from moa_lab.clock import clock
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan
@@ -83,8 +84,7 @@ def our_step(model: PreTrainedModel, plan: Plan, batch: int, prompt: int, new_to
 def fill_rings(cache: RingCache, prompt: int) -> None:
     """Bring a cache that holds a few tokens to `prompt` tokens, with random keys and values in all slots."""
     for ring in cache.rings:
-        ring.keys.normal_()
-        ring.values.normal_()
+        fill_ring(ring)
     cache.lengths.fill_(prompt)
     cache.came(prompt - cache.get_seq_length())
 

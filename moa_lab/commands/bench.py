@@ -41,7 +41,7 @@ def kernels(
 @app.command()
 def generate(
     out: Annotated[Path, typer.Option("--out", help="the record, JSON, written after every side")],
-    rows: Annotated[str | None, typer.Option("--rows", help="some of E1,E2,E3,E4; all when not given")] = None,
+    rows: Annotated[str | None, typer.Option("--rows", help="some of E1,E2,E3,E4,E5,E6; all when not given")] = None,
     sides: Annotated[str | None, typer.Option("--sides", help="some of plan,dense,dynamic,static,compiled; all when not given")] = None,
     lengths: Annotated[str | None, typer.Option("--lengths", help="some prompt lengths, for instance 4096,8192")] = None,
     plan: Annotated[
@@ -49,9 +49,13 @@ def generate(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a tiny model: shows that everything runs, and no more")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="keep the sides that the record at --out has, measure the others")] = False,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option("--peer", help="tokens/s that vLLM-bf16 or vLLM-fp8 reached elsewhere: NAME@PROMPT=TOKENS_PER_S, for E5 and E6"),
+    ] = None,
     force: ForceOption = False,
 ) -> None:
-    """Decoding end to end on the geometry of 7B and 8B models, every side at the largest batch that fits."""
+    """Decoding end to end on the geometry of 7B and 8B models, in 16 bits and in 8 (E5, E6), every side at its largest batch."""
     from moa_lab.bench import table
     from moa_lab.bench.endtoend import KINDS, ROWS
     from moa_lab.bench.generate import bench_generate
@@ -60,7 +64,7 @@ def generate(
     with Bars() as bars:
         record = bench_generate(
             _names(rows, ROWS), quick, plan, out, _names(sides, KINDS), lengths_of(lengths), resume,
-            bars.steps("generate"),
+            bars.steps("generate"), _told(peer or []),
         )  # fmt: skip
     typer.echo(table(record))
 
@@ -99,6 +103,19 @@ def _measure(
         record = bench(bars.steps(stage))
     record.save(out)
     typer.echo(table(record))
+
+
+def _told(peers: list[str]) -> dict[tuple[str, int], float]:
+    """Tokens/s by (peer, prompt tokens). Raises ValueError for what is not NAME@PROMPT=TOKENS_PER_S."""
+    found: dict[tuple[str, int], float] = {}
+    for text in peers:
+        name, _, rate = text.partition("=")
+        name, _, prompt = name.partition("@")
+        try:
+            found[name, int(prompt)] = float(rate)
+        except ValueError:
+            raise ValueError(f"--peer must be NAME@PROMPT=TOKENS_PER_S, for instance vLLM-fp8@4096=1500, got {text!r}") from None
+    return found
 
 
 def _names(text: str | None, known: tuple[str, ...]) -> tuple[str, ...]:

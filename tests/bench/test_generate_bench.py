@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from moa_lab.bench import generate, steps
-from moa_lab.bench.endtoend import COMPILED, DENSE, DYNAMIC, KINDS, STATIC, Findings, jobs_of, ours_name, tasks_of
+from moa_lab.bench.endtoend import COMPILED, DENSE, DYNAMIC, KINDS, ROWS, STATIC, TOLD, Findings, jobs_of, ours_name, tasks_of
 from moa_lab.bench.generate import bench_generate
 from moa_lab.bench.generate_rows import rows_of
 from moa_lab.bench.models import LLAMA2_7B, TINY, largest_batch, plan_for, random_model, smaller_batch, stretched_plan
@@ -32,15 +32,30 @@ def record(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, BenchRecord]
 
 def test_a_quick_run_measures_every_side_of_every_row_and_meets_nothing(record: tuple[Path, BenchRecord]) -> None:
     _, found = record
-    assert {row.id for row in found} == {"E1", "E2", "E3", "E4"}
+    assert {row.id for row in found} == set(ROWS)
     assert not any(row.meets for row in found)
     sides = {(side["prompt"], side["side"]): side["found"] for side in found.settings["sides"]}
     assert not [found["failed"] for found in sides.values() if "failed" in found]
     assert {side for _, side in sides} == {
-        DYNAMIC, STATIC, DENSE, *(ours_name(plan) + end for plan in default_plans() for end in ("", COMPILED))
+        DYNAMIC, STATIC, DENSE, *(ours_name(plan) + bits + end for plan in default_plans() for bits in ("", "@8") for end in ("", COMPILED))
     }  # fmt: skip
     for row in found.select("E1"):
         assert row.ratio == pytest.approx(row.ours / sides[row.shape["n_tokens"] - generate.QUICK_NEW_TOKENS, row.peer_name]["rate"])
+
+
+def test_stored_bits_are_held_against_the_same_tokens_in_16_bits(record: tuple[Path, BenchRecord]) -> None:
+    sides = {(side["prompt"], side["side"]): side["found"] for side in record[1].settings["sides"]}
+    rows = [row for row in record[1].select("E5") if row.peer_name == ours_name(HALF)]
+    assert len(rows) == 2
+    for row in rows:
+        assert row.shape["bits"] == "8"
+        assert row.detail["check"]["wrong"] == 0
+        assert row.ratio == pytest.approx(row.ours / row.detail["peers"][ours_name(HALF)]["rate"])
+        prompt = row.shape["n_tokens"] - generate.QUICK_NEW_TOKENS
+        whole = sides[prompt, ours_name(HALF)]
+        # 16 numbers a vector: 64 bytes in float32, 16 and a grid of 4 in 8 bits.
+        assert row.detail["kept_bytes"] / row.detail["batch"] == pytest.approx(whole["kept_bytes"] / whole["batch"] * 20 / 64)
+        assert row.detail["allocated_bytes"] / row.detail["batch"] == pytest.approx(whole["allocated_bytes"] / whole["batch"] * 20 / 64)
 
 
 def test_our_loop_is_checked_against_an_uncached_pass(record: tuple[Path, BenchRecord]) -> None:
@@ -136,6 +151,47 @@ def test_rows_hold_what_was_found_against_their_goals() -> None:
     assert not any(row.meets for row in rows_of(state))
 
 
+def test_stored_bits_have_goals_against_what_was_told_and_the_others_inform() -> None:
+    plans = default_plans()
+    jobs = jobs_of(["E6"], False, plans, [4096])
+    told = {(TOLD[0], 4096): 100.0, (TOLD[1], 4096): 500.0, (TOLD[1], 8192): 1.0}
+    state = Findings(torch.device("cuda"), torch.bfloat16, dict(plans), jobs, ["E6"], KINDS, 64, 1e12, told)
+    name, quarter = LLAMA2_7B.name, "standard-25"
+    geometry = geometry_of(random_model(TINY, 256, CPU, torch.float32))
+    state.used[name, 4096, ours_name(quarter) + "@8"] = plan_for(plans[quarter], geometry, 4160).with_bits(8)
+    state.checks[name, quarter + "@8"] = {"wrong": 0}
+    ours = {"ms": 30.0, "rate": 2000.0, "batch": 200, "roofline_ms": 29.0, "over_roofline": 1.03}
+    state.found = {(name, 4096, ours_name(quarter) + "@8"): ours, (name, 4096, ours_name(quarter)): {"rate": 1250.0}}
+    rows = {row.peer_name: row for row in rows_of(state)}
+    asked = {peer: (row.ratio, row.goal, row.meets) for peer, row in rows.items() if "goal" not in row.detail}
+    assert asked == {"vLLM-bf16": (20.0, 7.0, True), "vLLM-fp8": (4.0, 4.2, False)}
+    informing = {peer: (row.ratio, row.goal) for peer, row in rows.items() if "goal" in row.detail}
+    assert informing == {DYNAMIC: (None, 15.0), STATIC: (None, 3.6), DENSE: (None, 3.6), ours_name(quarter): (1.6, 1.0)}
+    assert rows["vLLM-fp8"].detail["peers"]["vLLM-fp8"] == {"rate": 500.0, "told": "given, not measured in this process"}
+
+
+def test_a_row_of_stored_bits_measures_16_bits_beside_itself() -> None:
+    plans = default_plans()
+    state = Findings(CPU, torch.float32, dict(plans), jobs_of(["E5"], True, plans, [64]), ["E5"], ["plan"], 16, 1.0)
+    assert tasks_of(state, TINY) == [(64, ours_name(HALF) + "@8"), (64, ours_name(HALF))]
+
+
+def test_what_was_told_is_recorded_and_stays_when_a_record_is_taken_up(tmp_path: Path) -> None:
+    wanted: dict[str, Any] = {"rows": ["E5"], "quick": True, "out": tmp_path / "a.json", "sides": ["plan"], "lengths": [64]}
+    bench_generate(**wanted, told={("vLLM-bf16", 64): 10.0, ("vLLM-fp8", 64): 20.0})
+    again = bench_generate(**wanted, resume=True, told={("vLLM-fp8", 64): 30.0})
+    assert {entry["peer"]: entry["rate"] for entry in again.settings["told"]} == {"vLLM-bf16": 10.0, "vLLM-fp8": 30.0}
+    assert {row.peer_name: row.peer for row in again if row.peer_name in TOLD} == {"vLLM-bf16": 10.0, "vLLM-fp8": 30.0}
+
+
+def test_a_plan_with_bits_keeps_them_where_it_is_stretched_and_has_no_rows_of_other_bits() -> None:
+    plan = default_plans()[HALF].with_bits(8, "mine")
+    geometry = geometry_of(random_model(TINY, 256, CPU, torch.float32))
+    assert set(stretched_plan(plan, geometry, 256).widths().ravel()) == {8}
+    with pytest.raises(ValueError, match="E5 stores a plan in bits of its own"):
+        bench_generate(["E5"], quick=True, plan=plan, sides=["plan"], lengths=[64])
+
+
 def test_a_side_is_measured_once_for_all_rows() -> None:
     plans = default_plans()
     state = Findings(CPU, torch.float32, dict(plans), jobs_of(["E1", "E2"], True, plans), ["E1", "E2"], ["dense", "plan"], 16, 1.0)
@@ -156,16 +212,31 @@ def test_a_stretched_plan_is_as_dense_as_its_own(n_tokens: int) -> None:
 
 def test_the_command_writes_and_shows_the_record(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    arguments = ["bench", "generate", "--quick", "--rows", "E4", "--sides", "plan,dense", "--out", str(out)]
+    arguments = ["bench", "generate", "--quick", "--rows", "E4,E5", "--sides", "plan,dense", "--peer", "vLLM-fp8@64=9.5", "--out", str(out)]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
     assert "ours dense" in shown.output
+    assert "vLLM-fp8 9.5" in shown.output
     assert BenchRecord.load(out).select("E4")
     assert isinstance(CliRunner().invoke(app, arguments).exception, ValueError)
 
 
+@pytest.mark.parametrize("peer", ["vLLM-fp8=9", "vLLM-fp8@4k=9", "vLLM-fp8@64", "vLLM-fp8@64=fast"])
+def test_a_peer_that_does_not_say_its_prompt_and_rate_is_refused(tmp_path: Path, peer: str) -> None:
+    arguments = ["bench", "generate", "--quick", "--peer", peer, "--out", str(tmp_path / "bench.json")]
+    assert "--peer must be" in str(CliRunner().invoke(app, arguments).exception)
+
+
 @pytest.mark.parametrize(
-    ("wrong", "match"), [({"rows": ["E9"]}, "rows must be"), ({"sides": ["theirs"]}, "sides must be"), ({"lengths": [5]}, "lengths")]
+    ("wrong", "match"),
+    [
+        ({"rows": ["E9"]}, "rows must be"),
+        ({"sides": ["theirs"]}, "sides must be"),
+        ({"lengths": [5]}, "lengths"),
+        ({"told": {("theirs", 64): 1.0}}, "told must be tokens/s of vLLM-bf16 or vLLM-fp8"),
+        ({"told": {("vLLM-fp8", 65): 1.0}}, r"a prompt of rows E5 and E6 \(64, 128\)"),
+        ({"told": {("vLLM-fp8", 64): float("nan")}}, "nan"),
+    ],
 )
 def test_what_there_is_not_is_refused(wrong: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
