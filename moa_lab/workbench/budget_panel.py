@@ -30,7 +30,7 @@ class BudgetPanel:
         self.budget = Budget(state.table, density, state.n_tokens if state.n_tokens in lengths else None)
         geometry = state.table.geometry
         self.slider = w.FloatSlider(
-            value=density, min=round(self.budget.least + STEP, 3), max=1.0, step=STEP, readout=False, layout=w.Layout(width="230px"),
+            value=density, min=round(self.budget.least + STEP, 3), max=1.0, step=STEP, readout=False, layout=w.Layout(width="98%"),
         )  # fmt: skip
         self.slider.add_class("moa-density")
         self.number = number("density", density, 0.0, 1.0, STEP, "density-number", "130px")
@@ -47,7 +47,7 @@ class BudgetPanel:
         self.rules = whole("rules per layer (0: any)", 0, 0, len(state.table.rules), "max-rules", "230px")
         full, to_span = button("Pin to full", "pin-full"), button("Pin to span", "pin-to-span")
         release, release_all = button("Release", "release"), button("Release all", "release-all")
-        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(width="330px"))
+        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(width="350px"))
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
         self.canvas = Canvas("spans", HALF, self.errors.guard(self._clicked))
@@ -75,7 +75,8 @@ class BudgetPanel:
         self.works = (self.exact,)
         self.box = w.VBox(
             [
-                row(self.slider, self.number, self.mib, self.mean, self.length, self.bits),
+                self.slider,
+                row(self.number, self.mib, self.mean, self.length, self.bits),
                 self.errors.box,
                 w.HBox([self.canvas.box, self.facts], layout=w.Layout(flex_flow="row wrap")),
                 row(self.layer, self.head, full, self.span, to_span, release, release_all),
@@ -109,7 +110,7 @@ class BudgetPanel:
 
     def _tell(self) -> None:
         if self._answer is not None:
-            self.facts.value = facts([*_told(self._answer, self.budget), *self._served(self._answer)])
+            self.facts.value = facts([*_kept(self._answer, self.budget), *self._served(self._answer), *_predicted(self._answer)])
 
     def _served(self, answer: Answer) -> list[tuple[str, str]]:
         """What the GPU of choice holds under the answer's plan, and under the dense one; weights of 0 GB are left out."""
@@ -189,20 +190,23 @@ class BudgetPanel:
         return self.budget.dense_bytes / MIB
 
 
-def _told(answer: Answer, budget: Budget) -> list[tuple[str, str]]:
+def _kept(answer: Answer, budget: Budget) -> list[tuple[str, str]]:
     spans = answer.plan.spans(budget.n_tokens)
-    rows = [
+    return [
         ("density", f"{percent(answer.density, 1)} of the bytes at {budget.n_tokens:,} tokens"),
         *([("stored in", f"{budget.bits} bits: predicted losses do not know it")] if answer.plan.bits else []),
         ("mean span", f"{spans.mean():,.0f} tokens ({int((spans == budget.n_tokens).sum())} of {spans.size} heads keep all)"),
         ("KV, predicted", byte_size(answer.kv_bytes)),
         ("KV, allocated", byte_size(answer.allocated_bytes)),
         ("KV, dense", byte_size(answer.dense_bytes)),
+    ]
+
+
+def _predicted(answer: Answer) -> list[tuple[str, str]]:
+    return [
         *((f"predicted loss, {name}", f"{value:.4f}") for name, value in answer.losses.items()),
         *((f"predicted loss at {n:,}", f"{value:.4f}") for n, value in answer.losses_at.items()),
         ("gap to optimal", f"at most {percent(answer.gap, 2)}"),
         ("solved by", f"{answer.solver}, {1e3 * answer.seconds:.0f} ms"),
+        *([("rules per layer", "not kept yet: press Solve exactly")] if answer.rules_ignored else []),
     ]
-    if answer.rules_ignored:
-        rows.append(("rules per layer", "not kept yet: press Solve exactly"))
-    return rows
