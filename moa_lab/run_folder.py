@@ -146,7 +146,8 @@ def _values(settings: RunSettings) -> dict[str, tuple[Any, Any]]:
     usual = RunSettings(lengths=settings.lengths, preset=settings.preset)
     return {
         "density": (settings.density, None),
-        "bits": (",".join(map(told_bits, read_mixes(settings.bits))), "16"),
+        # A plus sign joins the two of one mix.
+        "bits": ("-".join(map(told_bits, read_mixes(settings.bits))), "16"),
         "floor": (settings.min_span, None),
         "min_span": (settings.min_span, MIN_SPAN),
         "max_rules_per_layer": (settings.max_rules_per_layer, None),

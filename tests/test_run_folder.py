@@ -128,6 +128,13 @@ def test_two_densities_that_differ_in_the_seventh_digit_have_two_places(settings
     assert len(places) == 2
 
 
+def test_two_mixes_and_one_of_two_widths_have_two_places(settings: RunSettings, tmp_path: Path) -> None:
+    places = {
+        RunFolder(tmp_path, replace(settings, bits=bits)).place("plan.json") for bits in ("16", "16,8", "16+8", "16,8,8+4", "16+8,8,4")
+    }
+    assert len(places) == 5
+
+
 def test_the_workbench_opens_the_folder_of_one_density_with_the_profile_above_it(done: Path) -> None:
     state = open_run(done / "density-0.6")
     assert state.profile is not None
