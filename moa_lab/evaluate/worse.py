@@ -21,7 +21,7 @@ def worse_than_simple(plan: Plan, others: Iterable[Plan], rows: Iterable[Measure
     rows = tuple(rows)
     told = []
     for simple in others:
-        if simple.search.get("origin") not in SIMPLE or simple.rules == plan.rules:
+        if simple.search.get("origin") not in SIMPLE or (simple.rules, simple.bits) == (plan.rules, plan.bits):
             continue
         lost = [(row.metric, clause) for row in rows if row.plan == plan.name and (clause := _lost(row, simple.name, rows))]
         if lost:

@@ -36,6 +36,9 @@ def test_a_difference_that_is_not_decided_a_better_score_and_an_equal_plan_are_n
     lost = [row("moa", "cross_entropy", "summaries", [0.9, 1.0, 0.9]), row("uniform", "cross_entropy", "summaries", [0.5, 0.6, 0.5])]
     assert len(worse_than_simple(MOA, [UNIFORM], lost)) == 1
     assert worse_than_simple(replace(UNIFORM, name="moa"), [UNIFORM], lost) == []
+    # Other bits make another plan.
+    (told,) = worse_than_simple(replace(UNIFORM, name="moa").with_bits(4), [UNIFORM], lost)
+    assert told.startswith("moa is worse than uniform here")
     # The dense model keeps more: to lose against it is no warning.
     assert worse_than_simple(MOA, [DENSE], [replace(one, plan=one.plan.replace("uniform", "dense")) for one in lost]) == []
 
