@@ -18,7 +18,7 @@ BISECTIONS = 40
 def spend(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None = None) -> Plan:
     """`plan` with `a + b N` tokens more for every head that is cut, so that it keeps the densities `targets` (by length) as nearly as
     one a and b can, and never more; where that leaves tokens at some length, each rule takes what it can by a line of its own (see
-    `bend`). A plan that keeps them to `EQUAL_BYTES` already is returned as it is.
+    `bend`). A plan that keeps them to `EQUAL_BYTES` already is returned as it is, and so is one that exceeds them.
 
     heads: bool (layers, kv_heads), heads that may grow; None: all. Heads with equal rules keep equal rules. A plan whose spans are
     rounded up to a multiple is left alone: one token more could cost many.
@@ -84,8 +84,9 @@ class _Grower:
 
     @property
     def is_short(self) -> bool:
-        """Whether some length keeps less than is allowed, by more than `EQUAL_BYTES`."""
-        return bool((1 - self.kept(0.0, 0.0) / self.allowed).max() > EQUAL_BYTES)
+        """Whether some length keeps less than is allowed, by more than `EQUAL_BYTES`, and none keeps more."""
+        kept = self.kept(0.0, 0.0)
+        return bool((kept <= self.allowed).all() and (kept < (1 - EQUAL_BYTES) * self.allowed).any())
 
     def alike(self) -> tuple[float, float]:
         """The a and b with which the budget is spent best."""

@@ -99,3 +99,12 @@ def test_a_budget_that_binds_at_one_length_is_spent_at_the_others() -> None:
     assert grown.spans(4096).tolist() == plan.spans(4096).tolist()
     assert grown.density(8192) > 0.99 * asked[8192]
     assert grown.search["spent"]["bent_heads"] == 1
+
+
+@pytest.mark.parametrize("spans", [SpanRule(128.0, 0.0), SpanRule(0.0, 0.25)])
+def test_a_plan_that_exceeds_a_length_is_returned_as_it_is_also_where_nothing_may_be_kept(spans: SpanRule) -> None:
+    plan = Plan(geometry=GEOMETRY, rules=((spans,) * 2,) * 6)
+    for density in (0.01, 0.1):
+        # At 2 tokens not one of 24 may be kept at 1%.
+        asked = {2: density, 8192: 0.5}
+        assert spend(plan, asked) is plan
