@@ -127,15 +127,18 @@ class Run(RunInputs):
         return self._stored("plan.json", Plan.load, self._validated)
 
     def baselines(self) -> tuple[Plan, ...]:
-        """Dense, uniform at the same density, and the preset's other baselines."""
+        """Dense, uniform at the same density in 16 bits and in every mix, and the preset's other baselines, which store 16 bits.
+
+        Left out is what the floor alone puts above the density.
+        """
         lengths = (*self.test_lengths,)
         density, floor, sink = self.settings.density, self.settings.min_span, self.settings.sink_tokens
         uniform = partial(uniform_plan, self.geometry, lengths=lengths, min_span=floor, sink_tokens=sink)
-        plans = [dense_plan(self.geometry, lengths), uniform(density)]
-        for mix in (mix for mix in self.mixes if mix != WHOLE_BITS):
+        plans = [dense_plan(self.geometry, lengths)]
+        for mix in filter(self.holds_floor, dict.fromkeys((WHOLE_BITS, *self.mixes))):
             (share,) = tokens_bought({1: density}, mix, self.geometry).values()
             plans.append(stored_plan(uniform(share), mix))
-        for name in self.preset.baselines:
+        for name in self.preset.baselines if self.holds_floor(WHOLE_BITS) else ():
             made = self._stored(
                 f"baseline-{name}.json", Plan.load,
                 partial(baseline_plan, name, self.profile(), self.limits, min_span=floor),

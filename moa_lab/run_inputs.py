@@ -20,12 +20,11 @@ from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.suites import Suites
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, load_model, weights_fingerprint
-from moa_lab.plan import Bits, read_mixes, tokens_bought
+from moa_lab.plan import Bits, read_mixes
 from moa_lab.presets import PRESETS, QUESTIONS_PER_LESSON, Preset, RunSettings
 from moa_lab.prompting.rendering import check_turns
 from moa_lab.run_folder import RunFolder
-from moa_lab.search.mixes import told_of_tokens
-from moa_lab.search.problem import check_floor, least_density, limits_of
+from moa_lab.search.problem import InfeasibleError, check_floor, least_density, limits_of
 
 ANSWER_BATCH = 32
 """Samples that a GPU answers at once: a step takes nearly as long for one."""
@@ -85,10 +84,16 @@ class RunInputs:
         """Raise InfeasibleError where the floor alone exceeds the density, at a length of `limits` or a tested one that the user named."""
         asked = (*(self.settings.use_lengths or ()), *(self.settings.test_lengths or self.settings.lengths or ())) if tested else ()
         targets = {**self.limits, **dict.fromkeys(asked, self.settings.density)}
-        # The mix of the fewest bits buys the most tokens.
-        bought = tokens_bought(targets, self.mixes[-1], self.geometry)
-        with told_of_tokens(self.mixes[-1]):
-            check_floor(self.geometry, bought, self.settings.min_span, self.settings.sink_tokens)
+        # The last mix, of the fewest bits, buys the most tokens.
+        check_floor(self.geometry, targets, self.settings.min_span, self.settings.sink_tokens, self.mixes[-1])
+
+    def holds_floor(self, mix: Bits) -> bool:
+        """Whether the density, at every length of `limits`, holds all heads at the floor when they are stored in `mix`."""
+        try:
+            check_floor(self.geometry, self.limits, self.settings.min_span, self.settings.sink_tokens, mix)
+        except InfeasibleError:
+            return False
+        return True
 
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

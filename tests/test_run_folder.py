@@ -191,6 +191,15 @@ def test_a_run_searches_spans_in_every_mix_of_bits_and_measuring_chooses(setting
     assert Run(tmp_path, replace(mixed, bits="8,16")).plan() == run.plan()
 
 
+def test_a_budget_that_only_fewer_bits_can_keep_is_a_run_without_the_plans_of_16_bits(settings: RunSettings, tmp_path: Path) -> None:
+    tight = replace(settings, density=0.22, bits="8,4+16", test_lengths=(512,))
+    summary = Run(tmp_path, tight).everything()
+    assert set(summary["plans"]) == {"dense", "uniform@8", "moa"}
+    assert all(entry["density"] <= 0.22 for name, entry in summary["plans"].items() if name != "dense")
+    with pytest.raises(InfeasibleError, match=r"density 0.15 at length 384 .* needs at least 0.2084; .* at most 92"):
+        Run(tmp_path, replace(tight, density=0.15)).everything()
+
+
 def test_a_shorter_sink_leaves_room_for_a_lower_floor_and_wants_a_folder_of_its_own(settings: RunSettings, tmp_path: Path) -> None:
     short = replace(settings, density=0.1, min_span=20, sink_tokens=4, test_lengths=(512,))
     run = Run(tmp_path, short)

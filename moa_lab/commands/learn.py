@@ -18,7 +18,7 @@ from moa_lab.commands.terminal import (
     parts_of,
     weights_of,
 )
-from moa_lab.plan import MIN_SPAN, Bits, mixed_name, read_mixes, tokens_bought, told_bits
+from moa_lab.plan import MIN_SPAN, Bits, mixed_name, read_mixes, told_bits
 
 
 def learn(
@@ -47,12 +47,11 @@ def learn(
     from moa_lab.records import Front, InfluenceProfile
     from moa_lab.search import feasible, loss_table
     from moa_lab.search.mixes import over_mixes
-    from moa_lab.search.problem import densities
 
     free(out, force)
     weighed, mixes = weights_of(weights), read_mixes(bits)
     loaded_samples, table = SampleSet.load(samples), loss_table(InfluenceProfile.load(profile), min_span=min_span)
-    feasible(table, tokens_bought(densities(table, density), mixes[-1], table.geometry), max_rules)
+    feasible(table, density, max_rules, mix=mixes[-1])
     loaded, tokenizer = load_model(model)
     with Bars() as bars:
 

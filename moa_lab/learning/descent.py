@@ -26,13 +26,13 @@ from moa_lab.learning.checkpoint import Checkpoint
 from moa_lab.learning.mixtures import Mixtures
 from moa_lab.learning.slopes import SlopeSampler
 from moa_lab.models import weights_fingerprint
-from moa_lab.plan import WHOLE_BITS, mixed_name, read_mixes, tokens_bought
+from moa_lab.plan import WHOLE_BITS, mixed_name, read_mixes
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, LossTable
 from moa_lab.search.front import DENSITY, distinct, point, spent_point
 from moa_lab.search.goals import default_goals
 from moa_lab.search.mixes import stored_front
-from moa_lab.search.problem import Density, densities, feasible
+from moa_lab.search.problem import Density, feasible
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +93,7 @@ def learn_spans(
     (mix, *others) = read_mixes(bits)
     if others:
         raise ValueError(f"a descent stores keys and values in one mix of bits, got {bits!r}: call it once for each")
-    targets = tokens_bought(densities(table, density), mix, table.geometry)
-    feasible(table, targets, max_rules_per_layer)
+    targets = feasible(table, density, max_rules_per_layer, mix=mix)
     objectives = (*(objective.name for objective in table.objectives), DENSITY)
     if min(targets.values()) == 1:
         return Front((), objectives)

@@ -16,6 +16,8 @@ WHOLE_BITS: Bits = (UNTOUCHED, UNTOUCHED)
 def read_mixes(bits: int | str) -> tuple[Bits, ...]:
     """Bits of K and V from `16`, `8`, `8+4` (K in 8, V in 4), `4`, or several with commas between them, each once, the most first.
 
+    What comes last takes the fewest bytes.
+
     Raises ValueError for anything else.
     """
     found: set[Bits] = set()
@@ -24,7 +26,7 @@ def read_mixes(bits: int | str) -> tuple[Bits, ...]:
         if len(numbers) > 2 or not all(number.isdecimal() and int(number) in WIDTHS for number in numbers):
             raise ValueError(f"bits must be 16, 8, 4 or two of them for keys and values such as 8+4, or several with commas, got {bits!r}")
         found.add((int(numbers[0]), int(numbers[-1])))
-    return tuple(sorted(found, reverse=True))
+    return tuple(sorted(found, key=lambda mix: (sum(mix), mix), reverse=True))
 
 
 def told_bits(mix: Bits) -> str:
@@ -39,9 +41,13 @@ def mixed_name(name: str, mix: Bits) -> str:
 
 def tokens_bought(targets: Mapping[int, float], mix: Bits, geometry: ModelGeometry) -> dict[int, float]:
     """The share of the tokens, by length, that the share `targets` of the bytes of a 16-bit cache holds in `mix`; at most all of them."""
-    full = 2 * vector_bytes(geometry.head_dim, UNTOUCHED)
-    ratio = full / sum(vector_bytes(geometry.head_dim, width) for width in mix)
-    return {n: min(1.0, share * ratio) for n, share in targets.items()}
+    ratio = token_price(mix, geometry)
+    return {n: min(1.0, share / ratio) for n, share in targets.items()}
+
+
+def token_price(mix: Bits, geometry: ModelGeometry) -> float:
+    """The bytes of a token stored in `mix` as a share of those in 16 bits."""
+    return sum(vector_bytes(geometry.head_dim, width) for width in mix) / (2 * vector_bytes(geometry.head_dim, UNTOUCHED))
 
 
 def mix_of(plan: Plan) -> Bits:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moa_lab.plan import WHOLE_BITS, Bits, token_price, tokens_bought
 from moa_lab.records import LossTable
 from moa_lab.search.cuts import polish
 from moa_lab.search.goals import Goal
@@ -66,15 +67,17 @@ class BudgetSolver:
         self._terms = terms(table, goal)
         self._usage = Usage(table, self.lengths)
 
-    def solve(self, density: Density, pinned: Pinned | None = None) -> BudgetAnswer:
-        """The best plan found at `density`; a mapping limits its own lengths instead. `pinned`: {(layer, kv_head): rule index}.
+    def solve(self, density: Density, pinned: Pinned | None = None, mix: Bits = WHOLE_BITS) -> BudgetAnswer:
+        """The best plan found at `density`; a mapping limits its own lengths instead. `pinned`: {(layer, kv_head): rule index}. mix: the
+        bits of K and V, which say how many tokens the bytes of that density hold.
 
         Raises InfeasibleError (a ValueError) naming the length that binds and the least feasible density there.
         """
         began = time.perf_counter()
-        targets = densities(self.table, density, None if isinstance(density, Mapping) else self.lengths)
+        asked = densities(self.table, density, None if isinstance(density, Mapping) else self.lengths)
+        targets = tokens_bought(asked, mix, self.table.geometry)
         limits = (self._usage if tuple(targets) == self.lengths else Usage(self.table, targets)).limits(targets)
-        check_feasible(self.table, limits, pinned)
+        check_feasible(self.table, limits, pinned, price=token_price(mix, self.table.geometry))
         found = relax(self._terms, limits, allowed_rules(self.table, pinned))
         if found.choice is None:
             raise InfeasibleError(f"no plan keeps density {density} at all of {limits.lengths} together; raise density or drop a length")

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from moa_lab.plan import MIN_SPAN, Bits, Plan, read_mixes, tokens_bought
+from moa_lab.plan import MIN_SPAN, Bits, Plan, read_mixes
 from moa_lab.records import Form, Front, FrontPoint, InfluenceProfile, LossTable
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
@@ -99,9 +99,9 @@ def search(
 
     def found(mix: Bits) -> Front:
         front = _found(
-            table, element, tokens_bought(asked, mix, table.geometry), goals=goals, intervals=intervals, max_rules=max_rules_per_layer,
-            methods=methods, seed=seed, time_limit_s=time_limit_s / len(mixes), max_points=-(-max_points // len(mixes)), keep=keep,
-            progress=progress, cancel=cancel,
+            table, element, feasible(table, asked, max_rules_per_layer, mix=mix), goals=goals, intervals=intervals,
+            max_rules=max_rules_per_layer, methods=methods, seed=seed, time_limit_s=time_limit_s / len(mixes),
+            max_points=-(-max_points // len(mixes)), keep=keep, progress=progress, cancel=cancel,
         )  # fmt: skip
         return stored_front(front, mix)
 
@@ -114,7 +114,6 @@ def _found(
     progress: Progress | None, cancel: threading.Event | None,
 ) -> Front:  # fmt: skip
     """`search` of plans that keep the shares `targets` of the tokens (by length)."""
-    feasible(table, targets, max_rules)
     sets = goal_sets(table) if goals is None else (GoalSet("given", tuple(goals)),)
     deadline = time.perf_counter() + time_limit_s
     work = _Search(table, element, targets, sets, intervals, max_rules, seed, deadline, cancel)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from moa_lab.plan import WHOLE_BITS, Bits, stored_plan, told_bits
+from moa_lab.plan import Bits, stored_plan, told_bits
 from moa_lab.records import Front
 from moa_lab.search.problem import InfeasibleError
 
@@ -23,31 +22,20 @@ def stored_front(front: Front, mix: Bits) -> Front:
     return replace(front, points=tuple(points))
 
 
-@contextlib.contextmanager
-def told_of_tokens(mix: Bits) -> Iterator[None]:
-    """Say in an InfeasibleError that its densities are shares of the tokens, where fewer bits hold more of them than of the bytes."""
-    try:
-        yield
-    except InfeasibleError as error:
-        if mix == WHOLE_BITS:
-            raise
-        raise InfeasibleError(f"stored in {told_bits(mix)} bits, with densities of the tokens: {error}") from error
-
-
 def over_mixes(make: Callable[[Bits], Front], mixes: Sequence[Bits]) -> Front:
     """The union of the fronts that `make` gives for every mix, stored so, with the settings of the first.
 
-    Mixes whose heads at the floor alone exceed the budget are left out; raises InfeasibleError where all do.
+    Mixes whose heads at the floor alone exceed the budget are left out; raises the InfeasibleError of the last, which takes the fewest
+    bytes, where all do.
     """
     fronts: list[Front] = []
     refused: InfeasibleError | None = None
     for mix in mixes:
         try:
-            with told_of_tokens(mix):
-                fronts.append(make(mix))
+            fronts.append(make(mix))
         except InfeasibleError as error:
             logger.info("no plans stored in %s bits: %s", told_bits(mix), error)
-            refused = refused or error
+            refused = error
     if not fronts:
         assert refused is not None, "there is a mix"
         raise refused

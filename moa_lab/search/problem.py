@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import SINK_TOKENS, check_density
+from moa_lab.plan import SINK_TOKENS, WHOLE_BITS, Bits, check_density, token_price, tokens_bought
 from moa_lab.records import LossTable
 from moa_lab.search.goals import Goal, default_goals, mean_goal
 
@@ -120,29 +120,32 @@ def least_density(geometry: ModelGeometry, n_tokens: int, min_span: int) -> floa
     return sum(min(min_span, tokens) for tokens in dense) / sum(dense)
 
 
-def check_floor(geometry: ModelGeometry, targets: Mapping[int, float], min_span: int, sink_tokens: int = SINK_TOKENS) -> None:
-    """Raise InfeasibleError where heads at the floor alone exceed a density of `targets` (by length): needs no profile.
+def check_floor(
+    geometry: ModelGeometry, targets: Mapping[int, float], min_span: int, sink_tokens: int = SINK_TOKENS, mix: Bits = WHOLE_BITS
+) -> None:
+    """Raise InfeasibleError where heads at the floor alone, stored in `mix`, exceed a density of `targets` (by length): needs no profile.
 
     The message names the length that binds most, the least that is feasible there, and the cure.
     """
+    price, bought = token_price(mix, geometry), tokens_bought(targets, mix, geometry)
     # In tokens of the whole cache, as in `Usage.limits`; 1e-6 for floating-point rounding.
     heads = geometry.layers * geometry.kv_heads
-    excess = {n: (least_density(geometry, n, min_span) - asked) * n * heads - 1e-6 for n, asked in targets.items()}
+    excess = {n: (least_density(geometry, n, min_span) - asked) * n * heads - 1e-6 for n, asked in bought.items()}
     worst = max(excess, key=lambda n: excess[n] / n, default=None)
     if worst is not None and excess[worst] > 0:
-        least = _rounded_up(least_density(geometry, worst, min_span))
+        least = _rounded_up(price * least_density(geometry, worst, min_span))
         raise InfeasibleError(
             f"density {targets[worst]:.4g} at length {worst} is infeasible: min_span {min_span} needs at least {least}; "
-            f"raise density{_lower_floor(geometry, worst, targets[worst], min_span, sink_tokens)}, or take longer lengths"
+            f"raise density{_lower_floor(geometry, worst, bought[worst], min_span, sink_tokens, price)}, or take longer lengths"
         )
 
 
-def _lower_floor(geometry: ModelGeometry, n_tokens: int, density: float, min_span: int, sink_tokens: int) -> str:
-    """The cure by a lower floor: the largest that fits, or the density that the lowest needs."""
+def _lower_floor(geometry: ModelGeometry, n_tokens: int, density: float, min_span: int, sink_tokens: int, price: float) -> str:
+    """The cure by a lower floor: the largest that fits a share of the tokens, or the density of bytes that the lowest needs."""
     fitting = [tokens for tokens in range(sink_tokens + 1, min_span) if least_density(geometry, n_tokens, tokens) <= density]
     if fitting:
         return f", lower min_span (--min-span) to at most {fitting[-1]}"
-    least = _rounded_up(least_density(geometry, n_tokens, sink_tokens + 1))
+    least = _rounded_up(price * least_density(geometry, n_tokens, sink_tokens + 1))
     return f" (to {least} with the lowest floor, --min-span {sink_tokens + 1})"
 
 
@@ -156,11 +159,13 @@ def densities(table: LossTable, density: Density, lengths: Iterable[int] | None 
 
 
 def feasible(
-    table: LossTable, density: Density, max_rules_per_layer: int | None = None, lengths: Iterable[int] | None = None
-) -> dict[int, float]:
-    """`densities`, checked against the shortest rules: raises InfeasibleError as `check_feasible` does."""
-    targets = densities(table, density, lengths)
-    check_feasible(table, Usage(table, targets).limits(targets), None, max_rules_per_layer)
+    table: LossTable, density: Density, max_rules_per_layer: int | None = None, lengths: Iterable[int] | None = None,
+    mix: Bits = WHOLE_BITS,
+) -> dict[int, float]:  # fmt: skip
+    """The share of the tokens that `densities` of the bytes hold in `mix`, checked against the shortest rules: raises InfeasibleError as
+    `check_feasible` does."""
+    targets = tokens_bought(densities(table, density, lengths), mix, table.geometry)
+    check_feasible(table, Usage(table, targets).limits(targets), None, max_rules_per_layer, token_price(mix, table.geometry))
     return targets
 
 
@@ -214,8 +219,13 @@ def terms(table: LossTable, goal: Goal | None) -> Terms:
     return Terms(linear, tuple(worst))
 
 
-def check_feasible(table: LossTable, limits: Limits, pinned: Pinned | None = None, max_rules_per_layer: int | None = None) -> None:
-    """Raise InfeasibleError naming the first length whose limit no choice can keep, and the least feasible density there."""
+def check_feasible(
+    table: LossTable, limits: Limits, pinned: Pinned | None = None, max_rules_per_layer: int | None = None, price: float = 1.0
+) -> None:
+    """Raise InfeasibleError naming the first length whose limit no choice can keep, and the least feasible density there.
+
+    price: the bytes of a token as it is stored, as a share of those in 16 bits, by which the message counts.
+    """
     if max_rules_per_layer is not None and max_rules_per_layer < 1:
         raise ValueError(f"max_rules_per_layer must be at least 1 or None, got {max_rules_per_layer}")
     allowed = allowed_rules(table, pinned).reshape(table.geometry.layers, table.geometry.kv_heads, -1)
@@ -228,7 +238,7 @@ def check_feasible(table: LossTable, limits: Limits, pinned: Pinned | None = Non
         if lowest > limit + slack:
             why = f"min_span {table.min_span}" + (" with the pinned heads" if pinned else "")
             raise InfeasibleError(
-                f"density {asked:.4g} at length {n} is infeasible: {why} needs at least {_rounded_up(lowest)}; "
+                f"density {price * asked:.4g} at length {n} is infeasible: {why} needs at least {_rounded_up(price * lowest)}; "
                 f"raise density{', unpin a head' if pinned else ''} or lower min_span (--min-span)"
             )
 

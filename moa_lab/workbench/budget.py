@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moa_lab.cache import allocated_kv_bytes
-from moa_lab.plan import Bits, Plan, check_density, dense_plan, read_mixes, stored_plan, tokens_bought, told_bits
+from moa_lab.plan import Bits, Plan, check_density, dense_plan, read_mixes, stored_plan, token_price, told_bits
 from moa_lab.records import LossTable
 from moa_lab.search import BudgetSolver, Goal, default_goals, mean_goal, solve_milp
-from moa_lab.search.mixes import told_of_tokens
 
 STEP = 0.005
 """Step of the density slider."""
@@ -81,9 +80,8 @@ class Budget:
         if len(mixes) > 1:
             raise ValueError(f"a budget is for one mix of bits, got {bits!r}")
         (self._mix,) = mixes
-        # Tokens that are held in the bytes of one of 16 bits.
-        self._bought = tokens_bought({0: 1e-3}, self._mix, self.table.geometry)[0] / 1e-3
-        self.least = self._least_tokens / self._bought
+        self._price = token_price(self._mix, self.table.geometry)
+        self.least = self._least_tokens * self._price
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -93,8 +91,7 @@ class Budget:
     def answer(self, density: float | None = None) -> Answer:
         """Solve for `density` (None: the current one), in tens of milliseconds; it becomes the current one if it is feasible."""
         asked = self.density if density is None else check_density(density)
-        with told_of_tokens(self._mix):
-            found = self._solver.solve(self._share(asked), self.pinned)
+        found = self._solver.solve(asked, self.pinned, self._mix)
         self.density = asked
         few = self.max_rules is None or max(len(set(row)) for row in found.choice.tolist()) <= self.max_rules
         return self._told(found.choice, found.gap, found.seconds, "slider", not few)
@@ -102,7 +99,7 @@ class Budget:
     def exact(self, time_limit_s: float = 30.0, cancel: threading.Event | None = None) -> Answer:
         """The optimal plan, or the best one found in time, with its proven gap; the cap on rules holds."""
         found = solve_milp(
-            self.table, self._share(self.density), goal=self.goal, max_rules_per_layer=self.max_rules, pinned=self.pinned,
+            self.table, min(1.0, self.density / self._price), goal=self.goal, max_rules_per_layer=self.max_rules, pinned=self.pinned,
             time_limit_s=time_limit_s, cancel=cancel,
         )  # fmt: skip
         return self._told(found.choice, found.gap, found.seconds, f"exact ({found.status.replace('_', ' ')})", False)
@@ -127,7 +124,7 @@ class Budget:
         before = dict(self.pinned)
         self.pinned[layer, kv_head] = int(rule)
         try:
-            self._solver.solve(self._share(self.density), self.pinned)
+            self._solver.solve(self.density, self.pinned, self._mix)
         except ValueError:
             self.pinned = before
             raise
@@ -149,11 +146,7 @@ class Budget:
         """The density at which heads keep `tokens` of `n_tokens` on average, at least the least feasible one, at most 1."""
         geometry = self.table.geometry
         share = tokens * geometry.layers * geometry.kv_heads / self.table.dense_tokens(self.n_tokens)
-        return self._possible(share / self._bought)
-
-    def _share(self, density: float) -> float:
-        """The share of the tokens that a density of bytes holds; all of them where it holds more."""
-        return min(1.0, density * self._bought)
+        return self._possible(share * self._price)
 
     def _possible(self, density: float) -> float:
         return float(min(max(density, self.least), 1.0))

@@ -21,6 +21,8 @@ def test_mixes_are_read_each_once_the_most_bits_first() -> None:
     assert read_mixes("4, 8+4,16,8, 8+4") == ((16, 16), (8, 8), (8, 4), (4, 4))
     assert [told_bits(mix) for mix in read_mixes("16,8+4,4")] == ["16", "8+4", "4"]
     assert [mixed_name("moa", mix) for mix in read_mixes("16,8+4")] == ["moa", "moa@8+4"]
+    # The last takes the fewest bytes, whichever of K and V has them.
+    assert read_mixes("4+16,8") == ((4, 16), (8, 8))
     for wrong in ("", "5", "8+", "8+4+4", "8;4", "fp8", "-8"):
         with pytest.raises(ValueError, match="bits must be"):
             read_mixes(wrong)
@@ -73,3 +75,14 @@ def test_bits_that_hold_every_token_leave_nothing_to_choose() -> None:
     front = search(skewed_profile(4, 4, 2, LENGTHS), 0.7, bits="4", time_limit_s=4)
     assert all((point.plan.spans(2048) == 2048).all() for point in front)
     assert all(point.plan.density(2048) < 0.7 for point in front)
+
+
+def test_a_budget_that_no_mix_can_keep_is_refused_in_bytes_of_the_fewest_bits() -> None:
+    profile = skewed_profile(6, 4, 2, LENGTHS)
+    with pytest.raises(InfeasibleError, match=r"density 0.01 at length 1024 .* at least ([0-9.]+); raise density") as refused:
+        search(profile, 0.01, bits="16,8", time_limit_s=1)
+    least = float(str(refused.value).split("at least ")[1].split(";")[0])
+    assert least < 0.125
+    assert len(search(profile, least, bits="16,8", time_limit_s=1, max_points=2))
+    with pytest.raises(InfeasibleError, match=f"density {least - 1e-4:.4g} at"):
+        search(profile, least - 1e-4, bits=8, time_limit_s=1)

@@ -81,7 +81,7 @@ def test_fewer_bits_buy_longer_spans_at_the_same_bytes(table: LossTable) -> None
     assert panel.state.plan.spans(panel.state.n_tokens).mean() > before.spans(panel.state.n_tokens).mean()
     assert "8 bits" in panel.facts.value
     panel.number.value = 0.01
-    assert "stored in 8 bits, with densities of the tokens" in said(panel)
+    assert "density 0.01 at length" in said(panel)
     panel.length.value = max(panel.budget.lengths)
     assert panel.budget.bits == "8"
     panel.bits.value = "16"
