@@ -27,9 +27,17 @@ def bent(
     first = _spans(alpha, beta, dense, lengths, min_span)
     for _ in range(ROUNDS):
         kept = _spans(alpha, beta, dense, lengths, min_span)
-        found = _program(alpha, beta, moves, dense, lengths, allowed, first, kept, min_span)
+        # Spans are whole tokens, and lines that cost all of themselves may find no room. Where what each has beyond its span costs nothing,
+        # the spans as they are always do; lines found there may keep a little too much.
+        beyond = np.maximum(alpha + beta * lengths[:, None] - kept, 0.0)
+        for free in (np.zeros_like(beyond), beyond):
+            if found := _program(alpha, beta, moves, dense, lengths, allowed, first, kept, free, min_span):
+                break
         if found is None:
             break
+        grown = _spans(*found, dense, lengths, min_span) - kept
+        back = _given_back(np.stack([alpha, beta, *dense]), grown, allowed - kept.sum(axis=1))
+        found = np.where(back, alpha, found[0]), np.where(back, beta, found[1])
         spent = _spans(*found, dense, lengths, min_span).sum(axis=1)
         if (spent > allowed).any() or (spent <= kept.sum(axis=1)).all():
             break
@@ -44,9 +52,10 @@ def _spans(alpha: np.ndarray, beta: np.ndarray, dense: np.ndarray, lengths: np.n
 
 def _program(
     alpha: np.ndarray, beta: np.ndarray, moves: np.ndarray, dense: np.ndarray, lengths: np.ndarray, allowed: np.ndarray,
-    least: np.ndarray, kept: np.ndarray, min_span: int,
+    least: np.ndarray, kept: np.ndarray, free: np.ndarray, min_span: int,
 ) -> tuple[np.ndarray, np.ndarray] | None:  # fmt: skip
-    """One program, from spans that keep `kept`; None where nothing moves or it has no answer.
+    """One program, from spans that keep `kept`; None where nothing moves or it has no answer. free: (lengths, heads), tokens of a line
+    that cost nothing.
 
     Variables: of every group of equal rules its line a + b N and, at every length where it is cut, the tokens that it costs; the smallest
     share of `allowed` that is kept at a length; the largest growth.
@@ -78,7 +87,7 @@ def _program(
             if least[at, head] > min_span:
                 limit(_times(line, -1.0), -float(least[at, head]))
             if cut[at, group]:
-                limit([*line, (costs[at, group], -1.0)], 0.0)
+                limit([*line, (costs[at, group], -1.0)], float(free[at, head]))
                 limit([*line, (growth, -float(dense[at, head]))], float(kept[at, head]))
                 spent += _times(line, float(scale[group]))
         for variable, weight in spent:
@@ -99,6 +108,23 @@ def _program(
     tokens = np.maximum(tokens, np.ceil(needed / ALPHA_STEP - 1e-6) * ALPHA_STEP)
     alpha[moves], beta[moves] = tokens[member], slopes[member]
     return alpha, beta
+
+
+def _given_back(keys: np.ndarray, grown: np.ndarray, room: np.ndarray) -> np.ndarray:
+    """Heads, bool (heads,), that stay as they are so that what the others have `grown` by, (lengths, heads), fits in `room` (lengths,).
+
+    keys: (_, heads), equal for heads that must stay equal.
+    """
+    _, member = np.unique(keys, axis=1, return_inverse=True)
+    member = member.ravel()
+    gains = np.stack([np.bincount(member, weights=row) for row in grown])
+    worth = (gains / np.maximum(room, 1.0)[:, None]).sum(axis=0)
+    back = np.zeros(gains.shape[1], dtype=bool)
+    while (over := gains[:, ~back].sum(axis=1) - room).max() > 0:
+        takes = np.where(back, 0.0, gains[over.argmax()])
+        # First what is worth least for the tokens that are missing.
+        back[np.where(takes > 0, worth / np.maximum(takes, 1.0), np.inf).argmin()] = True
+    return back[member]
 
 
 def _times(terms: list[tuple[int, float]], factor: float) -> list[tuple[int, float]]:

@@ -108,3 +108,18 @@ def test_a_plan_that_exceeds_a_length_is_returned_as_it_is_also_where_nothing_ma
         # At 2 tokens not one of 24 may be kept at 1%.
         asked = {2: density, 8192: 0.5}
         assert spend(plan, asked) is plan
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+def test_lines_with_parts_of_tokens_find_room_where_one_length_is_full(seed: int) -> None:
+    windows = tuple(None if layer % 6 == 5 else 1024 for layer in range(12))
+    geometry = small_geometry(layers=12, kv_heads=4, max_length=16384, layer_windows=windows)
+    rng = np.random.default_rng(seed)
+    rules = tuple(tuple(SpanRule(float(rng.integers(128, 1000)), float(rng.random() * 0.3)) for _ in range(4)) for _ in range(12))
+    plan = Plan(geometry=geometry, rules=rules)
+    grown = spend(plan, dict.fromkeys((1024, 2048, 4096, 8192, 16384), 0.9))
+    for n in (1024, 2048):
+        assert 0.89 < grown.density(n) <= 0.9
+    for n in (4096, 8192, 16384):
+        assert (grown.spans(n) >= plan.spans(n)).all()
+        assert grown.density(n) <= 0.9
