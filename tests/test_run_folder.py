@@ -237,6 +237,15 @@ def test_stages_of_their_own_refuse_an_infeasible_density_before_the_model_is_lo
     assert exit_code(monkeypatch, *search[:2], "--density", "0.2", "--min-span", "70", "--out", tmp_path / "front.json") == 0
 
 
+def test_learning_where_all_tokens_fit_in_fewer_bits_is_refused_before_the_model_is_loaded(
+    done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shared = ("--profile", done / "profile.safetensors", "--model", tmp_path / "no-model", "--density", "0.8", "--bits", "8,4")
+    assert exit_code(monkeypatch, "learn", done / "samples.safetensors", *shared, "--out", tmp_path / "front.json") == 2
+    assert "density 0.8 holds all tokens in 8,4 bits" in capsys.readouterr().err
+    assert not (tmp_path / "front.json").exists()
+
+
 def test_a_study_that_no_density_is_feasible_for_is_refused_before_its_folder_is_touched(
     settings: RunSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,7 +18,7 @@ from moa_lab.commands.terminal import (
     parts_of,
     weights_of,
 )
-from moa_lab.plan import MIN_SPAN, Bits, mixed_name, read_mixes, told_bits
+from moa_lab.plan import MIN_SPAN, Bits, mixed_name, read_mixes, tokens_bought, told_bits
 
 
 def learn(
@@ -52,6 +52,9 @@ def learn(
     weighed, mixes = weights_of(weights), read_mixes(bits)
     loaded_samples, table = SampleSet.load(samples), loss_table(InfluenceProfile.load(profile), min_span=min_span)
     feasible(table, density, max_rules, mix=mixes[-1])
+    # The first mix has the most bits.
+    if tokens_bought({1: density}, mixes[0], table.geometry)[1] == 1:
+        raise ValueError(f"density {density:g} holds all tokens in {bits} bits: there is nothing to learn; lower --density")
     loaded, tokenizer = load_model(model)
     with Bars() as bars:
 

@@ -96,7 +96,8 @@ def learn_spans(
     targets = feasible(table, density, max_rules_per_layer, mix=mix)
     objectives = (*(objective.name for objective in table.objectives), DENSITY)
     if min(targets.values()) == 1:
-        return Front((), objectives)
+        logger.info("nothing to learn: the density holds all tokens in %s bits", bits)
+        return Front((), objectives, {"solver": "learn", "density": {str(n): d for n, d in targets.items()}}, table.provenance)
     mixtures = Mixtures(table, targets, rate)
     sampler = SlopeSampler.fitting(model, table, samples, seed, weights, bits=mix)
     history: list[dict[str, float]] = []
