@@ -10,6 +10,8 @@ ALPHA_STEP, BETA_STEP = 0.25, 2.0**-14
 """Rules are rounded down to these, so that a card reads well and the budget holds."""
 ROUNDS = 4
 """Programs in turn: a span that the last one made whole costs no more than the whole from then on."""
+ENOUGH = 1e-3
+"""Share of a length's budget: a program that spent less more is the last."""
 EVENLY = 1e-3
 """Weight of the largest growth of a rule, as a share of what it can see, against the share of the budget that is spent."""
 
@@ -42,6 +44,8 @@ def bent(
         if (spent > allowed).any() or (spent <= kept.sum(axis=1)).all():
             break
         alpha, beta = found
+        if ((spent - kept.sum(axis=1)) / allowed).max() < ENOUGH:
+            break
     return alpha, beta
 
 
