@@ -9,10 +9,10 @@ from typing import Any
 
 from moa_lab.search.baselines import BASELINES, baseline_plan
 from moa_lab.search.budget import BudgetAnswer, BudgetSolver, solve_budget
-from moa_lab.search.candidates import GoalSet, goal_sets, search
+from moa_lab.search.candidates import search
 from moa_lab.search.evolve import PlanProblem, evolve
 from moa_lab.search.front import epsilon_front, front_values, hypervolume, non_dominated
-from moa_lab.search.goals import Goal, default_goals, mean_goal, paper_goals
+from moa_lab.search.goals import Goal, GoalSet, default_goals, goal_sets, mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import MilpAnswer, solve_milp
 from moa_lab.search.problem import InfeasibleError, NoPlanError, feasible, limit_lengths, used_lengths

@@ -9,18 +9,18 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
 from moa_lab.plan import MIN_SPAN, Bits, Plan, read_mixes
-from moa_lab.records import Form, Front, FrontPoint, InfluenceProfile, LossTable
+from moa_lab.records import Front, FrontPoint, InfluenceProfile, LossTable
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
 from moa_lab.search.front import DENSITY, Progress, epsilon_front, plan_point, point, spent_point, undominated
-from moa_lab.search.goals import QUESTIONS, Goal, default_goals, mean_goal, paper_goals
+from moa_lab.search.goals import Goal, GoalSet, default_goals, goal_sets, mean_goal, paper_goals
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import solve_milp
 from moa_lab.search.mixes import over_mixes, stored_front
@@ -40,14 +40,6 @@ AT_ONCE = os.cpu_count() or 1
 GAP = 2e-3
 WORST_GAP = 1e-2
 """Worst-distance programs close the last per cent of their gap slowly, and the prediction is not that exact."""
-
-
-@dataclass(frozen=True)
-class GoalSet:
-    """Goals that span one epsilon-constraint front; `name` becomes its points' origin."""
-
-    name: str
-    goals: tuple[Goal, ...]
 
 
 def search(
@@ -138,24 +130,6 @@ def _found(
         "intervals": intervals, "max_rules_per_layer": max_rules, "seed": seed, "found": len(points), "kept_origins": list(keep),
     }  # fmt: skip
     return Front(tuple(renamed(chosen)), names, settings, table.provenance)
-
-
-def goal_sets(table: LossTable) -> tuple[GoalSet, ...]:
-    """The default goals and the alternatives that `search` names, where the table holds their forms; a single task is split by length."""
-    tasks = {objective.task for objective in table.objectives}
-    held = {objective.form for objective in table.objectives}
-    by: Any = "task" if len(tasks) > 1 else "task_length"
-    worst: Form = "worst_distance"
-    sets = [GoalSet("default", default_goals(table, by))]
-    if "sum" in held:
-        sets.append(GoalSet("paper", paper_goals(table, by)))
-    if worst in held:
-        others = {task: worst for task in tasks if task != QUESTIONS}
-        if QUESTIONS in tasks:
-            sets.append(GoalSet("worst-questions", default_goals(table, by, forms={QUESTIONS: worst})))
-        if others:
-            sets.append(GoalSet("worst-others", default_goals(table, by, forms=others)))
-    return tuple(sets)
 
 
 class _Search:

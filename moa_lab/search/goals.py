@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from moa_lab.records import Form, LossTable
 
@@ -87,3 +87,29 @@ def _refuse_unknown(argument: str, given: Mapping[str, object], known: set[str])
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(f"{argument}: {unknown[0]!r} is not in the table; it holds {sorted(known)}")
+
+
+@dataclass(frozen=True)
+class GoalSet:
+    """Goals that span one epsilon-constraint front; `name` becomes its points' origin."""
+
+    name: str
+    goals: tuple[Goal, ...]
+
+
+def goal_sets(table: LossTable) -> tuple[GoalSet, ...]:
+    """The default goals and the alternatives that `search` names, where the table holds their forms; a single task is split by length."""
+    tasks = {objective.task for objective in table.objectives}
+    held = {objective.form for objective in table.objectives}
+    by: Any = "task" if len(tasks) > 1 else "task_length"
+    worst: Form = "worst_distance"
+    sets = [GoalSet("default", default_goals(table, by))]
+    if "sum" in held:
+        sets.append(GoalSet("paper", paper_goals(table, by)))
+    if worst in held:
+        others = {task: worst for task in tasks if task != QUESTIONS}
+        if QUESTIONS in tasks:
+            sets.append(GoalSet("worst-questions", default_goals(table, by, forms={QUESTIONS: worst})))
+        if others:
+            sets.append(GoalSet("worst-others", default_goals(table, by, forms=others)))
+    return tuple(sets)
