@@ -15,6 +15,7 @@ from moa_lab.calibration.tasks import Questions
 from moa_lab.learning.batches import BATCH_TOKENS
 from moa_lab.learning.descent import FLOOR_SHARES
 from moa_lab.pace import Pace
+from moa_lab.plan import tokens_bought
 from moa_lab.profiling.estimate import estimate_cost
 from moa_lab.refinement import MOVES
 from moa_lab.run_inputs import RunInputs
@@ -66,14 +67,17 @@ class Forecast:
         cost = estimate_cost(model, [Sample("probe", np.zeros(longest, np.int64), ((longest - 1, longest),))])
         samples = {n: sum(request.count for request in run.wanted) for n in run.lengths}
         many = len(run.mixes)
-        measured = preset.candidates + many * (SIMPLE_PLANS + LEARNED_PLANS * bool(preset.learning_steps)) + preset.refine_rounds
+        # Where fewer bits hold all tokens, nothing is learned.
+        descents = sum(min(tokens_bought(run.limits, mix, run.geometry).values()) < 1 for mix in run.mixes)
+        learned = descents * LEARNED_PLANS * bool(preset.learning_steps)
+        measured = preset.candidates + many * SIMPLE_PLANS + learned + preset.refine_rounds
         compared = 2 + many + len(preset.baselines)
         judged = (run.suites.validated_counts(), 1 + measured), (run.suites.tested_counts(run.test_lengths), compared)
         step = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
-        tokens = int(many * LEARNED_STEPS * preset.learning_steps * step) + sum(
+        tokens = int(descents * LEARNED_STEPS * preset.learning_steps * step) + sum(
             n * every * plans for counts, plans in judged for n, (every, _) in counts.items()
         )
-        pace = Pace.of(model, cost, run.answer_batch, tokens, bool(preset.learning_steps))
+        pace = Pace.of(model, cost, run.answer_batch, tokens, bool(preset.learning_steps), run.settings.sink_tokens)
         # On a CPU questions are profiled as they are answered.
         joined = model.device.type == "cpu" and not cost.checkpoint
         asked = sum(request.count for request in run.wanted if isinstance(request.task, Questions)) if joined else 0
@@ -87,7 +91,7 @@ class Forecast:
             # A length is drawn in proportion to its tokens.
             tasks, drawn = sum(request.count > 0 for request in run.wanted_lessons), np.array(run.lesson_lengths)
             each = [max(step // n, tasks) * pace.drawn(n) for n in run.lesson_lengths]
-            foretold["learn"] = many * LEARNED_STEPS * preset.learning_steps * float(drawn @ each / drawn.sum())
+            foretold["learn"] = descents * LEARNED_STEPS * preset.learning_steps * float(drawn @ each / drawn.sum())
         if preset.refine_rounds:
             heads = min(preset.refine_heads, run.geometry.layers * run.geometry.kv_heads)
             plans = preset.refine_rounds * (2 * heads + CLIMBS * len(MOVES))

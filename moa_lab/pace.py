@@ -19,7 +19,6 @@ from moa_lab.interface.compiled import compiled_layers
 from moa_lab.kernels.mixture import BLOCK
 from moa_lab.learning.slopes import drawn_slopes, passes, tokens_at_once
 from moa_lab.models import geometry_of
-from moa_lab.plan import SINK_TOKENS
 from moa_lab.profiling.estimate import Estimate, Seconds, far_apart
 from moa_lab.side_by_side import on_one_core, workers
 
@@ -40,7 +39,7 @@ class Pace:
     at_once: int
 
     @classmethod
-    def of(cls, model: PreTrainedModel, cost: Estimate, answer_batch: int, tokens: int, learns: bool) -> Pace:
+    def of(cls, model: PreTrainedModel, cost: Estimate, answer_batch: int, tokens: int, learns: bool, sink_tokens: int) -> Pace:
         """Measured on `model`, whose answers are written `answer_batch` at once, as it runs when it has run `tokens` tokens.
 
         cost: of a profile of the longest sample. learns: whether `drawn` is measured at all.
@@ -48,7 +47,7 @@ class Pace:
         probed = far_apart(PROBE_TOKENS.get(model.device.type, PROBE_TOKENS["cpu"]), geometry_of(model).max_length)
         with compiled_layers(model, tokens):
             forward = on_one_core(lambda: [_steady(model, _forward, n) for n in probed], model.device)
-            drawn = [_steady(model, partial(_drawn, cost=cost), n) if learns else 0.0 for n in probed]
+            drawn = [_steady(model, partial(_drawn, cost=cost, sink_tokens=sink_tokens), n) if learns else 0.0 for n in probed]
         token = on_one_core(lambda: _token_s(model, answer_batch), model.device)
         at_once = workers(2**16, model.device, forward_bytes(model, cost.longest_tokens))
         return cls(Seconds.through(probed, forward), cost.seconds_each, Seconds.through(probed, drawn), token, at_once)
@@ -82,7 +81,7 @@ def _forward(model: PreTrainedModel, n: int) -> int:
     return size
 
 
-def _drawn(model: PreTrainedModel, n: int, cost: Estimate) -> int:
+def _drawn(model: PreTrainedModel, n: int, cost: Estimate, sink_tokens: int) -> int:
     """The passes of learning from samples of n tokens, one in four of which is a text whose second half counts."""
     size = 1 if model.device.type == "cpu" else max(1, min(GPU_BATCH_TOKENS, tokens_at_once(cost)) // n)
     tokens, geometry = _tokens(model, n).cpu().numpy(), geometry_of(model)
@@ -90,7 +89,7 @@ def _drawn(model: PreTrainedModel, n: int, cost: Estimate) -> int:
     half = torch.full((geometry.layers, size, geometry.kv_heads), max(1, n // BLOCK // 2), dtype=torch.int32, device=model.device)
     for places in passes(batch, size):
         part, weights = [batch[at] for at in places], [1.0] * len(places)
-        drawn_slopes(model, part, half[:, places], weights, SINK_TOKENS, checkpoint=tokens_at_once(cost) < n)
+        drawn_slopes(model, part, half[:, places], weights, sink_tokens, checkpoint=tokens_at_once(cost) < n)
     return size
 
 

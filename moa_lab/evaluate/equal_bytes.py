@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from moa_lab.plan import EQUAL_BYTES, Plan
+from moa_lab.plan import EQUAL_BYTES, UNTOUCHED, Plan
 from moa_lab.records import Measurement
 
 
@@ -39,7 +39,10 @@ def unequal_rows(rows: Iterable[Measurement]) -> str:
 
 
 def _reason(plan: Plan, asked: float, length: int) -> str:
-    if plan.bits and plan.density(length) < asked:
+    untouched = plan.with_bits(UNTOUCHED).density(length) if plan.bits and plan.density(length) < asked else 0.0
+    if untouched == 1:
+        return "it keeps every token, in fewer bits"
+    if keeps(untouched, asked):
         return "it stores keys or values in fewer bits"
     has_windows = any(window is not None for window in plan.geometry.layer_windows)
     dense = sum(plan.geometry.dense_span_tokens(layer, length) for layer in range(plan.geometry.layers))
