@@ -15,7 +15,7 @@ from moa_lab.calibration.tasks import Questions
 from moa_lab.learning.batches import BATCH_TOKENS
 from moa_lab.learning.descent import FLOOR_SHARES
 from moa_lab.pace import Pace
-from moa_lab.plan import tokens_bought
+from moa_lab.plan import share_bought
 from moa_lab.profiling.estimate import estimate_cost
 from moa_lab.refinement import MOVES
 from moa_lab.run_inputs import RunInputs
@@ -68,7 +68,7 @@ class Forecast:
         samples = {n: sum(request.count for request in run.wanted) for n in run.lengths}
         many = len(run.mixes)
         # Where fewer bits hold all tokens, nothing is learned.
-        descents = sum(min(tokens_bought(run.limits, mix, run.geometry).values()) < 1 for mix in run.mixes)
+        descents = sum(share_bought(run.settings.density, mix, run.geometry) < 1 for mix in run.mixes)
         learned = descents * LEARNED_PLANS * bool(preset.learning_steps)
         measured = preset.candidates + many * SIMPLE_PLANS + learned + preset.refine_rounds
         compared = 2 + many + len(preset.baselines)

@@ -23,7 +23,7 @@ from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.forecast import Forecast
 from moa_lab.learning import learn_spans
 from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import WHOLE_BITS, Bits, Plan, dense_plan, mixed_name, stored_plan, tokens_bought, told_bits, uniform_plan
+from moa_lab.plan import WHOLE_BITS, Bits, Plan, dense_plan, mixed_name, share_bought, stored_plan, told_bits, uniform_plan
 from moa_lab.profiling import profile, profiling_examiner
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements, candidates
@@ -136,8 +136,7 @@ class Run(RunInputs):
         uniform = partial(uniform_plan, self.geometry, lengths=lengths, min_span=floor, sink_tokens=sink)
         plans = [dense_plan(self.geometry, lengths)]
         for mix in filter(self.holds_floor, dict.fromkeys((WHOLE_BITS, *self.mixes))):
-            (share,) = tokens_bought({1: density}, mix, self.geometry).values()
-            plans.append(stored_plan(uniform(share), mix))
+            plans.append(stored_plan(uniform(share_bought(density, mix, self.geometry)), mix))
         for name in self.preset.baselines if self.holds_floor(WHOLE_BITS) else ():
             made = self._stored(
                 f"baseline-{name}.json", Plan.load,

@@ -18,7 +18,7 @@ from moa_lab.commands.terminal import (
     parts_of,
     weights_of,
 )
-from moa_lab.plan import MIN_SPAN, Bits, mixed_name, read_mixes, tokens_bought, told_bits
+from moa_lab.plan import MIN_SPAN, Bits, mixed_name, read_mixes, share_bought, told_bits
 
 
 def learn(
@@ -28,7 +28,7 @@ def learn(
     density: Annotated[float, typer.Option("--density")] = 0.5,
     model: ModelOption = "smollm2",
     steps: Annotated[
-        int, typer.Option("--steps", min=1, help="steps of the descent; on a GPU some 0.4 s each with the embedded model")
+        int, typer.Option("--steps", min=1, help="steps of the descent; on a GPU some 0.2 s each with the embedded model")
     ] = 400,
     weights: Annotated[
         str | None, typer.Option("--weights", help="of tasks in the loss, 1 each unless given: summaries=2,text=3 puts words first")
@@ -53,7 +53,7 @@ def learn(
     loaded_samples, table = SampleSet.load(samples), loss_table(InfluenceProfile.load(profile), min_span=min_span)
     feasible(table, density, max_rules, mix=mixes[-1])
     # The first mix has the most bits.
-    if tokens_bought({1: density}, mixes[0], table.geometry)[1] == 1:
+    if share_bought(density, mixes[0], table.geometry) == 1:
         raise ValueError(f"density {density:g} holds all tokens in {bits} bits: there is nothing to learn; lower --density")
     loaded, tokenizer = load_model(model)
     with Bars() as bars:

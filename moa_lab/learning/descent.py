@@ -26,7 +26,7 @@ from moa_lab.learning.checkpoint import Checkpoint
 from moa_lab.learning.mixtures import Mixtures
 from moa_lab.learning.slopes import SlopeSampler
 from moa_lab.models import weights_fingerprint
-from moa_lab.plan import WHOLE_BITS, mixed_name, read_mixes
+from moa_lab.plan import WHOLE_BITS, mixed_name, read_mix
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, LossTable
 from moa_lab.search.front import DENSITY, distinct, point, spent_point
@@ -90,9 +90,7 @@ def learn_spans(
     if weights.keys() - set(batches.tasks) or not all(0 <= weight < math.inf for weight in counted) or not any(counted):
         raise ValueError(f"weights must be at least 0, one above it, and of the tasks {', '.join(batches.tasks)}, got {weights}")
     check_inputs(model, samples, table, tokenizer, any_model=any_model)
-    (mix, *others) = read_mixes(bits)
-    if others:
-        raise ValueError(f"a descent stores keys and values in one mix of bits, got {bits!r}: call it once for each")
+    mix = read_mix(bits)
     targets = feasible(table, density, max_rules_per_layer, mix=mix)
     objectives = (*(objective.name for objective in table.objectives), DENSITY)
     if min(targets.values()) == 1:

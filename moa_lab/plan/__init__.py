@@ -2,7 +2,18 @@
 
 from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits
 from moa_lab.plan.card import BITS_FIELDS, PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, SINK_TOKENS, Plan, PlanOrPath, as_plan, check_names
-from moa_lab.plan.mixes import WHOLE_BITS, mix_of, mixed_name, read_mixes, stored_plan, token_price, tokens_bought, told_bits
+from moa_lab.plan.mixes import (
+    WHOLE_BITS,
+    mix_of,
+    mixed_name,
+    read_mix,
+    read_mixes,
+    share_bought,
+    stored_plan,
+    token_price,
+    tokens_bought,
+    told_bits,
+)
 from moa_lab.plan.rules import DENSE, MIN_SPAN, SpanRule
 from moa_lab.plan.simple import EQUAL_BYTES, check_density, dense_plan, full_or_floor_plan, uniform_plan
 
@@ -28,7 +39,9 @@ __all__ = [
     "full_or_floor_plan",
     "mix_of",
     "mixed_name",
+    "read_mix",
     "read_mixes",
+    "share_bought",
     "stored_plan",
     "token_price",
     "tokens_bought",

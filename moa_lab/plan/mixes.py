@@ -29,6 +29,14 @@ def read_mixes(bits: int | str) -> tuple[Bits, ...]:
     return tuple(sorted(found, key=lambda mix: (sum(mix), mix), reverse=True))
 
 
+def read_mix(bits: int | str) -> Bits:
+    """The one mix that `bits` names, as for `read_mixes`. Raises ValueError for several."""
+    mix, *others = read_mixes(bits)
+    if others:
+        raise ValueError(f"one mix of bits holds here for all keys and values, got {bits!r}: ask for one after the other")
+    return mix
+
+
 def told_bits(mix: Bits) -> str:
     """As `read_mixes` reads it."""
     return f"{mix[0]}" if mix[0] == mix[1] else f"{mix[0]}+{mix[1]}"
@@ -41,8 +49,12 @@ def mixed_name(name: str, mix: Bits) -> str:
 
 def tokens_bought(targets: Mapping[int, float], mix: Bits, geometry: ModelGeometry) -> dict[int, float]:
     """The share of the tokens, by length, that the share `targets` of the bytes of a 16-bit cache holds in `mix`; at most all of them."""
-    ratio = token_price(mix, geometry)
-    return {n: min(1.0, share / ratio) for n, share in targets.items()}
+    return {n: share_bought(share, mix, geometry) for n, share in targets.items()}
+
+
+def share_bought(share: float, mix: Bits, geometry: ModelGeometry) -> float:
+    """`tokens_bought` of one share."""
+    return min(1.0, share / token_price(mix, geometry))
 
 
 def token_price(mix: Bits, geometry: ModelGeometry) -> float:

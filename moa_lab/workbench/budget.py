@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from moa_lab.cache import allocated_kv_bytes
-from moa_lab.plan import Bits, Plan, check_density, dense_plan, read_mixes, stored_plan, token_price, told_bits
+from moa_lab.plan import Plan, check_density, dense_plan, read_mix, share_bought, stored_plan, token_price, told_bits
 from moa_lab.records import LossTable
 from moa_lab.search import BudgetSolver, Goal, default_goals, mean_goal, solve_milp
 
@@ -76,10 +76,7 @@ class Budget:
     @bits.setter
     def bits(self, bits: int | str) -> None:
         """Raises ValueError for what is no single mix."""
-        mixes: tuple[Bits, ...] = read_mixes(bits)
-        if len(mixes) > 1:
-            raise ValueError(f"a budget is for one mix of bits, got {bits!r}")
-        (self._mix,) = mixes
+        self._mix = read_mix(bits)
         self._price = token_price(self._mix, self.table.geometry)
         self.least = self._least_tokens * self._price
 
@@ -99,8 +96,8 @@ class Budget:
     def exact(self, time_limit_s: float = 30.0, cancel: threading.Event | None = None) -> Answer:
         """The optimal plan, or the best one found in time, with its proven gap; the cap on rules holds."""
         found = solve_milp(
-            self.table, min(1.0, self.density / self._price), goal=self.goal, max_rules_per_layer=self.max_rules, pinned=self.pinned,
-            time_limit_s=time_limit_s, cancel=cancel,
+            self.table, share_bought(self.density, self._mix, self.table.geometry), goal=self.goal, max_rules_per_layer=self.max_rules,
+            pinned=self.pinned, time_limit_s=time_limit_s, cancel=cancel,
         )  # fmt: skip
         return self._told(found.choice, found.gap, found.seconds, f"exact ({found.status.replace('_', ' ')})", False)
 
