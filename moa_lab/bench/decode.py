@@ -140,5 +140,4 @@ def _schedule(ring: RingLayer) -> DecodeSchedule:
         return made
     from moa_lab.kernels.decode import tile_slots
 
-    tile = tile_slots(sample.shape[-1], sample.dtype, ring.most_bits)
-    return decode_schedule(ring.layout.slots, len(sample), tile, INTERPRETER_PROGRAMS, sample.device)
+    return decode_schedule(ring.layout.slots, len(sample), tile_slots(ring), INTERPRETER_PROGRAMS, sample.device)

@@ -70,6 +70,24 @@ def generate(
 
 
 @app.command()
+def engine(
+    out: Annotated[Path, typer.Option("--out", help="the record, JSON")],
+    peer: Annotated[str, typer.Option("--peer", help="vLLM-bf16 or vLLM-fp8: how K and V are stored")] = "vLLM-bf16",
+    lengths: Annotated[str, typer.Option("--lengths", help="prompt lengths, separated by commas")] = "4096,8192,16384",
+    force: ForceOption = False,
+) -> None:
+    """Decoding and prefill of the 7B geometry by vLLM, which must be installed here: the peer of E5 to E7, for `bench generate --peer`."""
+    from moa_lab.bench.engine import bench_engine, told_by
+    from moa_lab.storage import write_json
+
+    free(out, force)
+    with Bars() as bars:
+        record = bench_engine(peer, lengths_of(lengths) or (), progress=bars.steps("engine"))
+    write_json(out, record)
+    typer.echo("\n".join(f"--peer {text}" for text in told_by(record)))
+
+
+@app.command()
 def search(
     out: Annotated[Path, typer.Option("--out", help="the record, JSON")],
     quick: Annotated[bool, typer.Option("--quick", help="a tiny table: shows that everything runs, and no more")] = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from math import gcd
 from typing import Any
 
@@ -17,6 +18,15 @@ PROGRAMS_PER_CORE = 3
 """Most programs per streaming multiprocessor."""
 TILES_PER_PROGRAM = 32
 """Fewest tiles per program, where there are several per multiprocessor: each program adds a partial result to merge."""
+
+HAS_GLUON = find_spec("triton.experimental") is not None and find_spec("triton.experimental.gluon") is not None
+WARP_DIMS = {64: 32, 128: 32, 256: 16}
+"""head_dim that a warp reads codes of, and slots per tile."""
+WARPS_PER_CORE = 12
+TILES_PER_WARP = 8
+"""As `PROGRAMS_PER_CORE` and `TILES_PER_PROGRAM`, where a program is a warp."""
+WARP_REGISTERS = 168
+"""Registers of a thread, so that as many warps run at once."""
 
 
 def decode_attention(
@@ -70,15 +80,28 @@ def _decode(
     part_max, part_sum = torch.empty(2, len(segments), group, dtype=torch.float32, device=query.device)
     if codes is None or grids is None or sides is None:
         codes, grids, sides = keys, keys, table
-    decode_kernel[(len(bounds) - 1,)](
-        query, keys, values, codes, grids, table, sides, lengths, segments, bounds, part_output, part_max, part_sum,
-        query.stride(0), query.stride(1), keys.stride(0), codes.stride(0), grids.stride(0), sink_tokens, reach, scale, softcap or 1.0,
-        GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
-        TILE=tile, CAPPED=softcap != 0, REACHES=reach != 0, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        PAIRS=tuple(zip(widths[::2], widths[1::2], strict=True)),
-        ALIGNED=gcd(16, *(code_words(head_dim, bits) for bits in widths if bits != UNTOUCHED)),
-        num_warps=4, num_stages=_stages(query.dtype, max(widths, default=UNTOUCHED)),
-    )  # fmt: skip
+    common = {"GROUP": group, "HEAD_DIM": head_dim, "TILE": tile, "CAPPED": softcap != 0, "REACHES": reach != 0}
+    packed = {
+        "PAIRS": tuple(zip(widths[::2], widths[1::2], strict=True)),
+        "ALIGNED": gcd(16, *(code_words(head_dim, bits) for bits in widths if bits != UNTOUCHED)),
+    }
+    if by_warps(query, bool(widths)):
+        # Imported here: Gluon is newer than Triton itself.
+        from moa_lab.kernels.decode_warps import decode_warps_kernel
+
+        decode_warps_kernel[(len(bounds) - 1,)](
+            query, keys, codes, grids, table, sides, lengths, segments, bounds, part_output, part_max, part_sum,
+            query.stride(0), query.stride(1), keys.stride(0), codes.stride(0), grids.stride(0), sink_tokens, reach, scale, softcap or 1.0,
+            ROWS=max(triton.next_power_of_2(group), 8), **common, **packed, num_warps=1, maxnreg=WARP_REGISTERS,
+        )  # fmt: skip
+    else:
+        decode_kernel[(len(bounds) - 1,)](
+            query, keys, values, codes, grids, table, sides, lengths, segments, bounds, part_output, part_max, part_sum,
+            query.stride(0), query.stride(1), keys.stride(0), codes.stride(0), grids.stride(0), sink_tokens, reach, scale, softcap or 1.0,
+            ROWS=max(triton.next_power_of_2(group), 16), PADDED_DIM=padded_dim,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            **common, **packed, num_warps=4, num_stages=_stages(query.dtype, max(widths, default=UNTOUCHED)),
+        )  # fmt: skip
     merge_kernel[(batch * query_heads,)](
         part_output, part_max, part_sum, firsts, part_max if sink_logits is None else sink_logits.contiguous(),
         output, output.stride(0), output.stride(1), query_heads,
@@ -92,14 +115,25 @@ def _(query: torch.Tensor, *_: object) -> torch.Tensor:
     return query.new_empty(query.shape)
 
 
-def tile_slots(head_dim: int, dtype: torch.dtype, bits: int = UNTOUCHED) -> int:
-    """Slots per tile, which a program reads at once. bits: the most that a head stores."""
-    size = 4 if dtype == torch.float32 else 2 if bits == UNTOUCHED else 1
-    return max(16, min(128, 16384 // (triton.next_power_of_2(head_dim) * size)))
+def by_warps(sample: torch.Tensor, packed: bool) -> bool:
+    """Whether a single warp is a program: over codes, on NVIDIA's tensor cores. sample: of the ring's device, dtype and head_dim."""
+    fits = packed and sample.is_cuda and sample.dtype in (torch.float16, torch.bfloat16) and sample.shape[-1] in WARP_DIMS
+    return fits and HAS_GLUON and torch.version.cuda is not None and torch.cuda.get_device_capability(sample.device) >= (8, 0)
 
 
-def programs_for(tiles: int, cores: int) -> int:
+def tile_slots(ring: RingLayer) -> int:
+    """Slots per tile, which a program reads at once."""
+    sample, packed = ring.sample, isinstance(ring, PackedRing)
+    if by_warps(sample, packed):
+        return WARP_DIMS[sample.shape[-1]]
+    size = 4 if sample.dtype == torch.float32 else 2 if ring.most_bits == UNTOUCHED else 1
+    return max(16, min(128, 16384 // (triton.next_power_of_2(sample.shape[-1]) * size)))
+
+
+def programs_for(ring: RingLayer, tiles: int, cores: int) -> int:
     """How many programs read `tiles` tiles on a GPU of `cores` streaming multiprocessors."""
+    if by_warps(ring.sample, isinstance(ring, PackedRing)):
+        return min(max(tiles // TILES_PER_WARP, cores), WARPS_PER_CORE * cores)
     return min(max(tiles // TILES_PER_PROGRAM, cores), PROGRAMS_PER_CORE * cores)
 
 

@@ -163,9 +163,9 @@ def new_schedule(ring: RingLayer, batch: int) -> DecodeSchedule | None:
     # Imported here, since Triton may be missing.
     from moa_lab.kernels.decode import programs_for, tile_slots
 
-    tile = tile_slots(sample.shape[-1], sample.dtype, ring.most_bits)
+    tile = tile_slots(ring)
     tiles = batch * int((-(-ring.layout.slots // tile)).sum())
-    return decode_schedule(ring.layout.slots, batch, tile, programs_for(tiles, _cores(sample.device)), sample.device)
+    return decode_schedule(ring.layout.slots, batch, tile, programs_for(ring, tiles, _cores(sample.device)), sample.device)
 
 
 def _cores(device: torch.device) -> int:

@@ -101,7 +101,7 @@ def test_decoding_over_large_rings_equals_the_reference(batch: int, window: int)
     ring, lengths = full_ring(batch, (window, 100), 2 * window + 77, head_dim)
     assert not ON_GPU or batch == 1 or ring.keys.numel() > 2**31
     query = random(batch, 4, 1, head_dim, seed=5)
-    schedule = new_schedule(ring, batch) or decode_schedule(ring.layout.slots, batch, tile_slots(head_dim, DTYPE), 5, DEVICE)
+    schedule = new_schedule(ring, batch) or decode_schedule(ring.layout.slots, batch, tile_slots(ring), 5, DEVICE)
     found = decode_attention(query, ring, lengths, schedule, SCALE)
     for row in {0, batch - 1}:
         part = slice(row, row + 1)
@@ -121,7 +121,7 @@ def test_decoding_over_large_packed_rings_equals_the_reference(batch: int, windo
     ring.buffers["grids"].copy_(steps << 16 | 0xBC00)
     lengths = torch.full((batch,), layout.capacity, dtype=torch.int32, device=DEVICE)
     query = random(batch, 6, 1, head_dim, seed=5)
-    schedule = new_schedule(ring, batch) or decode_schedule(layout.slots, batch, tile_slots(head_dim, DTYPE), 5, DEVICE)
+    schedule = new_schedule(ring, batch) or decode_schedule(layout.slots, batch, tile_slots(ring), 5, DEVICE)
     found = decode_attention(query, ring, lengths, schedule, SCALE)
     for row in {0, batch - 1}:
         one = copy.copy(ring)
