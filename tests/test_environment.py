@@ -145,9 +145,8 @@ def test_search_and_figures_work_where_torch_is_not_installed(package: str) -> N
 
 
 def test_every_module_but_the_kernels_imports_without_triton() -> None:
-    kernels = [
-        f"moa_lab.kernels.{name}" for name in ("prefill", "prefill_kernel", "decode", "decode_kernel", "codes", "read", "write", "drawn")
-    ]
+    names = "prefill", "prefill_kernel", "decode", "decode_kernel", "decode_warps", "operands", "codes", "read", "write", "drawn"
+    kernels = [f"moa_lab.kernels.{name}" for name in names]
     # These run in kvpress's environment.
     others = [f"moa_lab.presses.{name}" for name in ("harness", "kvpress_presses")]
     done = python_in_a_new_process(HIDE.replace("{names}", "('triton', 'kvpress')") + f"import_all('moa_lab', *{kernels + others})")

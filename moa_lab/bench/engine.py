@@ -12,10 +12,10 @@ import torch
 from transformers import LlamaConfig
 
 from moa_lab.bench.models import LLAMA2_7B, ModelShape
-from moa_lab.bench.record import BENCH_SCHEMA
 from moa_lab.clock import clock
 from moa_lab.provenance import provenance
 
+ENGINE_SCHEMA = "moa-lab/engine/1"
 STORES = {"vLLM-bf16": "auto", "vLLM-fp8": "fp8"}
 """kv_cache_dtype of each peer."""
 MEMORY = 0.95
@@ -65,7 +65,7 @@ def bench_engine(
                 progress(done + 1, len(prompts))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
-        "schema": BENCH_SCHEMA.replace("bench", "engine"), "peer": peer, "model": shape.name, "vllm": engine.__version__,
+        "schema": ENGINE_SCHEMA, "peer": peer, "model": shape.name, "vllm": engine.__version__,
         "torch": torch.__version__, "device": device, "memory": memory, "cache_tokens": cache.num_gpu_blocks * cache.block_size,
         "new_tokens": new_tokens, "rows": rows,
         "provenance": vars(provenance(device=device, seed=0)),

@@ -51,7 +51,10 @@ def generate(
     resume: Annotated[bool, typer.Option("--resume", help="keep the sides that the record at --out has, measure the others")] = False,
     peer: Annotated[
         list[str] | None,
-        typer.Option("--peer", help="tokens/s that vLLM-bf16 or vLLM-fp8 reached elsewhere: NAME@PROMPT=TOKENS_PER_S, for E5 and E6"),
+        typer.Option(
+            "--peer",
+            help="for E5 and E6, what vLLM-bf16 or vLLM-fp8 reached elsewhere: NAME@PROMPT=TOKENS_PER_S, or `bench engine`'s record",
+        ),
     ] = None,
     force: ForceOption = False,
 ) -> None:
@@ -84,7 +87,7 @@ def engine(
     with Bars() as bars:
         record = bench_engine(peer, lengths_of(lengths) or (), progress=bars.steps("engine"))
     write_json(out, record)
-    typer.echo("\n".join(f"--peer {text}" for text in told_by(record)))
+    typer.echo("\n".join(told_by(record)))
 
 
 @app.command()
@@ -124,9 +127,13 @@ def _measure(
 
 
 def _told(peers: list[str]) -> dict[tuple[str, int], float]:
-    """Tokens/s by (peer, prompt tokens). Raises ValueError for what is not NAME@PROMPT=TOKENS_PER_S."""
+    """Tokens/s by (peer, prompt tokens). Raises ValueError for what is neither NAME@PROMPT=TOKENS_PER_S nor a record of `bench engine`."""
+    from moa_lab.bench.engine import ENGINE_SCHEMA, told_by
+    from moa_lab.storage import read_json
+
     found: dict[tuple[str, int], float] = {}
-    for text in peers:
+    records = [text for text in peers if text.endswith(".json")]
+    for text in [*(told for path in records for told in told_by(read_json(path, ENGINE_SCHEMA))), *(set(peers) - set(records))]:
         name, _, rate = text.partition("=")
         name, _, prompt = name.partition("@")
         try:

@@ -20,13 +20,12 @@ TILES_PER_PROGRAM = 32
 """Fewest tiles per program, where there are several per multiprocessor: each program adds a partial result to merge."""
 
 HAS_GLUON = find_spec("triton.experimental") is not None and find_spec("triton.experimental.gluon") is not None
-WARP_DIMS = {64: 32, 128: 32, 256: 16}
-"""head_dim that a warp reads codes of, and slots per tile."""
-WARPS_PER_CORE = 12
+WARP_DIMS = (64, 128, 256)
+"""head_dim that a warp reads codes of."""
 TILES_PER_WARP = 8
-"""As `PROGRAMS_PER_CORE` and `TILES_PER_PROGRAM`, where a program is a warp."""
-WARP_REGISTERS = 168
-"""Registers of a thread, so that as many warps run at once."""
+"""As `TILES_PER_PROGRAM`, where a program is a warp."""
+REGISTERS = 16384
+"""Of a quarter of a multiprocessor, which runs whole warps."""
 
 
 def decode_attention(
@@ -92,7 +91,8 @@ def _decode(
         decode_warps_kernel[(len(bounds) - 1,)](
             query, keys, codes, grids, table, sides, lengths, segments, bounds, part_output, part_max, part_sum,
             query.stride(0), query.stride(1), keys.stride(0), codes.stride(0), grids.stride(0), sink_tokens, reach, scale, softcap or 1.0,
-            ROWS=max(triton.next_power_of_2(group), 8), **common, **packed, num_warps=1, maxnreg=WARP_REGISTERS,
+            ROWS=max(triton.next_power_of_2(group), 8), **common, **packed,
+            num_warps=1, maxnreg=warp_registers(head_dim, max(widths)),
         )  # fmt: skip
     else:
         decode_kernel[(len(bounds) - 1,)](
@@ -123,9 +123,9 @@ def by_warps(sample: torch.Tensor, packed: bool) -> bool:
 
 def tile_slots(ring: RingLayer) -> int:
     """Slots per tile, which a program reads at once."""
-    sample, packed = ring.sample, isinstance(ring, PackedRing)
-    if by_warps(sample, packed):
-        return WARP_DIMS[sample.shape[-1]]
+    sample = ring.sample
+    if by_warps(sample, isinstance(ring, PackedRing)):
+        return min(32, 4096 // sample.shape[-1])
     size = 4 if sample.dtype == torch.float32 else 2 if ring.most_bits == UNTOUCHED else 1
     return max(16, min(128, 16384 // (triton.next_power_of_2(sample.shape[-1]) * size)))
 
@@ -133,8 +133,15 @@ def tile_slots(ring: RingLayer) -> int:
 def programs_for(ring: RingLayer, tiles: int, cores: int) -> int:
     """How many programs read `tiles` tiles on a GPU of `cores` streaming multiprocessors."""
     if by_warps(ring.sample, isinstance(ring, PackedRing)):
-        return min(max(tiles // TILES_PER_WARP, cores), WARPS_PER_CORE * cores)
+        # As many as run at once: one more would run alone, after all others.
+        at_once = 4 * (REGISTERS // (32 * warp_registers(ring.sample.shape[-1], ring.most_bits)))
+        return min(max(tiles // TILES_PER_WARP, cores), at_once * cores)
     return min(max(tiles // TILES_PER_PROGRAM, cores), PROGRAMS_PER_CORE * cores)
+
+
+def warp_registers(head_dim: int, bits: int) -> int:
+    """Registers of a thread: fewer let more warps run at once, more let a warp have more on its way. bits: the most that a head stores."""
+    return 255 if head_dim >= 128 and bits >= 8 else 168
 
 
 def _stages(dtype: torch.dtype, bits: int) -> int:

@@ -1,0 +1,75 @@
+"""vLLM as a peer: what is asked of it and how its rates are computed, with an engine that only counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from moa_lab.bench import engine
+from moa_lab.bench.engine import ENGINE_SCHEMA, bench_engine, told_by
+from moa_lab.bench.models import TINY
+from moa_lab.commands.app import app
+from moa_lab.storage import read_json, write_json
+
+
+class Counting:
+    """An engine that needs 1 second a prompt token of all rows and 3 a step. short: answers lack a token."""
+
+    __version__ = "0"
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, short: bool = False) -> None:
+        self.now, self.asked, self.short = 0.0, [], short
+        monkeypatch.setattr(engine, "clock", lambda device: self.now)
+
+    def LLM(self, **settings: Any) -> Counting:
+        self.settings = settings
+        cache = SimpleNamespace(num_gpu_blocks=100, block_size=16)
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
+        return self
+
+    def SamplingParams(self, **settings: Any) -> SimpleNamespace:
+        return SimpleNamespace(**settings)
+
+    def generate(self, prompts: list[dict[str, list[int]]], asked: SimpleNamespace, use_tqdm: bool) -> list[SimpleNamespace]:
+        self.asked.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
+        self.now += sum(self.asked[-1]) + 3 * (asked.max_tokens - 1)
+        tokens = [0] * (asked.max_tokens - self.short)
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens)]) for _ in prompts]
+
+
+def test_rates_are_of_as_many_requests_as_its_cache_holds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    counting, seen = Counting(monkeypatch), []
+    record = bench_engine("vLLM-fp8", [40, 100], TINY, new_tokens=7, progress=lambda *at: seen.append(at), engine=counting)
+    # 48 and 108 tokens, in blocks of 16.
+    assert counting.asked == [[40] * 33, [40] * 33, [100] * 14, [100] * 14]
+    assert counting.settings["kv_cache_dtype"] == "fp8"
+    assert counting.settings["max_model_len"] == 108
+    assert [(row["batch"], row["prefill_rate"], row["rate"], row["ms"]) for row in record["rows"]] == [
+        (33, 1, 11, 3000),
+        (14, 1, 14 / 3, 3000),
+    ]
+    assert seen == [(1, 2), (2, 2)]
+    assert told_by(read_json(write_json(tmp_path / "record.json", record), ENGINE_SCHEMA)) == ["vLLM-fp8@40=11.0", "vLLM-fp8@100=4.7"]
+
+
+def test_answers_that_lack_tokens_are_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="33 of them not with 1 tokens"):
+        bench_engine("vLLM-bf16", [40], TINY, new_tokens=7, engine=Counting(monkeypatch, short=True))
+
+
+def test_another_peer_is_refused() -> None:
+    with pytest.raises(ValueError, match="among vLLM-bf16, vLLM-fp8, got vLLM"):
+        bench_engine("vLLM", [40])
+
+
+def test_its_record_is_a_peer_of_decoding_end_to_end(tmp_path: Path) -> None:
+    record = {"schema": ENGINE_SCHEMA, "peer": "vLLM-fp8", "rows": [{"prompt": 64, "rate": 9.5}]}
+    told = write_json(tmp_path / "told.json", record)
+    arguments = ["bench", "generate", "--quick", "--rows", "E5", "--sides", "plan", "--lengths", "64", "--peer", str(told)]
+    shown = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out.json")])
+    assert shown.exit_code == 0, shown.output
+    assert "vLLM-fp8 9.5" in shown.output
