@@ -46,6 +46,20 @@ GPUS: dict[str, Gpu] = {
 """GPUs by the name that a command takes. Bandwidths are of the vendor's datasheets but where they were measured."""
 
 
+def gpu_of(name: str, memory_gb: float | None = None, read_gb_s: float | None = None) -> Gpu:
+    """The GPU of that name in `GPUS`, or another one of so many GB that reads so many GB/s; what is not given is the named one's.
+
+    Raises ValueError for another name.
+    """
+    if name not in GPUS:
+        raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {name!r}; or say --memory-gb and --read-gb-s of another")
+    known = GPUS[name]
+    if memory_gb is None and read_gb_s is None:
+        return known
+    memory = known.memory_bytes if memory_gb is None else int(memory_gb * 1e9)
+    return Gpu("another GPU", memory, known.read_bytes_s if read_gb_s is None else read_gb_s * 1e9)
+
+
 @dataclass(frozen=True)
 class Capacity:
     """What a GPU does with as many sequences as it holds, or with `batch` of them.

@@ -17,6 +17,7 @@ from moa_lab.commands.capacity import capacity
 from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
 from moa_lab.commands.presses import app as presses_app
+from moa_lab.commands.recommend import recommend
 from moa_lab.commands.stages import calibrate, evaluate, parity, profile, refine, search, validate
 from moa_lab.commands.study import study
 from moa_lab.commands.terminal import (
@@ -169,5 +170,22 @@ def doctor(
         raise typer.Exit(1)
 
 
-for command in (run, calibrate, profile, search, learn, refine, validate, evaluate, parity, study, harness, capacity, show, lab, doctor):
+for command in (
+    run,
+    calibrate,
+    profile,
+    search,
+    learn,
+    refine,
+    validate,
+    evaluate,
+    parity,
+    study,
+    harness,
+    recommend,
+    capacity,
+    show,
+    lab,
+    doctor,
+):
     app.command()(command)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from moa_lab.capacity import GPUS, Capacity, plan_capacity
+from moa_lab.capacity import GPUS, Capacity, gpu_of, plan_capacity
 from moa_lab.commands.terminal import lengths_of
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.text import aligned
@@ -27,16 +26,9 @@ def capacity(
     """Foretell batch, bytes and tokens/s of decoding under a plan, beside the dense cache."""
     from moa_lab.models import weight_count
 
-    if gpu not in GPUS:
-        raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {gpu!r}; or say --memory-gb and --read-gb-s of another")
     if (model is None) == (weights is None):
         raise ValueError("say --model NAME or --weights-gb NUMBER: the weights take their part of the memory and of every step")
-    device = GPUS[gpu]
-    if memory is not None or bandwidth is not None:
-        device = replace(
-            device, name="another GPU", memory_bytes=int((memory or device.memory_bytes / 1e9) * 1e9),
-            read_bytes_s=(bandwidth or device.read_bytes_s / 1e9) * 1e9,
-        )  # fmt: skip
+    device = gpu_of(gpu, memory, bandwidth)
     card = Plan.load(plan)
     size = 2 * weight_count(model) if model is not None else int((weights or 0) * 1e9)
     rows: list[tuple[str, ...]] = [("tokens", "cache", "KV a sequence", "sequences", "ms a step", "tokens/s")]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moa_lab.bench.engine import ENGINE_SCHEMA
 from moa_lab.bench.record import BENCH_SCHEMA, BenchRecord
 from moa_lab.bench.record import table as bench_table
 from moa_lab.bench.search import ROW as SEARCH_ROW
@@ -31,7 +32,7 @@ from moa_lab.records import (
     Measurements,
     candidates,
 )
-from moa_lab.storage import RecordError, parse, read_description, read_plain, schema_of
+from moa_lab.storage import RecordError, parse, read_description, read_json, read_plain, schema_of
 from moa_lab.storage.json_text import short
 from moa_lab.studies import StudyRecord
 from moa_lab.studies import table as study_table
@@ -199,6 +200,17 @@ def _parity(path: Path) -> str:
     return "\n".join([head, parity_table(found), _origin(found.provenance)])
 
 
+def _engine(path: Path) -> str:
+    data = read_json(path, ENGINE_SCHEMA)
+    lines = [f"{data['peer']} on {data['device']}: {data['model']}, vllm {data['vllm']}, a cache of {data['cache_tokens']:,} tokens"]
+    lines += [
+        f"prompts of {row['prompt']:,}: {row['batch']} at once, {row['rate']:,.0f} tokens/s ({row['ms']:.1f} ms a step), "
+        f"prefill {row['prefill_rate']:,.0f} tokens/s"
+        for row in data["rows"]
+    ]
+    return "\n".join([*lines, _origin(parse(Provenance, data["provenance"], path))])
+
+
 def _study(path: Path) -> str:
     found = StudyRecord.load(path)
     return "\n".join([f"study {found.name!r}", study_table(found), _origin(found.provenance)])
@@ -221,6 +233,7 @@ _DESCRIPTIONS: Mapping[str, Callable[[Path], str]] = {
     FRONT_SCHEMA: _front,
     MEASUREMENTS_SCHEMA: _measurements,
     BENCH_SCHEMA: _bench,
+    ENGINE_SCHEMA: _engine,
     PARITY_SCHEMA: _parity,
     STUDY_SCHEMA: _study,
 }

@@ -1,0 +1,268 @@
+"""Which measured plan to take: the one of fewest bytes that meets a wish, where what it promises holds with 95% confidence.
+
+Plans are tried from the most bytes to the fewest, in an order that no score decides, up to the first whose quality is not sure. So,
+however many plans there are, the chance that the one named does not hold what is promised stays below 2.5% for every kind of score that is
+asked for (a fixed sequence of tests, each at the level of a 95% interval's end; at several lengths all must pass).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moa_lab.capacity import Gpu, plan_capacity
+from moa_lab.evaluate.compare import excess_over_dense, row_of
+from moa_lab.plan import Plan
+from moa_lab.records import Measurement, Measurements
+from moa_lab.records.intervals import Interval, Z, proportion
+from moa_lab.text import interval_text
+
+NEEDLES = "needles"
+TEXTS = {"documents": "documents", "summaries": "own answers"}
+"""Tasks of running text, and what they are called."""
+
+
+MORE = " (more test samples may decide)"
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a plan must hold; None for what does not matter. Raises ValueError for numbers that are none, and for no wish at all.
+
+    density: bytes kept, as a share of the dense cache in 16 bits, at most. needles: share of the dense model's needles, at least.
+    perplexity: of documents and own answers, at most so much above the dense model's (0.02: 2%). tokens_s: foretold tokens per second on
+    `gpu` beside `weights_bytes`, at least, of sequences of `n_tokens`. lengths: where needles and perplexity must hold; None: wherever
+    measured.
+    """
+
+    density: float | None = None
+    needles: float | None = None
+    perplexity: float | None = None
+    tokens_s: float | None = None
+    lengths: tuple[int, ...] | None = None
+    gpu: Gpu | None = None
+    weights_bytes: int | None = None
+    n_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("density", "needles", "tokens_s"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be above 0, got {value}")
+        if self.perplexity is not None and not 0 <= self.perplexity < math.inf:
+            raise ValueError(f"perplexity must be a share of at least 0 above the dense model's, got {self.perplexity}")
+        if not any(value is not None for value in (self.density, self.needles, self.perplexity, self.tokens_s)):
+            raise ValueError("wish for something: density, needles, perplexity or tokens_s")
+        if self.tokens_s is not None and None in (self.gpu, self.weights_bytes, self.n_tokens):
+            raise ValueError("tokens_s needs a gpu, the bytes of the weights, and the tokens of a sequence")
+
+
+@dataclass(frozen=True)
+class Option:
+    """A measured plan: its scores and the dense model's (under the name "dense"), on the same samples."""
+
+    plan: Plan
+    rows: tuple[Measurement, ...]
+    source: str = ""
+
+    @property
+    def name(self) -> str:
+        """The plan's name, with its source where there is one."""
+        return f"{self.plan.name} ({self.source})" if self.source else self.plan.name
+
+    def lengths(self, wish: Wish) -> tuple[int, ...]:
+        """Where the wish must hold. Raises ValueError where nothing was measured, or not at a length that is asked for."""
+        measured = {row.length for row in self.rows if row.plan == self.plan.name and row.task in (NEEDLES, *TEXTS)}
+        wanted = tuple(sorted(measured)) if wish.lengths is None else wish.lengths
+        missing = sorted({*wanted} - measured)
+        if missing or not wanted:
+            raise ValueError(f"{self.name} was not measured{f' at {missing[0]:,} tokens' if missing else ''}")
+        return wanted
+
+    def density(self, wish: Wish) -> float:
+        """Share of the dense bytes that it keeps, the most at any length of the wish."""
+        return max(self.plan.density(n) for n in self.lengths(wish))
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An option held against a wish. short: the first thing it does not hold, in words, or empty; sure: what it holds."""
+
+    option: Option
+    density: float
+    short: str
+    sure: str
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The plan to take (None: none), why, and what the next ones would cost, in sentences; all options, most bytes first."""
+
+    plan: Plan | None
+    reason: str
+    next_one: str
+    judged: tuple[Judged, ...]
+
+    def __str__(self) -> str:
+        return " ".join(part for part in (self.reason, self.next_one) if part)
+
+
+def options_of(folders: Iterable[str | Path]) -> tuple[Option, ...]:
+    """Every run's chosen plan with its test scores: `plan.json` beside `measurements.json`, in a folder or anywhere below it.
+
+    A plan that lies in several places counts once. Raises ValueError for a folder without any, and for runs of different models.
+    """
+    found: dict[tuple[object, ...], Option] = {}
+    weights = set()
+    for folder in map(Path, folders):
+        places = sorted({path.parent for path in folder.rglob("measurements.json") if (path.parent / "plan.json").exists()})
+        if not places:
+            raise ValueError(f"{folder} holds no measured plan: no plan.json beside a measurements.json")
+        for place in places:
+            plan, scores = Plan.load(place / "plan.json"), Measurements.load(place / "measurements.json")
+            weights.add(scores.provenance.weights)
+            key = (plan.rules, plan.bits, plan.sink_tokens, tuple((row.plan, row.task, row.length, row.value, row.n) for row in scores))
+            found.setdefault(key, Option(plan, scores.rows, place.name))
+    if len(weights - {None}) > 1:
+        raise ValueError("the runs are of different models: their plans cannot be weighed against each other")
+    return tuple(found.values())
+
+
+def recommend(options: Sequence[Option], wish: Wish) -> Advice:
+    """The plan of fewest bytes that meets the wish.
+
+    Raises ValueError without options, or where one was not measured where the wish must hold.
+    """
+    if not options:
+        raise ValueError("there is no measured plan to choose from")
+    judged = sorted((_judged(option, wish) for option in options), key=lambda one: -one.density)
+    taken: Judged | None = None
+    stop: Judged | None = None
+    for one in judged:
+        if _is_counted(one, wish):
+            # Too many bytes, or too slow: no matter of chance, so it ends nothing.
+            continue
+        if one.short:
+            stop = one
+            break
+        taken = one
+    return Advice(taken.option.plan if taken else None, _reason(taken, stop, judged, wish), _next(taken, stop, judged, wish), tuple(judged))
+
+
+def share_of_hits(row: Measurement, dense: Measurement) -> Interval:
+    """Hits of `row` over those of `dense`, with a 95% interval that holds for few samples and for all or no hits.
+
+    Of pairs: hybrid of Wilson's intervals for the two shares (Bonett and Price, 2006); without samples in common, the least that both
+    intervals allow. Infinite where the dense model has none.
+    """
+    ours, theirs = (list(one.detail.get("per_sample", ())) for one in (row, dense))
+    value = row.value / dense.value if dense.value else math.inf
+    if not ours or len(ours) != len(theirs) or not {*ours, *theirs} <= {0, 1} or row.detail.get("samples") != dense.detail.get("samples"):
+        return Interval(value, row.n, row.low / dense.high if dense.high else 0.0, row.high / dense.low if dense.low > 0 else math.inf)
+    first, second = sum(ours), sum(theirs)
+    some = sum(1 for a, b in zip(ours, theirs, strict=True) if a or b)
+    apart = sum(1 for a, b in zip(ours, theirs, strict=True) if a != b)
+    one, other = ((hits + 1) / (some + 2) for hits in (first, second))
+    scale = math.sqrt((apart + 2) / ((first + 1) * (second + 1)))
+    scale /= math.sqrt((1 - one) / (first + 1)) + math.sqrt((1 - other) / (second + 1))
+    (low_a, high_a), (low_b, high_b) = (_wilson(hits, some, scale * Z) for hits in (first, second))
+    return Interval(value, len(ours), low_a / high_b if high_b else 0.0, high_a / low_b if low_b > 0 else math.inf)
+
+
+def _wilson(hits: float, n: int, z: float) -> tuple[float, float]:
+    if n == 0:
+        return 0.0, 1.0
+    if z == Z:
+        return proportion(hits, n).low, proportion(hits, n).high
+    share = hits / n
+    centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, (centre - half) / (1 + z**2 / n)), min(1.0, (centre + half) / (1 + z**2 / n))
+
+
+def _judged(option: Option, wish: Wish) -> Judged:
+    short, sure = "", []
+    for text, holds in (*_bytes_and_speed(option, wish), *_quality(option, wish)):
+        if holds:
+            sure.append(text)
+        elif not short:
+            short = text
+    return Judged(option, option.density(wish), short, "; ".join(sure))
+
+
+def _is_counted(one: Judged, wish: Wish) -> bool:
+    """Whether it fails by what is counted and not sampled."""
+    return any(not holds for _, holds in _bytes_and_speed(one.option, wish))
+
+
+def _bytes_and_speed(option: Option, wish: Wish) -> list[tuple[str, bool]]:
+    told = []
+    if wish.density is not None:
+        kept = option.density(wish)
+        told.append((f"at most {wish.density:.1%} are asked", kept <= wish.density + 1e-9))
+    if wish.tokens_s is not None and wish.gpu and wish.weights_bytes and wish.n_tokens:
+        found = plan_capacity(option.plan, wish.gpu, wish.weights_bytes, wish.n_tokens)
+        told.append((f"{found.tokens_s:,.0f} tokens/s foretold, {wish.tokens_s:,.0f} asked", found.tokens_s >= wish.tokens_s))
+    return told
+
+
+def _quality(option: Option, wish: Wish) -> list[tuple[str, bool]]:
+    """What is sampled: for every kind the length where it is least sure."""
+    told = []
+    lengths, name = option.lengths(wish), option.plan.name
+    if wish.needles is not None:
+        shares = {n: share_of_hits(_row(option, name, NEEDLES, n), _row(option, "dense", NEEDLES, n)) for n in lengths}
+        n, at = min(shares.items(), key=lambda found: found[1].low)
+        text = f"needles {at.value:.3f} {interval_text(at.low, at.high)} of dense at {n:,} tokens, {wish.needles:g} asked"
+        told.append((text + (MORE if at.low < wish.needles <= at.value else ""), at.low >= wish.needles))
+    if wish.perplexity is not None:
+        tasks = [task for task in TEXTS if any(row.task == task for row in option.rows)]
+        if not tasks:
+            raise ValueError(f"{option.name}: no running text was measured, so nothing is known of perplexity")
+        for task in tasks:
+            excess = {n: excess_over_dense(option.rows, name, task, n) for n in lengths}
+            n, at = max(excess.items(), key=lambda found: found[1].high)
+            text = f"perplexity of {TEXTS[task]} {at.value:+.1%} {interval_text(at.low, at.high, '+.1%')} at {n:,} tokens"
+            text += f", {wish.perplexity:+.1%} asked"
+            told.append((text + (MORE if at.value <= wish.perplexity < at.high else ""), at.high <= wish.perplexity))
+    return told
+
+
+def _row(option: Option, plan: str, task: str, length: int) -> Measurement:
+    try:
+        return row_of(option.rows, plan, task, length, "retrieval")
+    except KeyError as error:
+        raise ValueError(f"{option.name}: {error.args[0]}") from None
+
+
+def _reason(taken: Judged | None, stop: Judged | None, judged: Sequence[Judged], wish: Wish) -> str:
+    if taken is None:
+        near = stop or judged[-1]
+        return f"No measured plan meets the wish: {near.option.name} keeps {near.density:.1%} of the bytes; {near.short}."
+    others = f" (of {len(judged)} measured plans the one of fewest that holds, with 95% confidence)" if len(judged) > 1 else ""
+    return f"Take {taken.option.name}: it keeps {taken.density:.1%} of the bytes{others}; {taken.sure}."
+
+
+def _next(taken: Judged | None, stop: Judged | None, judged: Sequence[Judged], wish: Wish) -> str:
+    if taken is None:
+        dense = "the dense model" if not _wants_bytes(wish) else "a lower wish"
+        return f"What remains is {dense}, or a run at another density."
+    if stop is None:
+        return "Nothing with fewer bytes was measured: a run at a lower density may find it."
+    return f"The next, {stop.option.name}, keeps {stop.density:.1%}, but is not sure to hold: {stop.short}."
+
+
+def _wants_bytes(wish: Wish) -> bool:
+    return wish.density is not None or wish.tokens_s is not None
+
+
+def advice_table(advice: Advice) -> list[Mapping[str, str]]:
+    """All options as rows of a table, most bytes first."""
+    return [
+        {
+            "plan": one.option.name, "bytes": f"{one.density:.1%}",
+            "verdict": "take" if one.option.plan is advice.plan else "holds" if not one.short else "no", "why": one.short or one.sure,
+        }
+        for one in advice.judged
+    ]  # fmt: skip
