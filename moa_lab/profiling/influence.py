@@ -83,9 +83,16 @@ def span_effect(
         kept_weight, kept_slopes = kept_weight + rest, kept_slopes - rest * expected
     row = torch.arange(first_row, first_row + rows, device=weights.device)[:, None]
     loses = row - BLOCK_TOKENS * torch.arange(steps, device=row.device) >= sink_tokens
-    # Where nothing is kept, the output is 0.
-    change = torch.where(kept_weight > 0, kept_slopes / kept_weight, -expected)
-    return torch.where(loses, change, 0.0).sum(dim=-2)
+    return torch.where(loses, change_of_keeping(kept_weight, kept_slopes, expected), 0.0).sum(dim=-2)
+
+
+def change_of_keeping(kept_weight: torch.Tensor, kept_slopes: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """First-order change of the loss when a row keeps some of its keys and renormalises: sum_kept dL/dlogit / sum_kept A.
+
+    kept_weight, kept_slopes: sums of the row's weights and `logit_slopes` over what it keeps, (..., rows, anything); expected:
+    (..., rows, 1). Where nothing is kept, the output is 0.
+    """
+    return torch.where(kept_weight > 0, kept_slopes / kept_weight, -expected)
 
 
 def logit_slopes(weights: torch.Tensor, gradient: torch.Tensor, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
