@@ -37,6 +37,7 @@ _HOMES = {
     "evaluate": "moa_lab.evaluate",
     "validate": "moa_lab.evaluate",
     "parity": "moa_lab.evaluate.parity",
+    "trace": "moa_lab.trace",
     "figures": "moa_lab.figures",
 }
 

@@ -2,6 +2,7 @@
 
 from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits
 from moa_lab.plan.card import BITS_FIELDS, PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, SINK_TOKENS, Plan, PlanOrPath, as_plan, check_names
+from moa_lab.plan.edits import with_span
 from moa_lab.plan.mixes import (
     WHOLE_BITS,
     mix_of,
@@ -47,4 +48,5 @@ __all__ = [
     "tokens_bought",
     "told_bits",
     "uniform_plan",
+    "with_span",
 ]

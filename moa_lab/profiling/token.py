@@ -47,7 +47,8 @@ class TokenInfluence:
     rows: [first, stop) positions of the queries that count: those before them brought what they did to the text, not to the answer.
     cuts: (cuts, layers, kv_heads), what the token loses when the head keeps the sink and the cut's window alone, in these rows.
     sources: int64 (layers, kv_heads, SOURCES), key positions, the one that brought most first, -1 where there are fewer; brought: what
-    each of them brought. by_key: (position,), summed over all heads. probability: of the token, under what the model ran with.
+    each of them brought; readers: the position of the query that took most of it. by_key: (position,), summed over all heads.
+    probability: of the token, under what the model ran with.
     """
 
     position: int
@@ -57,6 +58,7 @@ class TokenInfluence:
     cuts: np.ndarray
     sources: np.ndarray
     brought: np.ndarray
+    readers: np.ndarray
     by_key: np.ndarray
 
 
@@ -76,9 +78,7 @@ def prefix_of(
             # One path for all: it never holds the scores of more than a few hundred queries.
             sink = 0 if plan is None else plan.sink_tokens
             seen = every if windows is None else windows
-            return span_attention(
-                call.query, *force.stored(layer, call), call.mask, sink, seen, call.scale, call.softcap, call.sink_logits
-            )
+            return span_attention(call.query, *force.stored(layer, call), call.mask, sink, seen, call.scale, call.softcap, call.sink_logits)
 
         return attend
 
@@ -129,7 +129,7 @@ def token_influence(
         log_odds=float(log_odds),
         cuts=np.stack([layer.cut.float().cpu().numpy() for layer in layers], axis=1),
         by_key=sum(layer.brought.sum(dim=0).float().cpu().numpy() for layer in layers),
-        **_sources(layers, position),
+        **_sources(layers, first, position),
     )
 
 
@@ -139,15 +139,17 @@ def _log_odds(logits: torch.Tensor, token: int) -> torch.Tensor:
     return logits[token] - others.logsumexp(dim=0)
 
 
-def _sources(layers: Sequence[LayerRows], keys: int) -> dict[str, np.ndarray]:
-    """The keys that brought most to every head: positions and values, (layers, kv_heads, SOURCES)."""
+def _sources(layers: Sequence[LayerRows], first: int, keys: int) -> dict[str, np.ndarray]:
+    """The keys that brought most to every head, as `TokenInfluence` has them; first: position of the first row."""
     count = min(SOURCES, keys)
     tops = [layer.brought.topk(count, dim=-1) for layer in layers]
     brought = np.stack([top.values.float().cpu().numpy() for top in tops])
     sources = np.stack([top.indices.cpu().numpy() for top in tops])
+    readers = np.stack([layer.readers.gather(-1, top.indices).cpu().numpy() for layer, top in zip(layers, tops, strict=True)])
     short = [(0, 0), (0, 0), (0, SOURCES - count)]
     positive = brought > 0
     return {
         "sources": np.pad(np.where(positive, sources, -1), short, constant_values=-1),
         "brought": np.pad(np.where(positive, brought, 0.0), short),
+        "readers": np.pad(np.where(positive, readers + first, -1), short, constant_values=-1),
     }

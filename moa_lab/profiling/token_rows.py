@@ -24,11 +24,13 @@ ROW_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 class LayerRows:
     """What one layer brought, summed over the traced rows and over the query heads of each KV head.
 
-    brought: (kv_heads, keys), the first-order change of the loss when that key alone is masked (`influence`). cut: (cuts, kv_heads),
-    the change when the head keeps the sink and a window alone (`change_of_keeping`).
+    brought: (kv_heads, keys), the first-order change of the loss when that key alone is masked (`influence`). readers: int64
+    (kv_heads, keys), the row to which the key brought most. cut: (cuts, kv_heads), the change when the head keeps the sink and a window
+    alone (`change_of_keeping`).
     """
 
     brought: torch.Tensor
+    readers: torch.Tensor
     cut: torch.Tensor
 
 
@@ -112,7 +114,8 @@ def _reduced(
     query, gradient = (x.detach()[0].unflatten(0, (kv_heads, heads // kv_heads)).to(work) for x in (call.query, gradient))
     key, value = (x[0, :, None].to(work) for x in (key, value))
     sinks = None if call.sink_logits is None else call.sink_logits.detach().reshape(kv_heads, heads // kv_heads, 1, 1)
-    brought, cut = key.new_zeros(kv_heads, keys), key.new_zeros(len(kept), kv_heads)
+    brought, most, cut = key.new_zeros(kv_heads, keys), key.new_zeros(kv_heads, keys), key.new_zeros(len(kept), kv_heads)
+    readers = torch.zeros(kv_heads, keys, dtype=torch.int64, device=key.device)
     step = max(1, ROW_ELEMENTS.get(query.device.type, ROW_ELEMENTS["cpu"]) // (heads * keys))
     for start in range(0, tokens, step):
         rows = slice(start, min(start + step, tokens))
@@ -127,8 +130,12 @@ def _reduced(
             cut[index] += _cut(whole, slopes, expected, left, keep(rows)).sum(dim=(1, 2))
         for hide in seen:
             whole, _ = _weights(scores.masked_fill(~hide(rows), float("-inf")), sinks)
-        brought += influence(whole, slopes_of).sum(dim=(1, 2))
-    return LayerRows(brought, cut)
+        each = influence(whole, slopes_of).sum(dim=1)
+        brought += each.sum(dim=1)
+        here, reader = each.max(dim=1)
+        readers = torch.where(here > most, reader + start, readers)
+        most = torch.maximum(most, here)
+    return LayerRows(brought, readers, cut)
 
 
 def _cut(

@@ -105,7 +105,9 @@ def test_under_a_plan_no_source_lies_beyond_what_the_head_sees(family: str, make
     windows = plan.windows(N)
     for (layer, head, rank), source in np.ndenumerate(found.sources):
         if source >= 0:
-            assert source < plan.sink_tokens or found.rows[0] - source < windows[layer, head], (layer, head, rank)
+            reader = found.readers[layer, head, rank]
+            assert found.rows[0] <= reader < found.rows[1]
+            assert source < plan.sink_tokens or reader - source < windows[layer, head]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,0 +1,28 @@
+"""Tracing an answer: each token dense against plan, the heads that brought it and from where, and why it was lost."""
+
+from moa_lab.trace.answer import Answer, answer, say
+from moa_lab.trace.case import Case
+from moa_lab.trace.cases import Lost, drawn_cases, first_lost, prompt_case, sample_cases
+from moa_lab.trace.heads import HeadShare, TokenTrace, Tracer
+from moa_lab.trace.pieces import folded, label, piece
+from moa_lab.trace.why import culprit, why
+
+__all__ = [
+    "Answer",
+    "Case",
+    "HeadShare",
+    "Lost",
+    "TokenTrace",
+    "Tracer",
+    "answer",
+    "culprit",
+    "drawn_cases",
+    "first_lost",
+    "folded",
+    "label",
+    "piece",
+    "prompt_case",
+    "sample_cases",
+    "say",
+    "why",
+]

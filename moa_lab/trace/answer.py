@@ -1,0 +1,115 @@
+"""How likely a plan finds each token of an answer, and what it says itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from moa_lab.geometry.wrappers import plain_model
+from moa_lab.plan import Plan
+from moa_lab.runtime import apply_plan, ring_cache
+from moa_lab.runtime.hf_cache import RingCache
+from moa_lab.trace.case import Case
+
+CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens of a prompt that are run at once; between chunks the work can be stopped."""
+
+Progress = Callable[[int, int], None]
+"""Called with (steps done, steps in all); what it raises ends the work."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """A case's answer under a plan.
+
+    log_probabilities: float64 (answer tokens,), of each token given the prompt and the answer before it. likeliest: int64 (answer
+    tokens,), the token that the plan would have said there. said: its own greedy answer, of at most as many tokens, up to and with one
+    that ends it.
+    """
+
+    plan: Plan
+    log_probabilities: np.ndarray
+    likeliest: np.ndarray
+    said: tuple[int, ...]
+    first_difference: int | None
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Nats a token."""
+        return -self.log_probabilities
+
+    @property
+    def loss(self) -> float:
+        """Mean nats a token."""
+        return float(self.losses.mean())
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """Of each token."""
+        return np.exp(self.log_probabilities)
+
+
+@torch.no_grad()
+def answer(model: PreTrainedModel, case: Case, plan: Plan, stops: Sequence[int] | None = None, progress: Progress | None = None) -> Answer:
+    """Answer `case` under `plan`: its answer token by token, and the plan's own from the first token that differs.
+
+    stops: tokens that end an answer. progress: counts chunks of the prompt and tokens said. The prompt is run once, over the ring cache.
+    Raises ValueError for a plan of another geometry and a length beyond the model.
+    """
+    model = plain_model(model)
+    wanted = torch.from_numpy(case.answer).to(model.device)
+    with apply_plan(model, plan, case.n_tokens):
+        cache = ring_cache(model, case.n_tokens)
+        last = _read(model, cache, case.prompt, progress)
+        logits = last[None]
+        if len(wanted) > 1:
+            # On a copy: the plan may go on from the prompt in other words.
+            forced = model(input_ids=wanted[None, :-1], past_key_values=copy.deepcopy(cache), use_cache=True).logits[0]
+            logits = torch.cat([logits, forced])
+        logits = logits.double() if logits.device.type == "cpu" else logits.float()
+        likeliest = logits.argmax(dim=-1)
+        told = logits.log_softmax(dim=-1).gather(-1, wanted[:, None])[:, 0]
+        differs = torch.nonzero(likeliest != wanted).flatten().tolist()
+        said = case.answer.tolist() if not differs else _say(model, cache, last, len(wanted), stops or (), progress)
+    return Answer(plan, told.double().cpu().numpy(), likeliest.cpu().numpy(), tuple(said), differs[0] if differs else None)
+
+
+@torch.no_grad()
+def say(
+    model: PreTrainedModel, plan: Plan, prompt: np.ndarray, n_tokens: int, max_new_tokens: int, stops: Sequence[int] = (),
+    progress: Progress | None = None,
+) -> list[int]:  # fmt: skip
+    """The greedy answer to `prompt` (n,) under `plan` at length `n_tokens`, up to and with a token of `stops`; at least one token."""
+    model = plain_model(model)
+    with apply_plan(model, plan, n_tokens):
+        cache = ring_cache(model, n_tokens)
+        return _say(model, cache, _read(model, cache, prompt, progress), max_new_tokens, stops, progress)
+
+
+def _read(model: PreTrainedModel, cache: RingCache, prompt: np.ndarray, progress: Progress | None) -> torch.Tensor:
+    """Run the prompt into the cache: logits (vocabulary,) of the token after it."""
+    step = CHUNK_TOKENS.get(model.device.type, CHUNK_TOKENS["cpu"])
+    for start in range(0, len(prompt), step):
+        if progress:
+            progress(start, len(prompt))
+        ids = torch.from_numpy(prompt[start : start + step]).to(model.device)[None]
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    last: torch.Tensor = logits[0, -1]
+    return last
+
+
+def _say(
+    model: PreTrainedModel, cache: RingCache, logits: torch.Tensor, count: int, stops: Sequence[int], progress: Progress | None
+) -> list[int]:
+    said = [int(logits.argmax())]
+    while len(said) < count and said[-1] not in stops:
+        if progress:
+            progress(len(said), count)
+        ids = torch.tensor([[said[-1]]], device=model.device)
+        said.append(int(model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax()))
+    return said

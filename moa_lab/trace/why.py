@@ -1,0 +1,51 @@
+"""Why a token was lost, in one sentence."""
+
+from __future__ import annotations
+
+import math
+
+from transformers import PreTrainedTokenizerBase
+
+from moa_lab.trace.answer import Answer
+from moa_lab.trace.heads import HeadShare, TokenTrace
+from moa_lab.trace.pieces import label, piece, words
+
+LEAST_NATS = 0.01
+"""What counts as something brought or regained."""
+
+
+def culprit(trace: TokenTrace) -> HeadShare | None:
+    """The head whose source the plan hides and that would give the token most back; None where no head would."""
+    return next((share for share in trace.shares if share.is_cut and share.regained >= LEAST_NATS), None)
+
+
+def why(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, answer: Answer) -> str:
+    """One sentence on a token under the plan of `answer`: the head that carried it, how far, and what span it has instead."""
+    named = f"“{label(piece(tokenizer, trace.case.tokens, trace.position))}”"
+    dense, cut = trace.dense.probability, trace.cut.probability
+    change = f"{_percent(dense)} in the dense model, {_percent(cut)} under the plan"
+    if trace.plan.is_dense:
+        return f"Nothing is lost: the plan keeps every token in every head ({named} has {_percent(dense)})."
+    share = culprit(trace)
+    fell = dense - cut >= 0.01 or trace.dense.log_odds - trace.cut.log_odds >= 0.1
+    lost = int(answer.likeliest[trace.index]) != int(trace.case.answer[trace.index])
+    if not lost and not fell:
+        return f"{named} is not lost: {change}."
+    begin = f"{named} was lost" if lost else f"{named} became less likely"
+    if share is None:
+        return f"{begin} ({change}), but no single head would bring it back: it was lost in many heads, or before the question was read."
+    return f"{begin} ({change}) because {_because(tokenizer, trace, share)}."
+
+
+def _because(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, share: HeadShare) -> str:
+    after = 1 / (1 + math.exp(-(trace.cut.log_odds + share.regained)))
+    text = words(tokenizer, trace.case.tokens, share.source)
+    return (
+        f"layer {share.layer}, KV head {share.kv_head} read it {share.distance:,} tokens back (“{text}”) "
+        f"and keeps a span of {share.span:,} tokens, which ends {share.misses:,} tokens short of it; "
+        f"seeing all, that head alone should bring it to about {_percent(after)}"
+    )
+
+
+def _percent(share: float) -> str:
+    return "under 1%" if share < 0.01 else "over 99%" if 0.99 < share < 1 else f"{share:.0%}"
