@@ -128,7 +128,7 @@ def token_influence(
         probability=float(torch.sigmoid(log_odds)),
         log_odds=float(log_odds),
         cuts=np.stack([layer.cut.float().cpu().numpy() for layer in layers], axis=1),
-        by_key=sum(layer.brought.sum(dim=0).float().cpu().numpy() for layer in layers),
+        by_key=np.sum([layer.brought.sum(dim=0).float().cpu().numpy() for layer in layers], axis=0),
         **_sources(layers, first, position),
     )
 

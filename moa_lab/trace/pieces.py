@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 BEFORE = 4
@@ -12,6 +13,7 @@ BEFORE = 4
 BROKEN = "\ufffd"
 PART = "…"
 """Shown for a token that ends within a character; the one that completes it shows the character."""
+Tokens = Sequence[int] | np.ndarray
 SIGNS = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 
 
@@ -24,7 +26,7 @@ class Fold:
     shown: bool
 
 
-def piece(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], position: int) -> str:
+def piece(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, position: int) -> str:
     """What the token at `position` adds to the text; "" for a token that ends within a character."""
     context = [int(token) for token in tokens[max(0, position - BEFORE) : position]]
     before = _decoded(tokenizer, context).rstrip(BROKEN)
@@ -39,7 +41,7 @@ def label(text: str) -> str:
     return text.strip() or ("␣" if text else PART)
 
 
-def words(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], position: int, around: int = 6) -> str:
+def words(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, position: int, around: int = 6) -> str:
     """The text around a position, in one line."""
     near = [int(token) for token in tokens[max(0, position - around) : position + around + 1]]
     return " ".join(_decoded(tokenizer, near).replace(BROKEN, "").split())
