@@ -15,6 +15,7 @@ from moa_lab.figures.search import archive_scatter, hypervolume_curve
 from moa_lab.figures.speed import speed_by_accuracy
 from moa_lab.figures.theme import CONFIG, template, with_theme
 from moa_lab.figures.throughput import throughput_by_kv_bytes
+from moa_lab.figures.traced import token_map
 
 __all__ = [
     "CONFIG",
@@ -49,5 +50,6 @@ __all__ = [
     "speed_by_accuracy",
     "template",
     "throughput_by_kv_bytes",
+    "token_map",
     "with_theme",
 ]

@@ -27,16 +27,22 @@ Progress = Callable[[int, int], None]
 class Answer:
     """A case's answer under a plan.
 
-    log_probabilities: float64 (answer tokens,), of each token given the prompt and the answer before it. likeliest: int64 (answer
-    tokens,), the token that the plan would have said there. said: its own greedy answer, of at most as many tokens, up to and with one
-    that ends it.
+    wanted: int64 (answer tokens,), the case's answer. log_probabilities: float64 (answer tokens,), of each of them given the prompt and
+    the answer before it. likeliest: int64 (answer tokens,), the token that the plan would have said there. said: its own greedy answer,
+    of at most as many tokens, up to and with one that ends it.
     """
 
     plan: Plan
+    wanted: np.ndarray
     log_probabilities: np.ndarray
     likeliest: np.ndarray
     said: tuple[int, ...]
-    first_difference: int | None
+
+    @property
+    def first_difference(self) -> int | None:
+        """Number of the first token that the plan would not have said; None where it says all of them."""
+        differs = np.flatnonzero(self.likeliest != self.wanted)
+        return int(differs[0]) if len(differs) else None
 
     @property
     def losses(self) -> np.ndarray:
@@ -74,9 +80,9 @@ def answer(model: PreTrainedModel, case: Case, plan: Plan, stops: Sequence[int] 
         logits = logits.double() if logits.device.type == "cpu" else logits.float()
         likeliest = logits.argmax(dim=-1)
         told = logits.log_softmax(dim=-1).gather(-1, wanted[:, None])[:, 0]
-        differs = torch.nonzero(likeliest != wanted).flatten().tolist()
-        said = case.answer.tolist() if not differs else _say(model, cache, last, len(wanted), stops or (), progress)
-    return Answer(plan, told.double().cpu().numpy(), likeliest.cpu().numpy(), tuple(said), differs[0] if differs else None)
+        same = bool((likeliest == wanted).all())
+        said = case.answer.tolist() if same else _say(model, cache, last, len(wanted), stops or (), progress)
+    return Answer(plan, case.answer, told.double().cpu().numpy(), likeliest.cpu().numpy(), tuple(said))
 
 
 @torch.no_grad()

@@ -101,19 +101,20 @@ class Budget:
         )  # fmt: skip
         return self._told(found.choice, found.gap, found.seconds, f"exact ({found.status.replace('_', ' ')})", False)
 
-    def pin(self, layer: int, kv_head: int, tokens: int | None = None) -> int:
-        """Give a head the shortest rule that keeps at least `tokens` at `n_tokens`, or everything (None); returns the span it gets.
+    def pin(self, layer: int, kv_head: int, tokens: int | None = None, at: int | None = None) -> int:
+        """Give a head the shortest rule that keeps at least `tokens` at length `at`, or everything (None); returns the span it gets there.
 
-        Raises ValueError for an unknown head, for a span outside 1..n_tokens, and where the budget becomes infeasible: then the head stays
-        as it was.
+        at: None for `n_tokens`. Raises ValueError for an unknown head, for a span outside 1..at, and where the budget becomes infeasible:
+        then the head stays as it was.
         """
+        length = at or self.n_tokens
         geometry = self.table.geometry
         if not (0 <= layer < geometry.layers and 0 <= kv_head < geometry.kv_heads):
             raise ValueError(f"there is no layer {layer}, KV head {kv_head}: {geometry.layers} layers of {geometry.kv_heads} KV heads")
-        spans = self.table.span_tokens(self.n_tokens)[layer]
+        spans = self.table.span_tokens(length)[layer]
         wanted = int(spans.max()) if tokens is None else tokens
-        if not 1 <= wanted <= self.n_tokens:
-            raise ValueError(f"a span must lie in 1..{self.n_tokens} tokens, got {wanted}")
+        if not 1 <= wanted <= length:
+            raise ValueError(f"a span must lie in 1..{length} tokens, got {wanted}")
         # Among rules of the same span here, the one that grows least beyond it, or most for a head that keeps everything.
         later = self.table.span_tokens(max(self.lengths))[layer]
         fitting = np.flatnonzero(spans >= min(wanted, int(spans.max())))

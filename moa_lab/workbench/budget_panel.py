@@ -9,6 +9,7 @@ import ipywidgets as w
 from moa_lab.capacity import GPUS, capacity
 from moa_lab.figures import span_map
 from moa_lab.figures.theme import OUTLINE, byte_size, percent
+from moa_lab.plan import Plan
 from moa_lab.search import limit_lengths
 from moa_lab.workbench.budget import STEP, Answer, Budget
 from moa_lab.workbench.jobs import Handle
@@ -107,6 +108,20 @@ class BudgetPanel:
         self.pins.value = f"pinned: {'; '.join(pins)}" if pins else "no head is pinned"
         self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
         self._redraw()
+
+    def holds(self, plan: Plan | None) -> bool:
+        """Whether `plan` is what this panel found last."""
+        return plan is not None and self._answer is not None and plan.identity() == self._answer.plan.identity()
+
+    def give(self, layer: int, kv_head: int, tokens: int, n_tokens: int) -> Plan:
+        """Pin a head to the shortest span that keeps `tokens` at length `n_tokens`, and solve again; the plan becomes the state's.
+
+        Raises ValueError as `Budget.pin`.
+        """
+        self.budget.pin(layer, kv_head, tokens, n_tokens)
+        answer = self.budget.answer()
+        self.show(answer)
+        return answer.plan
 
     def _tell(self) -> None:
         if self._answer is not None:

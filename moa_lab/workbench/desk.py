@@ -14,11 +14,14 @@ from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.export_panel import ExportPanel
 from moa_lab.workbench.front_panel import FrontPanel
 from moa_lab.workbench.heads_panel import HeadsPanel
+from moa_lab.workbench.loaded import Loaded
 from moa_lab.workbench.measure_panel import MeasurePanel
 from moa_lab.workbench.measuring import Measuring
 from moa_lab.workbench.opening import default_run, known_runs, model_of, named, open_run
 from moa_lab.workbench.page import PageTheme
 from moa_lab.workbench.state import State
+from moa_lab.workbench.trace_panel import TAB, TracePanel
+from moa_lab.workbench.tracing import Tracing
 from moa_lab.workbench.widgets import STYLE, Errors, button, row
 
 
@@ -31,6 +34,7 @@ class Workbench:
 
     def __init__(self, state: State, model: str | None = None, run: str | Path | None = None, **sizes: Any) -> None:
         self.errors, self._sizes, self._open = Errors("open"), sizes, False
+        self._loaded = Loaded(lambda: self.model.value, load_model)
         self.tabs = w.Tab()
         self.dark = w.ToggleButton(description="dark figures", value=state.dark, layout=w.Layout(width="auto"))
         self.run = w.Combobox(
@@ -91,7 +95,8 @@ class Workbench:
         self.worse.layout.display = "" if warned else "none"
         makes: list[tuple[str, Callable[[], Any]]] = [
             ("Heads", lambda: HeadsPanel(state)), ("Budget", lambda: BudgetPanel(state)), ("Front", lambda: FrontPanel(state)),
-            ("Apply & measure", lambda: MeasurePanel(state, lambda: Measuring(*load_model(self.model.value)), **self._sizes)),
+            (TAB, lambda: TracePanel(state, lambda: Tracing(*self._loaded()), made.get("Budget"))),
+            ("Apply & measure", lambda: MeasurePanel(state, lambda: Measuring(*self._loaded()), **self._sizes)),
             ("Export", lambda: ExportPanel(state)),
         ]  # fmt: skip
         needed = {"Heads": state.profile, "Budget": state.table}
@@ -100,7 +105,10 @@ class Workbench:
         state.set(tab=titles[0])
         # The budget first: it chooses the plan that the others show.
         order = sorted(makes, key=lambda made: made[0] != "Budget")
-        made = {title: make() for title, make in order if title in titles}
+        made: dict[str, Any] = {}
+        for title, make in order:
+            if title in titles:
+                made[title] = make()
         self.panels = {title: made[title] for title in titles}
         self.tabs.children, self.tabs.titles = [panel.box for panel in self.panels.values()], list(self.panels)
         self.tabs.selected_index, self._open = 0, True
@@ -108,7 +116,8 @@ class Workbench:
 
     def _new_model(self) -> None:
         if self._open:
-            self.panels["Apply & measure"].another_model()
+            for title in (TAB, "Apply & measure"):
+                self.panels[title].another_model()
 
     def _turned(self, index: int | None) -> None:
         titles = list(self.panels)

@@ -84,7 +84,7 @@ def test_a_head_is_pinned_and_released(measured: Page) -> None:
 def test_nothing_is_wider_than_the_panel_on_a_laptop(measured: Page) -> None:
     measured.page.set_viewport_size({"width": 1366, "height": 900})
     try:
-        for title in ("Heads", "Budget", "Front", "Apply & measure", "Export"):
+        for title in ("Heads", "Budget", "Front", "Trace", "Apply & measure", "Export"):
             measured.tab(title)
             wide = measured.page.evaluate(
                 "() => { const box = document.querySelector('.moa-bench .widget-tab-contents');"

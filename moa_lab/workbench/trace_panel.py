@@ -1,0 +1,297 @@
+"""Trace: an answer dense against plan, the heads and texts behind each token, and what changes when a head gets another span."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from typing import Any
+
+import ipywidgets as w
+import numpy as np
+
+from moa_lab.figures import token_map
+from moa_lab.plan import Plan, uniform_plan
+from moa_lab.trace import TokenTrace, culprit, label
+from moa_lab.workbench import trace_text
+from moa_lab.workbench.budget_panel import BudgetPanel
+from moa_lab.workbench.chips import Chips
+from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.measure_panel import PROMPT, TEXT_TOKENS
+from moa_lab.workbench.state import State
+from moa_lab.workbench.trace_views import COLUMNS, STYLE, head_chips, heading, said_html, shown_shares, token_chips
+from moa_lab.workbench.tracing import Tracing
+from moa_lab.workbench.what_if import WhatIf
+from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, ring, row, whole
+
+TAB = "Trace"
+OWN, NEEDLE, LOST, LINE, LOST_LINE = "prompt", "needle", "lost needle", "line", "lost line"
+KINDS = [
+    ("a needle", NEEDLE), ("a needle that the plan loses", LOST), ("your own prompt", OWN), ("a line of a register", LINE),
+    ("a line that the plan loses", LOST_LINE),
+]  # fmt: skip
+BROUGHT, REGAINED = "brought", "regained"
+MAPS = [("what each head brought, dense", BROUGHT), ("what the token would regain", REGAINED)]
+
+Todo = Callable[[Tracing, Handle], object]
+
+
+class TracePanel:
+    """tracing: makes the controller, and with it loads the model, when it is first needed. budget: where heads that get room are pinned,
+    if the plan is that panel's; None: the head alone is changed.
+    """
+
+    def __init__(self, state: State, tracing: Callable[[], Tracing], budget: BudgetPanel | None = None, length: int = 1024) -> None:
+        self.state, self.errors, self._make, self._budget = state, Errors("trace"), tracing, budget
+        self._tracing: Tracing | None = None
+        self._todo: Todo | None = None
+        self._wanted: int | None = None
+        self._giving = False
+        records = (state.plan, state.table, state.profile)
+        longest = next((record.geometry.max_length for record in records if record is not None), 131072)
+        self.kind = choice("trace", KINDS, "trace-kind", "290px")
+        self.length = whole("of (tokens)", min(length, longest), 64, longest, "trace-length", "170px")
+        self.seed = whole("seed", 0, 0, 2**31 - 1, "trace-seed", "120px")
+        self.prompt = w.Textarea(value=PROMPT, description="prompt", layout=w.Layout(width="400px", height="60px"))
+        self.prompt.add_class("moa-trace-prompt")
+        self.text = whole("after a text of (tokens)", min(TEXT_TOKENS, longest // 2), 0, longest, "trace-text", "230px")
+        self.new = whole("new tokens", 32, 1, 512, "trace-new", "170px")
+        self.own, self.test = row(self.prompt, self.text, self.new), row(self.length, self.seed)
+        self.work = Work("Answer", "trace-work", self.errors, self._begin, lambda _: self._ended())
+        self.said, self.hint, self.why = w.HTML(), w.HTML(), w.HTML()
+        self.said.add_class("moa-trace-said")
+        self.why.add_class("moa-trace-why")
+        self.tokens = Chips("tokens", self.errors.guard(self.look))
+        self.room = button("Give that head the room", "trace-room", "pin the head to the span that shows it what it lost, and answer again")
+        self.what = choice("map", MAPS, "trace-map", "330px")
+        self.map = Canvas("token-map", HALF, self.errors.guard(self._clicked))
+        self.heads = Chips("share", self.errors.guard(self._choose), stacked=True)
+        self.reach, self.read = w.HTML(), w.HTML()
+        self.read.add_class("moa-trace-text")
+        self.what_if = WhatIf(state, self.errors, self._change, self._again, longest)
+        self.works = (self.work,)
+        self.kind.observe(lambda _: self._offer(), "value")
+        self.what.observe(self.errors.guard(lambda _: self.draw()), "value")
+        self.room.on_click(self.errors.guard(lambda _: self.give_room()))
+        columns = w.HTML(f'<div class="moa-columns">{COLUMNS}</div>')
+        listed = w.VBox([w.HTML(heading("Heads", HEADS_HINT)), columns, self.heads.box], layout=w.Layout(max_width="600px"))
+        mapped = w.VBox([self.what, self.map.box])
+        self.behind = w.VBox(
+            [
+                row(self.why), row(self.room),
+                w.HBox([mapped, listed], layout=w.Layout(flex_flow="row wrap", grid_gap="6px 18px")),
+                w.HTML(heading("Where it came from", "The text as this head saw it; far from its sources it is folded.")),
+                self.reach, self.read, self.what_if.box,
+            ]
+        )  # fmt: skip
+        self.box = w.VBox(
+            [w.HTML(STYLE), row(self.kind, self.test, self.own), self.work.box, self.errors.box, self.said, self.hint, self.tokens.box,
+             self.behind]
+        )  # fmt: skip
+        self._offer()
+        state.watch_in(TAB, ["plan"], self.errors.guard(self._new_plan))
+        state.watch_in(TAB, ["layer", "kv_head", "dark"], self.errors.guard(self.draw))
+        self.show()
+
+    def look(self, index: int) -> None:
+        """Trace token `index` of the answer; while another is traced, it comes next."""
+        self._wanted = index
+        if not self.work.is_running:
+            self._do(lambda tracing, handle: tracing.look(index, handle))
+
+    def give_room(self) -> None:
+        """Give the head that lost the token the span it needs, and answer again. Raises ValueError where no head lost it."""
+        tracing = self._held()
+        layer, kv_head, tokens = tracing.room()
+        self._check_idle()
+        n = 0 if tracing.case is None else tracing.case.n_tokens
+        if self._budget is not None and self._budget.holds(self._plan(tracing)):
+            self._giving = True
+            try:
+                plan = self._budget.give(layer, kv_head, tokens, n)
+            finally:
+                self._giving = False
+            self._try(plan, f"layer {layer}, KV head {kv_head} pinned to {tokens:,} tokens, the rest solved again")
+        else:
+            self._change(layer, kv_head, max(tokens, self._plan(tracing).min_span))
+
+    def another_model(self) -> None:
+        """Load the model named now when it is next needed. Raises ValueError while something runs."""
+        self._check_idle()
+        self._tracing = None
+        self.show()
+
+    def show(self) -> None:
+        """Show the answers, the tokens and, where one was looked at, what is behind it."""
+        tracing = self._tracing
+        trial = None if tracing is None else tracing.trials.current
+        if tracing is None or trial is None:
+            self.tokens.show([])
+            self.hint.value = heading("", START_HINT)
+            self.said.value = "" if tracing is None else said_html(tracing, None)
+            self.behind.layout.display = "none"
+            return
+        self.said.value = said_html(tracing, trial)
+        self.hint.value = heading("Token by token", TOKENS_HINT)
+        trace = self._trace()
+        self.tokens.show(token_chips(tracing.rows(), None if trace is None else trace.index))
+        self.what_if.show(tracing.trials)
+        self.behind.layout.display = "none" if trace is None else ""
+        self.draw()
+
+    def draw(self) -> None:
+        """Draw what is behind the token: the sentence, the map, the heads, and the text as the selected head saw it."""
+        tracing, trace, state = self._tracing, self._trace(), self.state
+        if tracing is None or trace is None:
+            return
+        self.what_if.show(tracing.trials)
+        self.why.value = f'<div class="moa-why" role="status">{html.escape(tracing.why())}</div>'
+        self.room.disabled = culprit(trace) is None
+        self.map.draw(self._figure(tracing, trace), state.dark)
+        self.heads.show(head_chips(trace, (state.layer, state.kv_head)))
+        share = trace.share(state.layer, state.kv_head)
+        self.reach.value = trace_text.reach_html(trace, share)
+        self.read.value = trace_text.text_html(tracing, trace, share)
+
+    def _figure(self, tracing: Tracing, trace: TokenTrace) -> Any:
+        shape = (tracing.geometry.layers, tracing.geometry.kv_heads)
+        values, spans, misses = np.zeros(shape), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        for share in trace.shares:
+            at = (share.layer, share.kv_head)
+            values[at] = share.brought if self.what.value == BROUGHT else share.regained
+            spans[at], misses[at] = share.span, share.misses
+        title = f"What brought “{label(tracing.piece(trace.position))}”"
+        fig = token_map(values, spans, misses, title, "nats of log-odds")
+        return fig.add_scatter(**ring(self.state.layer, self.state.kv_head))
+
+    def _offer(self) -> None:
+        own = self.kind.value == OWN
+        self.own.layout.display, self.test.layout.display = ("", "none") if own else ("none", "")
+
+    def _begin(self) -> Callable[[Handle], Any]:
+        todo, self._todo = self._todo or self._ask(), None
+
+        def work(handle: Handle) -> None:
+            try:
+                todo(self._model(), handle)
+            finally:
+                # Also what was done before a cancellation.
+                self.errors.guard(self.show)()
+
+        return work
+
+    def _ask(self) -> Todo:
+        """What the button does, with what the boxes hold now."""
+        kind, length, seed = self.kind.value, self.length.value, self.seed.value
+        prompt, new, text = self.prompt.value, self.new.value, self.text.value
+        self._wanted = None
+
+        def todo(tracing: Tracing, handle: Handle) -> None:
+            plan = self._plan(tracing)
+            if kind == OWN:
+                tracing.ask(prompt, new, handle, text)
+            elif kind in (LOST, LOST_LINE):
+                tracing.draw_lost(kind.split()[-1], length, seed, plan, handle)
+            else:
+                tracing.draw(kind, length, seed, handle)
+            self._follow(tracing, plan, plan.name, handle)
+
+        return todo
+
+    def _follow(self, tracing: Tracing, plan: Plan, what: str, handle: Handle) -> None:
+        """Answer under `plan`, and look at the same token as before, or else at the first that differs."""
+        before = tracing.trace
+        tracing.try_plan(plan, what, handle)
+        trace = tracing.look(tracing.most_lost() if before is None else before.index, handle)
+        if before is None:
+            share = culprit(trace) or shown_shares(trace)[0]
+            self.state.set(layer=share.layer, kv_head=share.kv_head)
+        self.state.set(plan=tracing.trials.current.plan if tracing.trials.current else plan)
+
+    def _try(self, plan: Plan, what: str) -> None:
+        self._do(lambda tracing, handle: self._follow(tracing, plan, what, handle))
+
+    def _change(self, layer: int, kv_head: int | None, tokens: int | None) -> None:
+        def todo(tracing: Tracing, handle: Handle) -> None:
+            plan = self._plan(tracing)
+            tracing.change(layer, kv_head, plan.min_span if tokens == 0 else tokens, handle)
+            self._again_in(tracing, handle)
+
+        self._held()
+        self._do(todo)
+
+    def _again(self) -> None:
+        self._do(self._again_in)
+
+    def _again_in(self, tracing: Tracing, handle: Handle) -> None:
+        """Look at the same token under the current trial's plan, which becomes the state's."""
+        tracing.look(tracing.most_lost() if tracing.trace is None else tracing.trace.index, handle)
+        if tracing.trials.current is not None:
+            self.state.set(plan=tracing.trials.current.plan)
+
+    def _new_plan(self) -> None:
+        """Another panel chose a plan: answer again under it."""
+        tracing, plan = self._tracing, self.state.plan
+        if self._giving or tracing is None or tracing.trials.current is None or plan is None or self.work.is_running:
+            return
+        if plan.identity() != tracing.trials.current.plan.identity():
+            self._try(plan, plan.name)
+
+    def _do(self, todo: Todo) -> None:
+        self._check_idle()
+        self._todo = todo
+        self.work.start.click()
+
+    def _ended(self) -> None:
+        wanted, self._wanted = self._wanted, None
+        trace = self._trace()
+        if wanted is not None and trace is not None and trace.index != wanted:
+            self.look(wanted)
+
+    def _clicked(self, place: Any) -> None:
+        kv_head, layer = place
+        self.state.set(layer=int(layer), kv_head=int(kv_head))
+
+    def _choose(self, number: int) -> None:
+        trace = self._trace()
+        if trace is not None:
+            share = shown_shares(trace)[number]
+            self.state.set(layer=share.layer, kv_head=share.kv_head)
+
+    def _trace(self) -> TokenTrace | None:
+        """What is shown: the trace of a token under the current trial's plan, or none."""
+        tracing = self._tracing
+        if tracing is None or tracing.trace is None or tracing.trials.current is None:
+            return None
+        same = tracing.trace.plan.identity() == tracing.trials.current.plan.identity()
+        return tracing.trace if same else None
+
+    def _plan(self, tracing: Tracing) -> Plan:
+        current = tracing.trials.current
+        return self.state.plan or (current.plan if current else uniform_plan(tracing.geometry, 0.5))
+
+    def _model(self) -> Tracing:
+        if self._tracing is None:
+            self.work.label.value = "loading the model"
+            self._tracing = self._make()
+        return self._tracing
+
+    def _held(self) -> Tracing:
+        if self._tracing is None or self._tracing.case is None:
+            raise ValueError("nothing was asked yet: press Answer first")
+        return self._tracing
+
+    def _check_idle(self) -> None:
+        """Raise ValueError while a job runs."""
+        if self.work.is_running:
+            raise ValueError("an answer is under way: cancel it first, or wait for its end")
+
+
+START_HINT = "Press Answer: the model answers with everything kept and under the plan, and each token of the answer can be clicked."
+TOKENS_HINT = (
+    "Below each token: its probability with everything kept → under the plan. ▲ the first token that the plan would not say; "
+    "orange: less likely under the plan. Click a token to see the heads behind it."
+)
+HEADS_HINT = (
+    "Nats of log-odds, to first order. brought: by reading far back, with everything kept; regained: under the plan, if this head saw all; "
+    "back: tokens to its source; orange: the plan hides that source."
+)

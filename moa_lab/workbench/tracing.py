@@ -1,0 +1,173 @@
+"""Trace and what if: one answer dense and under plans that are changed head by head, and the heads behind each of its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from moa_lab.geometry.wrappers import plain_model
+from moa_lab.models import geometry_of
+from moa_lab.plan import Plan, dense_plan, with_span
+from moa_lab.runtime.arguments import stop_ids
+from moa_lab.trace import Answer, Case, TokenTrace, Tracer, answer, culprit, drawn_cases, first_lost, piece, prompt_case, why
+from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.trials import Trial, Trials
+
+TRIED_SAMPLES = 16
+"""Test samples among which a lost one is looked for."""
+
+
+@dataclass(frozen=True)
+class TokenRow:
+    """One token of the answer: its text, its probability dense and under the plan, what it loses in nats, the plan's own word there
+    (where another is likelier), and whether it is the first that differs.
+    """
+
+    text: str
+    dense: float
+    cut: float
+    loss_change: float
+    instead: str | None
+    is_first_difference: bool
+
+
+class Tracing:
+    """One case on one model. dense: its answer in the dense model. trials: the plans tried on it. trace: of the token looked at last.
+
+    Raises ValueError, in all that needs one, where nothing was asked yet.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = plain_model(model), tokenizer
+        self.geometry = geometry_of(self.model)
+        self.case: Case | None = None
+        self.dense: Answer | None = None
+        self.trials = Trials()
+        self.trace: TokenTrace | None = None
+        self._tracer: Tracer | None = None
+        self._traced: dict[tuple[str, int], TokenTrace] = {}
+        self._stops = stop_ids(self.model, tokenizer, None)
+
+    def ask(self, prompt: str, max_new_tokens: int, handle: Handle, text_tokens: int = 0) -> Case:
+        """Trace `prompt` and the dense model's answer to it (`moa_lab.trace.prompt_case`)."""
+        case = prompt_case(
+            self.model, self.tokenizer, prompt, max_new_tokens, text_tokens=text_tokens, progress=handle.progress
+        )  # fmt: skip
+        return self.take(case, handle)
+
+    def draw(self, kind: str, length: int, seed: int, handle: Handle) -> Case:
+        """Trace a test sample of `length` tokens, "needle" or "line" (`moa_lab.trace.drawn_cases`)."""
+        return self.take(drawn_cases(self.tokenizer, kind, length, 1, seed)[0], handle)
+
+    def draw_lost(self, kind: str, length: int, seed: int, plan: Plan, handle: Handle, n: int = TRIED_SAMPLES) -> Case:
+        """Trace the first of `n` test samples that the dense model answers and `plan` does not. Raises ValueError where there is none."""
+        cases = drawn_cases(self.tokenizer, kind, length, n, seed)
+        lost = first_lost(self.model, plan, cases, self._stops, handle.progress)
+        if lost is None:
+            raise ValueError(
+                f"plan {plan.name!r} loses none of {n} samples ({kind}, {length:,} tokens) that the dense model answers: "
+                "try a lower density, a longer text or another seed"
+            )
+        return self.take(lost.case, handle)
+
+    def take(self, case: Case, handle: Handle) -> Case:
+        """Trace `case` from now on; trials of another one are forgotten."""
+        dense = answer(self.model, case, dense_plan(self.geometry), self._stops, handle.progress)
+        self.case, self.dense, self.trials, self.trace = case, dense, Trials(), None
+        self._tracer, self._traced = Tracer(self.model, case), {}
+        return case
+
+    def try_plan(self, plan: Plan, what: str, handle: Handle) -> Trial:
+        """Answer under `plan`, which becomes the current trial. what: how it came about, in words. A plan tried before is not run again."""
+        case, dense = self._asked()
+        plan.check_model(self.geometry)
+        trial = self.trials.find(plan)
+        if trial is None:
+            found = dense if plan.is_dense else answer(self.model, case, plan, self._stops, handle.progress)
+            trial = Trial(plan, found, what, plan.density(case.n_tokens), found.loss - dense.loss)
+        self.trials.keep(trial)
+        return trial
+
+    def change(self, layer: int, kv_head: int | None, tokens: int | None, handle: Handle) -> Trial:
+        """`try_plan` with a span of `tokens` (None: everything) in a KV head (None: the whole layer) of the current trial's plan."""
+        return self.try_plan(with_span(self._current().plan, layer, kv_head, tokens), changed(layer, kv_head, tokens), handle)
+
+    def look(self, index: int, handle: Handle) -> TokenTrace:
+        """Trace token `index` of the answer under the current trial's plan."""
+        self._asked()
+        assert self._tracer is not None
+        plan = self._current().plan
+        key = (plan.identity(), index)
+        if key not in self._traced:
+            self._traced[key] = self._tracer.token(index, plan, handle.progress)
+        self.trace = self._traced[key]
+        return self.trace
+
+    def most_lost(self) -> int:
+        """The first token that differs under the current plan, or else the one that loses most."""
+        _, dense = self._asked()
+        found = self._current().answer
+        return int(np.argmax(found.losses - dense.losses)) if found.first_difference is None else found.first_difference
+
+    def rows(self) -> list[TokenRow]:
+        """The answer's tokens, in order, under the current plan."""
+        case, dense = self._asked()
+        cut = self._current().answer
+        told = []
+        for index, token in enumerate(case.answer):
+            likeliest = int(cut.likeliest[index])
+            spelled = [*case.tokens[: case.start + index], likeliest]
+            told.append(
+                TokenRow(
+                    text=self.piece(case.start + index),
+                    dense=float(dense.probabilities[index]),
+                    cut=float(cut.probabilities[index]),
+                    loss_change=float(cut.losses[index] - dense.losses[index]),
+                    instead=None if likeliest == token else piece(self.tokenizer, spelled, len(spelled) - 1),
+                    is_first_difference=index == cut.first_difference,
+                )
+            )
+        return told
+
+    def piece(self, position: int) -> str:
+        """The text of the token at a position of the case."""
+        return piece(self.tokenizer, self._asked()[0].tokens, position)
+
+    def said(self, found: Answer) -> str:
+        """An answer as text, without the token that ends it."""
+        tokens = [token for token in found.said if token not in self._stops]
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
+
+    def why(self) -> str:
+        """One sentence on the token that was looked at last."""
+        return why(self.tokenizer, self._looked(), self._current().answer)
+
+    def room(self) -> tuple[int, int, int]:
+        """Layer, KV head and span of the head that lost the token looked at last. Raises ValueError where no head did."""
+        share = culprit(self._looked())
+        if share is None:
+            raise ValueError("no head that the plan cuts would bring this token back: choose another token, or set a span yourself")
+        return share.layer, share.kv_head, share.room
+
+    def _looked(self) -> TokenTrace:
+        if self.trace is None:
+            raise ValueError("choose a token of the answer first")
+        return self.trace
+
+    def _current(self) -> Trial:
+        if self.trials.current is None:
+            raise ValueError("no plan was tried yet")
+        return self.trials.current
+
+    def _asked(self) -> tuple[Case, Answer]:
+        if self.case is None or self.dense is None:
+            raise ValueError("nothing was asked yet: press Answer first")
+        return self.case, self.dense
+
+
+def changed(layer: int, kv_head: int | None, tokens: int | None) -> str:
+    """A change of a head's or a layer's span, in words."""
+    where = f"layer {layer}" if kv_head is None else f"layer {layer}, KV head {kv_head}"
+    return f"{where}: {'everything' if tokens is None else f'{tokens:,} tokens'}"
