@@ -17,8 +17,8 @@ QUESTION_TOKENS = 64
 """Tokens before the answer whose queries count as well: most of them ask the question."""
 NEAR_TOKENS = 64
 """Tokens back that count as near, beside the sink: no plan with the usual floor cuts them."""
-REAL_SOURCE = 0.25
-"""A source counts where it brought at least this share of what the head's largest one did."""
+REAL_SOURCE = 0.2
+"""A source counts where it brought at least this share of what the head's largest one beyond the sink did."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ class TokenTrace:
         return max(0, self.position - (window if own is None else min(window, own)))
 
     def sources(self, layer: int, kv_head: int) -> dict[int, float]:
-        """Positions the head read in the dense model, with what each brought in nats, largest first."""
-        return {one.source: one.brought for one in _read(self.dense, layer, kv_head)}
+        """Positions beyond the sink that count as the head's sources in the dense model, with what each brought in nats, largest first."""
+        return {one.source: one.brought for one in _real(_read(self.dense, layer, kv_head), self.plan.sink_tokens)}
 
 
 class Tracer:
@@ -125,7 +125,7 @@ def _shares(case: Case, plan: Plan, dense: TokenInfluence, cut: TokenInfluence) 
     windows, spans = plan.windows(case.n_tokens), plan.spans(case.n_tokens)
     shares = []
     for layer, kv_head in np.ndindex(*spans.shape):
-        read = [one for one in _read(dense, layer, kv_head) if one.source >= plan.sink_tokens]
+        read = _real(_read(dense, layer, kv_head), plan.sink_tokens)
         window = int(windows[layer, kv_head])
         hidden = [one for one in read if one.distance >= window]
         far = hidden or [one for one in read if one.distance >= NEAR_TOKENS]
@@ -161,8 +161,12 @@ def _read(found: TokenInfluence, layer: int, kv_head: int) -> list[_Read]:
     return [_Read(int(j), float(value), int(i - j)) for j, value, i in zip(*columns, strict=True) if j >= 0]
 
 
+def _real(read: list[_Read], sink_tokens: int) -> list[_Read]:
+    """The sources that count; the sink is always seen."""
+    beyond = [one for one in read if one.source >= sink_tokens]
+    return [one for one in beyond if one.brought >= REAL_SOURCE * beyond[0].brought]
+
+
 def _room(case: Case, sink_tokens: int, hidden: list[_Read]) -> int:
-    if not hidden:
-        return 0
-    earliest = min(one.source for one in hidden if one.brought >= REAL_SOURCE * hidden[0].brought)
-    return min(case.n_tokens - earliest + sink_tokens, case.n_tokens)
+    earliest = min((one.source for one in hidden), default=None)
+    return 0 if earliest is None else min(case.n_tokens - earliest + sink_tokens, case.n_tokens)

@@ -7,9 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as w
-import numpy as np
 
-from moa_lab.figures import token_map
 from moa_lab.plan import Plan, uniform_plan
 from moa_lab.trace import TokenTrace, culprit, label
 from moa_lab.workbench import trace_text
@@ -18,7 +16,7 @@ from moa_lab.workbench.chips import Chips
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measure_panel import PROMPT, TEXT_TOKENS
 from moa_lab.workbench.state import State
-from moa_lab.workbench.trace_views import COLUMNS, STYLE, head_chips, heading, said_html, shown_shares, token_chips
+from moa_lab.workbench.trace_views import COLUMNS, STYLE, head_chips, heading, map_of, said_html, shown_shares, token_chips
 from moa_lab.workbench.tracing import Tracing
 from moa_lab.workbench.what_if import WhatIf
 from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, ring, row, whole
@@ -65,7 +63,7 @@ class TracePanel:
         self.what = choice("map", MAPS, "trace-map", "330px")
         self.map = Canvas("token-map", HALF, self.errors.guard(self._clicked))
         self.heads = Chips("share", self.errors.guard(self._choose), stacked=True)
-        self.reach, self.read = w.HTML(), w.HTML()
+        self.where, self.reach, self.read = w.HTML(), w.HTML(), w.HTML()
         self.read.add_class("moa-trace-text")
         self.what_if = WhatIf(state, self.errors, self._change, self._again, longest)
         self.works = (self.work,)
@@ -79,8 +77,7 @@ class TracePanel:
             [
                 row(self.why), row(self.room),
                 w.HBox([mapped, listed], layout=w.Layout(flex_flow="row wrap", grid_gap="6px 18px")),
-                w.HTML(heading("Where it came from", "The text as this head saw it; far from its sources it is folded.")),
-                self.reach, self.read, self.what_if.box,
+                self.where, self.reach, self.read, self.what_if.box,
             ]
         )  # fmt: skip
         self.box = w.VBox(
@@ -146,22 +143,15 @@ class TracePanel:
         self.what_if.show(tracing.trials)
         self.why.value = f'<div class="moa-why" role="status">{html.escape(tracing.why())}</div>'
         self.room.disabled = culprit(trace) is None
-        self.map.draw(self._figure(tracing, trace), state.dark)
+        fig = map_of(trace, label(tracing.piece(trace.position)), regained=self.what.value == REGAINED)
+        self.map.draw(fig.add_scatter(**ring(state.layer, state.kv_head)), state.dark)
         self.heads.show(head_chips(trace, (state.layer, state.kv_head)))
         share = trace.share(state.layer, state.kv_head)
+        self.where.value = heading(
+            f"What layer {share.layer}, KV head {share.kv_head} read", "The text before the token, folded far from sources."
+        )
         self.reach.value = trace_text.reach_html(trace, share)
         self.read.value = trace_text.text_html(tracing, trace, share)
-
-    def _figure(self, tracing: Tracing, trace: TokenTrace) -> Any:
-        shape = (tracing.geometry.layers, tracing.geometry.kv_heads)
-        values, spans, misses = np.zeros(shape), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
-        for share in trace.shares:
-            at = (share.layer, share.kv_head)
-            values[at] = share.brought if self.what.value == BROUGHT else share.regained
-            spans[at], misses[at] = share.span, share.misses
-        title = f"What brought “{label(tracing.piece(trace.position))}”"
-        fig = token_map(values, spans, misses, title, "nats of log-odds")
-        return fig.add_scatter(**ring(self.state.layer, self.state.kv_head))
 
     def _offer(self) -> None:
         own = self.kind.value == OWN

@@ -28,9 +28,6 @@ STYLE = """<style>
 
 AROUND = 9
 """Tokens shown on either side of a source."""
-SHOWN_SOURCES = 8
-WEAKEST = 0.08
-"""Sources below this share of the head's largest are left out."""
 KEY = (
     '<div class="moa-key"><span class="seen">blue</span> read by this head, and seen under the plan &nbsp; '
     '<span class="hidden">orange, dashed</span> read by this head, and hidden by the plan &nbsp; bold: where the prompt spells the answer'
@@ -41,7 +38,7 @@ KEY = (
 def text_html(tracing: Tracing, trace: TokenTrace, share: HeadShare) -> str:
     """The case's text up to the token, with the sources of one head; what lies far from all of them is folded."""
     case, start = trace.case, trace.window_start(share.layer, share.kv_head)
-    sources = strongest(trace, share)
+    sources = trace.sources(share.layer, share.kv_head)
     kept = [(0, 8), (case.start - 32, trace.position + 1), (start - 4, start + 5)]
     kept += [(source - AROUND, source + AROUND + 1) for source in sources]
     kept += [(first - AROUND, last + AROUND) for first, last in case.planted]
@@ -55,13 +52,6 @@ def text_html(tracing: Tracing, trace: TokenTrace, share: HeadShare) -> str:
                 parts.append('<span class="edge" title="tokens before this one are hidden from the head">its window begins</span>')
             parts.append(_token(tracing, trace, share, sources, position))
     return f'{STYLE}{KEY}<div class="moa-text">{"".join(parts)}</div>'
-
-
-def strongest(trace: TokenTrace, share: HeadShare) -> dict[int, float]:
-    """The sources of a head that are shown, with what they brought; tokens of the sink are not among them."""
-    found = {at: brought for at, brought in trace.sources(share.layer, share.kv_head).items() if at >= trace.plan.sink_tokens}
-    most = max(found.values(), default=0.0)
-    return {at: brought for at, brought in list(found.items())[:SHOWN_SOURCES] if brought >= WEAKEST * most}
 
 
 def _token(tracing: Tracing, trace: TokenTrace, share: HeadShare, sources: dict[int, float], position: int) -> str:
@@ -86,7 +76,7 @@ def is_seen(trace: TokenTrace, share: HeadShare, position: int) -> bool:
 
 def reach_html(trace: TokenTrace, share: HeadShare) -> str:
     """The whole prompt as a line: the sink and the window of one head, and an arc from the token to each of its sources."""
-    n = trace.position + 1
+    n = trace.position
     sink, start = min(trace.plan.sink_tokens, n), trace.window_start(share.layer, share.kv_head)
     parts = [_bar(0, n, n, "rgba(128,128,128,0.22)"), *(_bar(a, b, n, "#1a80c4") for a, b in ((0, sink), (max(start, sink), n)) if a < b)]
     parts += _arcs(trace, share, n)
@@ -100,7 +90,7 @@ def reach_html(trace: TokenTrace, share: HeadShare) -> str:
 
 
 def _arcs(trace: TokenTrace, share: HeadShare, n: int) -> Iterator[str]:
-    sources = strongest(trace, share)
+    sources = trace.sources(share.layer, share.kv_head)
     for source, brought in sources.items():
         seen, strength = is_seen(trace, share, source), brought / max(sources.values())
         color, dashes = ("#1a80c4", "") if seen else ("#d55e00", ' stroke-dasharray="6 3"')

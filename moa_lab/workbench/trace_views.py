@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import html
 
-from moa_lab.figures.theme import percent
+import numpy as np
+import plotly.graph_objects as go
+
+from moa_lab.figures import token_map
+from moa_lab.figures.theme import percent, plain
 from moa_lab.trace import HeadShare, TokenTrace, label
 from moa_lab.workbench.chips import Chip
 from moa_lab.workbench.tracing import TokenRow, Tracing
@@ -37,6 +41,8 @@ STYLE = """<style>
 FEW, MANY = 0.1, 1.0
 """Nats a token loses from which it is marked, and marked strongly."""
 SHOWN_HEADS = 8
+MATTERS = 0.1
+"""Of what the head that matters most loses: heads that lose less are not crossed on the map."""
 
 
 def heading(text: str, hint: str = "") -> str:
@@ -101,6 +107,20 @@ def shown_shares(trace: TokenTrace) -> list[HeadShare]:
     return list(dict.fromkeys([*trace.shares[:half], *most]))[:SHOWN_HEADS]
 
 
+def map_of(trace: TokenTrace, word: str, *, regained: bool) -> go.Figure:
+    """A map of what every head brought to the token `word`, or would give back under the plan."""
+    shape = (trace.plan.geometry.layers, trace.plan.geometry.kv_heads)
+    values, spans, misses = np.zeros(shape), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+    most = max(max(share.lost, share.regained) for share in trace.shares)
+    for share in trace.shares:
+        at = (share.layer, share.kv_head)
+        values[at], spans[at] = share.regained if regained else share.brought, share.span
+        # Many heads miss some source of theirs: those are crossed to which it matters.
+        misses[at] = share.misses if max(share.lost, share.regained) >= MATTERS * most else 0
+    title = f"What would bring “{word}” back" if regained else f"What brought “{word}”"
+    return token_map(values, spans, misses, plain(title), "nats of log-odds")
+
+
 def _head_chip(share: HeadShare, selected: bool) -> Chip:
     back = f"{share.distance:,}" if share.source >= 0 else "-"
     misses = f"{share.misses:,}" if share.is_cut else "seen" if share.source >= 0 else "-"
@@ -109,7 +129,7 @@ def _head_chip(share: HeadShare, selected: bool) -> Chip:
     return Chip(text, f"show layer {share.layer}, KV head {share.kv_head}", classes)
 
 
-TRIED = "      kept   loss more  tokens that differ  plan"
+TRIED = "       kept  nats a token over dense  tokens that differ  plan"
 
 
 def trial_chips(trials: list[Trial], current: int) -> list[Chip]:
@@ -120,5 +140,5 @@ def trial_chips(trials: list[Trial], current: int) -> list[Chip]:
 def _trial_chip(index: int, trial: Trial, selected: bool) -> Chip:
     differ = int((trial.answer.likeliest != trial.answer.wanted).sum())
     told = "none" if not differ else f"{differ} of {len(trial.answer.likeliest)}"
-    text = f"{index + 1:>3}  {percent(trial.density, 1):>6}  {trial.loss_change:>+9.3f}  {told:>18}  {trial.what}"
+    text = f"{index + 1:>3}  {percent(trial.density, 1):>6}  {trial.loss_change:>+23.3f}  {told:>18}  {trial.what}"
     return Chip(text, f"back to this plan: {trial.plan.name}", ("selected",) if selected else ())

@@ -48,6 +48,7 @@ class Tracing:
         self.trace: TokenTrace | None = None
         self._tracer: Tracer | None = None
         self._traced: dict[tuple[str, int], TokenTrace] = {}
+        self._known: dict[str, Answer] = {}
         self._stops = stop_ids(self.model, tokenizer, None)
 
     def ask(self, prompt: str, max_new_tokens: int, handle: Handle, text_tokens: int = 0) -> Case:
@@ -70,14 +71,18 @@ class Tracing:
                 f"plan {plan.name!r} loses none of {n} samples ({kind}, {length:,} tokens) that the dense model answers: "
                 "try a lower density, a longer text or another seed"
             )
-        return self.take(lost.case, handle)
+        self._begin(lost.case, lost.dense)
+        self._known[plan.identity()] = lost.cut
+        return lost.case
 
     def take(self, case: Case, handle: Handle) -> Case:
         """Trace `case` from now on; trials of another one are forgotten."""
-        dense = answer(self.model, case, dense_plan(self.geometry), self._stops, handle.progress)
-        self.case, self.dense, self.trials, self.trace = case, dense, Trials(), None
-        self._tracer, self._traced = Tracer(self.model, case), {}
+        self._begin(case, answer(self.model, case, dense_plan(self.geometry), self._stops, handle.progress))
         return case
+
+    def _begin(self, case: Case, dense: Answer) -> None:
+        self.case, self.dense, self.trials, self.trace = case, dense, Trials(), None
+        self._tracer, self._traced, self._known = Tracer(self.model, case), {}, {}
 
     def try_plan(self, plan: Plan, what: str, handle: Handle) -> Trial:
         """Answer under `plan`, which becomes the current trial. what: how it came about, in words. A plan tried before is not run again."""
@@ -85,7 +90,8 @@ class Tracing:
         plan.check_model(self.geometry)
         trial = self.trials.find(plan)
         if trial is None:
-            found = dense if plan.is_dense else answer(self.model, case, plan, self._stops, handle.progress)
+            known = dense if plan.is_dense else self._known.get(plan.identity())
+            found = known or answer(self.model, case, plan, self._stops, handle.progress)
             trial = Trial(plan, found, what, plan.density(case.n_tokens), found.loss - dense.loss)
         self.trials.keep(trial)
         return trial

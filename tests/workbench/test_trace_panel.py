@@ -1,0 +1,139 @@
+"""The trace panel without a browser: a click on a token shows heads, room brings an answer back, undo takes it away."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+from tiny_plans import mixed_plan, small_plan
+
+from moa_lab.models import geometry_of
+from moa_lab.plan import dense_plan
+from moa_lab.workbench.state import State
+from moa_lab.workbench.trace_panel import TracePanel
+from moa_lab.workbench.tracing import Tracing
+from tests.workbench.hands import ended, press, said
+
+torch.set_num_threads(1)
+
+
+def panel_of(family: str = "llama", plan: object = small_plan) -> TracePanel:
+    model = tiny_model(family)
+    panel = TracePanel(State(plan=plan(model)), lambda: Tracing(model, tiny_tokenizer()), length=480)  # type: ignore[operator]
+    panel.kind.value, panel.text.value, panel.new.value = "prompt", 60, 6
+    return panel
+
+
+def asked(family: str = "llama", plan: object = small_plan) -> TracePanel:
+    panel = panel_of(family, plan)
+    press(panel, "Answer")
+    ended(panel.work)
+    assert said(panel) == ""
+    return panel
+
+
+def texts(panel: TracePanel) -> list[str]:
+    return [button.description for button in panel.tokens.box.children]
+
+
+def plain(html: str) -> str:
+    return re.sub(r"<[^>]+>", "", html)
+
+
+@pytest.mark.parametrize("family", ["llama", "mqa", "gemma3", "gpt_oss", "gpt_neox"])
+def test_a_prompt_is_answered_and_a_click_on_a_token_shows_its_heads(family: str) -> None:
+    panel = asked(family)
+    assert len(texts(panel)) == 6
+    assert panel.behind.layout.display == ""
+    panel.tokens.box.children[4].click()
+    ended(panel.work)
+    assert "selected" in panel.tokens.box.children[4]._dom_classes
+    assert plain(panel.why.value)
+    geometry = geometry_of(panel._tracing.model)
+    assert panel.map.widget.data[0].z.shape == (geometry.kv_heads, geometry.layers)
+    assert len(panel.heads.box.children) == min(8, geometry.layers * geometry.kv_heads)
+    panel.heads.box.children[-1].click()
+    assert f"What layer {panel.state.layer}, KV head {panel.state.kv_head} read" in panel.where.value
+    assert "<svg" in panel.reach.value
+    assert "moa-text" in panel.read.value
+
+
+def test_a_change_answers_again_and_undo_takes_it_back() -> None:
+    panel = asked()
+    before, first = texts(panel), panel.state.plan
+    panel.what_if.scope.value = "its whole layer"
+    press(panel, "Restore")
+    ended(panel.work)
+    edited = panel.state.plan
+    assert edited.spans(70)[panel.state.layer].tolist() == [70, 70]
+    assert len(panel.what_if.tried.box.children) == 2
+    press(panel, "Undo")
+    ended(panel.work)
+    assert panel.state.plan is first
+    assert texts(panel) == before
+    press(panel, "Redo")
+    ended(panel.work)
+    assert panel.state.plan is edited
+    panel.what_if.tried.box.children[1].click()
+    ended(panel.work)
+    assert panel.state.plan is first
+    panel.what_if.scope.value, panel.what_if.span.value = "this head", 2
+    press(panel, "Set span")
+    ended(panel.work)
+    assert "shortest, 5 tokens, got 2" in said(panel)
+    press(panel, "Cut")
+    ended(panel.work)
+    assert panel.state.plan.spans(70)[panel.state.layer, panel.state.kv_head] == 5
+
+
+def test_room_for_the_head_that_lost_a_token_changes_the_plan() -> None:
+    panel = asked()
+    for index in range(6):
+        panel.tokens.box.children[index].click()
+        ended(panel.work)
+        if not panel.room.disabled:
+            break
+    layer, kv_head, tokens = panel._tracing.room()
+    press(panel, "Give that head the room")
+    ended(panel.work)
+    assert panel.state.plan.spans(1000)[layer, kv_head] == tokens
+    assert "selected" in panel.tokens.box.children[index]._dom_classes
+
+
+def test_a_plan_of_another_panel_is_tried_when_it_is_chosen() -> None:
+    panel = asked()
+    other = mixed_plan(panel._tracing.model).renamed("other")
+    panel.state.set(plan=other)
+    ended(panel.work)
+    assert panel._tracing.trials.current.plan is other
+    assert "other" in plain(panel.said.value)
+
+
+def test_a_plan_that_keeps_everything_and_what_cannot_be_asked_are_told_in_words() -> None:
+    panel = asked(plan=lambda model: dense_plan(geometry_of(model)))
+    assert "Nothing is lost" in panel.why.value
+    assert panel.room.disabled
+    panel.prompt.value = " "
+    press(panel, "Answer")
+    ended(panel.work)
+    assert "the prompt is empty" in said(panel)
+    panel.kind.value = "lost needle"
+    panel.length.value = 64
+    press(panel, "Answer")
+    ended(panel.work)
+    assert "too short" in said(panel)
+
+
+def test_what_is_shown_is_text_and_no_markup() -> None:
+    panel = panel_of()
+    panel.prompt.value, panel.text.value = "<b>bold</b> & <script>x</script>", 0
+    panel.state.plan = replace(panel.state.plan, name="<i>plan</i>")
+    press(panel, "Answer")
+    ended(panel.work)
+    for shown in (panel.said.value, panel.read.value, panel.reach.value, panel.why.value):
+        assert "<script>" not in shown
+        assert "<i>plan" not in shown
+        assert "<b>bold" not in shown
