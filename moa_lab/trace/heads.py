@@ -18,7 +18,9 @@ QUESTION_TOKENS = 64
 NEAR_TOKENS = 64
 """Tokens back that count as near, beside the sink: no plan with the usual floor cuts them."""
 REAL_SOURCE = 0.2
-"""A source counts where it brought at least this share of what the head's largest one beyond the sink did."""
+"""A source counts where it brought at least this share of what the head's largest one did."""
+LEAST_NATS = 0.01
+"""What counts as something lost or regained."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,14 @@ class TokenTrace:
         return max(0, self.position - (window if own is None else min(window, own)))
 
     def sources(self, layer: int, kv_head: int) -> dict[int, float]:
-        """Positions beyond the sink that count as the head's sources in the dense model, with what each brought in nats, largest first."""
-        return {one.source: one.brought for one in _real(_read(self.dense, layer, kv_head), self.plan.sink_tokens)}
+        """Positions beyond the sink that the head read in the dense model, with what each brought in nats, largest first: the largest of
+        all, and the largest of those that it misses under the plan.
+        """
+        read = _beyond_sink(self.dense, layer, kv_head, self.plan.sink_tokens)
+        window = int(self.plan.windows(self.case.n_tokens)[layer, kv_head])
+        missed = _real([one for one in read if one.distance >= window]) if self.share(layer, kv_head).is_cut else []
+        shown = sorted({*_real(read), *missed}, key=lambda one: -one.brought)
+        return {one.source: one.brought for one in shown}
 
 
 class Tracer:
@@ -125,17 +133,19 @@ def _shares(case: Case, plan: Plan, dense: TokenInfluence, cut: TokenInfluence) 
     windows, spans = plan.windows(case.n_tokens), plan.spans(case.n_tokens)
     shares = []
     for layer, kv_head in np.ndindex(*spans.shape):
-        read = _real(_read(dense, layer, kv_head), plan.sink_tokens)
+        read = _beyond_sink(dense, layer, kv_head, plan.sink_tokens)
+        lost, regained = float(dense.cuts[1, layer, kv_head]), float(cut.cuts[1, layer, kv_head])
         window = int(windows[layer, kv_head])
-        hidden = [one for one in read if one.distance >= window]
-        far = hidden or [one for one in read if one.distance >= NEAR_TOKENS]
+        # Every head reads a trace of something that its window hides: it counts where the loss does.
+        hidden = _real([one for one in read if one.distance >= window]) if max(lost, regained) >= LEAST_NATS else []
+        far = hidden or _real([one for one in read if NEAR_TOKENS <= one.distance < window])
         shares.append(
             HeadShare(
                 layer=layer,
                 kv_head=kv_head,
                 brought=float(dense.cuts[0, layer, kv_head]),
-                lost=float(dense.cuts[1, layer, kv_head]),
-                regained=float(cut.cuts[1, layer, kv_head]),
+                lost=lost,
+                regained=regained,
                 source=far[0].source if far else -1,
                 distance=far[0].distance if far else 0,
                 span=int(spans[layer, kv_head]),
@@ -161,10 +171,14 @@ def _read(found: TokenInfluence, layer: int, kv_head: int) -> list[_Read]:
     return [_Read(int(j), float(value), int(i - j)) for j, value, i in zip(*columns, strict=True) if j >= 0]
 
 
-def _real(read: list[_Read], sink_tokens: int) -> list[_Read]:
-    """The sources that count; the sink is always seen."""
-    beyond = [one for one in read if one.source >= sink_tokens]
-    return [one for one in beyond if one.brought >= REAL_SOURCE * beyond[0].brought]
+def _beyond_sink(found: TokenInfluence, layer: int, kv_head: int, sink_tokens: int) -> list[_Read]:
+    """The same without the sink, which no plan hides."""
+    return [one for one in _read(found, layer, kv_head) if one.source >= sink_tokens]
+
+
+def _real(read: list[_Read]) -> list[_Read]:
+    """The sources that count, of `read`, the largest first."""
+    return [one for one in read if one.brought >= REAL_SOURCE * read[0].brought]
 
 
 def _room(case: Case, sink_tokens: int, hidden: list[_Read]) -> int:

@@ -7,11 +7,8 @@ import math
 from transformers import PreTrainedTokenizerBase
 
 from moa_lab.trace.answer import Answer
-from moa_lab.trace.heads import HeadShare, TokenTrace
+from moa_lab.trace.heads import LEAST_NATS, HeadShare, TokenTrace
 from moa_lab.trace.pieces import label, piece, words
-
-LEAST_NATS = 0.01
-"""What counts as something brought or regained."""
 
 
 def culprit(trace: TokenTrace) -> HeadShare | None:
