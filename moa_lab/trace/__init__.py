@@ -5,9 +5,10 @@ from moa_lab.trace.case import Case
 from moa_lab.trace.cases import Lost, drawn_cases, first_lost, prompt_case, sample_cases
 from moa_lab.trace.heads import HeadShare, TokenTrace, Tracer
 from moa_lab.trace.pieces import folded, label, piece
-from moa_lab.trace.why import culprit, why
+from moa_lab.trace.why import MATTERS, culprit, culprits, why
 
 __all__ = [
+    "MATTERS",
     "Answer",
     "Case",
     "HeadShare",
@@ -16,6 +17,7 @@ __all__ = [
     "Tracer",
     "answer",
     "culprit",
+    "culprits",
     "drawn_cases",
     "first_lost",
     "folded",

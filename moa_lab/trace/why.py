@@ -10,10 +10,24 @@ from moa_lab.trace.answer import Answer
 from moa_lab.trace.heads import LEAST_NATS, HeadShare, TokenTrace
 from moa_lab.trace.pieces import label, piece, words
 
+MATTERS = 0.1
+"""Of what the head that matters most lost or would regain: with less, a head does not matter."""
+
 
 def culprit(trace: TokenTrace) -> HeadShare | None:
     """The head whose source the plan hides and that would give the token most back; None where no head would."""
     return next((share for share in trace.shares if share.is_cut and share.regained >= LEAST_NATS), None)
+
+
+def culprits(trace: TokenTrace) -> tuple[HeadShare, ...]:
+    """All heads whose source the plan hides and to which that matters, `culprit` first: late heads hand on what earlier ones found, so one
+    alone may bring nothing back.
+    """
+    first = culprit(trace)
+    cut = [share for share in trace.shares if share.is_cut]
+    most = max((max(share.lost, share.regained) for share in cut), default=0.0)
+    rest = [share for share in cut if max(share.lost, share.regained) >= MATTERS * most and share != first]
+    return (*(() if first is None else (first,)), *rest)
 
 
 def why(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, answer: Answer) -> str:

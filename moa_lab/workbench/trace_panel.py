@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as w
 
 from moa_lab.plan import Plan, uniform_plan
-from moa_lab.trace import TokenTrace, culprit, label
+from moa_lab.trace import TokenTrace, culprit, culprits, label
 from moa_lab.workbench import trace_text
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.chips import Chips
@@ -17,7 +17,7 @@ from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measure_panel import PROMPT, TEXT_TOKENS
 from moa_lab.workbench.state import State
 from moa_lab.workbench.trace_views import COLUMNS, STYLE, head_chips, heading, map_of, said_html, shown_shares, token_chips
-from moa_lab.workbench.tracing import Tracing
+from moa_lab.workbench.tracing import Tracing, given
 from moa_lab.workbench.what_if import WhatIf
 from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, ring, row, whole
 
@@ -60,6 +60,7 @@ class TracePanel:
         self.why.add_class("moa-trace-why")
         self.tokens = Chips("tokens", self.errors.guard(self.look))
         self.room = button("Give that head the room", "trace-room", "pin the head to the span that shows it what it lost, and answer again")
+        self.rooms = button("Give all heads that lost it room", "trace-rooms", "the same for every head to which its cut matters")
         self.what = choice("map", MAPS, "trace-map", "330px")
         self.map = Canvas("token-map", HALF, self.errors.guard(self._clicked))
         self.heads = Chips("share", self.errors.guard(self._choose), stacked=True)
@@ -70,12 +71,13 @@ class TracePanel:
         self.kind.observe(lambda _: self._offer(), "value")
         self.what.observe(self.errors.guard(lambda _: self.draw()), "value")
         self.room.on_click(self.errors.guard(lambda _: self.give_room()))
+        self.rooms.on_click(self.errors.guard(lambda _: self.give_room(all_heads=True)))
         columns = w.HTML(f'<div class="moa-columns">{COLUMNS}</div>')
         listed = w.VBox([w.HTML(heading("Heads", HEADS_HINT)), columns, self.heads.box], layout=w.Layout(max_width="600px"))
         mapped = w.VBox([self.what, self.map.box])
         self.behind = w.VBox(
             [
-                row(self.why), row(self.room),
+                row(self.why), row(self.room, self.rooms),
                 w.HBox([mapped, listed], layout=w.Layout(flex_flow="row wrap", grid_gap="6px 18px")),
                 self.where, self.reach, self.read, self.what_if.box,
             ]
@@ -95,21 +97,24 @@ class TracePanel:
         if not self.work.is_running:
             self._do(lambda tracing, handle: tracing.look(index, handle))
 
-    def give_room(self) -> None:
-        """Give the head that lost the token the span it needs, and answer again. Raises ValueError where no head lost it."""
+    def give_room(self, all_heads: bool = False) -> None:
+        """Give the head that lost the token (or all to which their cut matters) the span it needs, and answer again.
+
+        Raises ValueError where no head lost it, and where the budget cannot hold them.
+        """
         tracing = self._held()
-        layer, kv_head, tokens = tracing.room()
+        rooms = tracing.room(all_heads)
         self._check_idle()
-        n = 0 if tracing.case is None else tracing.case.n_tokens
-        if self._budget is not None and self._budget.holds(self._plan(tracing)):
-            self._giving = True
-            try:
-                plan = self._budget.give(layer, kv_head, tokens, n)
-            finally:
-                self._giving = False
-            self._try(plan, f"layer {layer}, KV head {kv_head} pinned to {tokens:,} tokens, the rest solved again")
-        else:
-            self._change(layer, kv_head, max(tokens, self._plan(tracing).min_span))
+        self.state.set(layer=rooms[0][0], kv_head=rooms[0][1])
+        if self._budget is None or tracing.case is None or not self._budget.holds(self._plan(tracing)):
+            self._step(lambda tracing, handle: tracing.give(rooms, handle))
+            return
+        self._giving = True
+        try:
+            plan = self._budget.give(rooms, tracing.case.n_tokens)
+        finally:
+            self._giving = False
+        self._try(plan, f"{given(rooms)}, the rest solved again")
 
     def another_model(self) -> None:
         """Load the model named now when it is next needed. Raises ValueError while something runs."""
@@ -142,7 +147,9 @@ class TracePanel:
             return
         self.what_if.show(tracing.trials)
         self.why.value = f'<div class="moa-why" role="status">{html.escape(tracing.why())}</div>'
-        self.room.disabled = culprit(trace) is None
+        lost = culprits(trace)
+        self.room.disabled, self.rooms.disabled = culprit(trace) is None, len(lost) < 2
+        self.rooms.description = f"Give all {len(lost)} heads that lost it room" if len(lost) > 1 else "Give all heads that lost it room"
         fig = map_of(trace, label(tracing.piece(trace.position)), regained=self.what.value == REGAINED)
         self.map.draw(fig.add_scatter(**ring(state.layer, state.kv_head)), state.dark)
         self.heads.show(head_chips(trace, (state.layer, state.kv_head)))
@@ -193,7 +200,7 @@ class TracePanel:
         tracing.try_plan(plan, what, handle)
         trace = tracing.look(tracing.most_lost() if before is None else before.index, handle)
         if before is None:
-            share = culprit(trace) or shown_shares(trace)[0]
+            share = culprit(trace) or trace.shares[0]
             self.state.set(layer=share.layer, kv_head=share.kv_head)
         self.state.set(plan=tracing.trials.current.plan if tracing.trials.current else plan)
 
@@ -201,12 +208,19 @@ class TracePanel:
         self._do(lambda tracing, handle: self._follow(tracing, plan, what, handle))
 
     def _change(self, layer: int, kv_head: int | None, tokens: int | None) -> None:
-        def todo(tracing: Tracing, handle: Handle) -> None:
-            plan = self._plan(tracing)
-            tracing.change(layer, kv_head, plan.min_span if tokens == 0 else tokens, handle)
-            self._again_in(tracing, handle)
+        def change(tracing: Tracing, handle: Handle) -> object:
+            return tracing.change(layer, kv_head, self._plan(tracing).min_span if tokens == 0 else tokens, handle)
 
         self._held()
+        self._step(change)
+
+    def _step(self, change: Todo) -> None:
+        """Change the plan, answer again, and look at the same token."""
+
+        def todo(tracing: Tracing, handle: Handle) -> None:
+            change(tracing, handle)
+            self._again_in(tracing, handle)
+
         self._do(todo)
 
     def _again(self) -> None:
@@ -244,7 +258,7 @@ class TracePanel:
     def _choose(self, number: int) -> None:
         trace = self._trace()
         if trace is not None:
-            share = shown_shares(trace)[number]
+            share = shown_shares(trace, (self.state.layer, self.state.kv_head))[number]
             self.state.set(layer=share.layer, kv_head=share.kv_head)
 
     def _trace(self) -> TokenTrace | None:

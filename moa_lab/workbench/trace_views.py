@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from moa_lab.figures import token_map
 from moa_lab.figures.theme import percent, plain
-from moa_lab.trace import HeadShare, TokenTrace, label
+from moa_lab.trace import MATTERS, HeadShare, TokenTrace, label
 from moa_lab.workbench.chips import Chip
 from moa_lab.workbench.tracing import TokenRow, Tracing
 from moa_lab.workbench.trials import Trial
@@ -41,8 +41,6 @@ STYLE = """<style>
 FEW, MANY = 0.1, 1.0
 """Nats a token loses from which it is marked, and marked strongly."""
 SHOWN_HEADS = 8
-MATTERS = 0.1
-"""Of what the head that matters most loses: heads that lose less are not crossed on the map."""
 
 
 def heading(text: str, hint: str = "") -> str:
@@ -97,14 +95,14 @@ COLUMNS = "layer  KV head  brought  regained   back   span  misses by"
 
 def head_chips(trace: TokenTrace, selected: tuple[int, int]) -> list[Chip]:
     """The heads that have most to do with a token, in columns under `COLUMNS`."""
-    return [_head_chip(share, (share.layer, share.kv_head) == selected) for share in shown_shares(trace)]
+    return [_head_chip(share, (share.layer, share.kv_head) == selected) for share in shown_shares(trace, selected)]
 
 
-def shown_shares(trace: TokenTrace) -> list[HeadShare]:
-    """The heads of `head_chips`: those that the plan took most from, then those that brought most; each once."""
+def shown_shares(trace: TokenTrace, selected: tuple[int, int]) -> list[HeadShare]:
+    """The heads of `head_chips`: those that the plan took most from, those that brought most, and the selected one; each once."""
     most = sorted(trace.shares, key=lambda share: -share.brought)
-    half = SHOWN_HEADS // 2
-    return list(dict.fromkeys([*trace.shares[:half], *most]))[:SHOWN_HEADS]
+    shown = list(dict.fromkeys([*trace.shares[: SHOWN_HEADS // 2], *most]))[:SHOWN_HEADS]
+    return list(dict.fromkeys([*shown, trace.share(*selected)]))
 
 
 def map_of(trace: TokenTrace, word: str, *, regained: bool) -> go.Figure:

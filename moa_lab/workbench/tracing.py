@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +12,18 @@ from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan, with_span
 from moa_lab.runtime.arguments import stop_ids
-from moa_lab.trace import Answer, Case, TokenTrace, Tracer, answer, culprit, drawn_cases, first_lost, piece, prompt_case, why
+from moa_lab.trace import Answer, Case, TokenTrace, Tracer, answer, culprit, culprits, drawn_cases, first_lost, piece, prompt_case, why
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.trials import Trial, Trials
 
 TRIED_SAMPLES = 16
 """Test samples among which a lost one is looked for."""
+
+
+Room = tuple[int, int, int]
+"""Layer, KV head, and the span in tokens that it needs."""
+NAMED = 2
+"""Heads that are named one by one."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +157,24 @@ class Tracing:
         """One sentence on the token that was looked at last."""
         return why(self.tokenizer, self._looked(), self._current().answer)
 
-    def room(self) -> tuple[int, int, int]:
-        """Layer, KV head and span of the head that lost the token looked at last. Raises ValueError where no head did."""
-        share = culprit(self._looked())
-        if share is None:
+    def room(self, all_heads: bool = False) -> list[Room]:
+        """The span that the head needs which lost the token looked at last, or (all_heads) every head to which its cut matters.
+
+        Raises ValueError where no head did.
+        """
+        trace = self._looked()
+        first = culprit(trace)
+        shares = culprits(trace) if all_heads else () if first is None else (first,)
+        if not shares:
             raise ValueError("no head that the plan cuts would bring this token back: choose another token, or set a span yourself")
-        return share.layer, share.kv_head, share.room
+        return [(share.layer, share.kv_head, max(share.room, trace.plan.min_span)) for share in shares]
+
+    def give(self, rooms: Sequence[Room], handle: Handle) -> Trial:
+        """`try_plan` with the current trial's plan in which these heads keep what they need, and all others what they had."""
+        plan = self._current().plan
+        for layer, kv_head, tokens in rooms:
+            plan = with_span(plan, layer, kv_head, tokens)
+        return self.try_plan(plan, given(rooms), handle)
 
     def _looked(self) -> TokenTrace:
         if self.trace is None:
@@ -171,6 +190,13 @@ class Tracing:
         if self.case is None or self.dense is None:
             raise ValueError("nothing was asked yet: press Answer first")
         return self.case, self.dense
+
+
+def given(rooms: Sequence[Room]) -> str:
+    """Heads that got room, in words."""
+    named = [f"layer {layer}, KV head {kv_head}" for layer, kv_head, _ in rooms[:NAMED]]
+    more = f" and {len(rooms) - NAMED} more" if len(rooms) > NAMED else ""
+    return f"{'; '.join(named)}{more}: room for {'its source' if len(rooms) == 1 else 'their sources'}"
 
 
 def changed(layer: int, kv_head: int | None, tokens: int | None) -> str:

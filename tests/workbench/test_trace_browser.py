@@ -91,7 +91,7 @@ def test_room_for_the_head_changes_the_answer_and_undo_takes_it_back(page: Page)
     page.press("Give that head the room")
     ended(page)
     assert tokens(page) != lost
-    assert f"layer {layer}, KV head {kv_head} pinned" in page.text("moa-tried")
+    assert f"layer {layer}, KV head {kv_head}: room for its source" in page.text("moa-tried")
     page.picture("trace_room")
     page.tab("Budget")
     assert f"layer {layer}, KV head {kv_head}:" in page.text("moa-pins")

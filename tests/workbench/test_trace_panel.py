@@ -54,7 +54,7 @@ def test_a_prompt_is_answered_and_a_click_on_a_token_shows_its_heads(family: str
     assert plain(panel.why.value)
     geometry = geometry_of(panel._tracing.model)
     assert panel.map.widget.data[0].z.shape == (geometry.kv_heads, geometry.layers)
-    assert len(panel.heads.box.children) == min(8, geometry.layers * geometry.kv_heads)
+    assert 0 < len(panel.heads.box.children) <= min(9, geometry.layers * geometry.kv_heads)
     panel.heads.box.children[-1].click()
     assert f"What layer {panel.state.layer}, KV head {panel.state.kv_head} read" in panel.where.value
     assert "<svg" in panel.reach.value
@@ -96,11 +96,35 @@ def test_room_for_the_head_that_lost_a_token_changes_the_plan() -> None:
         ended(panel.work)
         if not panel.room.disabled:
             break
-    layer, kv_head, tokens = panel._tracing.room()
+    (layer, kv_head, tokens), *_ = panel._tracing.room()
     press(panel, "Give that head the room")
     ended(panel.work)
     assert panel.state.plan.spans(1000)[layer, kv_head] == tokens
     assert "selected" in panel.tokens.box.children[index]._dom_classes
+    assert (panel.state.layer, panel.state.kv_head) == (layer, kv_head)
+
+
+def test_room_in_a_plan_of_the_budget_is_pinned_there_and_the_rest_is_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    panel = asked()
+    pinned: list[tuple[list[tuple[int, int, int]], int]] = []
+
+    class Budget:
+        def holds(self, plan: object) -> bool:
+            return plan is panel.state.plan
+
+        def give(self, rooms: list[tuple[int, int, int]], n_tokens: int) -> object:
+            pinned.append((rooms, n_tokens))
+            panel.state.set(plan=mixed_plan(panel._tracing.model))
+            return panel.state.plan
+
+    panel._budget = Budget()
+    monkeypatch.setattr(panel._tracing, "room", lambda all_heads: [(1, 0, 30), (0, 1, 40)] if all_heads else [(1, 0, 30)])
+    panel.give_room(all_heads=True)
+    ended(panel.work)
+    assert said(panel) == ""
+    assert pinned == [([(1, 0, 30), (0, 1, 40)], panel._tracing.case.n_tokens)]
+    assert panel._tracing.trials.current.plan is panel.state.plan
+    assert panel._tracing.trials.current.what.endswith("room for their sources, the rest solved again")
 
 
 def test_a_plan_of_another_panel_is_tried_when_it_is_chosen() -> None:

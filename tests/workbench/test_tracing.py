@@ -77,11 +77,19 @@ def test_room_for_the_head_that_lost_the_token_shows_it_its_source() -> None:
     for index in range(N - START):
         tracing.look(index, handle())
         try:
-            layer, kv_head, tokens = tracing.room()
+            rooms = tracing.room()
         except ValueError:
             continue
-        tracing.change(layer, kv_head, tokens, handle())
+        every = tracing.room(all_heads=True)
+        assert every[0] == rooms[0]
+        trial = tracing.give(rooms, handle())
+        layer, kv_head, _ = rooms[0]
+        assert trial.what == f"layer {layer}, KV head {kv_head}: room for its source"
         assert not tracing.look(index, handle()).share(layer, kv_head).is_cut
+        tracing.trials.undo()
+        tracing.give(every, handle())
+        found = tracing.look(index, handle())
+        assert not any(found.share(layer, kv_head).is_cut for layer, kv_head, _ in every)
         return
     raise AssertionError("no token was lost by a head")
 
