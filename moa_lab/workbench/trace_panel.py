@@ -16,7 +16,19 @@ from moa_lab.workbench.chips import Chips
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measure_panel import PROMPT, TEXT_TOKENS
 from moa_lab.workbench.state import State
-from moa_lab.workbench.trace_views import COLUMNS, STYLE, head_chips, heading, map_of, said_html, shown_shares, token_chips
+from moa_lab.workbench.trace_views import (
+    COLUMNS,
+    HEADS_HINT,
+    START_HINT,
+    STYLE,
+    TOKENS_HINT,
+    head_chips,
+    heading,
+    map_of,
+    said_html,
+    shown_shares,
+    token_chips,
+)
 from moa_lab.workbench.tracing import Tracing, given
 from moa_lab.workbench.what_if import WhatIf
 from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, ring, row, whole
@@ -288,14 +300,3 @@ class TracePanel:
         """Raise ValueError while a job runs."""
         if self.work.is_running:
             raise ValueError("an answer is under way: cancel it first, or wait for its end")
-
-
-START_HINT = "Press Answer: the model answers with everything kept and under the plan, and each token of the answer can be clicked."
-TOKENS_HINT = (
-    "Below each token: its probability with everything kept → under the plan. ▲ the first token that the plan would not say; "
-    "orange: less likely under the plan. Click a token to see the heads behind it."
-)
-HEADS_HINT = (
-    "Nats of log-odds, to first order. brought: by reading far back, with everything kept; regained: under the plan, if this head saw all; "
-    "back: tokens to its source; orange: the plan hides that source."
-)

@@ -38,6 +38,16 @@ STYLE = """<style>
 .moa-said-two .words { white-space: pre-wrap; overflow-wrap: anywhere; }
 </style>"""
 
+START_HINT = "Press Answer: the model answers with everything kept and under the plan, and each token of the answer can be clicked."
+TOKENS_HINT = (
+    "Below each token: its probability with everything kept → under the plan. ▲ the first token that the plan would not say; "
+    "orange: less likely under the plan. Click a token to see the heads behind it."
+)
+HEADS_HINT = (
+    "Nats of log-odds, to first order. brought: by reading far back, with everything kept; regained: under the plan, if this head saw all; "
+    "back: tokens to its source; orange: the plan hides that source."
+)
+
 FEW, MANY = 0.1, 1.0
 """Nats a token loses from which it is marked, and marked strongly."""
 SHOWN_HEADS = 8
