@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import ipywidgets as w
@@ -114,19 +113,12 @@ class BudgetPanel:
         """Whether `plan` is what this panel found last."""
         return plan is not None and self._answer is not None and plan.identity() == self._answer.plan.identity()
 
-    def give(self, rooms: Sequence[tuple[int, int, int]], n_tokens: int) -> Plan:
-        """Pin (layer, KV head) pairs to the shortest spans that keep so many tokens at length `n_tokens`, and solve again; the plan
-        becomes the state's.
+    def give(self, layer: int, kv_head: int, tokens: int, n_tokens: int) -> Plan:
+        """Pin a head to the shortest span that keeps `tokens` at length `n_tokens`, and solve again; the plan becomes the state's.
 
-        Raises ValueError as `Budget.pin`, and pins nothing, where the budget cannot hold them all.
+        Raises ValueError as `Budget.pin`.
         """
-        before = dict(self.budget.pinned)
-        try:
-            for layer, kv_head, tokens in rooms:
-                self.budget.pin(layer, kv_head, tokens, n_tokens)
-        except ValueError:
-            self.budget.pinned = before
-            raise
+        self.budget.pin(layer, kv_head, tokens, n_tokens)
         answer = self.budget.answer()
         self.show(answer)
         return answer.plan

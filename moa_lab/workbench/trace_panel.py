@@ -9,26 +9,14 @@ from typing import Any
 import ipywidgets as w
 
 from moa_lab.plan import Plan, uniform_plan
-from moa_lab.trace import TokenTrace, culprit, culprits, label
-from moa_lab.workbench import trace_text
+from moa_lab.trace import TokenTrace, culprit, label
+from moa_lab.workbench import trace_text, trace_views
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.chips import Chips
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measure_panel import PROMPT, TEXT_TOKENS
+from moa_lab.workbench.measuring import Plans
 from moa_lab.workbench.state import State
-from moa_lab.workbench.trace_views import (
-    COLUMNS,
-    HEADS_HINT,
-    START_HINT,
-    STYLE,
-    TOKENS_HINT,
-    head_chips,
-    heading,
-    map_of,
-    said_html,
-    shown_shares,
-    token_chips,
-)
 from moa_lab.workbench.tracing import Tracing, given
 from moa_lab.workbench.what_if import WhatIf
 from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, ring, row, whole
@@ -56,8 +44,8 @@ class TracePanel:
         self._todo: Todo | None = None
         self._wanted: int | None = None
         self._giving = False
-        records = (state.plan, state.table, state.profile)
-        longest = next((record.geometry.max_length for record in records if record is not None), 131072)
+        geometry = Plans(state).geometry
+        longest = geometry.max_length if geometry else 131072
         self.kind = choice("trace", KINDS, "trace-kind", "290px")
         self.length = whole("of (tokens)", min(length, longest), 64, longest, "trace-length", "170px")
         self.seed = whole("seed", 0, 0, 2**31 - 1, "trace-seed", "120px")
@@ -72,7 +60,7 @@ class TracePanel:
         self.why.add_class("moa-trace-why")
         self.tokens = Chips("tokens", self.errors.guard(self.look))
         self.room = button("Give that head the room", "trace-room", "pin the head to the span that shows it what it lost, and answer again")
-        self.rooms = button("Give all heads that lost it room", "trace-rooms", "the same for every head to which its cut matters")
+        self.rooms = button("Give room until the answer is back", "trace-rooms", "to all heads that lost it, at the cost of density")
         self.what = choice("map", MAPS, "trace-map", "330px")
         self.map = Canvas("token-map", HALF, self.errors.guard(self._clicked))
         self.heads = Chips("share", self.errors.guard(self._choose), stacked=True)
@@ -83,9 +71,11 @@ class TracePanel:
         self.kind.observe(lambda _: self._offer(), "value")
         self.what.observe(self.errors.guard(lambda _: self.draw()), "value")
         self.room.on_click(self.errors.guard(lambda _: self.give_room()))
-        self.rooms.on_click(self.errors.guard(lambda _: self.give_room(all_heads=True)))
-        columns = w.HTML(f'<div class="moa-columns">{COLUMNS}</div>')
-        listed = w.VBox([w.HTML(heading("Heads", HEADS_HINT)), columns, self.heads.box], layout=w.Layout(max_width="600px"))
+        self.rooms.on_click(self.errors.guard(lambda _: self._step(lambda tracing, handle: tracing.rescue(handle))))
+        columns = w.HTML(f'<div class="moa-columns">{trace_views.COLUMNS}</div>')
+        listed = w.VBox(
+            [w.HTML(trace_views.heading("Heads", trace_views.HEADS_HINT)), columns, self.heads.box], layout=w.Layout(max_width="600px")
+        )
         mapped = w.VBox([self.what, self.map.box])
         self.behind = w.VBox(
             [
@@ -95,7 +85,7 @@ class TracePanel:
             ]
         )  # fmt: skip
         self.box = w.VBox(
-            [w.HTML(STYLE), row(self.kind, self.test, self.own), self.work.box, self.errors.box, self.said, self.hint, self.tokens.box,
+            [w.HTML(trace_views.STYLE), row(self.kind, self.test, self.own), self.work.box, self.errors.box, self.said, self.hint, self.tokens.box,
              self.behind]
         )  # fmt: skip
         self._offer()
@@ -109,24 +99,23 @@ class TracePanel:
         if not self.work.is_running:
             self._do(lambda tracing, handle: tracing.look(index, handle))
 
-    def give_room(self, all_heads: bool = False) -> None:
-        """Give the head that lost the token (or all to which their cut matters) the span it needs, and answer again.
+    def give_room(self) -> None:
+        """Give the head that lost the token the span it needs, and answer again.
 
-        Raises ValueError where no head lost it, and where the budget cannot hold them.
+        Raises ValueError where no head lost it, and where the budget cannot hold it.
         """
         tracing = self._held()
-        rooms = tracing.room(all_heads)
+        layer, kv_head, tokens = tracing.room()
         self._check_idle()
-        self.state.set(layer=rooms[0][0], kv_head=rooms[0][1])
+        self.state.set(layer=layer, kv_head=kv_head)
         if self._budget is None or tracing.case is None or not self._budget.holds(self._plan(tracing)):
-            self._step(lambda tracing, handle: tracing.give(rooms, handle))
-            return
+            return self._step(lambda tracing, handle: tracing.change(layer, kv_head, tokens, handle))
         self._giving = True
         try:
-            plan = self._budget.give(rooms, tracing.case.n_tokens)
+            plan = self._budget.give(layer, kv_head, tokens, tracing.case.n_tokens)
         finally:
             self._giving = False
-        self._try(plan, f"{given(rooms)}, the rest solved again")
+        self._try(plan, f"{given([(layer, kv_head, tokens)])}, the rest solved again")
 
     def another_model(self) -> None:
         """Load the model named now when it is next needed. Raises ValueError while something runs."""
@@ -140,14 +129,14 @@ class TracePanel:
         trial = None if tracing is None else tracing.trials.current
         if tracing is None or trial is None:
             self.tokens.show([])
-            self.hint.value = heading("", START_HINT)
-            self.said.value = "" if tracing is None else said_html(tracing, None)
+            self.hint.value = trace_views.heading("", trace_views.START_HINT)
+            self.said.value = "" if tracing is None else trace_views.said_html(tracing, None)
             self.behind.layout.display = "none"
             return
-        self.said.value = said_html(tracing, trial)
-        self.hint.value = heading("Token by token", TOKENS_HINT)
+        self.said.value = trace_views.said_html(tracing, trial)
+        self.hint.value = trace_views.heading("Token by token", trace_views.TOKENS_HINT)
         trace = self._trace()
-        self.tokens.show(token_chips(tracing.rows(), None if trace is None else trace.index))
+        self.tokens.show(trace_views.token_chips(tracing.rows(), None if trace is None else trace.index))
         self.what_if.show(tracing.trials)
         self.behind.layout.display = "none" if trace is None else ""
         self.draw()
@@ -159,14 +148,13 @@ class TracePanel:
             return
         self.what_if.show(tracing.trials)
         self.why.value = f'<div class="moa-why" role="status">{html.escape(tracing.why())}</div>'
-        lost = culprits(trace)
-        self.room.disabled, self.rooms.disabled = culprit(trace) is None, len(lost) < 2
-        self.rooms.description = f"Give all {len(lost)} heads that lost it room" if len(lost) > 1 else "Give all heads that lost it room"
-        fig = map_of(trace, label(tracing.piece(trace.position)), regained=self.what.value == REGAINED)
+        self.room.disabled = culprit(trace) is None
+        self.rooms.disabled = tracing.trials.current is None or tracing.trials.current.is_same
+        fig = trace_views.map_of(trace, label(tracing.piece(trace.position)), regained=self.what.value == REGAINED)
         self.map.draw(fig.add_scatter(**ring(state.layer, state.kv_head)), state.dark)
-        self.heads.show(head_chips(trace, (state.layer, state.kv_head)))
+        self.heads.show(trace_views.head_chips(trace, (state.layer, state.kv_head)))
         share = trace.share(state.layer, state.kv_head)
-        self.where.value = heading(
+        self.where.value = trace_views.heading(
             f"What layer {share.layer}, KV head {share.kv_head} read", "The text before the token, folded far from sources."
         )
         self.reach.value = trace_text.reach_html(trace, share)
@@ -270,7 +258,7 @@ class TracePanel:
     def _choose(self, number: int) -> None:
         trace = self._trace()
         if trace is not None:
-            share = shown_shares(trace, (self.state.layer, self.state.kv_head))[number]
+            share = trace_views.shown_shares(trace, (self.state.layer, self.state.kv_head))[number]
             self.state.set(layer=share.layer, kv_head=share.kv_head)
 
     def _trace(self) -> TokenTrace | None:

@@ -22,6 +22,9 @@ TRIED_SAMPLES = 16
 
 Room = tuple[int, int, int]
 """Layer, KV head, and the span in tokens that it needs."""
+NO_HEAD = "no head that the plan cuts would bring this token back: choose another token, or set a span yourself"
+ROUNDS = 6
+"""Of `Tracing.rescue`."""
 NAMED = 2
 """Heads that are named one by one."""
 
@@ -157,24 +160,36 @@ class Tracing:
         """One sentence on the token that was looked at last."""
         return why(self.tokenizer, self._looked(), self._current().answer)
 
-    def room(self, all_heads: bool = False) -> list[Room]:
-        """The span that the head needs which lost the token looked at last, or (all_heads) every head to which its cut matters.
+    def room(self) -> Room:
+        """The span that the head needs which lost the token looked at last. Raises ValueError where no head did."""
+        share = culprit(self._looked())
+        if share is None:
+            raise ValueError(NO_HEAD)
+        return share.layer, share.kv_head, max(share.room, self._looked().plan.min_span)
 
-        Raises ValueError where no head did.
+    def rescue(self, handle: Handle, rounds: int = ROUNDS) -> Trial:
+        """Give room to all heads to which the cut of the first lost token matters, answer again, and so on until the answer is back.
+
+        Every round is a trial; other heads keep what they had, so density grows. Raises ValueError where no head would bring a token
+        back, and where the answer is still another after `rounds`.
         """
-        trace = self._looked()
-        first = culprit(trace)
-        shares = culprits(trace) if all_heads else () if first is None else (first,)
-        if not shares:
-            raise ValueError("no head that the plan cuts would bring this token back: choose another token, or set a span yourself")
-        return [(share.layer, share.kv_head, max(share.room, trace.plan.min_span)) for share in shares]
+        for _ in range(rounds):
+            trial = self._current()
+            if trial.answer.first_difference is None:
+                return trial
+            shares = culprits(self.look(trial.answer.first_difference, handle))
+            if not shares:
+                raise ValueError(NO_HEAD)
+            self._give([(share.layer, share.kv_head, max(share.room, trial.plan.min_span)) for share in shares], handle)
+        if not self._current().is_same:
+            raise ValueError(f"after {rounds} rounds the answer is still another one; a further press goes on")
+        return self._current()
 
-    def give(self, rooms: Sequence[Room], handle: Handle) -> Trial:
-        """`try_plan` with the current trial's plan in which these heads keep what they need, and all others what they had."""
+    def _give(self, rooms: Sequence[Room], handle: Handle) -> None:
         plan = self._current().plan
         for layer, kv_head, tokens in rooms:
             plan = with_span(plan, layer, kv_head, tokens)
-        return self.try_plan(plan, given(rooms), handle)
+        self.try_plan(plan, given(rooms), handle)
 
     def _looked(self) -> TokenTrace:
         if self.trace is None:

@@ -61,21 +61,19 @@ def test_a_density_that_cannot_be_had_is_told_and_the_next_that_can_takes_it_awa
     assert panel.state.plan is not before
 
 
-def test_heads_that_need_room_are_pinned_together_or_not_at_all(table: LossTable) -> None:
+def test_a_head_that_needs_room_is_pinned_and_the_rest_is_solved_again(table: LossTable) -> None:
     panel = BudgetPanel(State(table=table), density=0.4)
     n = max(panel.budget.lengths)
-    plan = panel.give([(0, 0, n // 2), (3, 1, n)], n)
+    plan = panel.give(0, 0, n // 2, n)
     assert panel.holds(plan)
+    assert not panel.holds(None)
     assert plan is panel.state.plan
     assert plan.spans(n)[0, 0] >= n // 2
-    assert plan.spans(n)[3, 1] == n
-    assert "layer 3, KV head 1" in panel.pins.value
-    before = dict(panel.budget.pinned)
-    heads = [(layer, head, n) for layer in range(table.geometry.layers) for head in range(table.geometry.kv_heads)]
-    with pytest.raises(ValueError, match="infeasible"):
-        panel.give(heads, n)
-    assert panel.budget.pinned == before
-    assert panel.holds(panel.state.plan)
+    assert plan.density(n) <= 0.4 + 1e-9
+    assert "layer 0, KV head 0" in panel.pins.value
+    with pytest.raises(ValueError, match="a span must lie in"):
+        panel.give(0, 1, n + 1, n)
+    assert list(panel.budget.pinned) == [(0, 0)]
 
 
 def test_the_gpu_of_choice_tells_what_it_holds_and_how_fast(table: LossTable) -> None:

@@ -106,6 +106,14 @@ def test_room_for_the_head_changes_the_answer_and_undo_takes_it_back(page: Page)
     assert tokens(page) == lost
 
 
+def test_room_is_given_until_the_answer_is_back(page: Page) -> None:
+    page.press("Give room until the answer is back")
+    ended(page, 300)
+    assert "▲" not in "".join(tokens(page))
+    assert page.page.locator(".moa-tried .moa-chip.selected", has_text="none").count() == 1
+    page.picture("trace_back")
+
+
 def test_a_layer_is_restored_and_a_head_is_cut(page: Page) -> None:
     plans = page.page.locator(".moa-tried .moa-chip").count()
     page.page.locator(".moa-what-if-scope select").select_option("its whole layer")

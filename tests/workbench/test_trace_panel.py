@@ -11,7 +11,7 @@ from tiny import tiny_model, tiny_tokenizer
 from tiny_plans import mixed_plan, small_plan
 
 from moa_lab.models import geometry_of
-from moa_lab.plan import dense_plan
+from moa_lab.plan import dense_plan, with_span
 from moa_lab.workbench.state import State
 from moa_lab.workbench.trace_panel import TracePanel
 from moa_lab.workbench.tracing import Tracing
@@ -96,7 +96,7 @@ def test_room_for_the_head_that_lost_a_token_changes_the_plan() -> None:
         ended(panel.work)
         if not panel.room.disabled:
             break
-    (layer, kv_head, tokens), *_ = panel._tracing.room()
+    layer, kv_head, tokens = panel._tracing.room()
     press(panel, "Give that head the room")
     ended(panel.work)
     assert panel.state.plan.spans(1000)[layer, kv_head] == tokens
@@ -106,25 +106,35 @@ def test_room_for_the_head_that_lost_a_token_changes_the_plan() -> None:
 
 def test_room_in_a_plan_of_the_budget_is_pinned_there_and_the_rest_is_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
     panel = asked()
-    pinned: list[tuple[list[tuple[int, int, int]], int]] = []
+    pinned: list[tuple[int, ...]] = []
 
     class Budget:
         def holds(self, plan: object) -> bool:
             return plan is panel.state.plan
 
-        def give(self, rooms: list[tuple[int, int, int]], n_tokens: int) -> object:
-            pinned.append((rooms, n_tokens))
+        def give(self, *room: int) -> object:
+            pinned.append(room)
             panel.state.set(plan=mixed_plan(panel._tracing.model))
             return panel.state.plan
 
     panel._budget = Budget()
-    monkeypatch.setattr(panel._tracing, "room", lambda all_heads: [(1, 0, 30), (0, 1, 40)] if all_heads else [(1, 0, 30)])
-    panel.give_room(all_heads=True)
+    monkeypatch.setattr(panel._tracing, "room", lambda: (1, 0, 30))
+    panel.give_room()
     ended(panel.work)
     assert said(panel) == ""
-    assert pinned == [([(1, 0, 30), (0, 1, 40)], panel._tracing.case.n_tokens)]
+    assert pinned == [(1, 0, 30, panel._tracing.case.n_tokens)]
     assert panel._tracing.trials.current.plan is panel.state.plan
-    assert panel._tracing.trials.current.what.endswith("room for their sources, the rest solved again")
+    assert panel._tracing.trials.current.what == "layer 1, KV head 0: room for its source, the rest solved again"
+
+
+def test_the_answer_comes_back_with_room_for_all_heads_that_lost_it() -> None:
+    panel = asked(plan=lambda model: with_span(replace(dense_plan(geometry_of(model)), sink_tokens=4, min_span=6), 1, None, 6))
+    assert not panel.rooms.disabled
+    press(panel, "Give room until the answer is back")
+    ended(panel.work)
+    assert said(panel) == ""
+    assert panel._tracing.trials.current.is_same
+    assert panel.rooms.disabled
 
 
 def test_a_plan_of_another_panel_is_tried_when_it_is_chosen() -> None:

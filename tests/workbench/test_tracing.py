@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from moa_lab.plan import dense_plan, with_span
 from moa_lab.trace import Case, say
 from moa_lab.workbench.jobs import Cancelled, Handle
 from moa_lab.workbench.loaded import Loaded
-from moa_lab.workbench.tracing import Tracing
+from moa_lab.workbench.tracing import Tracing, given
 from moa_lab.workbench.trials import Trials
 
 torch.set_num_threads(1)
@@ -77,21 +78,30 @@ def test_room_for_the_head_that_lost_the_token_shows_it_its_source() -> None:
     for index in range(N - START):
         tracing.look(index, handle())
         try:
-            rooms = tracing.room()
+            layer, kv_head, tokens = tracing.room()
         except ValueError:
             continue
-        every = tracing.room(all_heads=True)
-        assert every[0] == rooms[0]
-        trial = tracing.give(rooms, handle())
-        layer, kv_head, _ = rooms[0]
-        assert trial.what == f"layer {layer}, KV head {kv_head}: room for its source"
+        tracing.change(layer, kv_head, tokens, handle())
         assert not tracing.look(index, handle()).share(layer, kv_head).is_cut
-        tracing.trials.undo()
-        tracing.give(every, handle())
-        found = tracing.look(index, handle())
-        assert not any(found.share(layer, kv_head).is_cut for layer, kv_head, _ in every)
         return
     raise AssertionError("no token was lost by a head")
+
+
+def test_room_is_given_round_by_round_until_the_answer_is_back() -> None:
+    tracing = traced()
+    # In the last layer a token's own query is all that counts.
+    plan = with_span(replace(dense_plan(tracing.geometry), sink_tokens=4, min_span=6), 1, None, 6)
+    assert not tracing.try_plan(plan, "last layer cut", handle()).is_same
+    with pytest.raises(ValueError, match="still another"):
+        tracing.rescue(handle(), rounds=0)
+    found = tracing.rescue(handle())
+    assert found.is_same
+    assert (found.plan.spans(N) >= plan.spans(N)).all()
+    densities = [trial.density for trial in tracing.trials.tried]
+    assert densities == sorted(densities)
+    assert tracing.rescue(handle()) is found
+    assert given([(1, 0, 9)]) == "layer 1, KV head 0: room for its source"
+    assert given([(1, 0, 9), (1, 1, 9), (2, 0, 9)]) == "layer 1, KV head 0; layer 1, KV head 1 and 1 more: room for their sources"
 
 
 def test_the_dense_plan_costs_nothing() -> None:
