@@ -84,10 +84,9 @@ class TracePanel:
                 self.where, self.reach, self.read, self.what_if.box,
             ]
         )  # fmt: skip
-        self.box = w.VBox(
-            [w.HTML(trace_views.STYLE), row(self.kind, self.test, self.own), self.work.box, self.errors.box, self.said, self.hint, self.tokens.box,
-             self.behind]
-        )  # fmt: skip
+        asked = row(self.kind, self.test, self.own)
+        answered = [self.work.box, self.errors.box, self.said, self.hint, self.tokens.box]
+        self.box = w.VBox([w.HTML(trace_views.STYLE), asked, *answered, self.behind])
         self._offer()
         state.watch_in(TAB, ["plan"], self.errors.guard(self._new_plan))
         state.watch_in(TAB, ["layer", "kv_head", "dark"], self.errors.guard(self.draw))
