@@ -30,8 +30,11 @@ def culprits(trace: TokenTrace) -> tuple[HeadShare, ...]:
     return (*(() if first is None else (first,)), *rest)
 
 
-def why(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, answer: Answer) -> str:
-    """One sentence on a token under the plan of `answer`: the head that carried it, how far, and what span it has instead."""
+def why(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, answer: Answer, whole: Answer | None = None) -> str:
+    """One sentence on a token under the plan of `answer`: the head that carried it, how far, and what span it has instead.
+
+    whole: the dense model's answer; None: one that says the token. A token that the dense model would not say either is not lost.
+    """
     named = f"“{label(piece(tokenizer, trace.case.tokens, trace.position))}”"
     dense, cut = trace.dense.probability, trace.cut.probability
     change = f"{_percent(dense)} in the dense model, {_percent(cut)} under the plan"
@@ -39,7 +42,8 @@ def why(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, answer: Answer) -
         return f"Nothing is lost: the plan keeps every token in every head ({named} has {_percent(dense)})."
     share = culprit(trace)
     fell = dense - cut >= 0.01 or trace.dense.log_odds - trace.cut.log_odds >= 0.1
-    lost = int(answer.likeliest[trace.index]) != int(trace.case.answer[trace.index])
+    said = whole is None or whole.likeliest[trace.index] == whole.wanted[trace.index]
+    lost = said and bool(answer.likeliest[trace.index] != answer.wanted[trace.index])
     if not lost and not fell:
         return f"{named} is not lost: {change}."
     begin = f"{named} was lost" if lost else f"{named} became less likely"

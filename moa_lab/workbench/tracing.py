@@ -158,7 +158,7 @@ class Tracing:
 
     def why(self) -> str:
         """One sentence on the token that was looked at last."""
-        return why(self.tokenizer, self._looked(), self._current().answer)
+        return why(self.tokenizer, self._looked(), self._current().answer, self.dense)
 
     def room(self) -> Room:
         """The span that the head needs which lost the token looked at last. Raises ValueError where no head did."""

@@ -57,6 +57,9 @@ def test_of_two_heads_that_are_cut_the_one_that_carried_the_needle_is_named_and_
     said = why(tokenizer, trace, cut)
     assert f"layer 1, KV head 1 read it {share.distance} tokens back" in said
     assert f"span of 12 tokens, which ends {share.misses} tokens short of it" in said
+    # What the dense model would not say either is not lost.
+    assert " was lost " in why(tokenizer, trace, cut, dense)
+    assert " was lost " not in why(tokenizer, trace, cut, replace(dense, likeliest=dense.wanted + 1))
     # The head alone was cut: with everything again, the answer is the dense one.
     again = answer(model, case, with_span(plan, 1, 1, None))
     np.testing.assert_allclose(again.losses, dense.losses, atol=1e-4)
