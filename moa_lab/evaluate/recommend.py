@@ -1,7 +1,7 @@
 """Which measured plan to take: the one of fewest bytes that meets a wish, where what it promises holds with 95% confidence.
 
-Plans are tried from the most bytes to the fewest, in an order that no score decides, up to the first whose quality is not sure. So,
-however many plans there are, the chance that the one named does not hold what is promised stays below 2.5% for every kind of score that is
+Plans are tried in an order that no score decides, those with most test samples first, of these from the most bytes to the fewest, up to
+the first whose quality is not sure. So, however many plans there are, the chance that the one named does not hold what is promised stays below 2.5% for every kind of score that is
 asked for (a fixed sequence of tests, each at the level of a 95% interval's end; at several lengths all must pass).
 """
 
@@ -61,11 +61,12 @@ class Wish:
 
 @dataclass(frozen=True)
 class Option:
-    """A measured plan: its scores and the dense model's (under the name "dense"), on the same samples."""
+    """A measured plan: its scores and the dense model's (rows named "dense") on the same samples. source: its run; weights: the model's."""
 
     plan: Plan
     rows: tuple[Measurement, ...]
     source: str = ""
+    weights: str | None = None
 
     @property
     def name(self) -> str:
@@ -80,6 +81,13 @@ class Option:
         if missing or not wanted:
             raise ValueError(f"{self.name} was not measured{f' at {missing[0]:,} tokens' if missing else ''}")
         return wanted
+
+    def samples(self, wish: Wish) -> int:
+        """The fewest samples that any score of the wish rests on; 0 where it asks for none."""
+        lengths = self.lengths(wish)
+        tasks = ([NEEDLES] if wish.needles is not None else []) + (list(TEXTS) if wish.perplexity is not None else [])
+        counts = [row.n for row in self.rows if row.plan == self.plan.name and row.task in tasks and row.length in lengths]
+        return min(counts, default=0)
 
     def density(self, wish: Wish) -> float:
         """Share of the dense bytes that it keeps, the most at any length of the wish."""
@@ -115,17 +123,16 @@ def options_of(folders: Iterable[str | Path]) -> tuple[Option, ...]:
     A plan that lies in several places counts once. Raises ValueError for a folder without any, and for runs of different models.
     """
     found: dict[tuple[object, ...], Option] = {}
-    weights = set()
     for folder in map(Path, folders):
         places = sorted({path.parent for path in folder.rglob("measurements.json") if (path.parent / "plan.json").exists()})
         if not places:
             raise ValueError(f"{folder} holds no measured plan: no plan.json beside a measurements.json")
         for place in places:
             plan, scores = Plan.load(place / "plan.json"), Measurements.load(place / "measurements.json")
-            weights.add(scores.provenance.weights)
-            key = (plan.rules, plan.bits, plan.sink_tokens, tuple((row.plan, row.task, row.length, row.value, row.n) for row in scores))
-            found.setdefault(key, Option(plan, scores.rows, place.name))
-    if len(weights - {None}) > 1:
+            told = tuple((row.plan, row.task, row.length, row.value, row.n) for row in scores)
+            key = (plan.rules, plan.bits, plan.sink_tokens, scores.provenance.weights, told)
+            found.setdefault(key, Option(plan, scores.rows, place.name, scores.provenance.weights))
+    if len({option.weights for option in found.values()} - {None}) > 1:
         raise ValueError("the runs are of different models: their plans cannot be weighed against each other")
     return tuple(found.values())
 
@@ -140,14 +147,14 @@ def recommend(options: Sequence[Option], wish: Wish) -> Advice:
     judged = sorted((_judged(option, wish) for option in options), key=lambda one: -one.density)
     taken: Judged | None = None
     stop: Judged | None = None
-    for one in judged:
+    for one in sorted(judged, key=lambda one: -one.option.samples(wish)):
         if _is_counted(one, wish):
             # Too many bytes, or too slow: no matter of chance, so it ends nothing.
             continue
         if one.short:
             stop = one
             break
-        taken = one
+        taken = one if taken is None or one.density < taken.density else taken
     return Advice(taken.option.plan if taken else None, _reason(taken, stop, judged, wish), _next(taken, stop, judged, wish), tuple(judged))
 
 

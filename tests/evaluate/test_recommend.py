@@ -64,6 +64,14 @@ def test_few_samples_without_a_miss_promise_nothing() -> None:
     assert "a run at another density" in advice.next_one
 
 
+def test_a_plan_of_few_samples_stands_in_no_other_ones_way() -> None:
+    few, half, quarter = option(0.6, [1] * 15 + [0], [1] * 16), option(0.5, ALL, ALL), option(0.25, NEARLY, ALL)
+    assert recommend([few, half, quarter], Wish(needles=0.95)).plan is quarter.plan
+    # Of equal bytes or more it is not taken either, however good it looks.
+    many = option(0.6, [1] * 100, [1] * 100)
+    assert recommend([many, half], Wish(needles=0.9)).plan is half.plan
+
+
 def test_bytes_and_tokens_per_second_are_counted_and_end_no_sequence() -> None:
     dense, half, quarter = option(1.0, ALL, ALL), option(0.5, HALF, ALL), option(0.25, ALL, ALL)
     # The plan of 50% keeps too many bytes, so its needles do not matter.

@@ -84,7 +84,7 @@ def test_a_head_is_pinned_and_released(measured: Page) -> None:
 def test_nothing_is_wider_than_the_panel_on_a_laptop(measured: Page) -> None:
     measured.page.set_viewport_size({"width": 1366, "height": 900})
     try:
-        for title in ("Heads", "Budget", "Front", "Trace", "Apply & measure", "Export"):
+        for title in ("Heads", "Budget", "Front", "Which one", "Trace", "Apply & measure", "Export"):
             measured.tab(title)
             wide = measured.page.evaluate(
                 "() => { const box = document.querySelector('.moa-bench .widget-tab-contents');"
@@ -156,6 +156,21 @@ def test_a_stroke_along_an_axis_keeps_the_plans_that_pass_there_until_it_is_take
     measured.until("moa-kept", "drag along an axis")
     assert opaque(measured) == len(FRONT) + BESIDE
     assert measured.page.locator(".moa-parallel .axis-brush").count() == len(FRONT.objectives) + 2
+
+
+def test_a_measured_plan_is_recommended_with_its_reason_and_taken(measured: Page) -> None:
+    measured.tab("Which one")
+    measured.fill("moa-needles", 80)
+    measured.page.locator(".moa-want-perplexity input").check()
+    measured.fill("moa-perplexity", 5)
+    measured.press("Recommend")
+    told = measured.until("moa-advice", "Take moa")
+    assert "standard-50" in told
+    assert "but is not sure to hold" in told
+    measured.picture("advice")
+    measured.press("Take it")
+    measured.tab("Export")
+    assert "moa" in measured.text("moa-bench")
 
 
 def test_two_lengths_are_compared_head_by_head(measured: Page) -> None:

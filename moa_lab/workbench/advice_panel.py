@@ -1,0 +1,98 @@
+"""Which one: a wish, the measured plan that holds it for sure, why, and what the next would cost."""
+
+from __future__ import annotations
+
+import html
+
+import ipywidgets as w
+
+from moa_lab.capacity import GPUS
+from moa_lab.evaluate.recommend import NEEDLES, Wish, advice_table
+from moa_lab.figures.densities import score_by_density
+from moa_lab.workbench.advising import Advising
+from moa_lab.workbench.state import State
+from moa_lab.workbench.widgets import HALF, Canvas, Errors, button, choice, grid, number, row
+
+TAB = "Which one"
+
+
+class Wanted:
+    """A number that may be wished for: a box to tick, and the number."""
+
+    def __init__(self, label: str, value: float, low: float, high: float, step: float, name: str, wanted: bool = False) -> None:
+        self.wanted = w.Checkbox(wanted, description=label, indent=False, layout=w.Layout(width="auto"))
+        self.wanted.add_class(f"moa-want-{name}")
+        self.number = number("", value, low, high, step, name, "90px")
+        self.box = row(self.wanted, self.number)
+
+    def value(self, scale: float = 1.0) -> float | None:
+        """The number over `scale`; None where it is not wished for."""
+        return self.number.value / scale if self.wanted.value else None
+
+
+class AdvicePanel:
+    """Recommends a measured plan of the state's model."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.errors, self.advising = state, Errors("advice"), Advising(state)
+        self.needles = Wanted("needles, at least % of dense", 95.0, 1.0, 200.0, 1.0, "needles", wanted=True)
+        self.perplexity = Wanted("perplexity, at most % above dense", 3.0, 0.0, 1000.0, 0.5, "perplexity")
+        self.density = Wanted("bytes, at most % of dense", 50.0, 0.1, 100.0, 1.0, "bytes")
+        self.speed = Wanted("tokens/s, at least", 1000.0, 1.0, 1e7, 100.0, "speed")
+        self.gpu = choice("on", [(gpu.name, name) for name, gpu in GPUS.items()], "advice-gpu", "190px")
+        self.weights = number("weights (GB)", 1.0, 0.01, 10_000.0, 0.5, "advice-weights", "170px")
+        self.tokens = number("tokens a sequence", 8192, 1, 10_000_000, 1024, "advice-tokens", "210px")
+        self.folders = w.Text(placeholder="runs of this model that are known; or folders, with commas", layout=w.Layout(width="420px"))
+        self.folders.add_class("moa-advice-folders")
+        ask, self.take = button("Recommend", "recommend"), button("Take it", "take-advice", "the plan of all panels")
+        ask.on_click(self.errors.guard(lambda _: self.recommend()))
+        self.take.on_click(self.errors.guard(lambda _: self.advising.take()))
+        self.take.disabled = True
+        self.told, self.table = w.HTML(), w.HTML()
+        self.told.add_class("moa-advice")
+        self.canvas = Canvas("advice", HALF)
+        state.watch_in(TAB, ["dark"], self.errors.guard(self._draw))
+        self.box = w.VBox(
+            [
+                row(self.needles.box, self.perplexity.box, self.density.box),
+                row(self.speed.box, self.gpu, self.weights, self.tokens),
+                row(self.folders, ask, self.take),
+                self.errors.box,
+                self.told,
+                self.table,
+                self.canvas.box,
+            ]
+        )
+        self.canvas.box.layout.display = "none"
+
+    def wish(self) -> Wish:
+        """What is ticked. Raises ValueError where nothing is."""
+        speed = self.speed.value()
+        return Wish(
+            self.density.value(100), self.needles.value(100), self.perplexity.value(100), speed,
+            gpu=GPUS[self.gpu.value] if speed else None, weights_bytes=int(self.weights.value * 1e9) if speed else None,
+            n_tokens=int(self.tokens.value) if speed else None,
+        )  # fmt: skip
+
+    def recommend(self) -> None:
+        """Show the advice; nothing of an older one stays where there is none."""
+        self.told.value = self.table.value = ""
+        self.take.disabled = True
+        self.canvas.box.layout.display = "none"
+        advice = self.advising.advise(self.wish(), self.folders.value)
+        self.told.value = f"<p><b>{html.escape(advice.reason)}</b> {html.escape(advice.next_one)}</p>"
+        rows = advice_table(advice)
+        self.table.value = grid(list(rows[0]), [list(one.values()) for one in rows])
+        self.take.disabled = advice.plan is None
+        self._draw()
+
+    def _draw(self) -> None:
+        """Needles over density at the longest length that all plans were measured at."""
+        advice = self.advising.advice
+        if advice is None:
+            return
+        lengths = [{found.length for found in one.option.rows if found.task == NEEDLES} for one in advice.judged]
+        common = set.intersection(*lengths)
+        self.canvas.box.layout.display = "" if common else "none"
+        if common:
+            self.canvas.draw(score_by_density(self.advising.rows(NEEDLES, max(common)), NEEDLES, max(common)), self.state.dark)

@@ -1,0 +1,71 @@
+"""Which measured plan to take: the runs that are weighed, the wish, the advice, and the chosen plan in the state."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from moa_lab.evaluate.recommend import Advice, Option, Wish, options_of, recommend
+from moa_lab.records import Measurement
+from moa_lab.workbench.opening import known_runs
+from moa_lab.workbench.state import State
+
+
+class Advising:
+    """Weighs measured plans of the state's model. advice: the last one given."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.advice: Advice | None = None
+
+    def options(self, folders: str = "", known: Iterable[Path] | None = None) -> tuple[Option, ...]:
+        """The plans of the runs in `folders`, paths with commas between them; empty: of all runs of this model that are known.
+
+        known: those, None for `known_runs`. Raises ValueError where nothing was measured, and for runs of different models.
+        """
+        named = [part for part in re.split(r"[,\n]", folders) if part.strip()]
+        if named:
+            return options_of(Path(part.strip()).expanduser() for part in named)
+        own, found = self._weights(), []
+        for run in known_runs() if known is None else known:
+            try:
+                options = options_of([run])
+            except ValueError:
+                continue
+            if own is not None and all(option.weights == own for option in options):
+                found.append(run)
+        if not found:
+            raise ValueError("no measured run of this model is known: name the folders of its runs (`moa-lab run --out FOLDER`)")
+        return options_of(found)
+
+    def advise(self, wish: Wish, folders: str = "", known: Iterable[Path] | None = None) -> Advice:
+        """Recommend a plan. Raises ValueError as `options` and `recommend`."""
+        self.advice = None
+        self.advice = recommend(self.options(folders, known), wish)
+        return self.advice
+
+    def take(self) -> None:
+        """Make the recommended plan the state's. Raises ValueError where there is none."""
+        if self.advice is None or self.advice.plan is None:
+            raise ValueError("no plan is recommended")
+        self.state.set(plan=self.advice.plan)
+
+    def rows(self, task: str, length: int) -> list[Measurement]:
+        """Scores of all plans that were weighed, and the dense model's once, for a figure over density."""
+        if self.advice is None:
+            return []
+        found, dense = [], None
+        for one in self.advice.judged:
+            for row in one.option.rows:
+                if (row.task, row.length) == (task, length) and row.plan == one.option.plan.name:
+                    found.append(replace(row, plan=f"{row.plan}-{100 * one.density:.3g}"))
+                if (row.task, row.length, row.plan) == (task, length, "dense"):
+                    dense = row
+        return found + ([dense] if dense else [])
+
+    def _weights(self) -> str | None:
+        """The weights that the state's records are of."""
+        records = (self.state.measurements, self.state.profile, self.state.table, self.state.front, self.state.plan)
+        return next((record.provenance.weights for record in records if record is not None and record.provenance.weights), None)

@@ -1,0 +1,90 @@
+"""The panel that says which measured plan to take, and what is behind it, without a browser."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from moa_lab.evaluate.recommend import Wish
+from moa_lab.records import Measurements
+from moa_lab.workbench.advice_panel import AdvicePanel
+from moa_lab.workbench.advising import Advising
+from moa_lab.workbench.state import State
+from tests.workbench.hands import press, said
+
+RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
+HALF, QUARTER = RUNS / "standard-50", RUNS / "standard-25"
+
+
+def smollm2() -> State:
+    return State(measurements=Measurements.load(HALF / "measurements.json"), n_tokens=4096)
+
+
+@pytest.fixture
+def panel() -> AdvicePanel:
+    return AdvicePanel(smollm2())
+
+
+def test_runs_of_the_same_model_are_found_and_others_left_out() -> None:
+    found = Advising(smollm2()).options(known=[HALF, QUARTER, RUNS / "qwen2.5-coder-0.5b-50", RUNS / "nothing"])
+    assert sorted(option.source for option in found) == ["standard-25", "standard-50"]
+    with pytest.raises(ValueError, match="no measured run of this model is known"):
+        Advising(State()).options(known=[HALF])
+
+
+def test_a_wish_is_answered_shown_and_taken(panel: AdvicePanel) -> None:
+    panel.folders.value = f"{HALF}, {QUARTER}"
+    panel.needles.number.value = 80.0
+    press(panel, "Recommend")
+    assert "Take moa (standard-25)" in panel.told.value
+    assert "fewer bytes was measured" in panel.told.value
+    assert "standard-50" in panel.table.value
+    assert panel.canvas.box.layout.display == ""
+    assert {trace.name for trace in panel.canvas.widget.data} >= {"moa"}
+    press(panel, "Take it")
+    assert panel.state.plan.density(4096) == pytest.approx(0.25, abs=0.01)
+    # Words cost more: 25% is not sure to stay within 5%.
+    panel.perplexity.wanted.value, panel.perplexity.number.value = True, 5.0
+    press(panel, "Recommend")
+    assert "Take moa (standard-50)" in panel.told.value
+    assert "but is not sure to hold: perplexity of documents" in panel.told.value
+
+
+def test_where_no_plan_holds_nothing_can_be_taken(panel: AdvicePanel) -> None:
+    panel.folders.value = str(HALF)
+    panel.needles.number.value = 99.0
+    press(panel, "Recommend")
+    assert "No measured plan meets the wish" in panel.told.value
+    assert panel.take.disabled
+    with pytest.raises(ValueError, match="no plan is recommended"):
+        panel.advising.take()
+
+
+def test_a_speed_is_foretold_on_the_gpu_of_choice(panel: AdvicePanel) -> None:
+    panel.folders.value = f"{HALF},{QUARTER}"
+    panel.needles.wanted.value, panel.speed.wanted.value, panel.gpu.value = False, True, "l4"
+    panel.speed.number.value = 10.0
+    press(panel, "Recommend")
+    assert "tokens/s foretold, 10 asked" in panel.told.value
+    assert panel.wish().gpu.name == "L4 24GB"
+
+
+def test_nothing_wished_for_and_folders_without_plans_are_told(panel: AdvicePanel) -> None:
+    panel.needles.wanted.value = False
+    press(panel, "Recommend")
+    assert "wish for something" in said(panel)
+    panel.needles.wanted.value, panel.folders.value = True, str(RUNS.parent / "texts")
+    press(panel, "Recommend")
+    assert "holds no measured plan" in said(panel)
+    assert (panel.told.value, panel.take.disabled) == ("", True)
+
+
+def test_a_script_can_ask_as_well() -> None:
+    advising = Advising(smollm2())
+    advice = advising.advise(Wish(needles=0.8), f"{HALF},{QUARTER}")
+    assert advice.plan is not None
+    advising.take()
+    assert advising.state.plan is advice.plan
+    rows = advising.rows("needles", 4096)
+    assert {row.plan for row in rows} >= {"dense", "moa-25"}
