@@ -1,15 +1,16 @@
 """Which measured plan to take: the one of fewest bytes that meets a wish, where what it promises holds with 95% confidence.
 
 Plans are tried in an order that no score decides, those with most test samples first, of these from the most bytes to the fewest, up to
-the first whose quality is not sure. So, however many plans there are, the chance that the one named does not hold what is promised stays below 2.5% for every kind of score that is
-asked for (a fixed sequence of tests, each at the level of a 95% interval's end; at several lengths all must pass).
+the first whose quality is not sure. So, however many plans there are, the chance that the one named does not hold what is promised stays
+below 2.5% for every kind of score that is asked for (a fixed sequence of tests, each at the level of a 95% interval's end; at several
+lengths all must pass).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moa_lab.capacity import Gpu, plan_capacity
@@ -156,6 +157,26 @@ def recommend(options: Sequence[Option], wish: Wish) -> Advice:
             break
         taken = one if taken is None or one.density < taken.density else taken
     return Advice(taken.option.plan if taken else None, _reason(taken, stop, judged, wish), _next(taken, stop, judged, wish), tuple(judged))
+
+
+def scores_over_bytes(options: Iterable[Option], task: str, length: int) -> list[Measurement]:
+    """Scores of all plans, each named for the bytes it keeps ("moa-25"), and the dense model's once, for a figure over density."""
+    found: list[Measurement] = []
+    dense: Measurement | None = None
+    for option in options:
+        for row in option.rows:
+            if (row.task, row.length) == (task, length) and row.plan == option.plan.name:
+                found.append(replace(row, plan=f"{row.plan}-{100 * row.density:.3g}"))
+            elif (row.task, row.length, row.plan) == (task, length, "dense") and (dense is None or row.n > dense.n):
+                dense = row
+    return found if dense is None else [*found, dense]
+
+
+def measured_at(options: Iterable[Option], tasks: Iterable[str] = (NEEDLES, *TEXTS)) -> list[tuple[str, int]]:
+    """Tasks and lengths that every plan was measured at, the longest length of a task first."""
+    every = [{(row.task, row.length) for row in option.rows if row.plan == option.plan.name} for option in options]
+    common = set.intersection(*every) if every else set()
+    return [(task, length) for task in tasks for length in sorted({n for name, n in common if name == task}, reverse=True)]
 
 
 def share_of_hits(row: Measurement, dense: Measurement) -> Interval:

@@ -7,7 +7,7 @@ import html
 import ipywidgets as w
 
 from moa_lab.capacity import GPUS
-from moa_lab.evaluate.recommend import NEEDLES, Wish, advice_table
+from moa_lab.evaluate.recommend import NEEDLES, Wish, advice_table, measured_at, scores_over_bytes
 from moa_lab.figures.densities import score_by_density
 from moa_lab.workbench.advising import Advising
 from moa_lab.workbench.state import State
@@ -91,8 +91,8 @@ class AdvicePanel:
         advice = self.advising.advice
         if advice is None:
             return
-        lengths = [{found.length for found in one.option.rows if found.task == NEEDLES} for one in advice.judged]
-        common = set.intersection(*lengths)
-        self.canvas.box.layout.display = "" if common else "none"
-        if common:
-            self.canvas.draw(score_by_density(self.advising.rows(NEEDLES, max(common)), NEEDLES, max(common)), self.state.dark)
+        options = [one.option for one in advice.judged]
+        places = measured_at(options, [NEEDLES])
+        self.canvas.box.layout.display = "" if places else "none"
+        if places:
+            self.canvas.draw(score_by_density(scores_over_bytes(options, *places[0]), *places[0]), self.state.dark)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 from moa_lab.evaluate.recommend import Advice, Option, Wish, options_of, recommend
-from moa_lab.records import Measurement
 from moa_lab.workbench.opening import known_runs
 from moa_lab.workbench.state import State
 
@@ -51,19 +49,6 @@ class Advising:
         if self.advice is None or self.advice.plan is None:
             raise ValueError("no plan is recommended")
         self.state.set(plan=self.advice.plan)
-
-    def rows(self, task: str, length: int) -> list[Measurement]:
-        """Scores of all plans that were weighed, and the dense model's once, for a figure over density."""
-        if self.advice is None:
-            return []
-        found, dense = [], None
-        for one in self.advice.judged:
-            for row in one.option.rows:
-                if (row.task, row.length) == (task, length) and row.plan == one.option.plan.name:
-                    found.append(replace(row, plan=f"{row.plan}-{100 * one.density:.3g}"))
-                if (row.task, row.length, row.plan) == (task, length, "dense"):
-                    dense = row
-        return found + ([dense] if dense else [])
 
     def _weights(self) -> str | None:
         """The weights that the state's records are of."""

@@ -12,6 +12,7 @@ from moa_lab.figures.theme import OUTLINE, byte_size, percent
 from moa_lab.plan import Plan
 from moa_lab.search import limit_lengths
 from moa_lab.workbench.budget import STEP, Answer, Budget
+from moa_lab.workbench.curves import MeasuredCurves
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, facts, number, ring, row, whole
@@ -53,6 +54,7 @@ class BudgetPanel:
         self.facts.add_class("moa-budget-facts")
         self.canvas = Canvas("spans", HALF, self.errors.guard(self._clicked))
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
+        self.curves = MeasuredCurves(state, self.errors)
         self._answer: Answer | None = None
         self._moving = False
 
@@ -79,7 +81,7 @@ class BudgetPanel:
                 self.slider,
                 row(self.number, self.mib, self.mean, self.length, self.bits),
                 self.errors.box,
-                w.HBox([self.canvas.box, self.facts], layout=w.Layout(flex_flow="row wrap")),
+                w.HBox([self.canvas.box, self.facts, self.curves.box], layout=w.Layout(flex_flow="row wrap")),
                 row(self.layer, self.head, full, self.span, to_span, release, release_all),
                 self.pins,
                 row(self.gpu, self.weights, self.rules, self.exact.box),
@@ -104,6 +106,7 @@ class BudgetPanel:
         finally:
             self._moving = False
         self._tell()
+        self.curves.mark(answer.plan.density(self.budget.n_tokens))
         pins = [f"layer {layer}, KV head {head}: {self._span(rule, layer):,} tokens" for (layer, head), rule in self.budget.pinned.items()]
         self.pins.value = f"pinned: {'; '.join(pins)}" if pins else "no head is pinned"
         self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)

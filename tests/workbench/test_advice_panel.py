@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from moa_lab.evaluate.recommend import Wish
+from moa_lab.bench.lifelike import lifelike_table
+from moa_lab.evaluate.recommend import Wish, scores_over_bytes
 from moa_lab.records import Measurements
 from moa_lab.workbench.advice_panel import AdvicePanel
 from moa_lab.workbench.advising import Advising
+from moa_lab.workbench.budget_panel import BudgetPanel
+from moa_lab.workbench.opening import open_run
 from moa_lab.workbench.state import State
 from tests.workbench.hands import press, said
 
@@ -86,5 +90,25 @@ def test_a_script_can_ask_as_well() -> None:
     assert advice.plan is not None
     advising.take()
     assert advising.state.plan is advice.plan
-    rows = advising.rows("needles", 4096)
-    assert {row.plan for row in rows} >= {"dense", "moa-25"}
+    rows = scores_over_bytes(advising.options(f"{HALF},{QUARTER}"), "needles", 4096)
+    assert {row.plan for row in rows} == {"dense", "moa-25", "moa-49.9"}
+
+
+def test_measured_scores_stand_beside_the_budget_and_follow_its_density() -> None:
+    state = replace(open_run(RUNS / "demo"))
+    panel = BudgetPanel(state)
+    assert panel.curves.box.layout.display == ""
+    assert next(task for task, _ in panel.curves.places) == "needles"
+    panel.number.value = 0.4
+    (line,) = panel.curves.canvas.widget.layout.shapes
+    assert line.x0 == line.x1 == pytest.approx(100 * state.plan.density(panel.budget.n_tokens))
+    panel.curves.place.value = panel.curves.places[-1]
+    assert "own answers" in {value: name for name, value in panel.curves.place.options}[panel.curves.places[-1]]
+    assert len(panel.curves.canvas.widget.layout.shapes) == 1
+
+
+def test_without_measured_runs_the_budget_shows_no_empty_figure() -> None:
+    panel = BudgetPanel(State(table=lifelike_table(quick=True)))
+    assert panel.curves.box.layout.display == "none"
+    panel.number.value = 0.4
+    assert said(panel) == ""
