@@ -160,13 +160,14 @@ def recommend(options: Sequence[Option], wish: Wish) -> Advice:
 
 
 def scores_over_bytes(options: Iterable[Option], task: str, length: int) -> list[Measurement]:
-    """Scores of all plans, each named for the bytes it keeps ("moa-25"), and the dense model's once, for a figure over density."""
+    """Scores of all plans, each named for its samples and the bytes it keeps ("moa, n = 512-25"), and the dense model's of most samples
+    once, for a figure over density."""
     found: list[Measurement] = []
     dense: Measurement | None = None
     for option in options:
         for row in option.rows:
             if (row.task, row.length) == (task, length) and row.plan == option.plan.name:
-                found.append(replace(row, plan=f"{row.plan}-{100 * row.density:.3g}"))
+                found.append(replace(row, plan=f"{row.plan}, n = {row.n}-{100 * row.density:.3g}"))
             elif (row.task, row.length, row.plan) == (task, length, "dense") and (dense is None or row.n > dense.n):
                 dense = row
     return found if dense is None else [*found, dense]

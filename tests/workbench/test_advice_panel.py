@@ -45,7 +45,7 @@ def test_a_wish_is_answered_shown_and_taken(panel: AdvicePanel) -> None:
     assert "fewer bytes was measured" in panel.told.value
     assert "standard-50" in panel.table.value
     assert panel.canvas.box.layout.display == ""
-    assert {trace.name for trace in panel.canvas.widget.data} >= {"moa"}
+    assert {trace.name for trace in panel.canvas.widget.data} >= {"moa, n = 128"}
     press(panel, "Take it")
     assert panel.state.plan.density(4096) == pytest.approx(0.25, abs=0.01)
     # Words cost more: 25% is not sure to stay within 5%.
@@ -91,7 +91,7 @@ def test_a_script_can_ask_as_well() -> None:
     advising.take()
     assert advising.state.plan is advice.plan
     rows = scores_over_bytes(advising.options(f"{HALF},{QUARTER}"), "needles", 4096)
-    assert {row.plan for row in rows} == {"dense", "moa-25", "moa-49.9"}
+    assert {row.plan for row in rows} == {"dense", "moa, n = 128-25", "moa, n = 128-49.9"}
 
 
 def test_measured_scores_stand_beside_the_budget_and_follow_its_density() -> None:
