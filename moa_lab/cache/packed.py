@@ -73,6 +73,12 @@ class PackedRing(RingLayer):
         exact.buffers = {**self.buffers, "plain": self.buffers["plain"].float()}
         return exact
 
+    def of_rows(self, rows: slice) -> PackedRing:
+        """As `RingLayer.of_rows`."""
+        part = copy.copy(self)
+        part.buffers = {kind: buffer[rows] for kind, buffer in self.buffers.items()}
+        return part
+
     def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V (batch, kv_heads, tokens, head_dim) as they will come back from here."""
         return heads_as_stored(key, value, self.bits)

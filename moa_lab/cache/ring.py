@@ -49,6 +49,12 @@ class RingLayer:
         exact.keys, exact.values = self.keys.float(), self.values.float()
         return exact
 
+    def of_rows(self, rows: slice) -> RingLayer:
+        """A ring of some rows alone, in the same memory: what is written there is written here. It must not grow."""
+        part = copy.copy(self)
+        part.keys, part.values = self.keys[rows], self.values[rows]
+        return part
+
     def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V (batch, kv_heads, tokens, head_dim) as they will come back from here."""
         return key, value

@@ -135,15 +135,22 @@ def prefill(
     mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     tokens, mask, positions, lengths = (x.to(model.device) for x in (tokens, mask, positions, lengths))
-    chunk = max(prefill_tokens // len(rows), 1)
-    for start in range(0, longest, chunk):
-        part = slice(start, start + chunk)
-        # The whole mask as far as the tokens go; without padding none is needed.
-        padded = {"attention_mask": mask[:, : part.stop]} if len(rows) > 1 else {}
-        logits = model(
-            input_ids=tokens[:, part], position_ids=positions[:, part], past_key_values=cache, use_cache=True, logits_to_keep=1, **padded
-        ).logits
-    return logits[:, -1], lengths
+    # Whole prompts of as many rows as fit, not chunks of all rows: only those that are longer come in chunks.
+    together = max(prefill_tokens // longest, 1)
+    groups = [slice(start, min(start + together, len(rows))) for start in range(0, len(rows), together)]
+    chunk = max(prefill_tokens // min(together, len(rows)), 1)
+    last = []
+    for group in cache.in_turn(groups):
+        for start in range(0, longest, chunk):
+            part = slice(start, start + chunk)
+            # The whole mask as far as the tokens go; without padding none is needed.
+            padded = {"attention_mask": mask[group, : part.stop]} if len(rows) > 1 else {}
+            logits = model(
+                input_ids=tokens[group, part], position_ids=positions[group, part], past_key_values=cache, use_cache=True,
+                logits_to_keep=1, **padded,
+            ).logits  # fmt: skip
+        last.append(logits[:, -1])
+    return torch.cat(last), lengths
 
 
 def _without_stop(tokens: Sequence[int], stops: Sequence[int]) -> list[int]:

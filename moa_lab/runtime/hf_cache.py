@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from moa_lab.kernels.schedule import DecodeSchedule
 from moa_lab.runtime.attention import ELSEWHERE, SpanAttention
 from moa_lab.runtime.cache_layers import LayerView, WholeCache
 from moa_lab.runtime.columns import ordered, padding_of
+from moa_lab.runtime.turns import Turns
 
 ROOM = 256
 """Tokens that there is room for beyond what came, where nothing says how many will come."""
@@ -47,6 +48,7 @@ class RingCache(WholeCache):
         self._is_first, self._is_void, self._counts = True, False, True
         self._recorded: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self._seen = 0
+        self._turns: Turns | None = None
         # The layer whose attention comes next: anything but 0 between two passes means that one failed.
         self._next = 0
         # Padding of every row before its first token, where that is all the padding it has; -1 where it is not.
@@ -76,6 +78,25 @@ class RingCache(WholeCache):
             yield
         finally:
             self._counts = True
+
+    def in_turn(self, groups: Sequence[slice]) -> Iterator[slice]:
+        """Every group of rows, one after another: until the next one passes bring the first tokens to its rows alone, the same number of
+        columns to each; all rows together go on afterwards.
+
+        groups: consecutive, from row 0 on. Long prompts of many rows so need no chunks, which cost more than whole prompts do. There must
+        be room for all tokens. Raises RuntimeError for a cache that holds or records tokens.
+        """
+        if self._seen or self._recorded is not None:
+            raise RuntimeError("rows come in turn to an empty cache that records nothing")
+        turns = self._turns = Turns(groups[-1].stop)
+        try:
+            for rows in groups:
+                turns.rows, self._seen = rows, 0
+                yield rows
+                turns.end(self.lengths, self._padding, self._front)
+        finally:
+            self._turns, self.rings = None, turns.rings
+        self.lengths, self._padding, self._front = turns.all()
 
     @property
     def is_decoding(self) -> bool:
@@ -272,8 +293,12 @@ class RingCache(WholeCache):
                     ring.grow(self._capacity)
 
     def _allocate(self, layer: int, call: AttentionCall) -> None:
-        shape = (len(call.key), call.key.shape[3], call.key.dtype, call.key.device)
-        self.rings.append(ring_layer(self._layouts[layer], *shape, self._spans.plan.bits_of(layer)))
+        key, bits = call.key, self._spans.plan.bits_of(layer)
+
+        def make(batch: int) -> RingLayer:
+            return ring_layer(self._layouts[layer], batch, key.shape[3], key.dtype, key.device, bits)
+
+        self.rings.append(make(len(key)) if self._turns is None else self._turns.ring(layer, make))
 
     def _keep(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         if self._recorded is None:
