@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
@@ -183,15 +183,16 @@ def _hover(point: FrontPoint) -> str:
     return "<br>".join(lines)
 
 
-def parallel_goals(front: Front) -> go.Figure:
+def parallel_goals(front: Front, names: Sequence[str] | None = None) -> go.Figure:
     """Every plan as a line through its goals and its density: drag along an axis to keep those that pass there.
 
+    names: the axes, in order; None: all that `axes` gives.
     `dimensions[i].name` is the goal of an axis. A goal that some plan lacks is left out: plotly would draw that plan at the end of the
     axis. Raises ValueError for a front without points, and where no goal is common to all.
     """
     if not len(front):
         raise ValueError("the front has no points")
-    columns = {name: [goal(point, name) for point in front] for name in axes(front)}
+    columns = {name: [goal(point, name) for point in front] for name in (axes(front) if names is None else names)}
     common = {name: values for name, values in columns.items() if None not in values}
     if not common:
         raise ValueError(f"no goal is common to all {len(front)} plans; there are {', '.join(columns)}")

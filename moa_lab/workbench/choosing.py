@@ -20,6 +20,8 @@ from moa_lab.workbench.state import State
 
 EPSILON, PYMOO = "epsilon (exact)", "pymoo"
 SOLVERS = (EPSILON, PYMOO)
+AXES = 4
+"""Axes of the parallel coordinates before the user chooses others: as many as a look takes in."""
 REFERENCE = 1.1
 """Reference point of the hypervolume, in every goal: a little above the loss with every head at the shortest rule."""
 
@@ -68,6 +70,17 @@ class Choosing:
         whole = [name for name in self.goals if "@" not in name and name != "density"]
         names = [*whole, *(name for name in self.goals if name not in whole)]
         return names[0], names[min(1, len(names) - 1)]
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The goals as axes of parallel coordinates: whole tasks, then those of single lengths, and the density at the end."""
+        return tuple(sorted(self.goals, key=lambda name: (name == "density", "@" in name)))
+
+    @property
+    def first_axes(self) -> tuple[str, ...]:
+        """The `AXES` axes that are drawn first, the density among them."""
+        others = [name for name in self.axes if name != "density"]
+        return tuple(name for name in self.axes if name in (*others[: AXES - 1], "density"))
 
     def references(self) -> tuple[FrontPoint, ...]:
         """The dense plan, and the largest uniform one (one rule for all heads) that is no denser than the front's densest plan.

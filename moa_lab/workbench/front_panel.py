@@ -39,7 +39,7 @@ class FrontPanel:
         load.on_click(self.errors.guard(lambda _: self.choosing.load(self.path.value)))
         self.archive, self.volumes = Canvas("archive", WIDE // 2), Canvas("volumes", WIDE // 2)
         self.live = w.HBox([self.archive.box, self.volumes.box], layout=w.Layout(flex_flow="row wrap", display="none"))
-        self._drawn_s = 0.0
+        self._drawn_s, self._loading = 0.0, False
         self._newest: Generation | None = None
         self.scatter = Canvas("front", HALF, self.errors.guard(self._clicked))
         self.measured = Canvas("measured", HALF, self.errors.guard(self._clicked))
@@ -51,9 +51,11 @@ class FrontPanel:
         self.won.add_class("moa-won")
         self.volume.add_class("moa-hypervolume")
         self.kept.add_class("moa-kept")
+        self.axes = w.SelectMultiple(description="axes", rows=5, layout=w.Layout(width="430px"), style={"description_width": "initial"})
+        self.axes.add_class("moa-front-axes")
+        self.axes.observe(self.errors.guard(lambda _: None if self._loading else self._new_axes()), "value")
         self.clear = button("Clear brushes", "clear-brushes")
         self.clear.on_click(self.errors.guard(lambda _: self._cleared()))
-        self._loading = False
         for box in (self.x, self.y):
             box.observe(self.errors.guard(lambda _: None if self._loading else self.draw()), "value")
         changed = state.watch_in("Front", ["front"], self.errors.guard(self.load))
@@ -71,6 +73,7 @@ class FrontPanel:
                 row(self.x, self.y),
                 w.HBox([self.scatter.box, self.compared], layout=w.Layout(flex_flow="row wrap")),
                 w.HBox([self.measured.box, self.won], layout=w.Layout(flex_flow="row wrap")),
+                self.axes,
                 self.parallel.box,
                 row(self.clear, self.kept),
                 self.difference.box,
@@ -82,7 +85,7 @@ class FrontPanel:
     def load(self) -> None:
         """Show the state's front; nothing is chosen yet, and nothing brushed."""
         has_plans = bool(self.choosing.points)
-        for part in (self.scatter.box, self.parallel.box, self.clear):
+        for part in (self.scatter.box, self.axes, self.parallel.box, self.clear):
             part.layout.display = "" if has_plans else "none"
         if not has_plans:
             self.compared.value = "no front yet: press Search, or load one" if self.state.table is not None else "no front yet: load one"
@@ -92,6 +95,7 @@ class FrontPanel:
         try:
             self.x.options = self.y.options = self.choosing.goals
             self.x.value, self.y.value = self.choosing.first_goals
+            self.axes.options, self.axes.value = self.choosing.axes, self.choosing.first_axes
         finally:
             self._loading = False
         self._recolour()
@@ -120,7 +124,9 @@ class FrontPanel:
 
     def _recolour(self) -> None:
         if self.state.front is not None and self.choosing.points:
-            fig = parallel_goals(self.state.front)
+            fig = parallel_goals(self.state.front, self.axes.value or self.choosing.first_axes)
+            # A name of its own makes it another figure on the page, which keeps what is brushed where axes are the same.
+            fig.data[0].name = " ".join(axis.name for axis in fig.data[0].dimensions)
             for axis in fig.data[0].dimensions:
                 axis.constraintrange = _given(self.choosing.brushes.get(axis.name, ()))
             self.parallel.draw(fig, self.state.dark)
@@ -145,6 +151,12 @@ class FrontPanel:
 
     def _brushed(self, ranges: dict[str, Ranges]) -> None:
         self.brush({name: found for name, found in ranges.items() if name in self.choosing.goals})
+
+    def _new_axes(self) -> None:
+        """Draw other axes; what is brushed on those that go is let back in."""
+        shown = self.axes.value or self.choosing.first_axes
+        self.choosing.brush({name: found for name, found in self.choosing.brushes.items() if name in shown})
+        self._recolour()
 
     def _cleared(self) -> None:
         self.choosing.brush({})

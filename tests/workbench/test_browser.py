@@ -137,7 +137,7 @@ def test_two_points_of_the_front_are_compared(measured: Page) -> None:
 
 def test_a_stroke_along_an_axis_keeps_the_plans_that_pass_there_until_it_is_taken_away(measured: Page) -> None:
     measured.tab("Front")
-    goal = "questions@1024/all_or_nothing"
+    goal = "summaries"
     assert opaque(measured) == len(FRONT) + BESIDE
     stroke(measured, 1, 0.55, 0.98)
     kept = measured.until("moa-kept", rf"\d of {len(FRONT)} plans kept by {goal}")
@@ -155,7 +155,12 @@ def test_a_stroke_along_an_axis_keeps_the_plans_that_pass_there_until_it_is_take
     measured.press("Clear brushes")
     measured.until("moa-kept", "drag along an axis")
     assert opaque(measured) == len(FRONT) + BESIDE
-    assert measured.page.locator(".moa-parallel .axis-brush").count() == len(FRONT.objectives) + 2
+    assert measured.page.locator(".moa-parallel .axis-brush").count() == 4
+    measured.page.locator(".moa-front-axes select").select_option(["questions", "density"])
+    measured.page.wait_for_timeout(700)
+    assert measured.page.locator(".moa-parallel .axis-brush").count() == 2
+    measured.page.locator(".moa-front-axes select").select_option(["questions", "summaries", "questions@1024/sum", "density"])
+    measured.page.wait_for_timeout(700)
 
 
 def test_a_measured_plan_is_recommended_with_its_reason_and_taken(measured: Page) -> None:

@@ -10,12 +10,13 @@ import pytest
 from figure_records import make_chosen, make_front, make_validation
 
 from moa_lab.bench.lifelike import lifelike_table
-from moa_lab.records import LossTable
+from moa_lab.records import Front, LossTable
 from moa_lab.workbench import front_panel
 from moa_lab.workbench.front_panel import FrontPanel
 from moa_lab.workbench.state import State
 from tests.workbench.hands import drawn, ended, press, said, within
 
+DEMO = Path(__file__).resolve().parents[2] / "data" / "runs" / "demo"
 X, Y = "questions@2048/all_or_nothing", "summaries@2048/sum"
 
 
@@ -96,6 +97,23 @@ def test_a_brush_outlives_a_pick_a_change_of_colours_and_moved_axes_and_ends_wit
     press(front, "Clear brushes")
     assert len(selected(front)) == len(front.choosing.points)
     assert all(axis.constraintrange is None for axis in front.parallel.widget.data[0].dimensions)
+
+
+def test_four_axes_are_drawn_until_others_are_chosen_and_brushes_of_those_that_go_end() -> None:
+    panel = FrontPanel(State(front=Front.load(DEMO / "front.json")))
+    assert [axis.name for axis in panel.parallel.widget.data[0].dimensions] == ["questions", "summaries", "questions@1024/sum", "density"]
+    values = sorted(point.predicted["questions@1024/sum"] for point in panel.choosing.points)
+    drag(panel, {"questions@1024/sum": [values[0], values[1]]})
+    assert "2 of" in panel.kept.value
+    panel.axes.value = ("questions", "questions@1024/sum", "density")
+    assert panel.parallel.widget.data[0].dimensions[1].constraintrange == (values[0], values[1])
+    assert "2 of" in panel.kept.value
+    panel.axes.value = ("questions", "density")
+    assert [axis.name for axis in panel.parallel.widget.data[0].dimensions] == ["questions", "density"]
+    assert "drag along an axis" in panel.kept.value
+    panel.axes.value = ()
+    assert len(panel.parallel.widget.data[0].dimensions) == 4
+    assert said(panel) == ""
 
 
 @pytest.mark.parametrize("solver", ["epsilon (exact)", "pymoo"])
