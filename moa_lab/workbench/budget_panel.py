@@ -81,7 +81,7 @@ class BudgetPanel:
                 self.slider,
                 row(self.number, self.mib, self.mean, self.length, self.bits),
                 self.errors.box,
-                w.HBox([self.canvas.box, self.facts, self.curves.box], layout=w.Layout(flex_flow="row wrap")),
+                w.HBox([w.VBox([self.canvas.box, self.curves.box]), self.facts], layout=w.Layout(flex_flow="row wrap")),
                 row(self.layer, self.head, full, self.span, to_span, release, release_all),
                 self.pins,
                 row(self.gpu, self.weights, self.rules, self.exact.box),
