@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moa_lab.capacity import Gpu, plan_capacity
-from moa_lab.evaluate.compare import excess_over_dense, row_of
+from moa_lab.evaluate.compare import excess_over_dense, row_of, share_of_hits
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement, Measurements
-from moa_lab.records.intervals import Interval, Z, proportion
 from moa_lab.text import interval_text
 
 NEEDLES = "needles"
@@ -178,36 +177,6 @@ def measured_at(options: Iterable[Option], tasks: Iterable[str] = (NEEDLES, *TEX
     every = [{(row.task, row.length) for row in option.rows if row.plan == option.plan.name} for option in options]
     common = set.intersection(*every) if every else set()
     return [(task, length) for task in tasks for length in sorted({n for name, n in common if name == task}, reverse=True)]
-
-
-def share_of_hits(row: Measurement, dense: Measurement) -> Interval:
-    """Hits of `row` over those of `dense`, with a 95% interval that holds for few samples and for all or no hits.
-
-    Of pairs: hybrid of Wilson's intervals for the two shares (Bonett and Price, 2006); without samples in common, the least that both
-    intervals allow. Infinite where the dense model has none.
-    """
-    ours, theirs = (list(one.detail.get("per_sample", ())) for one in (row, dense))
-    value = row.value / dense.value if dense.value else math.inf
-    if not ours or len(ours) != len(theirs) or not {*ours, *theirs} <= {0, 1} or row.detail.get("samples") != dense.detail.get("samples"):
-        return Interval(value, row.n, row.low / dense.high if dense.high else 0.0, row.high / dense.low if dense.low > 0 else math.inf)
-    first, second = sum(ours), sum(theirs)
-    some = sum(1 for a, b in zip(ours, theirs, strict=True) if a or b)
-    apart = sum(1 for a, b in zip(ours, theirs, strict=True) if a != b)
-    one, other = ((hits + 1) / (some + 2) for hits in (first, second))
-    scale = math.sqrt((apart + 2) / ((first + 1) * (second + 1)))
-    scale /= math.sqrt((1 - one) / (first + 1)) + math.sqrt((1 - other) / (second + 1))
-    (low_a, high_a), (low_b, high_b) = (_wilson(hits, some, scale * Z) for hits in (first, second))
-    return Interval(value, len(ours), low_a / high_b if high_b else 0.0, high_a / low_b if low_b > 0 else math.inf)
-
-
-def _wilson(hits: float, n: int, z: float) -> tuple[float, float]:
-    if n == 0:
-        return 0.0, 1.0
-    if z == Z:
-        return proportion(hits, n).low, proportion(hits, n).high
-    share = hits / n
-    centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, (centre - half) / (1 + z**2 / n)), min(1.0, (centre + half) / (1 + z**2 / n))
 
 
 def _judged(option: Option, wish: Wish) -> Judged:

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 from moa_lab.capacity import GPUS
 from moa_lab.commands.app import app
+from moa_lab.evaluate.compare import share_of_hits
 from moa_lab.evaluate.intervals import mean
-from moa_lab.evaluate.recommend import Option, Wish, advice_table, options_of, recommend, share_of_hits
+from moa_lab.evaluate.recommend import Option, Wish, advice_table, options_of, recommend
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import uniform_plan
 from moa_lab.provenance import Provenance
