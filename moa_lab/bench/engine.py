@@ -72,9 +72,9 @@ def bench_engine(
     }  # fmt: skip
 
 
-def told_by(record: dict[str, Any]) -> list[str]:
-    """What `moa-lab bench generate` takes as --peer: NAME@PROMPT=TOKENS_PER_S."""
-    return [f"{record['peer']}@{row['prompt']}={row['rate']:.1f}" for row in record["rows"]]
+def told_by(record: dict[str, Any], rate: str = "rate") -> list[str]:
+    """What `moa-lab bench generate` takes as --peer: NAME@PROMPT=TOKENS_PER_S. rate: "prefill_rate" for `moa-lab bench answering`."""
+    return [f"{record['peer']}@{row['prompt']}={row[rate]:.1f}" for row in record["rows"]]
 
 
 def _rates(engine: Any, llm: Any, shape: ModelShape, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:

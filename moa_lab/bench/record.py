@@ -65,6 +65,7 @@ GOALS = {
     "E6 vLLM-bf16": Goal(7.0),
     "E6 vLLM-fp8": Goal(4.2),
     "E6 16 bits": Goal(1.0, informs=True),
+    "E7": Goal(1.0),
     "C1": Goal(1.0, at_most=True),
     "S1": Goal(1.0, at_most=True),
     "W1": Goal(1.0, at_most=True),

@@ -73,6 +73,26 @@ def generate(
 
 
 @app.command()
+def answering(
+    out: Annotated[Path, typer.Option("--out", help="the record, JSON")],
+    batches: Annotated[str, typer.Option("--batches", help="prompts at once, separated by commas")] = "8,64",
+    prompt: Annotated[int, typer.Option("--prompt", min=16, help="tokens of a prompt")] = 4096,
+    peer: Annotated[
+        list[str] | None, typer.Option("--peer", help="vLLM-bf16@PROMPT=PROMPT_TOKENS_PER_S, or the record of `bench engine`")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="a tiny model: shows that everything runs, and no more")] = False,
+    force: ForceOption = False,
+) -> None:
+    """Prompts of the 7B geometry as `generate` takes them in (E7): tokens/s until the first new token."""
+    from moa_lab.bench import table
+    from moa_lab.bench.answering import bench_answering
+
+    told = _told(peer or [], "prefill_rate")
+    sizes = lengths_of(batches) or ()
+    _measure("answering", out, force, lambda progress: bench_answering(prompt, sizes, quick, told, progress), table)
+
+
+@app.command()
 def engine(
     out: Annotated[Path, typer.Option("--out", help="the record, JSON")],
     peer: Annotated[str, typer.Option("--peer", help="vLLM-bf16 or vLLM-fp8: how K and V are stored")] = "vLLM-bf16",
@@ -126,14 +146,14 @@ def _measure(
     typer.echo(table(record))
 
 
-def _told(peers: list[str]) -> dict[tuple[str, int], float]:
+def _told(peers: list[str], rate: str = "rate") -> dict[tuple[str, int], float]:
     """Tokens/s by (peer, prompt tokens). Raises ValueError for what is neither NAME@PROMPT=TOKENS_PER_S nor a record of `bench engine`."""
     from moa_lab.bench.engine import ENGINE_SCHEMA, told_by
     from moa_lab.storage import read_json
 
     found: dict[tuple[str, int], float] = {}
     records = [text for text in peers if text.endswith(".json")]
-    for text in [*(told for path in records for told in told_by(read_json(path, ENGINE_SCHEMA))), *(set(peers) - set(records))]:
+    for text in [*(told for path in records for told in told_by(read_json(path, ENGINE_SCHEMA), rate)), *(set(peers) - set(records))]:
         name, _, rate = text.partition("=")
         name, _, prompt = name.partition("@")
         try:

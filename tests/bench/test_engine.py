@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from moa_lab.bench import engine
 from moa_lab.bench.engine import ENGINE_SCHEMA, bench_engine, told_by
 from moa_lab.bench.models import TINY
+from moa_lab.bench.record import BenchRecord
 from moa_lab.commands.app import app
 from moa_lab.storage import read_json, write_json
 
@@ -73,3 +74,31 @@ def test_its_record_is_a_peer_of_decoding_end_to_end(tmp_path: Path) -> None:
     shown = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path / "out.json")])
     assert shown.exit_code == 0, shown.output
     assert "vLLM-fp8 9.5" in shown.output
+
+
+def test_prompts_are_timed_and_held_against_what_was_told(tmp_path: Path) -> None:
+    record = {"schema": ENGINE_SCHEMA, "peer": "vLLM-bf16", "rows": [{"prompt": 64, "rate": 9.5, "prefill_rate": 1000.0}]}
+    told = write_json(tmp_path / "told.json", record)
+    arguments = [
+        "bench",
+        "answering",
+        "--quick",
+        "--prompt",
+        "64",
+        "--batches",
+        "1,3",
+        "--peer",
+        str(told),
+        "--out",
+        str(tmp_path / "out.json"),
+    ]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    found = BenchRecord.load(tmp_path / "out.json")
+    assert [(row.id, row.shape["batch"], row.shape["plan"]) for row in found] == [
+        ("E7", batch, plan) for plan in ("dense", "standard-50", "standard-25") for batch in (1, 3)
+    ]
+    for row in found:
+        assert not row.meets
+        assert row.ours == max(each["rate"] for each in row.detail["peers"].values())
+        assert row.ratio == pytest.approx(row.ours / 1000)
