@@ -1,0 +1,15 @@
+"""Plans in serving engines: which pages of a paged KV cache every head takes, attention over them, and the plugin for vLLM."""
+
+from moa_lab.serving.page_layout import PAGE_TOKENS, PageLayout, page_layout
+from moa_lab.serving.settings import PLAN_LENGTH_VARIABLE, PLAN_VARIABLE, ServedPlan, check_served, served_plan
+
+__all__ = [
+    "PAGE_TOKENS",
+    "PLAN_LENGTH_VARIABLE",
+    "PLAN_VARIABLE",
+    "PageLayout",
+    "ServedPlan",
+    "check_served",
+    "page_layout",
+    "served_plan",
+]

@@ -1,0 +1,125 @@
+"""Attention under a plan, as a backend of vLLM: plain PyTorch over pages of single heads."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, CommonAttentionMetadata
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from moa_lab.serving.page_layout import page_layout
+from moa_lab.serving.paged import PagedLayer, Scoring, Step, paged_attention
+from moa_lab.serving.settings import served_plan
+from moa_lab.serving.vllm.specs import HeadPagesSpec
+
+
+class PlanBackend(AttentionBackend):  # type: ignore[misc]
+    """Names the parts that vLLM asks for."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+
+    @staticmethod
+    def get_name() -> str:
+        """The name that vLLM has for backends of others: a layer takes no name that it does not know."""
+        return "CUSTOM"
+
+    @staticmethod
+    def get_impl_cls() -> type[PlanAttention]:
+        """What attends."""
+        return PlanAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[PlanStepBuilder]:
+        """What prepares a pass."""
+        return PlanStepBuilder
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """The one in which a page is contiguous."""
+        return (KVCacheLayout.LBHNC,)
+
+
+def pool_spec(layer: Any, vllm_config: VllmConfig) -> HeadPagesSpec:
+    """The pool of all layers: the KV cache of the layer that owns it, and of no other. Replaces `Attention.get_kv_cache_spec`."""
+    served = served_plan()
+    assert served is not None
+    page_tokens, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
+    pages = page_layout(served.plan, served.length(longest), longest, page_tokens)
+    return HeadPagesSpec(
+        block_size=page_tokens, num_kv_heads=1, head_size=layer.head_size, dtype=layer.kv_cache_torch_dtype, pages=pages
+    )
+
+
+class PlanStep:
+    """The requests of one pass, and where each layer's heads have their slots."""
+
+    def __init__(self, step: Step, layers: list[PagedLayer]) -> None:
+        self.step = step
+        self.layers = layers
+
+
+class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):  # type: ignore[misc]
+    """Makes a `PlanStep` of what vLLM tells of a pass; all layers share it."""
+
+    def __init__(self, kv_cache_spec: HeadPagesSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._layers = [PagedLayer(kv_cache_spec.pages, layer, device) for layer in range(len(kv_cache_spec.pages.layers))]
+
+    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> PlanStep:
+        """Of the requests that are scheduled."""
+        common = common_attn_metadata
+        rows = common.num_reqs
+        lengths, firsts = common.seq_lens[:rows].long(), common.query_start_loc[: rows + 1].long()
+        return PlanStep(Step(common.block_table_tensor[:rows], lengths, firsts), self._layers)
+
+
+class PlanAttention(AttentionImpl[PlanStep]):  # type: ignore[misc]
+    """The attention of one layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **others: Any,
+    ) -> None:
+        unknown = [name for name, value in others.items() if value is not None]
+        if alibi_slopes is not None or attn_type != AttentionType.DECODER or unknown:
+            raise ValueError(f"attention with {', '.join(unknown) or 'ALiBi or without a causal mask'} cannot be served under a plan")
+        # The window of a layer is part of the plan's geometry, which was compared with the model's.
+        self.num_heads, self.num_kv_heads, self.head_size, self.scale = num_heads, num_kv_heads or num_heads, head_size, scale
+        self.kv_cache_dtype, self.kv_sharing_target_layer_name = kv_cache_dtype, kv_sharing_target_layer_name
+        self._scoring = Scoring(scale, logits_soft_cap or None, None if sinks is None else sinks[:, None, None])
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: PlanStep | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query: (tokens, query_heads, head_dim); key, value: (tokens, kv_heads, head_dim); kv_cache: (pages, 1, page_tokens,
+        2 * head_dim), the pool; output: as query. Passes that only measure memory have no metadata."""
+        if attn_metadata is None:
+            return output.zero_()
+        step, tokens = attn_metadata.step, int(attn_metadata.step.firsts[-1])
+        paged = attn_metadata.layers[extract_layer_index(layer.layer_name)]
+        pool = kv_cache.view(len(kv_cache), 2, -1, self.head_size)
+        output[:tokens] = paged_attention(paged, pool, query[:tokens], key[:tokens], value[:tokens], step, self._scoring)
+        return output

@@ -1,0 +1,45 @@
+"""Settings of an engine that serves under a plan: those that are changed, and those that are refused."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from moa_lab.serving.page_layout import PAGE_TOKENS
+from moa_lab.serving.settings import ServedPlan, check_served
+
+logger = logging.getLogger("vllm.moa_lab")
+
+
+def prepare_engine(arguments: Any) -> None:
+    """Set what the user left open, and switch off what a plan cannot do. arguments: vLLM's EngineArgs."""
+    if arguments.block_size is None:
+        arguments.block_size = PAGE_TOKENS
+    if arguments.enable_prefix_caching:
+        logger.warning("prefix caching is switched off: under a plan heads overwrite the pages of what they have forgotten")
+    arguments.enable_prefix_caching = False
+
+
+def check_engine(served: ServedPlan, config: Any) -> None:
+    """Raise ValueError where a setting or the model rules a plan out; tell what is served. config: vLLM's VllmConfig."""
+    model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
+    refused = {
+        "tensor parallelism": parallel.tensor_parallel_size > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+        "speculative decoding": config.speculative_config is not None,
+        "KV transfer": config.kv_transfer_config is not None,
+        f"--kv-cache-dtype {cache.cache_dtype}": cache.cache_dtype != "auto",
+        "--kv-sharing-fast-prefill": cache.kv_sharing_fast_prefill,
+        "latent attention (MLA)": model.use_mla,
+        "an encoder": model.is_encoder_decoder,
+        "a pooling model": model.runner_type != "generate",
+        "images or sound": model.is_multimodal_model,
+        "a device that is no CPU": config.device_config.device_type != "cpu",
+    }
+    for what, is_so in refused.items():
+        if is_so:
+            raise ValueError(f"{what} cannot be combined with a plan yet")
+    check_served(served, model.hf_config, model.max_model_len)
+    logger.warning("serving under %s", served.told(model.max_model_len))
+    logger.warning("prefix caching is off under a plan; pages hold %d tokens of one head", cache.block_size)
