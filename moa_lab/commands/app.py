@@ -18,6 +18,7 @@ from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
 from moa_lab.commands.presses import app as presses_app
 from moa_lab.commands.recommend import recommend
+from moa_lab.commands.serve import PASSED_ON, serve
 from moa_lab.commands.stages import calibrate, evaluate, parity, profile, refine, search, validate
 from moa_lab.commands.study import study
 from moa_lab.commands.terminal import (
@@ -189,3 +190,4 @@ for command in (
     doctor,
 ):
     app.command()(command)
+app.command(context_settings=PASSED_ON)(serve)

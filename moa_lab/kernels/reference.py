@@ -30,8 +30,9 @@ def masked_attention(
     row's weights sum to less than 1 (gpt-oss); not capped.
     """
     group = query.shape[1] // key.shape[1]
-    key = key.repeat_interleave(group, dim=1)
-    value = value.repeat_interleave(group, dim=1)
+    if group > 1:
+        key = key.repeat_interleave(group, dim=1)
+        value = value.repeat_interleave(group, dim=1)
     if softcap is None and sink_logits is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=shown, scale=scale)
     scores = query @ key.transpose(-1, -2) * (scale if softcap is None else scale / softcap)

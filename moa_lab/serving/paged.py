@@ -91,11 +91,11 @@ class PagedLayer:
         most = -(-int(counts.max()) // self.page_tokens)
         has = torch.arange(most, device=table.device) * self.page_tokens < counts[:, None]
         pages = torch.where(has, table[:, self._columns[head][:most]], 0).long()
-        positions = self._positions(head, most * self.page_tokens, lengths)
-        empty = (positions < 0)[..., None]
-        # What another request left in a page may be NaN, which no mask hides.
-        key, value = (pool[:, part][pages].flatten(1, 2).masked_fill_(empty, 0) for part in (0, 1))
-        return key, value, positions
+        # What another request left in the last page may be NaN, which no mask hides.
+        last = (counts - 1) // self.page_tokens
+        left = torch.arange(self.page_tokens, device=table.device) >= (counts - last * self.page_tokens)[:, None]
+        key, value = (_gathered(pool[:, part], pages, last, left) for part in (0, 1))
+        return key, value, self._positions(head, most * self.page_tokens, lengths)
 
     def _positions(self, head: int, count: int, lengths: torch.Tensor) -> torch.Tensor:
         """As `RingLayer.positions`, of the first `count` slots of a head."""
@@ -105,6 +105,14 @@ class PagedLayer:
         turns = torch.div(newest - slot, ring, rounding_mode="floor").clamp(min=0)
         found = torch.where(slot < sink, slot, slot + turns * ring)
         return torch.where((slot <= newest) & (slot < self._slots[head]), found, -1)
+
+
+def _gathered(pool: torch.Tensor, pages: torch.Tensor, last: torch.Tensor, left: torch.Tensor) -> torch.Tensor:
+    """K or V of `pages` (rows, pages): (rows, slots, head_dim). left: bool (rows, page_tokens), empty slots of each row's `last` page."""
+    found = pool[pages]
+    rows = torch.arange(len(pages), device=pages.device)
+    found[rows, last] = found[rows, last].masked_fill(left[..., None], 0)
+    return found.flatten(1, 2)
 
 
 @dataclass(frozen=True)

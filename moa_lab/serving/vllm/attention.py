@@ -16,7 +16,7 @@ from moa_lab.serving.settings import served_plan
 from moa_lab.serving.vllm.specs import HeadPagesSpec
 
 
-class PlanBackend(AttentionBackend):  # type: ignore[misc]
+class PlanBackend(AttentionBackend):
     """Names the parts that vLLM asks for."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
@@ -48,9 +48,7 @@ def pool_spec(layer: Any, vllm_config: VllmConfig) -> HeadPagesSpec:
     assert served is not None
     page_tokens, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
     pages = page_layout(served.plan, served.length(longest), longest, page_tokens)
-    return HeadPagesSpec(
-        block_size=page_tokens, num_kv_heads=1, head_size=layer.head_size, dtype=layer.kv_cache_torch_dtype, pages=pages
-    )
+    return HeadPagesSpec(block_size=page_tokens, num_kv_heads=1, head_size=layer.head_size, dtype=layer.kv_cache_torch_dtype, pages=pages)
 
 
 class PlanStep:
@@ -61,7 +59,7 @@ class PlanStep:
         self.layers = layers
 
 
-class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):  # type: ignore[misc]
+class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
     """Makes a `PlanStep` of what vLLM tells of a pass; all layers share it."""
 
     def __init__(self, kv_cache_spec: HeadPagesSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
@@ -76,7 +74,7 @@ class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):  # type: ignore[misc]
         return PlanStep(Step(common.block_table_tensor[:rows], lengths, firsts), self._layers)
 
 
-class PlanAttention(AttentionImpl[PlanStep]):  # type: ignore[misc]
+class PlanAttention(AttentionImpl[PlanStep]):
     """The attention of one layer."""
 
     def __init__(

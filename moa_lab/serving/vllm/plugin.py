@@ -71,7 +71,9 @@ def _prepare_layers() -> None:
         made = get_current_vllm_config().compilation_config.static_forward_context
         first = next((name for name, layer in made.items() if isinstance(layer, Attention)), None)
         if given.arguments.get("attn_backend") or given.arguments.get("kv_sharing_target_layer_name"):
-            raise ValueError(f"layer {given.arguments.get('prefix')} has attention of its own kind; its model cannot be served under a plan")
+            raise ValueError(
+                f"layer {given.arguments.get('prefix')} has attention of its own kind; its model cannot be served under a plan"
+            )
         given.arguments.update(attn_backend=PlanBackend, kv_sharing_target_layer_name=first)
         own(*given.args, **given.kwargs)
 

@@ -15,7 +15,7 @@ from moa_lab.serving.page_layout import PageLayout
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadPagesSpec(AttentionSpec):  # type: ignore[misc]
+class HeadPagesSpec(AttentionSpec):
     """Pages of one KV head each, which all layers take from the pool of the first one.
 
     pages: the layout; it travels from the worker to the scheduler with the spec.
@@ -47,7 +47,7 @@ class HeadPagesSpec(AttentionSpec):  # type: ignore[misc]
         return False
 
 
-class HeadPagesManager(SingleTypeKVCacheManager):  # type: ignore[misc]
+class HeadPagesManager(SingleTypeKVCacheManager):
     """Gives a request the pages of its number of tokens, and takes none back before it ends."""
 
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *arguments: Any, **settings: Any) -> int:

@@ -1,0 +1,56 @@
+"""moa-lab serve: an OpenAI-compatible server of vLLM whose heads keep what a plan says."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from moa_lab.commands.terminal import ModelOption
+
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""What typer needs to know where a command hands on options that it does not have."""
+
+
+def serve(
+    context: typer.Context,
+    plan: Annotated[Path, typer.Option("--plan", help="config card")],
+    model: ModelOption = "smollm2",
+    host: Annotated[str, typer.Option("--host", help="default this machine alone")] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port")] = 8000,
+    length: Annotated[
+        int | None, typer.Option("--plan-length", min=1, help="where spans grow with the length: fix them as at so many tokens")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option("--max-model-len", min=1, help="tokens of the longest request")] = None,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Serve a model under a plan; other options are vLLM's (--dtype float32, --max-num-seqs 64). Needs `moa-lab[serve]`."""
+    from transformers import AutoConfig
+
+    from moa_lab.geometry import ModelGeometry
+    from moa_lab.models import model_folder
+    from moa_lab.serving import PLAN_LENGTH_VARIABLE, PLAN_VARIABLE, check_served, served_plan
+
+    told = {PLAN_VARIABLE: str(plan.absolute())} | ({PLAN_LENGTH_VARIABLE: str(length)} if length else {})
+    served = served_plan(told)
+    assert served is not None
+    folder = model_folder(model)
+    config = AutoConfig.from_pretrained(folder)
+    check_served(served, config, max_length or ModelGeometry.from_config(config).max_length)
+    if find_spec("vllm") is None:
+        raise ValueError('vLLM is not installed here; pip install "moa-lab[serve]" in an environment of its own, and run this there')
+    os.environ.update(told)
+    _serve(["serve", folder, "--served-model-name", model, "--host", host, "--port", str(port)], max_length, context.args)
+
+
+def _serve(arguments: list[str], max_length: int | None, others: list[str]) -> None:
+    """vLLM's own command, in this process: what it refuses is told as our errors are."""
+    from vllm.entrypoints.cli.main import main
+
+    limit = ["--max-model-len", str(max_length)] if max_length else []
+    sys.argv = ["vllm", *arguments, *limit, *others]
+    main()

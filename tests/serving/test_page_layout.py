@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import DENSE, Plan, SpanRule, dense_plan
+from moa_lab.serving import PageLayout, page_layout
+
+ROOT = Path(__file__).parents[2]
+
+
+def plan_of(spans: list[list[int | None]], sink_tokens: int = 4, max_length: int = 4096, **settings: int) -> Plan:
+    """Constant spans by layer and KV head; None keeps everything."""
+    geometry = ModelGeometry(len(spans), 2 * len(spans[0]), len(spans[0]), 8, max_length)
+    rules = tuple(tuple(DENSE if span is None else SpanRule(float(span), 0.0) for span in row) for row in spans)
+    return Plan(geometry=geometry, rules=rules, sink_tokens=sink_tokens, min_span=sink_tokens + 1, **settings)
+
+
+HARD = plan_of([[33, None], [128, 7], [64, 65]])
+
+
+@pytest.mark.parametrize("page_tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("n_tokens", [1, 15, 16, 17, 63, 64, 65, 128, 129, 1000, 1024])
+def test_a_request_holds_of_every_head_the_pages_of_its_span_and_no_more(page_tokens: int, n_tokens: int) -> None:
+    layout = page_layout(HARD, 1024, 1024, page_tokens)
+    expected = sum(-(-min(n_tokens, span) // page_tokens) for span in (33, 1024, 128, 7, 64, 65))
+    assert layout.pages_for(n_tokens) == expected
+
+
+@pytest.mark.parametrize("page_tokens", [1, 16, 64])
+def test_the_table_is_written_from_front_to_back_and_every_column_belongs_to_one_page_of_one_head(page_tokens: int) -> None:
+    layout = page_layout(HARD, 700, 700, page_tokens)
+    columns = [layout.columns(layer, head) for layer in range(3) for head in range(2)]
+    assert sorted(np.concatenate(columns).tolist()) == list(range(layout.pages_for(700)))
+    # A head's page j lies where no request has columns before its token j * page_tokens came.
+    for column in columns:
+        for page, at in enumerate(column):
+            assert layout.pages_for(page * page_tokens) <= at < layout.pages_for(page * page_tokens + 1)
+
+
+def test_under_a_dense_plan_a_request_holds_what_a_dense_cache_would() -> None:
+    layout = page_layout(dense_plan(ModelGeometry(3, 4, 2, 8, 4096)), 4096, 4096, 64)
+    assert [layout.pages_for(n) for n in (1, 64, 65, 4096)] == [6, 6, 12, 384]
+
+
+def test_a_layer_with_a_window_of_its_own_takes_no_page_beyond_it() -> None:
+    geometry = ModelGeometry(2, 4, 2, 8, 4096, layer_windows=(None, 48))
+    layout = page_layout(dense_plan(geometry), 1024, 1024, 16)
+    assert layout.most_pages.tolist() == [[64, 64], [3, 3]]
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("standard-25", 4096), ("standard-25", 8192), ("standard-50", 4096), ("standard-50", 8192)])
+def test_as_many_requests_fit_as_the_density_of_a_recorded_plan_says(name: str, tokens: int) -> None:
+    plan = Plan.load(ROOT / f"data/runs/{name}/plan.json")
+    dense, kept = (page_layout(each, tokens, tokens).pages_for(tokens) for each in (dense_plan(plan.geometry), plan))
+    assert dense / kept == pytest.approx(1 / plan.density(tokens), rel=0.02)
+
+
+def test_a_page_has_a_token_at_least() -> None:
+    with pytest.raises(ValueError, match="at least 1 token per page"):
+        PageLayout(page_layout(HARD, 64, 64).layers, 0)
