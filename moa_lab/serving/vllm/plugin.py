@@ -4,78 +4,78 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
+from collections.abc import Callable
 from typing import Any
 
 from moa_lab.serving.settings import PLAN_VARIABLE, ServedPlan, served_plan
 
 SEEN_TO_WORK = "0.32."
 """What the versions of vLLM that this was tested with begin with."""
-logger = logging.getLogger("vllm.moa_lab")
 
 
 def register() -> None:
     """Prepare vLLM for the plan that the environment names; without one nothing is touched.
 
-    Raises ValueError for a plan that cannot be served, or another version of vLLM.
+    May be called again. Raises ValueError for a plan that cannot be served, or another version of vLLM.
     """
-    served = served_plan()
-    if served is None:
+    if served_plan() is None:
         return
     import vllm
 
     if not vllm.__version__.startswith(SEEN_TO_WORK):
         raise ValueError(f"{PLAN_VARIABLE}: plans are served by vLLM {SEEN_TO_WORK}x, and this is {vllm.__version__}")
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.layers.attention import Attention
+
     from moa_lab.serving.vllm.specs import register_specs
 
     register_specs()
-    _prepare_arguments(served)
-    _prepare_layers()
+    _replace(EngineArgs, "create_engine_config", _create_engine_config)
+    _replace(Attention, "__init__", _make_layer)
+    _replace(Attention, "get_kv_cache_spec", _kv_cache_spec)
 
 
-def _prepare_arguments(served: ServedPlan) -> None:
-    """Check an engine's settings as soon as they are known, in the process that the user started."""
-    from vllm.engine.arg_utils import EngineArgs
-
-    from moa_lab.serving.vllm.engine import check_engine, prepare_engine
-
-    own = EngineArgs.create_engine_config
+def _replace(owner: type, name: str, ours: Callable[..., Any]) -> None:
+    """Let `ours(own, served, self, ...)` stand for a method wherever the environment names a plan."""
+    own = getattr(owner, name)
     if hasattr(own, "__wrapped__"):
         return
 
     @functools.wraps(own)
-    def create_engine_config(self: Any, *arguments: Any, **settings: Any) -> Any:
-        prepare_engine(self)
-        config = own(self, *arguments, **settings)
-        check_engine(served, config)
-        return config
+    def method(self: Any, *arguments: Any, **settings: Any) -> Any:
+        served = served_plan()
+        return own(self, *arguments, **settings) if served is None else ours(own, served, self, *arguments, **settings)
 
-    EngineArgs.create_engine_config = create_engine_config
+    setattr(owner, name, method)
 
 
-def _prepare_layers() -> None:
-    """Give every attention layer that is made our backend, and all of them the KV cache of the first one."""
+def _create_engine_config(own: Callable[..., Any], served: ServedPlan, self: Any, *arguments: Any, **settings: Any) -> Any:
+    """Check an engine's settings as soon as they are known, in the process that the user started."""
+    from moa_lab.serving.vllm.engine import check_engine, prepare_engine
+
+    prepare_engine(self)
+    config = own(self, *arguments, **settings)
+    check_engine(served, config)
+    return config
+
+
+def _make_layer(own: Callable[..., Any], served: ServedPlan, self: Any, *arguments: Any, **settings: Any) -> None:
+    """Give an attention layer our backend, and the KV cache of the model's first one."""
     from vllm.config import get_current_vllm_config
     from vllm.model_executor.layers.attention import Attention
 
-    from moa_lab.serving.vllm.attention import PlanBackend, pool_spec
+    from moa_lab.serving.vllm.attention import PlanBackend
 
-    own = Attention.__init__
-    if hasattr(own, "__wrapped__"):
-        return
-    signature = inspect.signature(own)
+    given = inspect.signature(own).bind(self, *arguments, **settings)
+    if given.arguments.get("attn_backend") or given.arguments.get("kv_sharing_target_layer_name"):
+        raise ValueError(f"layer {given.arguments.get('prefix')} has attention of its own kind, which no plan is for")
+    made = get_current_vllm_config().compilation_config.static_forward_context
+    first = next((name for name, layer in made.items() if isinstance(layer, Attention)), None)
+    given.arguments.update(attn_backend=PlanBackend, kv_sharing_target_layer_name=first)
+    own(*given.args, **given.kwargs)
 
-    @functools.wraps(own)
-    def __init__(self: Any, *arguments: Any, **settings: Any) -> None:
-        given = signature.bind(self, *arguments, **settings)
-        made = get_current_vllm_config().compilation_config.static_forward_context
-        first = next((name for name, layer in made.items() if isinstance(layer, Attention)), None)
-        if given.arguments.get("attn_backend") or given.arguments.get("kv_sharing_target_layer_name"):
-            raise ValueError(
-                f"layer {given.arguments.get('prefix')} has attention of its own kind; its model cannot be served under a plan"
-            )
-        given.arguments.update(attn_backend=PlanBackend, kv_sharing_target_layer_name=first)
-        own(*given.args, **given.kwargs)
 
-    Attention.__init__ = __init__
-    Attention.get_kv_cache_spec = pool_spec
+def _kv_cache_spec(own: Callable[..., Any], served: ServedPlan, self: Any, vllm_config: Any) -> Any:
+    from moa_lab.serving.vllm.attention import pool_spec
+
+    return pool_spec(served, self, vllm_config)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import pytest
+from served_engine import Start, check_tokens
+from tiny import random_tokens, tiny_model
+from tiny_plans import mixed_plan, small_plan
+from transformers import PreTrainedModel
+
+RAGGED = (1, 2, 15, 16, 17, 40, 90, 130)
+
+
+def prompts(lengths: tuple[int, ...] = RAGGED) -> list[list[int]]:
+    return [random_tokens(1, length, seed=length)[0].tolist() for length in lengths]
+
+
+def test_ragged_prompts_and_answers_far_past_the_window_are_those_of_generate(start: Start, llama: PreTrainedModel) -> None:
+    plan = mixed_plan(llama)
+    engine = start(llama, plan)
+    asked = prompts()
+    found = engine.tokens(asked, [100 + length % 7 for length in RAGGED])
+    assert engine.most_running == len(RAGGED)
+    assert engine.usage == 0
+    check_tokens(llama, plan, asked, found, 256)
+
+
+@pytest.mark.parametrize("page_tokens", [16, 32])
+def test_prompts_that_come_in_chunks_and_rings_that_wrap_within_them(start: Start, llama: PreTrainedModel, page_tokens: int) -> None:
+    plan = small_plan(llama)
+    engine = start(llama, plan, max_num_batched_tokens=23, block_size=page_tokens)
+    asked = prompts()
+    check_tokens(llama, plan, asked, engine.tokens(asked, 40), 256)
+
+
+def test_requests_that_were_preempted_are_computed_again(start: Start, llama: PreTrainedModel) -> None:
+    plan = mixed_plan(llama)
+    # A page holds 16 tokens of 16 numbers, K and V, in float32: room for little more than two requests of the greatest length.
+    engine = start(llama, plan, kv_cache_memory_bytes=60 * 2 * 16 * 16 * 4)
+    asked = prompts((60, 70, 80, 90, 40))
+    found = engine.tokens(asked, 120)
+    assert engine.most_preemptions > 0
+    assert engine.usage == 0
+    check_tokens(llama, plan, asked, found, 256)
+
+
+@pytest.mark.parametrize("family", ["mqa", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "olmo2"])
+def test_families(start: Start, family: str) -> None:
+    model = tiny_model(family)
+    plan = mixed_plan(model)
+    engine = start(model, plan)
+    asked = prompts((3, 50, 120))
+    check_tokens(model, plan, asked, engine.tokens(asked, 30), 256)
+
+
+def test_windows_as_at_another_length_and_the_same_engine_asked_twice(
+    start: Start, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moa_lab.plan import uniform_plan
+
+    plan = uniform_plan(mixed_plan(llama).geometry, 0.5, sink_tokens=4, min_span=5)
+    monkeypatch.setenv("MOA_LAB_PLAN_LENGTH", "100")
+    engine = start(llama, plan)
+    asked = prompts((80, 20))
+    found = engine.tokens(asked, 60)
+    assert engine.tokens(asked, 60) == found
+    check_tokens(llama, plan, asked, found, 100)
