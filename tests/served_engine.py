@@ -49,6 +49,16 @@ class Engine:
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     @property
+    def concurrency(self) -> float:
+        """How many requests of the greatest length fit, as vLLM says."""
+        return float(self.llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency)
+
+    @property
+    def caches_prefixes(self) -> bool:
+        """Whether the scheduler looks for prefixes that it knows."""
+        return bool(self.scheduler.kv_cache_manager.enable_caching)
+
+    @property
     def usage(self) -> float:
         """Share of the pages that somebody holds."""
         return float(self.scheduler.kv_cache_manager.usage)

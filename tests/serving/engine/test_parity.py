@@ -42,7 +42,7 @@ def test_requests_that_were_preempted_are_computed_again(start: Start, llama: Pr
     check_tokens(llama, plan, asked, found, 256)
 
 
-@pytest.mark.parametrize("family", ["mqa", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "olmo2"])
+@pytest.mark.parametrize("family", ["qwen3", "mistral", "gemma2", "gemma3", "phi3"])
 def test_families(start: Start, family: str) -> None:
     model = tiny_model(family)
     plan = mixed_plan(model)

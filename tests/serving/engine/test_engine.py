@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from served_engine import Engine, Start
+from tiny import random_tokens, tiny_model
+from tiny_plans import mixed_plan, small_plan
+from transformers import PreTrainedModel
+
+from moa_lab.plan import Plan, full_or_floor_plan
+from moa_lab.serving import page_layout
+
+LENGTH = 512
+PAGE_TOKENS = HEAD_DIM = 32
+"""The fewest that vLLM's own attention takes."""
+PAGE_BYTES = 2 * PAGE_TOKENS * HEAD_DIM * 4
+"""Of one head, K and V, in float32."""
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    """Four layers of two KV heads."""
+    return tiny_model("llama", layers=4, max_length=1024, head_dim=HEAD_DIM)
+
+
+def sparse(model: PreTrainedModel) -> Plan:
+    """One head of eight keeps everything, the others an eighth of the length."""
+    geometry = mixed_plan(model).geometry
+    plan = full_or_floor_plan(geometry, [(1, 0)], floor_tokens=LENGTH // 8)
+    return Plan(geometry=geometry, rules=plan.rules, sink_tokens=16, min_span=17)
+
+
+def at_once(engine: Engine) -> int:
+    """How many requests of the greatest length run at once, when more are asked."""
+    prompts = [random_tokens(1, LENGTH - 8, seed=seed)[0].tolist() for seed in range(40)]
+    engine.tokens(prompts, 8)
+    assert engine.most_preemptions == 0
+    return engine.most_running
+
+
+def test_as_many_requests_run_at_once_as_the_plan_leaves_room_for(start: Start, model: PreTrainedModel) -> None:
+    plan = sparse(model)
+    settings = {
+        "block_size": PAGE_TOKENS,
+        "max_model_len": LENGTH,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 2048,
+        "kv_cache_memory_bytes": 600 * PAGE_BYTES,
+    }
+    dense = start(model, None, **settings)
+    told = dense.concurrency
+    count = at_once(dense)
+    engine = start(model, plan, **settings)
+    assert plan.density(LENGTH) < 0.25
+    assert engine.concurrency >= 0.9 / plan.density(LENGTH) * told
+    assert at_once(engine) >= int(0.9 / plan.density(LENGTH) * count)
+    # The pool holds a page that belongs to nobody.
+    assert engine.most_running == 599 // page_layout(plan, LENGTH, LENGTH, PAGE_TOKENS).pages_for(LENGTH)
+
+
+def test_what_a_request_leaves_serves_the_next(start: Start, llama: PreTrainedModel) -> None:
+    plan = mixed_plan(llama)
+    engine = start(llama, plan, max_num_seqs=2)
+    prompts = [random_tokens(1, 100, seed=seed)[0].tolist() for seed in range(6)]
+    together = engine.tokens(prompts, 20)
+    assert engine.usage == 0
+    assert [engine.tokens([prompt], 20)[0] for prompt in prompts] == together
+
+
+def test_prefix_caching_is_off_also_where_it_is_asked_for(start: Start, llama: PreTrainedModel) -> None:
+    engine = start(llama, mixed_plan(llama), enable_prefix_caching=True)
+    prompt = random_tokens(1, 100)[0].tolist()
+    assert engine.tokens([prompt], 10) == engine.tokens([prompt], 10)
+    assert not engine.caches_prefixes
+
+
+def test_other_geometry_is_refused_with_both(start: Start, llama: PreTrainedModel) -> None:
+    with pytest.raises(ValueError, match=r"another geometry: plan has 3 layers .* model has 2 layers"):
+        start(llama, small_plan(tiny_model("llama", layers=3)))
+
+
+@pytest.mark.parametrize(
+    ("settings", "what"),
+    [
+        ({"tensor_parallel_size": 2}, "tensor parallelism"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, "speculative decoding"),
+    ],
+)
+def test_settings_that_rule_a_plan_out_are_refused_by_name(
+    start: Start, llama: PreTrainedModel, settings: dict[str, object], what: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{what} cannot be combined with a plan yet"):
+        start(llama, small_plan(llama), **settings)
+
+
+def test_stored_bits_and_broken_cards_are_refused(
+    start: Start, llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="serving knows no stored bits"):
+        start(llama, small_plan(llama).with_bits(8))
+    broken = tmp_path / "broken.json"
+    broken.write_text("{")
+    monkeypatch.setenv("MOA_LAB_PLAN", str(broken))
+    with pytest.raises(ValueError, match=r"broken\.json"):
+        start(llama, None)
