@@ -2,6 +2,7 @@
 
 VENV := .venv
 BIN := $(VENV)/bin
+SERVING := .venv-serving
 CONSTRAINTS := tests/constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 
@@ -15,7 +16,7 @@ TORCH_INDEX ?= $(shell test "$$(uname -s)" = Linux && ! command -v nvidia-smi >/
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo studies-quick lab notebooks test check clean .venv
+.PHONY: help demo studies-quick lab notebooks test test-serving serving-env check clean .venv
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z.-]*\):[^#]*## /  make \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -36,6 +37,13 @@ notebooks: $(VENV)/lab.stamp  ## run every notebook from first to last cell and 
 test: $(VENV)/dev.stamp  ## run the tests, a worker a core; ARGS="-k plan" selects
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not alone" $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? -eq 5 ]
+	@if $(MAKE) --no-print-directory serving-env; then $(MAKE) --no-print-directory test-serving; \
+		else echo "not run: tests/serving/engine, which need vLLM (make serving-env)"; fi
+
+test-serving: $(SERVING)/serving.stamp  ## run the tests that need vLLM, in its environment (minutes); ARGS="-k parity" selects
+	$(SERVING)/bin/python -m pytest tests/serving/engine $(ARGS) || [ $$? -eq 5 ]
+
+serving-env: $(SERVING)/serving.stamp  ## make .venv-serving, with vLLM's build for CPUs and moa-lab beside it (some minutes, once)
 
 check: $(VENV)/dev.stamp  ## lint, format, types, import contract
 	$(BIN)/ruff check .
@@ -43,8 +51,8 @@ check: $(VENV)/dev.stamp  ## lint, format, types, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-clean:  ## remove .venv and caches; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+clean:  ## remove .venv, .venv-serving and caches; runs/ stays
+	rm -rf $(VENV) $(SERVING) build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
 	find moa_lab tests data -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv: $(VENV)/base.stamp  ## the environment that the other targets use
@@ -76,3 +84,15 @@ $(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS) $(VENV)/torch.stamp
 	@echo "installing moa-lab, what it needs, JupyterLab, and the test tools (some minutes, once)"
 	@$(INSTALL) -e ".[dev,lab,eval]"
 	@touch $(VENV)/base.stamp $(VENV)/lab.stamp $@
+
+# vLLM pins what it brings, so our constraints do not hold there; torchvision and its like, which it asks for and never needs for text,
+# do not load beside the CPU build of torch.
+$(SERVING)/serving.stamp: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "moa-lab needs Python 3.11 or newer; name it: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@echo "making $(SERVING) (some minutes, once)"
+	@$(PYTHON) -m venv --clear $(SERVING)
+	@test -z "$(TORCH_INDEX)" || $(SERVING)/bin/python -m pip install --disable-pip-version-check --quiet --retries 0 --timeout 10 \
+		--index-url "$(TORCH_INDEX)" torch==2.13.0 >/dev/null 2>&1 || true
+	@$(SERVING)/bin/python -m pip install --disable-pip-version-check --quiet -e ".[serve]" torch==2.13.0 pytest pytest-timeout
+	@$(SERVING)/bin/python -m pip uninstall --yes --quiet torchvision torchaudio torchcodec
+	@touch $@
