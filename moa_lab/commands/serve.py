@@ -56,7 +56,7 @@ def _serve(arguments: list[str], max_length: int | None, others: list[str]) -> N
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     limit = ["--max-model-len", str(max_length)] if max_length else []
-    sys.argv = ["vllm", *arguments, *limit, *others]
+    sys.argv = ["moa-lab", *arguments, *limit, *others]
     cli_env_setup()
     parser = FlexibleArgumentParser()
     (command,) = cmd_init()

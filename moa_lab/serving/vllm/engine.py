@@ -26,6 +26,7 @@ def check_engine(served: ServedPlan, config: Any) -> None:
     refused = {
         "tensor parallelism": parallel.tensor_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "data parallelism": parallel.data_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
         "speculative decoding": config.speculative_config is not None,
         "KV transfer": config.kv_transfer_config is not None,

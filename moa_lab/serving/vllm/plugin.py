@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from moa_lab.serving.settings import PLAN_VARIABLE, ServedPlan, served_plan
+from moa_lab.text import one_line
 
+COMMANDS = ("vllm", "api_server.py")
+"""Programs that serve: `vllm serve`, and `python -m vllm.entrypoints.openai.api_server`."""
 SEEN_TO_WORK = "0.32."
 """What the versions of vLLM that this was tested with begin with."""
 
@@ -16,8 +22,14 @@ SEEN_TO_WORK = "0.32."
 def register() -> None:
     """Prepare vLLM for the plan that the environment names; without one nothing is touched.
 
-    May be called again. Raises ValueError for a plan that cannot be served, or another version of vLLM.
+    May be called again. Raises ValueError for a plan that cannot be served, or another version of vLLM; under vLLM's own command line
+    that is a line on standard error, and the end.
     """
+    with _in_one_line():
+        _register()
+
+
+def _register() -> None:
     if served_plan() is None:
         return
     import vllm
@@ -33,6 +45,17 @@ def register() -> None:
     _replace(EngineArgs, "create_engine_config", _create_engine_config)
     _replace(Attention, "__init__", _make_layer)
     _replace(Attention, "get_kv_cache_spec", _kv_cache_spec)
+
+
+@contextlib.contextmanager
+def _in_one_line() -> Iterator[None]:
+    """Spare who serves by vLLM's command line the traceback of what is refused; who calls vLLM from Python may catch it."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if Path(sys.argv[0]).name not in COMMANDS:
+            raise
+        raise SystemExit(f"error: {one_line(error)}") from None
 
 
 def _replace(owner: type, name: str, ours: Callable[..., Any]) -> None:
@@ -55,7 +78,8 @@ def _create_engine_config(own: Callable[..., Any], served: ServedPlan, self: Any
 
     prepare_engine(self)
     config = own(self, *arguments, **settings)
-    check_engine(served, config)
+    with _in_one_line():
+        check_engine(served, config)
     return config
 
 

