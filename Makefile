@@ -37,8 +37,6 @@ notebooks: $(VENV)/lab.stamp  ## run every notebook from first to last cell and 
 test: $(VENV)/dev.stamp  ## run the tests, a worker a core; ARGS="-k plan" selects
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not alone" $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? -eq 5 ]
-	@if $(MAKE) --no-print-directory serving-env; then $(MAKE) --no-print-directory test-serving; \
-		else echo "not run: tests/serving/engine, which need vLLM (make serving-env)"; fi
 
 test-serving: $(SERVING)/serving.stamp  ## run the tests that need vLLM, in its environment (minutes); ARGS="-k parity" selects
 	$(SERVING)/bin/python -m pytest tests/serving/engine $(ARGS) || [ $$? -eq 5 ]
