@@ -190,7 +190,7 @@ def test_options_are_read_from_runs_once_each_and_of_one_model(tmp_path: Path) -
 
 
 def test_the_record_of_an_engine_is_shown(tmp_path: Path) -> None:
-    record = Path(__file__).parents[2] / "data/benchmarks/vllm-fp8.json"
+    record = Path(__file__).parents[2] / "data/benchmarks/engines/vllm-fp8.json"
     shown = CliRunner().invoke(app, ["show", str(record)])
     assert shown.exit_code == 0, shown.output
     assert "prompts of 4,096: 112 at once" in shown.output
