@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LlamaConfig
 
-from moa_lab.bench.models import LLAMA2_7B, ModelShape
+from moa_lab.bench.models import LLAMA2_7B, ModelShape, config_of
 from moa_lab.clock import clock
 from moa_lab.provenance import provenance
 
@@ -44,11 +43,7 @@ def bench_engine(
         raise ValueError(f"peer must be among {', '.join(STORES)}, got {peer}")
     engine = engine or importlib.import_module("vllm")
     longest = max(prompts) + 1 + new_tokens
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.query_heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        max_position_embeddings=longest, tie_word_embeddings=False, architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+    config = config_of(shape, longest, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         llm = engine.LLM(

@@ -42,6 +42,15 @@ LLAMA3_8B = ModelShape("Llama-3-8B", 32, 32, 8, 128, 14336, 128256)
 TINY = ModelShape("tiny", 2, 4, 2, 16, 96, 512)
 
 
+def config_of(shape: ModelShape, max_length: int, **more: Any) -> LlamaConfig:
+    """transformers' config of a shape. more: other fields."""
+    return LlamaConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
+        num_attention_heads=shape.query_heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
+        max_position_embeddings=max_length, tie_word_embeddings=False, **more,
+    )  # fmt: skip
+
+
 def random_model(
     shape: ModelShape, max_length: int, device: torch.device, dtype: torch.dtype, seed: int = 0, spread: float = 1.0
 ) -> PreTrainedModel:
@@ -49,11 +58,7 @@ def random_model(
 
     spread: approximate standard deviation of logits, and of queries and keys before attention.
     """
-    config = LlamaConfig(
-        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.query_heads, num_key_value_heads=shape.kv_heads, head_dim=shape.head_dim,
-        max_position_embeddings=max_length, initializer_range=spread * shape.hidden**-0.5, tie_word_embeddings=False,
-    )  # fmt: skip
+    config = config_of(shape, max_length, initializer_range=spread * shape.hidden**-0.5)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(seed)
         model = LlamaForCausalLM._from_config(config, dtype=dtype)

@@ -50,12 +50,14 @@ def share_of_hits(row: Measurement, dense: Measurement) -> Interval:
         return Interval(value, row.n, row.low / dense.high if dense.high else 0.0, row.high / dense.low if dense.low > 0 else math.inf)
     first, second = sum(ours), sum(theirs)
     some = sum(1 for a, b in zip(ours, theirs, strict=True) if a or b)
+    if not some:
+        return Interval(value, len(ours), 0.0, math.inf)
     apart = sum(1 for a, b in zip(ours, theirs, strict=True) if a != b)
     one, other = ((hits + 1) / (some + 2) for hits in (first, second))
     scale = math.sqrt((apart + 2) / ((first + 1) * (second + 1)))
     scale /= math.sqrt((1 - one) / (first + 1)) + math.sqrt((1 - other) / (second + 1))
-    (low_a, high_a), (low_b, high_b) = (_wilson(hits, some, scale * Z) for hits in (first, second))
-    return Interval(value, len(ours), low_a / high_b if high_b else 0.0, high_a / low_b if low_b > 0 else math.inf)
+    a, b = (proportion(hits, some, scale * Z) for hits in (first, second))
+    return Interval(value, len(ours), a.low / b.high if b.high else 0.0, a.high / b.low if b.low > 0 else math.inf)
 
 
 def share_of_the_way(row: Measurement, start: Measurement, end: Measurement, seed: int = 0) -> Interval:
@@ -103,16 +105,6 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])
-
-
-def _wilson(hits: float, n: int, z: float) -> tuple[float, float]:
-    if n == 0:
-        return 0.0, 1.0
-    if z == Z:
-        return proportion(hits, n).low, proportion(hits, n).high
-    share = hits / n
-    centre, half = share + z**2 / (2 * n), z * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, (centre - half) / (1 + z**2 / n)), min(1.0, (centre + half) / (1 + z**2 / n))
 
 
 def _pairs(row: Measurement, against: Measurement) -> tuple[list[float], list[float]]:

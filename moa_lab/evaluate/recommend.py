@@ -96,12 +96,14 @@ class Option:
 
 @dataclass(frozen=True)
 class Judged:
-    """An option held against a wish. short: the first thing it does not hold, in words, or empty; sure: what it holds."""
+    """An option held against a wish. short: the first thing it does not hold, in words, or empty; sure: what it holds.
+    is_affordable: it holds what is counted and not sampled, bytes and speed."""
 
     option: Option
     density: float
     short: str
     sure: str
+    is_affordable: bool
 
 
 @dataclass(frozen=True)
@@ -148,14 +150,14 @@ def recommend(options: Sequence[Option], wish: Wish) -> Advice:
     taken: Judged | None = None
     stop: Judged | None = None
     for one in sorted(judged, key=lambda one: -one.option.samples(wish)):
-        if _is_counted(one, wish):
+        if not one.is_affordable:
             # Too many bytes, or too slow: no matter of chance, so it ends nothing.
             continue
         if one.short:
             stop = one
             break
         taken = one if taken is None or one.density < taken.density else taken
-    return Advice(taken.option.plan if taken else None, _reason(taken, stop, judged, wish), _next(taken, stop, judged, wish), tuple(judged))
+    return Advice(taken.option.plan if taken else None, _reason(taken, stop, judged), _next(taken, stop, wish), tuple(judged))
 
 
 def scores_over_bytes(options: Iterable[Option], task: str, length: int) -> list[Measurement]:
@@ -181,17 +183,13 @@ def measured_at(options: Iterable[Option], tasks: Iterable[str] = (NEEDLES, *TEX
 
 def _judged(option: Option, wish: Wish) -> Judged:
     short, sure = "", []
-    for text, holds in (*_bytes_and_speed(option, wish), *_quality(option, wish)):
+    counted = _bytes_and_speed(option, wish)
+    for text, holds in (*counted, *_quality(option, wish)):
         if holds:
             sure.append(text)
         elif not short:
             short = text
-    return Judged(option, option.density(wish), short, "; ".join(sure))
-
-
-def _is_counted(one: Judged, wish: Wish) -> bool:
-    """Whether it fails by what is counted and not sampled."""
-    return any(not holds for _, holds in _bytes_and_speed(one.option, wish))
+    return Judged(option, option.density(wish), short, "; ".join(sure), all(holds for _, holds in counted))
 
 
 def _bytes_and_speed(option: Option, wish: Wish) -> list[tuple[str, bool]]:
@@ -234,7 +232,7 @@ def _row(option: Option, plan: str, task: str, length: int) -> Measurement:
         raise ValueError(f"{option.name}: {error.args[0]}") from None
 
 
-def _reason(taken: Judged | None, stop: Judged | None, judged: Sequence[Judged], wish: Wish) -> str:
+def _reason(taken: Judged | None, stop: Judged | None, judged: Sequence[Judged]) -> str:
     if taken is None:
         near = stop or judged[-1]
         return f"No measured plan meets the wish: {near.option.name} keeps {near.density:.1%} of the bytes; {near.short}."
@@ -242,17 +240,13 @@ def _reason(taken: Judged | None, stop: Judged | None, judged: Sequence[Judged],
     return f"Take {taken.option.name}: it keeps {taken.density:.1%} of the bytes{others}; {taken.sure}."
 
 
-def _next(taken: Judged | None, stop: Judged | None, judged: Sequence[Judged], wish: Wish) -> str:
+def _next(taken: Judged | None, stop: Judged | None, wish: Wish) -> str:
     if taken is None:
-        dense = "the dense model" if not _wants_bytes(wish) else "a lower wish"
-        return f"What remains is {dense}, or a run at another density."
+        wants_less = wish.density is not None or wish.tokens_s is not None
+        return f"What remains is {'a lower wish' if wants_less else 'the dense model'}, or a run at another density."
     if stop is None:
         return "Nothing with fewer bytes was measured: a run at a lower density may find it."
     return f"The next, {stop.option.name}, keeps {stop.density:.1%}, but is not sure to hold: {stop.short}."
-
-
-def _wants_bytes(wish: Wish) -> bool:
-    return wish.density is not None or wish.tokens_s is not None
 
 
 def advice_table(advice: Advice) -> list[Mapping[str, str]]:

@@ -28,12 +28,15 @@ def unknown(value: float, n: int = 1) -> Interval:
     return Interval(value, n, -math.inf, math.inf)
 
 
-def proportion(hits: float, n: int) -> Interval:
-    """Share of hits with Wilson's score interval (Wilson, 1927), which stays inside [0, 1] and is right at 0 and 1."""
+def proportion(hits: float, n: int, z: float = Z) -> Interval:
+    """Share of hits with Wilson's score interval (Wilson, 1927), which stays inside [0, 1] and is right at 0 and 1.
+
+    z: the normal quantile of the interval, 95% unless given.
+    """
     if n < 1:
         raise ValueError("a proportion needs at least one observation")
     share = hits / n
-    centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
     # At shares of 0 and 1 one end equals the share; min and max remove rounding errors.
     return Interval(share, n, min(max(0.0, centre - half), share), max(min(1.0, centre + half), share))
