@@ -58,6 +58,14 @@ def _attend(
     ROW: gl.constexpr = gl.SliceLayout(0, MMA)
     SLOT: gl.constexpr = gl.SliceLayout(1, MMA)
     OWN: gl.constexpr = _strands(ROWS)
+    # The first tile is on its way while the query is laid out.
+    keys = loaded_tile(key, low, high, HEAD_DIM, TILE, KEY_BITS, True)
+    values = loaded_tile(value, low, high, HEAD_DIM, TILE, VALUE_BITS, False)
+    slots = low + gl.arange(0, TILE, layout=SLOT)
+    if KEY_BITS < 16:
+        key_grid = gl.load(key_grids + slots, mask=slots < high, other=0)
+    if VALUE_BITS < 16:
+        value_grid = gl.load(value_grids + slots, mask=slots < high, other=0)
     dims = key_dims(gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(1, SECOND)), HEAD_DIM, KEY_BITS)
     asking = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SECOND))
     # Scores are in base 2, but for those that are capped first.
@@ -80,13 +88,6 @@ def _attend(
     none = gl.full([TILE, ROWS], 0.0, gl.float32, layout=MMA)
     if VALUE_BITS < 16:
         shift = gl.full([8, ROWS], 0.0, gl.float32, layout=OWN)
-    keys = loaded_tile(key, low, high, HEAD_DIM, TILE, KEY_BITS, True)
-    values = loaded_tile(value, low, high, HEAD_DIM, TILE, VALUE_BITS, False)
-    slots = low + gl.arange(0, TILE, layout=SLOT)
-    if KEY_BITS < 16:
-        key_grid = gl.load(key_grids + slots, mask=slots < high, other=0)
-    if VALUE_BITS < 16:
-        value_grid = gl.load(value_grids + slots, mask=slots < high, other=0)
     for at in range(low, high, TILE):
         held = slots < high
         # The next tile is on its way while this one is computed.
