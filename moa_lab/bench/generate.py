@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import logging
 import os
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
@@ -32,6 +30,7 @@ from moa_lab.bench.record import BenchRecord
 from moa_lab.bench.shapes import default_plans
 from moa_lab.bench.steps import SETTLED, our_step, transformers_step
 from moa_lab.bench.timing import copy_rate
+from moa_lab.bench.tries import release, tried_run
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of
 from moa_lab.plan import WHOLE_BITS, Plan, dense_plan, stored_plan
@@ -43,8 +42,6 @@ RESERVE_BYTES = 2 * 2**30
 """Memory for other activations, CUDA graphs, and the workspaces of libraries."""
 
 QUICK_BYTES = 2**20
-
-logger = logging.getLogger(__name__)
 
 
 def bench_generate(
@@ -86,7 +83,7 @@ def bench_generate(
             if progress is not None:
                 progress(done, total)
         del model
-        _release(state.device)
+        release(state.device)
     record = _record(state)
     if out is not None:
         record.save(out)
@@ -167,7 +164,7 @@ def _resolve(state: Findings, shape: ModelShape, model: PreTrainedModel) -> None
         if (shape.name, job.stored) not in state.checks:
             size = {} if shape != TINY else {"n_tokens": 144, "new_tokens": 16}
             check = partial(check_tokens, shape, plan, state.device, state.dtype, **size)
-            state.checks[shape.name, job.stored] = _tried(check, state.device)
+            state.checks[shape.name, job.stored] = tried_run(check, state.device)
 
 
 def _stored(whole: Plan, job: Job) -> Plan:
@@ -206,7 +203,7 @@ def measured_side(
     found: dict[str, Any] = {"failed": f"not even one row of {n_tokens} tokens fits"}
     while batch > 0:
         tried += 1
-        found = _tried(partial(_run, model, plan, side, batch, prompt, new_tokens), model.device)
+        found = tried_run(partial(_run, model, plan, side, batch, prompt, new_tokens), model.device)
         if not found.get("out_of_memory"):
             break
         batch = smaller_batch(batch)
@@ -231,27 +228,6 @@ def extra_bytes(geometry: ModelGeometry, side: str, n_tokens: int, itemsize: int
     if side == DYNAMIC:
         return 2 * layer * geometry.kv_heads
     return layer * geometry.query_heads if side == STATIC and geometry.group_size > 1 else 0
-
-
-def _tried(run: Callable[[], dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """The result of `run`, or why it "failed"; all its memory is freed."""
-    try:
-        found = run()
-    # Any error of a third-party library or compiler: it must not end the run.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        logger.info("a side did not run: %s: %s", type(error).__name__, reason)
-        short = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower() or "ALLOC_FAILED" in str(error)
-        found = {"failed": f"{type(error).__name__}: {reason}"[:300], "out_of_memory": short}
-    _release(device)
-    return found
-
-
-def _release(device: torch.device) -> None:
-    torch.compiler.reset()
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ PLAN_DENSITY = {"E1": 0.5, "E2": 0.25, "E4": 0.5, "E5": 0.5, "E6": 0.25}
 SAME_TOKENS = {"E5": "E1", "E6": "E2"}
 """Rows whose goals inform where a row of stored bits has none of its own: those of the same tokens in 16 bits."""
 DENSITY_TOLERANCE = 0.02
-PEERS = (DYNAMIC, STATIC, DENSE)
+PEERS = {DYNAMIC: "dynamic", STATIC: "static", DENSE: "dense"}
+"""Peers of all rows, and their kinds of sides."""
 ELSEWHERE = "given, not measured in this process"
 
 
@@ -27,7 +28,7 @@ def rows_of(state: Findings) -> list[BenchRow]:
         if _ours(state, job) is None:
             continue
         if job.row in state.rows:
-            rows += [_rate_row(state, job, peer) for peer in (*PEERS, *_more_peers(state, job))]
+            rows += [_rate_row(state, job, peer) for peer in (*_asked_peers(state, job), *_more_peers(state, job))]
         if "E3" in state.rows and (job.shape, job.prompt, job.stored) not in seen:
             seen.add((job.shape, job.prompt, job.stored))
             rows.append(_roofline_row(state, job))
@@ -54,6 +55,13 @@ def _fastest(state: Findings, job: Job, side: str, plain: bool = False) -> dict[
     names = [side] if plain else [side, side + COMPILED]
     found = [state.found.get((job.shape.name, job.prompt, name), {"failed": "not yet"}) for name in names]
     return max((side for side in found if "failed" not in side), key=lambda side: float(side["rate"]), default=None)
+
+
+def _asked_peers(state: Findings, job: Job) -> dict[str, dict[str, Any]]:
+    """Of the peers of all rows those that are measured or still to be; all where a row would have none."""
+    sides = {peer: state.found.get((job.shape.name, job.prompt, peer)) for peer in PEERS}
+    asked = [peer for peer, found in sides.items() if found or PEERS[peer] in state.kinds]
+    return {peer: sides[peer] or {"failed": "not measured yet"} for peer in asked or ([] if job.beside else PEERS)}
 
 
 def _more_peers(state: Findings, job: Job) -> dict[str, dict[str, Any]]:
@@ -91,8 +99,7 @@ def _told(state: Findings, job: Job, ours: dict[str, Any]) -> tuple[Plan, dict[s
     shape = described_plan(job.shape, plan, ours["batch"], state.n_tokens(job.prompt))
     if job.bits != WHOLE_BITS:
         shape["bits"] = told_bits(job.bits)
-    peers = {side: state.found.get((job.shape.name, job.prompt, side), {"failed": "not measured yet"}) for side in PEERS}
-    peers |= _more_peers(state, job)
+    peers = _asked_peers(state, job) | _more_peers(state, job)
     return plan, shape, {**ours, "check": state.checks[job.shape.name, job.stored], "peers": peers}
 
 

@@ -109,6 +109,16 @@ def test_a_batch_that_does_not_fit_is_made_smaller(monkeypatch: pytest.MonkeyPat
     assert found.ours == pytest.approx(tried[-1] * 1e3)
 
 
+def test_a_row_is_held_against_the_peers_that_were_asked_for() -> None:
+    def peers(rows: list[str], sides: list[str]) -> set[str]:
+        record = bench_generate(rows, quick=True, sides=sides, lengths=[64], told={(TOLD[0], 64): 1e3} if rows == ["E5"] else None)
+        return {row.peer_name for row in record}
+
+    assert peers(["E5"], ["plan"]) == {"ours standard-50", TOLD[0]}
+    assert peers(["E5"], ["plan", "dense"]) == {"ours standard-50", TOLD[0], DENSE}
+    assert peers(["E1"], ["plan", "static"]) == {STATIC}
+
+
 def test_the_largest_batch_fills_what_is_free() -> None:
     assert [largest_batch(free, 10, 7) for free in (9, 16, 17, 80)] == [0, 0, 1, 10]
     assert [smaller_batch(batch) for batch in (1, 15, 64)] == [0, 14, 60]
