@@ -1,7 +1,8 @@
-"""How many sequences a GPU holds under a plan, and how fast it decodes them: a roofline of bytes, held against recorded runs.
+"""How many sequences a GPU holds under a plan, and how fast it decodes them: a roofline of bytes and products, held against recorded runs.
 
-A decode step reads all weights and every sequence's keys and values once, and little else; so it takes as long as these bytes take at
-the rate at which the GPU reads. The rows of `data/benchmarks/generate.json` lie within a tenth of it.
+A decode step reads all weights and every sequence's keys and values once, and multiplies every weight once for every sequence; it takes
+as long as these bytes take at the rate at which the GPU reads, and these products beside. The compiled rows of
+`data/benchmarks/generate.json` (H100) and `stored_bits_generate.json` (H200, up to 474 sequences) lie within a tenth of it.
 """
 
 from __future__ import annotations
@@ -10,40 +11,42 @@ from dataclasses import dataclass
 
 from moa_lab.plan import Plan
 
-USABLE = 0.96
-"""Share of a GPU's memory for weights, keys and values; the rest is activations, graphs and the driver's."""
-READ_SHARE = 0.925
-"""Of the rate of a pure read, what a whole compiled step reaches (seen on an H100: 0.905 to 0.947)."""
-DATASHEET_SHARE = 0.91
-"""Of a datasheet's bandwidth, what a pure read reaches (H100: 3.05 of 3.35 TB/s)."""
+USABLE, RESERVE_BYTES = 0.9835, 2 * 10**9
+"""Of a GPU's memory, what weights, keys and values may take: this share, less activations, graphs and the driver's."""
+STEP_SHARE = 0.98
+"""Of both rates, what a whole compiled step reaches (seen: H100 .95 to 1.00; H200 1.04 to 1.06, over 8 bits .97 to .99)."""
+READ_SHARE, MATMUL_SHARE = 0.91, 0.69
+"""Of a datasheet's bandwidth, what a pure read reaches (H100: 3.05 of 3.35 TB/s); of its products in 16 bits (H200: 680 of 989)."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory_bytes: all of it. read_bytes_s: of a pure read, bytes per second. measured: whether that was read off such a device."""
+    """memory_bytes: all of it. read_bytes_s: of a pure read, bytes per second. matmul_flops_s: of large products in 16 bits, operations per
+    second. measured: whether the rates were read off such a device."""
 
     name: str
     memory_bytes: int
     read_bytes_s: float
+    matmul_flops_s: float
     measured: bool = False
 
 
-def _listed(name: str, mebibytes: int, datasheet_gb_s: float) -> Gpu:
-    return Gpu(name, mebibytes * 2**20, DATASHEET_SHARE * datasheet_gb_s * 1e9)
+def _listed(name: str, mebibytes: int, datasheet_gb_s: float, datasheet_tflops: float) -> Gpu:
+    return Gpu(name, mebibytes * 2**20, READ_SHARE * datasheet_gb_s * 1e9, MATMUL_SHARE * datasheet_tflops * 1e12)
 
 
 GPUS: dict[str, Gpu] = {
-    "h100": Gpu("H100 80GB", 81_079 * 2**20, 3.05e12, measured=True),
-    "h200": _listed("H200 141GB", 143_771, 4_800),
-    "a100-80": _listed("A100 80GB", 81_079, 2_039),
-    "a100-40": _listed("A100 40GB", 40_448, 1_555),
-    "l40s": _listed("L40S 48GB", 46_068, 864),
-    "a10": _listed("A10 24GB", 23_028, 600),
-    "l4": _listed("L4 24GB", 23_034, 300),
-    "rtx-4090": _listed("RTX 4090 24GB", 24_564, 1_008),
-    "rtx-3090": _listed("RTX 3090 24GB", 24_576, 936),
+    "h100": Gpu("H100 80GB", 81_079 * 2**20, 3.05e12, 717e12, measured=True),
+    "h200": Gpu("H200 141GB", 143_771 * 2**20, 4.2e12, 680e12, measured=True),
+    "a100-80": _listed("A100 80GB", 81_079, 2_039, 312),
+    "a100-40": _listed("A100 40GB", 40_448, 1_555, 312),
+    "l40s": _listed("L40S 48GB", 46_068, 864, 362),
+    "a10": _listed("A10 24GB", 23_028, 600, 125),
+    "l4": _listed("L4 24GB", 23_034, 300, 121),
+    "rtx-4090": _listed("RTX 4090 24GB", 24_564, 1_008, 165),
+    "rtx-3090": _listed("RTX 3090 24GB", 24_576, 936, 71),
 }
-"""GPUs by the name that a command takes. Bandwidths are of the vendor's datasheets but where they were measured."""
+"""GPUs by the name that a command takes. Rates are of the vendor's datasheets but where they were measured."""
 
 
 def gpu_of(name: str, memory_gb: float | None = None, read_gb_s: float | None = None) -> Gpu:
@@ -57,7 +60,7 @@ def gpu_of(name: str, memory_gb: float | None = None, read_gb_s: float | None = 
     if memory_gb is None and read_gb_s is None:
         return known
     memory = known.memory_bytes if memory_gb is None else int(memory_gb * 1e9)
-    return Gpu("another GPU", memory, known.read_bytes_s if read_gb_s is None else read_gb_s * 1e9)
+    return Gpu("another GPU", memory, known.read_bytes_s if read_gb_s is None else read_gb_s * 1e9, known.matmul_flops_s)
 
 
 @dataclass(frozen=True)
@@ -75,15 +78,17 @@ class Capacity:
 
 
 def capacity(gpu: Gpu, weights_bytes: int, kv_bytes: int, batch: int | None = None) -> Capacity:
-    """Of sequences that take `kv_bytes` each, beside `weights_bytes`; as many as fit, at most `batch`.
+    """Of sequences that take `kv_bytes` each, beside `weights_bytes` in 16 bits, all of them used by every token; as many as fit, at most
+    `batch`.
 
     Raises ValueError for sizes below 1 byte or a batch below 1.
     """
     if min(weights_bytes, kv_bytes) < 1 or (batch is not None and batch < 1):
         raise ValueError(f"weights and KV take at least a byte and a batch has a sequence, got {weights_bytes}, {kv_bytes} and {batch}")
-    fitting = max(0, int((USABLE * gpu.memory_bytes - weights_bytes) // kv_bytes))
+    fitting = max(0, int((USABLE * gpu.memory_bytes - RESERVE_BYTES - weights_bytes) // kv_bytes))
     held = fitting if batch is None else min(batch, fitting)
-    step = (weights_bytes + held * kv_bytes) / (READ_SHARE * gpu.read_bytes_s)
+    # A weight of two bytes is a product and a sum.
+    step = ((weights_bytes + held * kv_bytes) / gpu.read_bytes_s + held * weights_bytes / gpu.matmul_flops_s) / STEP_SHARE
     return Capacity(held, kv_bytes, step, held / step)
 
 
