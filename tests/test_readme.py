@@ -33,8 +33,15 @@ def test_the_readme_quotes_the_records_of_the_gpu() -> None:
             assert " | ".join([f"| {density}% | {name}", *cells(plans[name])]) + " |" in README
 
 
-def test_the_readme_quotes_the_record_of_another_model() -> None:
-    plans = json.loads((ROOT / "data/runs/qwen2.5-coder-0.5b-50/summary.json").read_text(encoding="utf-8"))["plans"]
+OTHERS = {
+    "Qwen 50%": "qwen2.5-coder-0.5b-50", "Qwen 25%": "qwen2.5-coder-0.5b-25", "Qwen 15%": "qwen2.5-coder-0.5b-15",
+    "Gemma 50%": "gemma-3-270m-50",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_readme_quotes_the_records_of_other_models(name: str) -> None:
+    plans = json.loads((ROOT / f"data/runs/{OTHERS[name]}/summary.json").read_text(encoding="utf-8"))["plans"]
     kinds = {"retrieval": "accuracy", "line_retrieval": "accuracy", "cross_entropy": "value", "document_cross_entropy": "value"}
     counts = {"retrieval": 512, "line_retrieval": 64, "cross_entropy": 64, "document_cross_entropy": 32}
     for length in ("2048", "4096", "8192", "16384"):
@@ -42,7 +49,7 @@ def test_the_readme_quotes_the_record_of_another_model() -> None:
         told = [
             " / ".join(f"{plans[name][metric][length][part]:.3f}" for name in ("dense", "uniform", "moa")) for metric, part in kinds.items()
         ]
-        assert f"| {int(length):,} | {' | '.join(told)} |" in README
+        assert f"| {name} | {int(length):,} | {' | '.join(told)} |" in README
 
 
 def test_the_readme_quotes_the_record_of_the_decode_kernel() -> None:
@@ -62,6 +69,24 @@ def test_the_readme_quotes_the_record_of_decoding_end_to_end() -> None:
     for prompt in (4096, 8192, 16384):
         cells = [found[prompt, side] for side in (*peers, "ours standard-50 compiled", "ours standard-25 compiled")]
         assert " | ".join([f"| {prompt}", *(f"{cell['rate']:.0f} ({cell['batch']})" for cell in cells)]) + " |" in README
+
+
+def test_the_readme_quotes_the_records_of_stored_bits() -> None:
+    def read(name: str) -> dict[str, Any]:
+        return dict(json.loads((ROOT / f"data/benchmarks/{name}.json").read_text(encoding="utf-8")))
+
+    kernels = read("stored_bits")["rows"]
+    for bits, row in (("8", "B2"), ("4", "B3")):
+        ratios = [found["ratio"] for found in kernels if found["id"] == row and found["shape"]["bits"] == bits]
+        assert f"{min(ratios):.2f} to {max(ratios):.2f}".replace("0.", ".") in README
+    rates = [found["ours"] / 1000 for found in kernels if found["id"] == "B1"]
+    assert f"reads {min(rates):.1f} to {max(rates):.1f} TB/s" in README
+    sides = {(side["prompt"], side["side"]): side["found"] for side in read("stored_bits_generate")["settings"]["sides"]}
+    engines = {(row["prompt"], name): row for name in ("bf16", "fp8") for row in read(f"engines/vllm-{name}")["rows"]}
+    ours = [f"ours standard-{density}{bits} compiled" for density in (50, 25) for bits in ("", "@8")]
+    for prompt in (4096, 16384):
+        found = [engines[prompt, "bf16"], engines[prompt, "fp8"], *(sides[prompt, side] for side in ours)]
+        assert " | ".join([f"| {prompt}", *(f"{side['rate']:.0f} ({side['batch']})" for side in found)]) + " |" in README
 
 
 def test_the_readme_names_every_module_and_the_picture_is_there() -> None:
