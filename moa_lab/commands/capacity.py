@@ -39,7 +39,7 @@ def capacity(
     typer.echo("\n".join(aligned(rows)))
     typer.echo(
         f"{device.name}: {device.memory_bytes / 1e9:.1f} GB, reads {device.read_bytes_s / 1e12:.2f} TB/s; weights {size / 1e9:.1f} GB; "
-        "foretold from the bytes and products of a compiled step, within a tenth of what was measured with 7 and 8 billion weights (H100, H200)"
+        "foretold from the bytes and products of a compiled step, within a tenth of 7 and 8 billion weights measured on H100 and H200"
     )
 
 

@@ -37,15 +37,25 @@ def _fold(
 
 
 @triton.jit
-def _attend(
+def paged_places(pages, steps, rank, slots, held, PAGE: tl.constexpr):
+    """Where the keys of `slots` of a head lie in a pool of pages, in vectors: int64 (TILE,); values lie PAGE behind. pages: the row's
+    block table. steps, rank: of `moa_lab.serving.page_layout`, of the head."""
+    column = tl.load(steps + slots // PAGE, mask=held, other=0) + rank
+    return tl.load(pages + column, mask=held, other=0).to(tl.int64) * (2 * PAGE) + slots % PAGE
+
+
+@triton.jit
+def attend(
     query, key, key_grids, value, value_grids, low, high, length, sink, ring, window, part_output, part_max, part_sum,
-    query_head, sink_tokens, reach, scale, softcap,
+    query_head, sink_tokens, reach, scale, softcap, pages, steps, rank,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr,
     CAPPED: tl.constexpr, REACHES: tl.constexpr, PRECISION: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    PAGE: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one KV head over its slots from `low` to `high`: their output before division, greatest score and sum.
 
     query: of the first of these heads. key, value: of the head's first slot, numbers or codes; key_grids, value_grids: its grid.
+    PAGE: 0, or slots lie in pages of so many: key, value are then of the first page, and pages, steps, rank are as in `paged_places`.
     """
     DTYPE: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16
     rows = tl.arange(0, ROWS)
@@ -67,7 +77,10 @@ def _attend(
     for at in range(low, high, TILE):
         slots = at + tl.arange(0, TILE)
         held = slots < high
-        near = vectors(key, slots, held, HEAD_DIM, PADDED_DIM, KEY_BITS, DTYPE)
+        places = slots
+        if PAGE > 0:
+            places = paged_places(pages, steps, rank, slots, held, PAGE)
+        near = vectors(key, places, held, HEAD_DIM, PADDED_DIM, KEY_BITS, DTYPE)
         scores = tl.dot(asked, tl.trans(near), input_precision=PRECISION)
         if KEY_BITS == 16:
             scores = scores * scale
@@ -77,7 +90,7 @@ def _attend(
         weights, shrink, scores_max, scores_sum = _fold(
             scores, scores_max, scores_sum, slots, held, length, sink, ring, window, sink_tokens, reach, softcap, CAPPED, REACHES
         )
-        near = vectors(value, slots, held, HEAD_DIM, PADDED_DIM, VALUE_BITS, DTYPE)
+        near = vectors(value, places, held, HEAD_DIM, PADDED_DIM, VALUE_BITS, DTYPE)
         if VALUE_BITS == 16:
             output = tl.dot(weights.to(near.dtype), near, output * shrink[:, None], input_precision=PRECISION)
         else:
@@ -130,10 +143,10 @@ def decode_kernel(
         output = part_output + place * PADDED_DIM
         if len(PAIRS) == 0:
             base = batch * ring_batch + start.to(tl.int64) * HEAD_DIM
-            _attend(
+            attend(
                 asking, keys + base, grids, values + base, grids, low, high, length, sink, ring, window,
-                output, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap,
-                GROUP, ROWS, HEAD_DIM, PADDED_DIM, TILE, CAPPED, REACHES, PRECISION, 16, 16,
+                output, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap, table, table, 0,
+                GROUP, ROWS, HEAD_DIM, PADDED_DIM, TILE, CAPPED, REACHES, PRECISION, 16, 16, 0,
             )  # fmt: skip
         side = sides + head * 6
         numbers = keys + batch * ring_batch
@@ -141,36 +154,33 @@ def decode_kernel(
         grid = grids + batch * grids_batch
         for pair in tl.static_range(len(PAIRS)):
             if (tl.load(side) == PAIRS[pair][0]) & (tl.load(side + 3) == PAIRS[pair][1]):
-                _attend(
+                attend(
                     asking, _first(numbers, words, side, HEAD_DIM, ALIGNED, PAIRS[pair][0]), grid + tl.load(side + 2),
                     _first(numbers, words, side + 3, HEAD_DIM, ALIGNED, PAIRS[pair][1]), grid + tl.load(side + 5),
                     low, high, length, sink, ring, window,
-                    output, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap,
-                    GROUP, ROWS, HEAD_DIM, PADDED_DIM, TILE, CAPPED, REACHES, PRECISION, PAIRS[pair][0], PAIRS[pair][1],
+                    output, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap, table, table, 0,
+                    GROUP, ROWS, HEAD_DIM, PADDED_DIM, TILE, CAPPED, REACHES, PRECISION, PAIRS[pair][0], PAIRS[pair][1], 0,
                 )  # fmt: skip
 
 
 @triton.jit
-def merge_kernel(
-    part_output, part_max, part_sum, firsts, sink_logits, output, output_batch, output_head, query_heads,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, SINK_LOGITS: tl.constexpr,
+def merged(
+    part_output, part_max, part_sum, start, stop, row, sink_logit,
+    GROUP: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """Merge the segments of one row and query head in a fixed order, so that sums are reproducible."""
-    batch = tl.program_id(0) // query_heads
-    head = tl.program_id(0) % query_heads
-    owner = batch * (query_heads // GROUP) + head // GROUP
+    """The segments from `start` to `stop` as one output, (PADDED_DIM,), in a fixed order, so that sums are reproducible. row: the query
+    head within its group. sink_logit: of that head."""
     dims = tl.arange(0, PADDED_DIM)
     scores_max = tl.full([], float("-inf"), tl.float32)
     scores_sum = tl.full([], 0.0, tl.float32)
     if SINK_LOGITS:
-        # The sink logit is a key of this score (in base 2) and value 0; added here to count it once, not in every segment.
-        scores_max = tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634
+        # A key of this score (in base 2) and value 0; added here to count it once, not in every segment.
+        scores_max = tl.load(sink_logit).to(tl.float32) * 1.4426950408889634
         scores_sum += 1.0
     total = tl.zeros([PADDED_DIM], tl.float32)
-    stop = tl.load(firsts + owner + 1)
-    for segment in range(tl.load(firsts + owner), stop, BLOCK):
+    for segment in range(start, stop, BLOCK):
         these = segment + tl.arange(0, BLOCK)
-        place = these.to(tl.int64) * GROUP + head % GROUP
+        place = these.to(tl.int64) * GROUP + row
         their_max = tl.load(part_max + place, mask=these < stop, other=float("-inf"))
         their_sum = tl.load(part_sum + place, mask=these < stop, other=0.0)
         theirs = tl.load(part_output + place[:, None] * PADDED_DIM + dims[None, :], mask=(these < stop)[:, None], other=0.0)
@@ -181,6 +191,22 @@ def merge_kernel(
         scores_sum = scores_sum * shrink + tl.sum(their_sum * weights, axis=0)
         total = total * shrink + tl.sum(theirs * weights[:, None], axis=0)
         scores_max = new_max
-    total = total / tl.where(scores_sum == 0.0, 1.0, scores_sum)
+    return total / tl.where(scores_sum == 0.0, 1.0, scores_sum)
+
+
+@triton.jit
+def merge_kernel(
+    part_output, part_max, part_sum, firsts, sink_logits, output, output_batch, output_head, query_heads,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, SINK_LOGITS: tl.constexpr,
+):  # fmt: skip
+    """Merge the segments of one row and query head."""
+    batch = tl.program_id(0) // query_heads
+    head = tl.program_id(0) % query_heads
+    owner = batch * (query_heads // GROUP) + head // GROUP
+    dims = tl.arange(0, PADDED_DIM)
+    total = merged(
+        part_output, part_max, part_sum, tl.load(firsts + owner), tl.load(firsts + owner + 1), head % GROUP, sink_logits + head,
+        GROUP, PADDED_DIM, BLOCK, SINK_LOGITS,
+    )  # fmt: skip
     output += batch.to(tl.int64) * output_batch + head.to(tl.int64) * output_head
     tl.store(output + dims, total.to(output.dtype.element_ty), mask=dims < HEAD_DIM)

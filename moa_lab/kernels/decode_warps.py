@@ -52,7 +52,7 @@ def _attend(
     GROUP: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, TILE: gl.constexpr,
     CAPPED: gl.constexpr, REACHES: gl.constexpr, KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr,
 ):  # fmt: skip
-    """As `decode_kernel._attend`, with scores (TILE, ROWS) and output (HEAD_DIM, ROWS)."""
+    """As `decode_kernel.attend`, with scores (TILE, ROWS) and output (HEAD_DIM, ROWS)."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     SECOND: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     ROW: gl.constexpr = gl.SliceLayout(0, MMA)

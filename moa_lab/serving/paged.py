@@ -1,7 +1,6 @@
-"""Keys and values of a plan's heads in pages, written and read through block tables; attention over them in plain PyTorch.
+"""Keys and values of a plan's heads in pages, written and read through block tables; attention over them.
 
-This is the reference for kernels: a kernel needs of a head its place in every step of the table and its slots (`PageLayout.ranks`,
-`LayerLayout.table`), and of a request its row of the table and its length.
+Kernels do it where they run (`paged_kernels`); plain PyTorch, their reference, elsewhere.
 
 pool, throughout: (pages, 2, page_tokens, head_dim), K before V. Page 0 belongs to nobody: it is never written.
 """
@@ -10,12 +9,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 
+from moa_lab.kernels.dispatch import kernel_applies
 from moa_lab.kernels.reference import masked_attention
 from moa_lab.masks import visible
 from moa_lab.serving.page_layout import PageLayout
+
+if TYPE_CHECKING:
+    from moa_lab.serving.paged_kernels import PagedKernels
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,11 @@ class Step:
     firsts: torch.Tensor
 
     @cached_property
+    def told(self) -> tuple[list[int], list[int]]:
+        """`firsts` and `lengths` on the host: asked for once a pass, since the host waits for them."""
+        return self.firsts.tolist(), self.lengths.tolist()
+
+    @cached_property
     def new(self) -> torch.Tensor:
         """New tokens of each row: int64 (rows,)."""
         return self.firsts.diff()
@@ -38,7 +47,7 @@ class Step:
     @cached_property
     def rows(self) -> torch.Tensor:
         """The row of every new token: int64 (tokens,)."""
-        return torch.repeat_interleave(self.new)
+        return torch.repeat_interleave(self.new, output_size=self.told[0][-1])
 
     @cached_property
     def positions(self) -> torch.Tensor:
@@ -53,8 +62,8 @@ class Step:
     @cached_property
     def several(self) -> list[int]:
         """The rows that have more."""
-        found: list[int] = (self.new > 1).nonzero().flatten().tolist()
-        return found
+        firsts, lengths = self.told
+        return [row for row in range(len(lengths)) if firsts[row + 1] - firsts[row] > 1]
 
 
 class PagedLayer:
@@ -69,6 +78,15 @@ class PagedLayer:
         self._steps, self._ranks, self._sinks, self._rings = (
             torch.from_numpy(x).to(device) for x in (pages.steps, pages.ranks[layer], self.layout.sinks, self.layout.rings)
         )
+        self._kernels_of = pages, layer, device
+
+    @cached_property
+    def kernels(self) -> PagedKernels:
+        """The layer as kernels want it told."""
+        # Imported here: Triton may be missing.
+        from moa_lab.serving.paged_kernels import PagedKernels
+
+        return PagedKernels(*self._kernels_of)
 
     def write(self, pool: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
         """Write the new tokens: key, value (tokens, kv_heads, head_dim)."""
@@ -134,10 +152,12 @@ def paged_attention(
 
     query: (tokens, query_heads, head_dim); key, value: (tokens, kv_heads, head_dim).
     """
+    if kernel_applies(query, key, value):
+        return layer.kernels.attend(pool, query, key, value, step, scoring)
     output = torch.empty_like(query)
     # Before they are written: in a full ring they take the place of tokens that the first of them still see.
     for row in step.several:
-        part = slice(int(step.firsts[row]), int(step.firsts[row + 1]))
+        part = slice(*step.told[0][row : row + 2])
         output[part] = _chunk(layer, pool, query[part], key[part], value[part], step, row, scoring)
     layer.write(pool, key, value, step)
     if len(step.single):

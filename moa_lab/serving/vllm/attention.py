@@ -1,4 +1,4 @@
-"""Attention under a plan, as a backend of vLLM: plain PyTorch over pages of single heads."""
+"""Attention under a plan, as a backend of vLLM, over pages of single heads."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ class PlanAttention(AttentionImpl[PlanStep]):
         2 * head_dim), the pool; output: as query. Passes that only measure memory have no metadata."""
         if attn_metadata is None:
             return output.zero_()
-        step, tokens = attn_metadata.step, int(attn_metadata.step.firsts[-1])
+        step = attn_metadata.step
+        tokens = step.told[0][-1]
         paged = attn_metadata.layers[extract_layer_index(layer.layer_name)]
         pool = kv_cache.view(len(kv_cache), 2, -1, self.head_size)
         output[:tokens] = paged_attention(paged, pool, query[:tokens], key[:tokens], value[:tokens], step, self._scoring)

@@ -1,0 +1,90 @@
+"""Keys and values in pages of single heads, in Triton: new tokens are written, and rows of one new token attend to what they hold.
+
+pool, throughout: (pages, 2, page_tokens, head_dim), K before V, contiguous. A pass of several requests: `Pass`. No host synchronisation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from moa_lab.kernels.paged_kernel import paged_decode_kernel, paged_merge_kernel, paged_write_kernel
+
+SPLIT = 512
+"""Slots that a program reads: fewer fill a GPU with few requests, more leave less to merge."""
+
+
+@dataclass(frozen=True)
+class PagedHeads:
+    """What the kernels know of a layer. heads: int32 (kv_heads, 5): sink, ring, window, slots and rank of every head. steps: int32
+    (steps + 1,), of `moa_lab.serving.page_layout`. most_slots: of the head with the most. reach: 0 for none."""
+
+    heads: torch.Tensor
+    steps: torch.Tensor
+    most_slots: int
+    sink_tokens: int
+    reach: int
+    page_tokens: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The requests of one pass of the model, int32 each. table: (rows, columns), the block tables. lengths: (rows,), tokens with the new
+    ones. firsts: (rows + 1,), the first new token of every row, then the number of all. rows: (tokens,), the row of every new token."""
+
+    table: torch.Tensor
+    lengths: torch.Tensor
+    firsts: torch.Tensor
+    rows: torch.Tensor
+
+
+def paged_write(layer: PagedHeads, pool: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Pass) -> None:
+    """Write the new tokens to their slots: key, value (tokens, kv_heads, head_dim), the last dimension contiguous."""
+    tokens, kv_heads, head_dim = key.shape
+    padded_dim = max(triton.next_power_of_2(head_dim), 16)
+    block = max(1, min(triton.next_power_of_2(tokens), 2048 // padded_dim))
+    paged_write_kernel[(triton.cdiv(tokens, block), kv_heads)](
+        key, value, pool, step.table, step.lengths, step.firsts, step.rows, layer.heads, layer.steps, step.table.stride(0),
+        *key.stride()[:2], *value.stride()[:2], tokens,
+        HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PAGE=layer.page_tokens, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def paged_decode(
+    layer: PagedHeads,
+    pool: torch.Tensor,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    step: Pass,
+    scale: float,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> None:
+    """Attention of rows that have one new token, already written, to what their heads hold, into `output`; other rows are left alone.
+
+    query, output: (tokens, query_heads, head_dim), the last dimension contiguous, float16, bfloat16 or float32. softcap, sink_logits: as in
+    `moa_lab.kernels.decode.decode_attention`. Sums are in float32, in a fixed order.
+    """
+    query_heads, head_dim = query.shape[1:]
+    rows, kv_heads = len(step.lengths), len(layer.heads)
+    group = query_heads // kv_heads
+    padded_dim = max(triton.next_power_of_2(head_dim), 16)
+    splits = triton.cdiv(layer.most_slots, SPLIT)
+    parts = rows * kv_heads * splits
+    part_output = torch.empty(parts, group, padded_dim, dtype=torch.float32, device=query.device)
+    part_max, part_sum = torch.empty(2, parts, group, dtype=torch.float32, device=query.device)
+    whole = query.dtype == torch.float32
+    paged_decode_kernel[(rows * kv_heads, splits)](
+        query, pool, step.table, step.lengths, step.firsts, layer.heads, layer.steps, part_output, part_max, part_sum,
+        step.table.stride(0), *query.stride()[:2], kv_heads, layer.sink_tokens, layer.reach, scale, softcap or 1.0,
+        GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
+        TILE=max(16, min(128, 16384 // (padded_dim * query.itemsize))), SPLIT=SPLIT, CAPPED=softcap is not None, REACHES=layer.reach != 0,
+        PRECISION="ieee" if whole else "tf32", PAGE=layer.page_tokens, num_warps=4, num_stages=1 if whole else 3,
+    )  # fmt: skip
+    paged_merge_kernel[(rows * query_heads,)](
+        part_output, part_max, part_sum, step.lengths, step.firsts, layer.heads,
+        part_max if sink_logits is None else sink_logits.contiguous(), output, *output.stride()[:2], query_heads, splits,
+        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, SPLIT=SPLIT, BLOCK=16, SINK_LOGITS=sink_logits is not None, num_warps=4,
+    )  # fmt: skip
