@@ -29,6 +29,10 @@ from moa_lab.search.problem import (
 )
 
 WORST_ROUNDS = 16
+ANCHORS = 20
+"""Densities, from 1 / ANCHORS to 1, at which the weights of worst terms are found from nothing; others start from the nearest's."""
+ANCHORED_GAP = 0.01
+"""A start from an anchor is left as soon as this gap is proven."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,12 @@ class BudgetSolver:
         self.lengths = limit_lengths(table, lengths)
         self._terms = terms(table, goal)
         self._usage = Usage(table, self.lengths)
+        self._anchors: dict[int, list[np.ndarray]] = {}
+
+    def prepare(self) -> None:
+        """Find all anchors now (some seconds for a large table whose goal has worst terms), not when the slider first comes near them."""
+        for place in range(1, ANCHORS + 1 if self._terms.worst else 1):
+            self._anchor(place / ANCHORS)
 
     def solve(self, density: Density, pinned: Pinned | None = None, mix: Bits = WHOLE_BITS) -> BudgetAnswer:
         """The best plan found at `density`; a mapping limits its own lengths instead. `pinned`: {(layer, kv_head): rule index}. mix: the
@@ -78,7 +88,8 @@ class BudgetSolver:
         targets = tokens_bought(asked, mix, self.table.geometry)
         limits = (self._usage if tuple(targets) == self.lengths else Usage(self.table, targets)).limits(targets)
         check_feasible(self.table, limits, pinned, price=token_price(mix, self.table.geometry))
-        found = relax(self._terms, limits, allowed_rules(self.table, pinned))
+        start = self._anchor(max(targets.values())) if self._terms.worst else None
+        found = relax(self._terms, limits, allowed_rules(self.table, pinned), start=start)
         if found.choice is None:
             raise InfeasibleError(f"no plan keeps density {density} at all of {limits.lengths} together; raise density or drop a length")
         choice = found.choice.reshape(self.table.geometry.layers, -1)
@@ -86,6 +97,19 @@ class BudgetSolver:
             choice=choice, value=found.value, bound=found.bound, gap=relative_gap(found.value, found.bound),
             density={n: self.table.density(choice, n) for n in targets}, seconds=time.perf_counter() - began,
         )  # fmt: skip
+
+    def _anchor(self, density: float) -> list[np.ndarray] | None:
+        """Weights of the anchor nearest to a density; None where nothing keeps it. The same whatever was solved before."""
+        place = min(max(round(density * ANCHORS), 1), ANCHORS)
+        if place not in self._anchors:
+            targets = dict.fromkeys(self.lengths, place / ANCHORS)
+            limits = self._usage.limits(targets)
+            try:
+                check_feasible(self.table, limits, None)
+            except InfeasibleError:
+                return None
+            self._anchors[place] = relax(self._terms, limits, allowed_rules(self.table, None)).weights
+        return self._anchors[place]
 
 
 def solve_budget(
@@ -106,20 +130,22 @@ def relative_gap(value: float, bound: float) -> float:
     return max(value - bound, 0.0) / max(abs(value), 1e-9)
 
 
-def relax(goal: Terms, limits: Limits, allowed: np.ndarray, effort: int = 1) -> Relaxation:
+def relax(goal: Terms, limits: Limits, allowed: np.ndarray, effort: int = 1, start: list[np.ndarray] | None = None) -> Relaxation:
     """Lower bound and feasible choice for a goal under limits; worst terms by multiplicative weights over their rows.
 
-    With `effort` above 1 the dual is polished by cutting planes and more moves are tried for the choice.
+    With `effort` above 1 the dual is polished by cutting planes and more moves are tried for the choice. start: weights of a problem
+    nearby, from which a gap of `ANCHORED_GAP` is enough.
     """
-    weights = [np.full(len(term.rows), 1.0 / len(term.rows)) for term in goal.worst]
+    weights = start or [np.full(len(term.rows), 1.0 / len(term.rows)) for term in goal.worst]
+    enough = 1e-6 if start is None else ANCHORED_GAP
     best: Relaxation | None = None
-    start: np.ndarray | None = None
+    prices: np.ndarray | None = None
     for turn in range(WORST_ROUNDS if goal.worst else 1):
         cost = np.where(allowed, goal.linear + weighted(goal, weights), np.inf)
-        dual = ascend(cost, limits.usage, limits.limit, start)
-        start = dual.multipliers
+        dual = ascend(cost, limits.usage, limits.limit, prices)
+        prices = dual.multipliers
         best = _better(best, _round(goal, limits, cost, dual, effort), dual, weights)
-        if best.bound >= best.value * (1 - 1e-6):
+        if best.bound >= best.value * (1 - enough):
             break
         weights = [_towards(term, w, dual, turn) for term, w in zip(goal.worst, weights, strict=True)]
     assert best is not None

@@ -75,6 +75,21 @@ def test_more_density_never_costs_more_than_the_gap() -> None:
     assert max(answer.value - answer.bound for answer in answers) < 0.01
 
 
+def test_answers_of_a_worst_distance_goal_are_the_same_whatever_was_asked_before() -> None:
+    table = large_table(layers=4, kv_heads=4, worst=True)
+    goal = Goal("summaries", {objective.name: 1.0 for objective in table.objectives if objective.form == "worst_distance"})
+    wandered, prepared = BudgetSolver(table, goal), BudgetSolver(table, goal)
+    prepared.prepare()
+    moves = (0.9, 0.31, 0.5, 0.33, 0.31)
+    found = {density: wandered.solve(density) for density in moves}
+    for density in moves:
+        fresh = BudgetSolver(table, goal).solve(density)
+        assert fresh.bound <= solve_milp(table, density, goal=goal).value <= fresh.value + 1e-9
+        for other in (found[density], prepared.solve(density)):
+            assert (other.choice == fresh.choice).all()
+            assert (other.value, other.bound) == (fresh.value, fresh.bound)
+
+
 def test_a_worst_distance_goal_is_answered_within_its_bound() -> None:
     table = large_table(layers=4, kv_heads=4, worst=True)
     goal = Goal("summaries", {objective.name: 1.0 for objective in table.objectives if objective.form == "worst_distance"})
