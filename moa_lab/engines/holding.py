@@ -1,0 +1,134 @@
+"""A plan as an engine holds it: spans rounded up to windows that it can have, and the bytes that it allocates for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from moa_lab.engines.limits import EngineLimits
+from moa_lab.plan import Plan
+
+
+@dataclass(frozen=True)
+class Held:
+    """A plan in an engine whose windows are those at one length.
+
+    spans: int64 (layers, kv_heads), tokens that each head keeps there, nowhere fewer than the plan asks for. slots: int64 (layers,
+    kv_heads), tokens allocated for each. exact: whether every head keeps its own span. windows: different ones in the model;
+    layer_windows: in the layer that has most. kv_bytes: allocated, of one sequence, with what fills up classes; density: these as a share
+    of the bytes of the whole cache.
+    """
+
+    spans: np.ndarray
+    slots: np.ndarray
+    exact: bool
+    windows: int
+    layer_windows: int
+    kv_bytes: int
+    density: float
+
+
+def held(plan: Plan, engine: EngineLimits, n_tokens: int, dtype_bytes: int = 2) -> Held:
+    """`plan` as `engine` holds it at length `n_tokens`, each limit met at the fewest allocated tokens: first that of a layer, then that
+    of the model.
+
+    Raises ValueError where the model's own windows are more than the engine holds, and for stored bits that it does not know.
+    """
+    check_bits(plan, engine)
+    exact = plan.spans(n_tokens)
+    spans = exact.copy()
+    caps = _caps(plan, n_tokens)
+    if engine.windows_per_layer is not None:
+        for layer, row in enumerate(spans):
+            spans[layer] = _rounded_up(row, caps[layer], engine.windows_per_layer, engine, n_tokens)
+    most = engine.windows_per_model
+    if most is not None or engine.class_multiple > 1:
+        members, limits = (spans[:, :1], caps[:, :1]) if engine.cuts_layers else (spans, caps)
+        found = _rounded_up(members.ravel(), limits.ravel(), most or members.size, engine, n_tokens, engine.class_multiple)
+        spans = np.broadcast_to(found.reshape(members.shape), spans.shape).copy()
+    return _held(plan, engine, spans, bool((spans == exact).all()), n_tokens, dtype_bytes)
+
+
+def allocated_density(plan: Plan, engine: EngineLimits, n_tokens: int) -> float:
+    """Share of the bytes of the whole cache that `engine` allocates for `plan`, rounded up where need be (see `held`)."""
+    return held(plan, engine, n_tokens).density
+
+
+def fits(plan: Plan, engine: EngineLimits, n_tokens: int) -> bool:
+    """Whether the engine holds the plan at that length with every head's own span."""
+    spans = plan.spans(n_tokens)
+    rows = max(len(set(row)) for row in spans.tolist())
+    return rows <= (engine.windows_per_layer or rows) and len(np.unique(spans)) <= (engine.windows_per_model or spans.size)
+
+
+def meets(plan: Plan, engine: EngineLimits, targets: Mapping[int, float]) -> bool:
+    """Whether the engine holds the plan as it is, and allocates no more than the densities `targets` by length."""
+    if not all(fits(plan, engine, n) for n in targets):
+        return False
+    # As it is: rounding a class up to fill a multiple would be another plan.
+    found = {n: _held(plan, engine, plan.spans(n), True, n, 2).density for n in targets}
+    return all(found[n] <= asked + 1e-9 for n, asked in targets.items())
+
+
+def check_bits(plan: Plan, engine: EngineLimits) -> None:
+    """Raise ValueError where the plan stores heads in bits that the engine does not know."""
+    if not engine.stores_bits:
+        plan.check_untouched(f"engine {engine.name}")
+
+
+def _held(plan: Plan, engine: EngineLimits, spans: np.ndarray, exact: bool, n_tokens: int, dtype_bytes: int) -> Held:
+    geometry, slots = plan.geometry, engine.slots(spans, n_tokens)
+    token_bytes = geometry.kv_bytes_per_token(dtype_bytes)
+    members, heads = (spans[:, 0], geometry.kv_heads) if engine.cuts_layers else (spans, 1)
+    kv_bytes = int((slots * plan.token_bytes(dtype_bytes)).sum()) + _idle(members, engine, n_tokens) * heads * token_bytes
+    density = kv_bytes / (int(_caps(plan, n_tokens).sum()) * token_bytes)
+    return Held(spans, slots, exact, len(np.unique(spans)), max(len(set(row)) for row in spans.tolist()), kv_bytes, density)
+
+
+def _idle(spans: np.ndarray, engine: EngineLimits, n_tokens: int) -> int:
+    """Tokens that fill the classes of the members `spans` up to multiples."""
+    windows, counts = np.unique(spans, return_counts=True)
+    return int((-counts % engine.class_multiple * engine.slots(windows, n_tokens)).sum())
+
+
+def _caps(plan: Plan, n_tokens: int) -> np.ndarray:
+    """What every head keeps in the whole cache: int64 (layers, kv_heads)."""
+    caps = [plan.geometry.dense_span_tokens(layer, n_tokens) for layer in range(plan.geometry.layers)]
+    return np.repeat(np.array(caps, dtype=np.int64)[:, None], plan.geometry.kv_heads, axis=1)
+
+
+def _rounded_up(spans: np.ndarray, caps: np.ndarray, most: int, engine: EngineLimits, n_tokens: int, multiple: int = 1) -> np.ndarray:
+    """The spans (members,) rounded up to at most `most` values, none above its cap, such that the fewest tokens are allocated.
+
+    A class is a run of the sorted spans, and all of it keeps the longest: dynamic programming over where the runs end.
+    """
+    order = np.lexsort((caps, spans))
+    # Equal spans stay together, unless some of them may fill up a class of longer ones.
+    groups = np.unique(spans[order], return_index=True)[1] if multiple == 1 else np.arange(len(order))
+    values = spans[order[groups]]
+    ends = [*groups[1:].tolist(), len(order)]
+    lowest = [int(caps[order[first:last]].min()) for first, last in zip(groups, ends, strict=True)]
+    slots = engine.slots(values, n_tokens)
+    count = len(values)
+    # cost[i, j]: of one class with the values i to j; infinite where the longest exceeds what a member can see.
+    cost = np.full((count, count), np.inf)
+    for i in range(count):
+        room = np.minimum.accumulate(lowest[i:])
+        members = np.array(ends[i:]) - groups[i]
+        cost[i, i:] = np.where(room >= values[i:], -(-members // multiple) * multiple * slots[i:], np.inf)
+    best, came = [np.append(0.0, np.full(count, np.inf))], []
+    for _ in range(min(most, count)):
+        total = best[-1][:-1, None] + cost
+        came.append(total.argmin(axis=0))
+        best.append(np.append(np.inf, total.min(axis=0)))
+    used = int(np.argmin([row[-1] for row in best]))
+    if not np.isfinite(best[used][-1]):
+        raise ValueError(f"engine {engine.name} holds {most} windows, and the model's layers have more of their own: no plan fits there")
+    found, last = spans.copy(), count
+    for step in range(used, 0, -1):
+        first = int(came[step - 1][last - 1])
+        found[order[groups[first] : ends[last - 1]]] = values[last - 1]
+        last = first
+    return found
