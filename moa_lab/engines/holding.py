@@ -38,6 +38,8 @@ def held(plan: Plan, engine: EngineLimits, n_tokens: int, dtype_bytes: int = 2) 
     """
     check_bits(plan, engine)
     exact = plan.spans(n_tokens)
+    if engine.class_multiple == 1 and fits(plan, engine, n_tokens):
+        return _held(plan, engine, exact, True, n_tokens, dtype_bytes)
     spans = exact.copy()
     caps = _caps(plan, n_tokens)
     if engine.windows_per_layer is not None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from moa_lab.engines import EngineLimits
 from moa_lab.geometry import ModelGeometry, check_whole
 from moa_lab.plan import Plan, SpanRule
 from moa_lab.provenance import Provenance
@@ -52,7 +53,8 @@ class Objective:
 class LossTable:
     """Predicted loss of every choice: `losses[row, layer, kv_head, rule]`, float64, pooled to KV heads.
 
-    Each objective is scaled so that the plan with every head at the cheapest rule scores 1 and the dense plan 0.
+    Each objective is scaled so that the plan with every head at the cheapest rule scores 1 and the dense plan 0. engine: what allocates
+    the tokens that choices keep, by which densities count (None: exactly these tokens).
     """
 
     geometry: ModelGeometry
@@ -62,6 +64,7 @@ class LossTable:
     objectives: tuple[Objective, ...]
     losses: np.ndarray
     provenance: Provenance = field(default_factory=Provenance)
+    engine: EngineLimits | None = None
 
     def __post_init__(self) -> None:
         check_whole("sink_tokens", self.sink_tokens, 0)
@@ -89,6 +92,11 @@ class LossTable:
         caps = np.array([self.geometry.dense_span_tokens(layer, n_tokens) for layer in range(self.geometry.layers)])
         return np.minimum(spans[None, :], caps[:, None])
 
+    def slot_tokens(self, n_tokens: int) -> np.ndarray:
+        """Tokens allocated for every choice at a length: int64 (layers, rules); those kept, unless the table has an engine."""
+        spans = self.span_tokens(n_tokens)
+        return spans if self.engine is None else self.engine.slots(spans, n_tokens)
+
     def dense_tokens(self, n_tokens: int) -> int:
         """Tokens that the dense model keeps, summed over layers and KV heads."""
         per_head = sum(self.geometry.dense_span_tokens(layer, n_tokens) for layer in range(self.geometry.layers))
@@ -100,9 +108,8 @@ class LossTable:
         return {objective.name: float(picked[slice(*objective.rows)].max()) for objective in self.objectives}
 
     def density(self, choice: np.ndarray, n_tokens: int) -> float:
-        """Density of `choice` at a length."""
-        spans = self.span_tokens(n_tokens)
-        kept = np.take_along_axis(spans, choice, axis=1).sum()
+        """Density of `choice` at a length, of what is allocated for it (what fills up an engine's classes not counted)."""
+        kept = np.take_along_axis(self.slot_tokens(n_tokens), choice, axis=1).sum()
         return float(kept / self.dense_tokens(n_tokens))
 
     def plan(self, choice: np.ndarray, name: str, **fields: Any) -> Plan:
@@ -140,6 +147,11 @@ class LossTable:
                 added[rows, layer] = _between(known, self.losses[rows, layer], wanted, dense)
         return replace(self, rules=(*self.rules, *new), losses=np.concatenate([self.losses, added], axis=3))
 
+    def only(self, rules: Iterable[int]) -> LossTable:
+        """The table with the rules of these indices alone, in their order."""
+        chosen = list(rules)
+        return replace(self, rules=tuple(self.rules[index] for index in chosen), losses=self.losses[..., chosen])
+
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
         description = {
@@ -150,6 +162,7 @@ class LossTable:
             "min_span": self.min_span,
             "objectives": [to_json(objective) for objective in self.objectives],
             "provenance": to_json(self.provenance),
+            **({} if self.engine is None else {"engine": to_json(self.engine)}),
         }
         return write_tensors(path, {"losses": self.losses}, description)
 
@@ -161,7 +174,7 @@ class LossTable:
         if "losses" not in tensors:
             raise RecordError(f"{path}: loss table without losses")
         try:
-            return cls(head.geometry, head.rules, head.sink_tokens, head.min_span, head.objectives, tensors["losses"], head.provenance)
+            return cls(losses=tensors["losses"], **vars(head))
         except ValueError as error:
             raise RecordError(f"{path}: {error}") from error
 
@@ -191,3 +204,4 @@ class _TableHead:
     min_span: int
     objectives: tuple[Objective, ...]
     provenance: Provenance
+    engine: EngineLimits | None = None

@@ -10,29 +10,25 @@ import numpy as np
 
 from moa_lab.plan import WHOLE_BITS, Bits, token_price, tokens_bought
 from moa_lab.records import LossTable
-from moa_lab.search.cuts import polish
 from moa_lab.search.goals import Goal
-from moa_lab.search.lagrange import Dual, Relaxed, ascend, fit
+from moa_lab.search.instance import Instance
 from moa_lab.search.problem import (
     Density,
     InfeasibleError,
-    Limits,
     Pinned,
-    Terms,
     Usage,
-    WorstTerm,
     allowed_rules,
     check_feasible,
     densities,
     limit_lengths,
     terms,
 )
+from moa_lab.search.reduction import few_windows, weighted_cost
+from moa_lab.search.relaxation import Relaxation, relative_gap, relax
+from moa_lab.search.windows import windows_of
 
-WORST_ROUNDS = 16
 ANCHORS = 20
 """Densities, from 1 / ANCHORS to 1, at which the weights of worst terms are found from nothing; others start from the nearest's."""
-ANCHORED_GAP = 0.01
-"""A start from an anchor is left as soon as this gap is proven."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +44,6 @@ class BudgetAnswer:
     gap: float
     density: dict[int, float]
     seconds: float
-
-
-@dataclass(frozen=True)
-class Relaxation:
-    """The best feasible choice (heads,) if any, its value, the proven bound, and the dual that proves it, with its simplex
-    weights over the rows of each worst term."""
-
-    choice: np.ndarray | None
-    value: float
-    bound: float
-    dual: Dual
-    weights: list[np.ndarray]
 
 
 class BudgetSolver:
@@ -79,7 +63,8 @@ class BudgetSolver:
 
     def solve(self, density: Density, pinned: Pinned | None = None, mix: Bits = WHOLE_BITS) -> BudgetAnswer:
         """The best plan found at `density`; a mapping limits its own lengths instead. `pinned`: {(layer, kv_head): rule index}. mix: the
-        bits of K and V, which say how many tokens the bytes of that density hold.
+        bits of K and V, which say how many tokens the bytes of that density hold. Where the table has an engine that holds few windows a
+        model, these are chosen first, and the gap is to the bound without that limit.
 
         Raises InfeasibleError (a ValueError) naming the length that binds and the least feasible density there.
         """
@@ -88,13 +73,16 @@ class BudgetSolver:
         targets = tokens_bought(asked, mix, self.table.geometry)
         limits = (self._usage if tuple(targets) == self.lengths else Usage(self.table, targets)).limits(targets)
         check_feasible(self.table, limits, pinned, price=token_price(mix, self.table.geometry))
-        start = self._anchor(max(targets.values())) if self._terms.worst else None
-        found = relax(self._terms, limits, allowed_rules(self.table, pinned), start=start)
-        if found.choice is None:
+        problem = Instance(
+            self._terms, limits, (), allowed_rules(self.table, pinned), self.table.geometry.layers, None, windows_of(self.table, targets),
+        )  # fmt: skip
+        relaxed = relax(self._terms, limits, problem.allowed, start=self._anchor(max(targets.values())) if self._terms.worst else None)
+        best = _of_few_windows(problem, relaxed)
+        if best is None:
             raise InfeasibleError(f"no plan keeps density {density} at all of {limits.lengths} together; raise density or drop a length")
-        choice = found.choice.reshape(self.table.geometry.layers, -1)
+        choice, value = best.reshape(self.table.geometry.layers, -1), self._terms.value(best)
         return BudgetAnswer(
-            choice=choice, value=found.value, bound=found.bound, gap=relative_gap(found.value, found.bound),
+            choice=choice, value=value, bound=relaxed.bound, gap=relative_gap(value, relaxed.bound),
             density={n: self.table.density(choice, n) for n in targets}, seconds=time.perf_counter() - began,
         )  # fmt: skip
 
@@ -102,8 +90,7 @@ class BudgetSolver:
         """Weights of the anchor nearest to a density; None where nothing keeps it. The same whatever was solved before."""
         place = min(max(round(density * ANCHORS), 1), ANCHORS)
         if place not in self._anchors:
-            targets = dict.fromkeys(self.lengths, place / ANCHORS)
-            limits = self._usage.limits(targets)
+            limits = self._usage.limits(dict.fromkeys(self.lengths, place / ANCHORS))
             try:
                 check_feasible(self.table, limits, None)
             except InfeasibleError:
@@ -125,75 +112,9 @@ def solve_budget(
     return BudgetSolver(table, goal, lengths).solve(density, pinned)
 
 
-def relative_gap(value: float, bound: float) -> float:
-    """(value - bound) / value, at least 0; 0 when both are 0."""
-    return max(value - bound, 0.0) / max(abs(value), 1e-9)
-
-
-def relax(goal: Terms, limits: Limits, allowed: np.ndarray, effort: int = 1, start: list[np.ndarray] | None = None) -> Relaxation:
-    """Lower bound and feasible choice for a goal under limits; worst terms by multiplicative weights over their rows.
-
-    With `effort` above 1 the dual is polished by cutting planes and more moves are tried for the choice. start: weights of a problem
-    nearby, from which a gap of `ANCHORED_GAP` is enough.
-    """
-    weights = start or [np.full(len(term.rows), 1.0 / len(term.rows)) for term in goal.worst]
-    enough = 1e-6 if start is None else ANCHORED_GAP
-    best: Relaxation | None = None
-    prices: np.ndarray | None = None
-    for turn in range(WORST_ROUNDS if goal.worst else 1):
-        cost = np.where(allowed, goal.linear + weighted(goal, weights), np.inf)
-        dual = ascend(cost, limits.usage, limits.limit, prices)
-        prices = dual.multipliers
-        best = _better(best, _round(goal, limits, cost, dual, effort), dual, weights)
-        if best.bound >= best.value * (1 - enough):
-            break
-        weights = [_towards(term, w, dual, turn) for term, w in zip(goal.worst, weights, strict=True)]
-    assert best is not None
-    return _polished(goal, limits, allowed, best, effort) if effort > 1 and best.bound < best.value else best
-
-
-def _polished(goal: Terms, limits: Limits, allowed: np.ndarray, known: Relaxation, effort: int) -> Relaxation:
-    """The relaxation with its dual maximised over multipliers and row weights, and the choice rounded from there."""
-    rows, groups, start = [limits.usage], [], [known.dual.multipliers]
-    first = len(limits.usage)
-    for term, w in zip(goal.worst, known.weights, strict=True):
-        rows.append(term.rows)
-        groups.append((slice(first, first + len(w)), term.weight))
-        start.append(term.weight * w)
-        first += len(w)
-    cost = np.where(allowed, goal.linear, np.inf)
-    limit = np.concatenate([limits.limit, np.zeros(first - len(limits.limit))])
-    joint = polish(Relaxed(cost, np.concatenate(rows), limit), np.concatenate(start), groups)
-    prices = joint.multipliers[: len(limits.limit)]
-    dual = Dual(prices, joint.bound, joint.reduced)
-    found = [joint.multipliers[members] / weight for members, weight in groups]
-    priced = np.where(allowed, goal.linear + weighted(goal, found), np.inf)
-    return _better(known, _round(goal, limits, priced, dual, effort), dual, found)
-
-
-def _round(goal: Terms, limits: Limits, cost: np.ndarray, dual: Dual, effort: int) -> tuple[np.ndarray, float] | None:
-    """The best feasible choice near the dual, by the goal's true value."""
-    found = [(choice, goal.value(choice)) for choice in fit(dual, cost, limits.usage, limits.limit, limits.slack, effort)]
-    return min(found, key=lambda pair: pair[1]) if found else None
-
-
-def _better(best: Relaxation | None, found: tuple[np.ndarray, float] | None, dual: Dual, weights: list[np.ndarray]) -> Relaxation:
-    choice, value = found if found is not None else (None, np.inf)
-    if best is not None and best.value <= value:
-        choice, value = best.choice, best.value
-    # The best bound and the best choice may come from different rounds; a bound above the value is rounding error.
-    if best is not None and best.dual.bound >= dual.bound:
-        dual, weights = best.dual, best.weights
-    return Relaxation(choice, value, min(dual.bound, value), dual, weights)
-
-
-def weighted(goal: Terms, weights: list[np.ndarray]) -> np.ndarray | float:
-    """The worst terms, each a weighted mean of its rows: (heads, R)."""
-    return sum((term.weight * np.tensordot(w, term.rows, axes=1) for term, w in zip(goal.worst, weights, strict=True)), 0.0)
-
-
-def _towards(term: WorstTerm, weights: np.ndarray, dual: Dual, turn: int) -> np.ndarray:
-    sums = term.sums(dual.reduced.argmin(axis=1))
-    lead = (sums - sums.max()) / max(float(sums.max()), 1e-300)
-    moved = weights * np.exp(2.0 * lead / np.sqrt(turn + 1.0))
-    return moved / moved.sum()
+def _of_few_windows(problem: Instance, relaxed: Relaxation) -> np.ndarray | None:
+    """The relaxation's choice (heads,); where it has too many windows, the best choice of few that is found at its prices."""
+    if problem.windows is None or (relaxed.choice is not None and problem.met_by(relaxed.choice)):
+        return relaxed.choice
+    _, found = few_windows(problem, problem.limits, relaxed.dual.multipliers, weighted_cost(problem, relaxed))
+    return min((choice for choice in found if problem.met_by(choice)), key=problem.goal.value, default=None)

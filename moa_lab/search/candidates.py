@@ -15,25 +15,26 @@ from typing import Any
 
 import numpy as np
 
+from moa_lab.engines import Engine, engine_of, meets
 from moa_lab.plan import MIN_SPAN, Bits, Plan, read_mixes
 from moa_lab.records import Front, FrontPoint, InfluenceProfile, LossTable
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
 from moa_lab.search.front import DENSITY, Progress, epsilon_front, plan_point, point, spent_point, undominated
-from moa_lab.search.goals import Goal, GoalSet, default_goals, goal_sets, mean_goal, paper_goals
+from moa_lab.search.goals import Goal, GoalSet, default_goals, goal_sets, mean_goal, paper_goals, weighings
+from moa_lab.search.holding import check_mix, for_all_heads, held_table, told_front
 from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import solve_milp
 from moa_lab.search.mixes import over_mixes, stored_front
 from moa_lab.search.plain import SIMPLE, simple_plans, whole_heads
 from moa_lab.search.problem import Density, NoPlanError, densities, feasible, judged_lengths
 from moa_lab.search.thinning import renamed, thinned
+from moa_lab.search.windows import windows_of
 
 logger = logging.getLogger(__name__)
 
 METHODS = ("simple", "ranked", "milp", "budget", "element", "evolve")
 DEFAULT_METHODS = ("simple", "ranked", "milp", "budget", "element")
-BUDGET_SHARES = (0.25, 0.5, 0.75, 0.95)
-"""Weights of the first of two goals in the budget solves; validation decides which is right."""
 ALTERNATIVE_INTERVALS = 2
 AT_ONCE = os.cpu_count() or 1
 """Exact solves at a time: the solver works outside Python's lock."""
@@ -57,6 +58,7 @@ def search(
     max_points: int = 16,
     keep: Sequence[str] = SIMPLE,
     bits: int | str = 16,
+    engine: Engine | None = None,
     progress: Progress | None = None,
     cancel: threading.Event | None = None,
 ) -> Front:
@@ -80,14 +82,21 @@ def search(
     bits: in how many keys and values may be stored (see `moa_lab.plan.read_mixes`). Density is one of bytes: every mix buys spans of its
     own, which are searched in an equal part of the time and of `max_points`. Predicted losses do not know of the rounding: measure them.
 
-    Raises InfeasibleError (a ValueError) naming the length that binds and the least feasible density there.
+    engine: limits of a serving engine, or the name of one of `moa_lab.engines.ENGINES`. Every plan is one that it holds as it is, and
+    the density is of what it allocates, at the limit lengths. Exact solves have these limits as constraints; "budget", "element" and
+    "evolve" search among the windows that a heuristic chooses first, with gaps to the bound that holds without a limit of windows.
+
+    Raises InfeasibleError (a ValueError) naming the length that binds and the least feasible density there, and ValueError for an
+    unknown engine, or bits that it cannot store.
     """
     _check_methods(methods, max_points)
     if not time_limit_s >= 0:  # NaN too, under which no solve would end
         raise ValueError(f"time_limit_s must be 0 or more seconds, got {time_limit_s}")
     lengths = None if lengths is None else tuple(lengths)
-    table, element = _tables(profile_or_table, min_span, density, lengths)
-    mixes, asked = read_mixes(bits), densities(table, density, lengths)
+    whole, element = _tables(profile_or_table, min_span, density, lengths)
+    mixes, asked = read_mixes(bits), densities(whole, density, lengths)
+    limits = None if engine is None else engine_of(engine)
+    table, element = held_table(whole, limits), None if element is None else held_table(element, limits)
 
     def found(mix: Bits) -> Front:
         front = _found(
@@ -95,8 +104,11 @@ def search(
             max_rules=max_rules_per_layer, methods=methods, seed=seed, time_limit_s=time_limit_s / len(mixes),
             max_points=-(-max_points // len(mixes)), keep=keep, progress=progress, cancel=cancel,
         )  # fmt: skip
-        return stored_front(front, mix)
+        return stored_front(front, mix) if limits is None else told_front(stored_front(for_all_heads(front, whole), mix), limits)
 
+    if limits is not None:
+        for mix in mixes:
+            check_mix(limits, mix)
     return over_mixes(found, mixes)
 
 
@@ -122,6 +134,7 @@ def _found(
                 if progress is not None:
                     progress(done, sum(map(len, stages.values())), f"search: {method}, {len(points)} plans")
     names = (*(objective.name for objective in table.objectives), DENSITY)
+    points = [each for each in points if table.engine is None or meets(each.plan, table.engine, targets)]
     points = [spent_point(table, each, targets, sets[0].goals) for each in points]
     chosen = thinned(undominated(points, names, keep), names, max_points, keep, sets[0].name)
     settings = {
@@ -214,7 +227,7 @@ class _Search:
     def _budget(self) -> list[FrontPoint]:
         found = []
         for goal_set in self._sets:
-            for goal in _weighings(goal_set):
+            for goal in weighings(goal_set):
                 answer = BudgetSolver(self._table, goal, self._targets).solve(self._targets)
                 if self._few_rules(answer.choice):
                     found.append(self._point(answer.choice, "budget", goal, answer.gap))
@@ -234,7 +247,11 @@ class _Search:
         return self._max_rules is None or max(len(set(row)) for row in choice.tolist()) <= self._max_rules
 
     def _evolve(self) -> list[FrontPoint]:
-        front = evolve(self._table, self._targets, goals=self._sets[0].goals, seed=self._seed, cancel=self._cancel)
+        table = self._table
+        if windows_of(table, self._targets) is not None:
+            best = BudgetSolver(table, mean_goal(self._sets[0].goals), self._targets).solve(self._targets)
+            table = table.only(np.unique(best.choice))
+        front = evolve(table, self._targets, goals=self._sets[0].goals, seed=self._seed, cancel=self._cancel)
         return [found for found in front if self._max_rules is None or max(len(set(row)) for row in found.plan.rules) <= self._max_rules]
 
     def _point(self, choice: np.ndarray, origin: str, goal: Goal | None, gap: float | None) -> FrontPoint:
@@ -267,15 +284,6 @@ def _tables(
     used = None if asked is None else judged_lengths(asked, given.lengths)
     table = loss_table(given, min_span=floor, use_lengths=used)
     return table, loss_table(given, table.rules, min_span=floor, estimator="element", use_lengths=used) if given.span_effects else None
-
-
-def _weighings(goal_set: GoalSet) -> list[Goal]:
-    if len(goal_set.goals) != 2:
-        return [mean_goal(goal_set.goals, name=f"{goal_set.name} mean")]
-    first, second = goal_set.goals
-    return [
-        mean_goal(goal_set.goals, {first.name: share, second.name: 1 - share}, name=f"{goal_set.name} {share:g}") for share in BUDGET_SHARES
-    ]
 
 
 def _check_methods(methods: Sequence[str], max_points: int) -> None:

@@ -82,7 +82,7 @@ def plan_point(
 
 def spent_point(table: LossTable, found: FrontPoint, targets: Mapping[int, float], goals: Sequence[Goal] = ()) -> FrontPoint:
     """The point with what its plan leaves of the budget `targets` (density by length) spent; the same where it leaves nothing."""
-    plan = spend(found.plan, targets)
+    plan = spend(found.plan, targets, engine=table.engine)
     return found if plan is found.plan else plan_point(table, plan, origin=found.origin, lengths=targets, goals=goals, gap=found.gap)
 
 

@@ -10,6 +10,8 @@ from moa_lab.records import Form, LossTable
 
 QUESTIONS = "questions"
 By = Literal["task", "task_length"]
+BUDGET_SHARES = (0.25, 0.5, 0.75, 0.95)
+"""Weights of the first of two goals in `weighings`; validation decides which is right."""
 
 
 @dataclass(frozen=True)
@@ -113,3 +115,13 @@ def goal_sets(table: LossTable) -> tuple[GoalSet, ...]:
         if others:
             sets.append(GoalSet("worst-others", default_goals(table, by, forms=others)))
     return tuple(sets)
+
+
+def weighings(goal_set: GoalSet) -> list[Goal]:
+    """Weighted means of two goals; of more, or of one, their mean."""
+    if len(goal_set.goals) != 2:
+        return [mean_goal(goal_set.goals, name=f"{goal_set.name} mean")]
+    first, second = goal_set.goals
+    return [
+        mean_goal(goal_set.goals, {first.name: share, second.name: 1 - share}, name=f"{goal_set.name} {share:g}") for share in BUDGET_SHARES
+    ]

@@ -23,13 +23,15 @@ IN_PROCESS_ENTRIES = 50_000
 
 @dataclass(frozen=True)
 class Model:
-    """Minimise `objective . x` with `low <= matrix x <= high`; the first `binaries` variables are 0 or 1, the others >= 0."""
+    """Minimise `objective . x` with `low <= matrix x <= high`; the first `binaries` variables are 0 or 1, all others at least 0, and the
+    next `integers` whole."""
 
     objective: np.ndarray
     binaries: int
     matrix: csr_array
     low: np.ndarray
     high: np.ndarray
+    integers: int = 0
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def _call(model: Model, time_limit_s: float, mip_gap: float, presolve: bool) -> 
     upper = np.where(np.arange(variables) < model.binaries, 1.0, np.inf)
     result = milp(
         model.objective,
-        integrality=(np.arange(variables) < model.binaries).astype(int),
+        integrality=(np.arange(variables) < model.binaries + model.integers).astype(int),
         bounds=Bounds(0.0, upper),
         constraints=LinearConstraint(model.matrix, model.low, model.high),
         options={"time_limit": time_limit_s, "mip_rel_gap": mip_gap, "presolve": presolve},
@@ -89,7 +91,7 @@ def _solve_apart(model: Model, time_limit_s: float, mip_gap: float, cancel: thre
     with tempfile.TemporaryDirectory(prefix="moa-lab-") as folder:
         question, answer = Path(folder, "model.npz"), Path(folder, "outcome.npz")
         np.savez(
-            question, objective=model.objective, binaries=model.binaries, low=model.low, high=model.high,
+            question, objective=model.objective, binaries=model.binaries, integers=model.integers, low=model.low, high=model.high,
             data=model.matrix.data, indices=model.matrix.indices, indptr=model.matrix.indptr,
             time_limit_s=time_limit_s, mip_gap=mip_gap,
         )  # fmt: skip
@@ -129,7 +131,7 @@ def answer(question: str, target: str) -> None:
     with np.load(question, allow_pickle=False) as data:
         shape = (len(data["low"]), len(data["objective"]))
         matrix = csr_array((data["data"], data["indices"], data["indptr"]), shape=shape)
-        model = Model(data["objective"], int(data["binaries"]), matrix, data["low"], data["high"])
+        model = Model(data["objective"], int(data["binaries"]), matrix, data["low"], data["high"], int(data["integers"]))
         outcome = _solve_here(model, float(data["time_limit_s"]), float(data["mip_gap"]))
     x = np.array([]) if outcome.x is None else outcome.x
     np.savez(target, x=x, status=outcome.status, bound=outcome.bound)

@@ -7,8 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moa_lab.engines import EngineLimits
 from moa_lab.search.goals import Goal
 from moa_lab.search.problem import Limits, Terms
+from moa_lab.search.windows import Windows
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Instance:
     """One problem: minimise `goal` within `limits` and `caps`.
 
     allowed: bool (heads, rules), heads of all layers in order. max_rules: distinct rules that a layer may have, None for any number.
+    windows: those that an engine can hold, None for any.
     """
 
     goal: Terms
@@ -41,10 +44,13 @@ class Instance:
     allowed: np.ndarray
     layers: int
     max_rules: int | None
+    windows: Windows | None = None
 
     def met_by(self, choice: np.ndarray) -> bool:
         """Whether a choice (heads,) meets every limit; `allowed` is not checked."""
         if self.max_rules is not None and max(len(set(row)) for row in choice.reshape(self.layers, -1).tolist()) > self.max_rules:
+            return False
+        if self.windows is not None and not self.windows.met_by(choice, self.limits):
             return False
         return self.limits.met_by(choice) and all(cap.met_by(choice) for cap in self.caps)
 
@@ -80,11 +86,12 @@ def limit_pairs(limits: Sequence[tuple[Goal, float]] | Mapping[str, float] | Non
     return list(limits)
 
 
-def what_binds(targets: Mapping[int, float], caps: tuple[Cap, ...], max_rules: int | None) -> str:
+def what_binds(targets: Mapping[int, float], caps: tuple[Cap, ...], max_rules: int | None, engine: EngineLimits | None = None) -> str:
     """One line: which limits together no plan can meet."""
     asked = ", ".join(f"{density:.4g} at {n}" for n, density in targets.items())
     others = [f"{len(caps)} limits on goals"] if caps else []
     others += [f"max_rules_per_layer {max_rules}"] if max_rules is not None else []
+    others += [f"engine {engine.name} ({engine.told()})"] if engine is not None else []
     return (
         f"density {asked} together{' with ' + ' and '.join(others) if others else ''} is infeasible; raise the density or loosen the limits"
     )

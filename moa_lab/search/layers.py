@@ -28,7 +28,7 @@ class LayerRelaxed(Relaxed):
 
 def rules_of_layers(priced: np.ndarray, most: int) -> np.ndarray:
     """The `most` rules that serve each layer's heads at the least total price. priced (layers, heads, R); bool (layers, R)."""
-    priced = _forbidding(priced)
+    priced = forbidding(priced)
     kept = np.zeros((len(priced), priced.shape[2]), dtype=bool)
     for layer, heads in enumerate(priced):
         totals = _totals(heads, most)
@@ -44,18 +44,18 @@ def rules_of_layers(priced: np.ndarray, most: int) -> np.ndarray:
 def rule_excess(priced: np.ndarray, most: int) -> np.ndarray:
     """By how much a layer's total price rises, at least, when it uses a given rule: (layers, R); `most` is 1 or 2."""
     excess = []
-    for heads in _forbidding(priced):
+    for heads in forbidding(priced):
         totals = _totals(heads, most)
         least = totals if totals.ndim == 1 else totals.min(axis=1)
         excess.append(least - least.min())
     return np.array(excess)
 
 
-def _forbidding(priced: np.ndarray) -> np.ndarray:
-    """Infinite prices replaced by finite ones above the sum of a layer's allowed prices, so that sums compare."""
+def forbidding(priced: np.ndarray) -> np.ndarray:
+    """Prices (..., heads, R) with infinite ones replaced by finite ones above the sum of the allowed prices, so that sums compare."""
     allowed = np.isfinite(priced)
     highest = np.abs(priced, where=allowed, out=np.zeros_like(priced)).max()
-    return np.where(allowed, priced, 4 * priced.shape[1] * (highest + 1))
+    return np.where(allowed, priced, 4 * priced.shape[-2] * (highest + 1))
 
 
 def _totals(heads: np.ndarray, most: int) -> np.ndarray:

@@ -11,7 +11,6 @@ import numpy as np
 
 from moa_lab.records import LossTable
 from moa_lab.search import highs
-from moa_lab.search.budget import relative_gap, relax
 from moa_lab.search.goals import Goal
 from moa_lab.search.instance import Cap, Instance, highest_value, limit_pairs, what_binds, with_caps
 from moa_lab.search.lagrange import Dual
@@ -25,10 +24,13 @@ from moa_lab.search.problem import (
     allowed_rules,
     check_feasible,
     densities,
+    rules_in_a_layer,
     terms,
 )
 from moa_lab.search.program import decode, program
-from moa_lab.search.reduction import CORE_PER_HEAD, few_rules, promising, worth_keeping
+from moa_lab.search.reduction import CORE_PER_HEAD, few_rules, few_windows, promising, weighted_cost, worth_keeping
+from moa_lab.search.relaxation import relative_gap, relax
+from moa_lab.search.windows import windows_of
 
 EFFORT = 2
 """The relaxation searches harder here than for the slider: every per mille of the gap saves the solver seconds."""
@@ -66,7 +68,8 @@ def solve_milp(
 
     `density`: one number for `lengths` (default: the profiled lengths and twice the longest), or {length: density}.
     `limits`: upper bounds on other goals, as (goal, bound) pairs or {objective name: bound} (epsilon constraints).
-    `max_rules_per_layer`: at most so many distinct rules in any layer. `pinned`: {(layer, kv_head): rule index}.
+    `max_rules_per_layer`: at most so many distinct rules in any layer. `pinned`: {(layer, kv_head): rule index}. Where the table has an
+    engine, density is of what that allocates, and the windows are as few as it holds (for one window a layer see `held_table`).
     `cancel`: when set, the solver's process is ended and the best choice known is returned with status "cancelled".
 
     Raises InfeasibleError (a ValueError) naming what binds, NoPlanError when stopped before any feasible choice was known.
@@ -74,12 +77,16 @@ def solve_milp(
     began = time.perf_counter()
     targets = densities(table, density, lengths)
     within = Usage(table, targets).limits(targets)
+    max_rules_per_layer = rules_in_a_layer(table, max_rules_per_layer)
     check_feasible(table, within, pinned, max_rules_per_layer)
     caps = tuple(Cap(terms(table, other), float(most)) for other, most in limit_pairs(limits))
-    problem = Instance(terms(table, goal), within, caps, allowed_rules(table, pinned), table.geometry.layers, max_rules_per_layer)
+    problem = Instance(
+        terms(table, goal), within, caps, allowed_rules(table, pinned), table.geometry.layers, max_rules_per_layer,
+        windows_of(table, within.lengths),
+    )  # fmt: skip
     status, choice, bound = _solve(problem, time_limit_s, mip_gap, cancel, began)
     if status == "infeasible":
-        raise InfeasibleError(what_binds(targets, caps, max_rules_per_layer))
+        raise InfeasibleError(what_binds(targets, caps, max_rules_per_layer, table.engine))
     if choice is None:
         raise NoPlanError(
             f"no plan was found before the search stopped ({status}); raise time_limit_s ({time_limit_s} s) or loosen the limits"
@@ -109,15 +116,19 @@ def _solve(
             return "infeasible", None, bound
         feasible = [choice for choice in found if problem.met_by(choice)]
         known = min(feasible, key=problem.goal.value) if feasible else None
+    near = np.zeros_like(problem.allowed)
+    if problem.windows is not None and (known is None or not problem.met_by(known)):
+        near, found = few_windows(problem, within, relaxed.dual.multipliers, weighted_cost(problem, relaxed))
+        known = min((choice for choice in found if problem.met_by(choice)), key=problem.goal.value, default=None)
     known = known if known is not None and problem.met_by(known) else None
     value = problem.goal.value(known) if known is not None else np.inf
     if relative_gap(value, bound) <= mip_gap and known is not None:
         return "optimal", known, bound
     keep = worth_keeping(problem, relaxed, shared, value)
     scale = 10 / (value if np.isfinite(value) else max(bound, 1e-6))
-    if problem.max_rules is None and keep.sum() > CORE_PER_HEAD * len(keep):
+    if near.any() or (problem.max_rules is None and problem.windows is None and keep.sum() > CORE_PER_HEAD * len(keep)):
         # The most promising entries are solved first: a better known choice rules out more of the full program.
-        core = keep & promising(relaxed, len(keep))
+        core = keep & (near if near.any() else promising(relaxed, len(keep)))
         model, entries = program(problem, core, scale)
         left = time_limit_s - (time.perf_counter() - began)
         outcome = highs.solve(model, time_limit_s=max(left / 3, 0.1), mip_gap=mip_gap, cancel=cancel)

@@ -10,6 +10,7 @@ from itertools import chain, combinations
 
 import numpy as np
 
+from moa_lab.engines import EngineLimits, meets
 from moa_lab.plan import Plan, SpanRule, uniform_plan
 from moa_lab.records import LossTable
 from moa_lab.search.goals import QUESTIONS
@@ -48,7 +49,7 @@ def whole_heads(table: LossTable, targets: Mapping[int, float]) -> list[Plan]:
     plans = []
     for floor in (floors[0], *shares, *floors[1:]):
         try:
-            plans.append(spend(ranked_plan(table.with_rules([floor]), targets, floor_tokens=floor), targets))
+            plans.append(spend(ranked_plan(table.with_rules([floor]), targets, floor_tokens=floor), targets, engine=table.engine))
         except ValueError as error:
             logger.info("no plan of whole heads over %s: %s", floor, error)
     return plans
@@ -65,10 +66,14 @@ def far_heads(table: LossTable) -> list[tuple[int, int]]:
 def _uniform(table: LossTable, targets: Mapping[int, float]) -> Plan:
     if len(set(targets.values())) == 1:
         plan = uniform_plan(table.geometry, next(iter(targets.values())), targets, min_span=table.min_span, sink_tokens=table.sink_tokens)
-        # Where layers have windows of their own, a uniform plan may keep more at some lengths.
-        if all(plan.density(n) <= asked * (1 + 1e-6) for n, asked in targets.items()):
+        # Where layers have windows of their own, or an engine allocates more than it keeps, a uniform plan may take more at some lengths.
+        if _within(plan, targets, table.engine):
             return plan
-    return replace(spend(_floor(table, UNIFORM), targets), name=UNIFORM)
+    return replace(spend(_floor(table, UNIFORM), targets, engine=table.engine), name=UNIFORM)
+
+
+def _within(plan: Plan, targets: Mapping[int, float], engine: EngineLimits | None) -> bool:
+    return all(plan.density(n) <= asked * (1 + 1e-6) for n, asked in targets.items()) and (engine is None or meets(plan, engine, targets))
 
 
 def _layers(table: LossTable, targets: Mapping[int, float], time_limit_s: float, cancel: threading.Event | None) -> Iterator[Plan]:
@@ -78,7 +83,8 @@ def _layers(table: LossTable, targets: Mapping[int, float], time_limit_s: float,
     except (InfeasibleError, NoPlanError) as error:
         logger.info("no plan with a span per layer: %s", error)
         return
-    yield spend(table.plan(answer.choice, LAYERS, lengths=tuple(targets), search={"origin": LAYERS, "gap": answer.gap}), targets)
+    found = table.plan(answer.choice, LAYERS, lengths=tuple(targets), search={"origin": LAYERS, "gap": answer.gap})
+    yield spend(found, targets, engine=table.engine)
 
 
 def _far(table: LossTable, targets: Mapping[int, float]) -> Iterator[Plan]:
@@ -90,7 +96,7 @@ def _far(table: LossTable, targets: Mapping[int, float]) -> Iterator[Plan]:
         mask = np.zeros((table.geometry.layers, table.geometry.kv_heads), dtype=bool)
         mask[tuple(np.array(chosen).T)] = True
         name = "far-" + "+".join(f"{layer}.{head}" if table.geometry.kv_heads > 1 else str(layer) for layer, head in chosen)
-        grown = spend(spend(_floor(table, FAR), targets, mask), targets, ~mask)
+        grown = spend(spend(_floor(table, FAR), targets, mask, table.engine), targets, ~mask, table.engine)
         yield replace(grown, name=name if len(chosen) <= FEW else f"far-{len(chosen)}")
 
 

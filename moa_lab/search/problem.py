@@ -170,13 +170,13 @@ def feasible(
 
 
 class Usage:
-    """Share of the dense cache that every rule of every head takes at the limit lengths; built once for all densities."""
+    """Share of the dense cache that is allocated for every rule of every head at the limit lengths; built once for all densities."""
 
     def __init__(self, table: LossTable, lengths: Iterable[int]) -> None:
         self.lengths = tuple(lengths)
         self._dense = np.array([table.dense_tokens(n) for n in self.lengths], dtype=np.float64)
-        spans = np.stack([np.repeat(table.span_tokens(n), table.geometry.kv_heads, axis=0) for n in self.lengths])
-        self._usage = spans / self._dense[:, None, None]
+        slots = np.stack([np.repeat(table.slot_tokens(n), table.geometry.kv_heads, axis=0) for n in self.lengths])
+        self._usage = slots / self._dense[:, None, None]
 
     def limits(self, targets: Mapping[int, float]) -> Limits:
         """The limits of `densities`, whose lengths must be these."""
@@ -184,6 +184,14 @@ class Usage:
         # Whole tokens: a limit of 0.5 of an odd total must not be exceeded by half a token. 1e-6 for floating-point rounding.
         tokens = np.floor(asked * self._dense + 1e-6)
         return Limits(self.lengths, asked, self._usage, tokens / self._dense, 0.5 / self._dense)
+
+
+def rules_in_a_layer(table: LossTable, most: int | None) -> int | None:
+    """Distinct rules that a layer may have: `most`, and no more than the windows that the table's engine holds; None for any number."""
+    engine = None if table.engine is None else table.engine.windows_per_layer
+    if engine is None or engine >= table.geometry.kv_heads:
+        return most
+    return engine if most is None else min(most, engine)
 
 
 def allowed_rules(table: LossTable, pinned: Pinned | None) -> np.ndarray:
@@ -237,6 +245,7 @@ def check_feasible(
     for n, asked, lowest, limit, slack in zip(limits.lengths, limits.asked, least, limits.limit, limits.slack, strict=True):
         if lowest > limit + slack:
             why = f"min_span {table.min_span}" + (" with the pinned heads" if pinned else "")
+            why += f" in {table.engine.name} ({table.engine.told()})" if table.engine is not None else ""
             raise InfeasibleError(
                 f"density {price * asked:.4g} at length {n} is infeasible: {why} needs at least {_rounded_up(price * lowest)}; "
                 f"raise density{', unpin a head' if pinned else ''} or lower min_span (--min-span)"

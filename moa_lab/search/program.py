@@ -7,10 +7,12 @@ from scipy.sparse import csr_array
 
 from moa_lab.search import highs
 from moa_lab.search.instance import Instance
+from moa_lab.search.windows import Windows
 
 
 def program(problem: Instance, keep: np.ndarray, scale: float) -> tuple[highs.Model, np.ndarray]:
-    """Variables: one binary per kept (head, rule), then one per (layer, rule) for the rule limit, then one per worst objective.
+    """Variables: one binary per kept (head, rule), then one per (layer, rule) for the rule limit and one per class of windows for that
+    limit, then for each class an integer, the multiples that it takes, then one per worst objective.
 
     Losses are multiplied by `scale` (HiGHS stops at an absolute gap of 1e-6, so the objective should be about 10). Spans are in
     units of the shortest, so that HiGHS's tolerances stay far below one token.
@@ -23,12 +25,18 @@ def program(problem: Instance, keep: np.ndarray, scale: float) -> tuple[highs.Mo
         if problem.max_rules is not None
         else np.array([], dtype=int)
     )
-    columns = count + len(pairs) + len(worst)
-    top = {name: count + len(pairs) + index for index, name in enumerate(worst)}
+    windows = problem.windows
+    classes = np.array([], dtype=int) if windows is None else np.unique(windows.classes[heads, rules])
+    binaries = count + len(pairs) + len(classes)
+    integers = len(classes) if windows is not None and windows.multiple > 1 else 0
+    columns = binaries + integers + len(worst)
+    top = {name: binaries + integers + index for index, name in enumerate(worst)}
     rows = _Rows(columns)
 
     rows.add_many(heads, np.arange(count), np.ones(count), low=1.0, high=1.0)
     unit = problem.limits.usage.min(axis=(1, 2))
+    if windows is not None:
+        _add_windows(rows, problem, windows, heads, rules, count + len(pairs), unit)
     for usage, limit, slack, floor in zip(problem.limits.usage, problem.limits.limit, problem.limits.slack, unit, strict=True):
         rows.add(np.arange(count), usage[heads, rules] / floor, (limit + slack) / floor)
     for name, term in worst.items():
@@ -52,7 +60,26 @@ def program(problem: Instance, keep: np.ndarray, scale: float) -> tuple[highs.Mo
     for term in problem.goal.worst:
         objective[top[term.objective]] = term.weight
     matrix, low, high = rows.build()
-    return highs.Model(objective, count + len(pairs), matrix, low, high), np.stack([heads, rules])
+    return highs.Model(objective, binaries, matrix, low, high, integers), np.stack([heads, rules])
+
+
+def _add_windows(
+    rows: _Rows, problem: Instance, windows: Windows, heads: np.ndarray, rules: np.ndarray, first: int, unit: np.ndarray
+) -> None:
+    """Few classes, whose binaries begin at the variable `first`; and, behind these, multiples that hold their heads and keep the limits."""
+    _, entry, of = np.unique(windows.classes[heads, rules], return_index=True, return_inverse=True)
+    each, classes = np.arange(len(heads)), np.arange(len(entry))
+    linked = np.append(np.ones(len(heads)), -np.ones(len(heads)))
+    rows.add_many(np.append(each, each), np.append(each, first + of), linked, low=-np.inf, high=0.0)
+    rows.add(first + classes, np.ones(len(classes)), float(windows.most))
+    if windows.multiple == 1:
+        return
+    taken = first + len(classes) + classes
+    held = np.append(np.ones(len(heads)), np.full(len(classes), -float(windows.multiple)))
+    rows.add_many(np.append(of, classes), np.append(each, taken), held, low=-np.inf, high=0.0)
+    limits = problem.limits
+    for usage, limit, slack, floor in zip(limits.usage, limits.limit, limits.slack, unit, strict=True):
+        rows.add(taken, windows.multiple * usage[heads[entry], rules[entry]] / floor, (limit + slack) / floor)
 
 
 class _Rows:

@@ -7,22 +7,28 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from moa_lab.engines import EngineLimits, held, meets
 from moa_lab.plan import EQUAL_BYTES, Plan, SpanRule
 from moa_lab.search.bend import ALPHA_STEP, BETA_STEP, bent
 
 SLOPES = 65
 """Slopes tried at once, from spans that shrink with the length to whole heads; the best one's neighbourhood is divided once more."""
 BISECTIONS = 40
+ROOM_SHARES = (1.0, 0.5, 0.25, 0.125)
+"""Shares of what an engine leaves of the budget that are tried one after the other: in blocks, a token more may cost many."""
 
 
-def spend(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None = None) -> Plan:
+def spend(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None = None, engine: EngineLimits | None = None) -> Plan:
     """`plan` with `a + b N` tokens more for every head that is cut, so that it keeps the densities `targets` (by length) as nearly as
     one a and b can, and never more; where that leaves tokens at some length, each rule takes what it can by a line of its own (see
     `bend`). A plan that keeps them to `EQUAL_BYTES` already is returned as it is, and so is one that exceeds them.
 
     heads: bool (layers, kv_heads), heads that may grow; None: all. Heads with equal rules keep equal rules. A plan whose spans are
-    rounded up to a multiple is left alone: one token more could cost many.
+    rounded up to a multiple is left alone: one token more could cost many. engine: what allocates (see `held_table`); the plan grows as
+    far as is tried without exceeding the densities there, or the windows that it holds.
     """
+    if engine is not None:
+        return _spend_held(plan, targets, heads, engine)
     if plan.span_multiple > 1 or not targets:
         return plan
     grower = _Grower.of(plan, targets, heads)
@@ -39,6 +45,17 @@ def spend(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None = N
     alpha, beta = bent(grower.alpha, grower.beta, grower.moves, grower.dense, grower.lengths, grower.allowed, grower.min_span)
     changed = int(((alpha != grower.alpha) | (beta != grower.beta)).sum())
     return grower.plan(plan, alpha, beta, {"bent_heads": changed}) if changed else plan
+
+
+def _spend_held(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None, engine: EngineLimits) -> Plan:
+    room = {n: asked - held(plan, engine, n).density for n, asked in targets.items()}
+    if min(room.values(), default=-1.0) < 0:
+        return plan
+    for share in ROOM_SHARES:
+        grown = spend(plan, {n: min(plan.density(n) + share * room[n], 1.0) for n in targets}, heads)
+        if grown is plan or meets(grown, engine, targets):
+            return grown
+    return plan
 
 
 @dataclass(frozen=True)
