@@ -195,7 +195,8 @@ class Run(RunInputs):
             return front
         refined = refine(
             self.model, draft, self.samples(), self.table(), self.limits, rounds=self.preset.refine_rounds,
-            heads=self.preset.refine_heads, max_rules_per_layer=self.settings.max_rules_per_layer, parts_dir=self.parts_dir("refine"),
+            heads=self.preset.refine_heads, max_rules_per_layer=self.settings.max_rules_per_layer, engine=self.settings.engine,
+            parts_dir=self.parts_dir("refine"),
             progress=self._steps("refine"),
         )  # fmt: skip
         return replace(front, points=(*front.points, *refined), settings={**front.settings, "refine_rounds": self.preset.refine_rounds})
@@ -204,6 +205,7 @@ class Run(RunInputs):
         return search(
             self.profile(), self.limits, max_rules_per_layer=self.settings.max_rules_per_layer, min_span=self.settings.min_span,
             seed=self.settings.seed, time_limit_s=self.preset.search_seconds, max_points=self.preset.candidates, bits=self.settings.bits,
+            engine=self.settings.engine,
             progress=lambda done, total, message: self.progress("search", done, total),
         )  # fmt: skip
 
@@ -220,7 +222,8 @@ class Run(RunInputs):
         def descend(mix: Bits) -> Front:
             return learn_spans(
                 self.model, self.lessons(), self.table(), self.limits, steps=steps, weights=weights, name=name, bits=told_bits(mix),
-                max_rules_per_layer=self.settings.max_rules_per_layer, seed=self.settings.seed, parts_dir=self.parts_dir("learn"),
+                max_rules_per_layer=self.settings.max_rules_per_layer, engine=self.settings.engine, seed=self.settings.seed,
+                parts_dir=self.parts_dir("learn"),
                 progress=self._steps(f"learn {mixed_name(name, mix)}"),
             )  # fmt: skip
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from moa_lab.engines import check_stored, engine_of
 from moa_lab.plan import MIN_SPAN, SINK_TOKENS, check_density, read_mixes
 
 SETTINGS_SCHEMA = "moa-lab/run/1"
@@ -157,7 +158,8 @@ class RunSettings:
     and answers are plain text, whatever chat template the tokenizer has. min_span: the floor, tokens that every head keeps at least,
     its sink of `sink_tokens` among them. use_lengths: where the plan will be used, beside the profiled and the tested lengths (None: up
     to twice the longest profiled one). prefer: what the plan is chosen by (see `Preference.parse`). bits: in how
-    many keys and values may be stored (see `moa_lab.plan.read_mixes`); the density is one of bytes.
+    many keys and values may be stored (see `moa_lab.plan.read_mixes`); the density is one of bytes. engine: what plans must be held by
+    (see `moa_lab.engines.engine_of`), the density being one of what it allocates.
     """
 
     model: str = "smollm2"
@@ -177,11 +179,15 @@ class RunSettings:
     bits: str = "16"
     use_lengths: tuple[int, ...] | None = None
     prefer: str = DEFAULT_PREFERENCE
+    engine: str | None = None
 
     def __post_init__(self) -> None:
         check_density(self.density)
         Preference.parse(self.prefer)
-        read_mixes(self.bits)
+        mixes = read_mixes(self.bits)
+        if self.engine is not None:
+            for mix in mixes:
+                check_stored(engine_of(self.engine), mix)
         if self.preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {self.preset!r}")
         if self.sink_tokens < 0:

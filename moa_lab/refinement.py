@@ -18,6 +18,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.samples import SampleSet
+from moa_lab.engines import Engine, engine_of, fits, meets
 from moa_lab.evaluate.effects import MeasuredLosses, head_effects
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.plan import PlanOrPath, as_plan
@@ -26,8 +27,9 @@ from moa_lab.records import Front, FrontPoint, LossTable, Objective, ProfileKey
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.front import DENSITY, point, spent_point
 from moa_lab.search.goals import Goal, default_goals
+from moa_lab.search.holding import held_table, over_heads, told_front
 from moa_lab.search.milp import solve_milp
-from moa_lab.search.problem import Density, feasible
+from moa_lab.search.problem import Density, feasible, rules_in_a_layer
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def refine(
     heads: int | None = None,
     moves: Sequence[int] = MOVES,
     max_rules_per_layer: int | None = None,
+    engine: Engine | None = None,
     parts_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     any_model: bool = False,
@@ -60,9 +63,10 @@ def refine(
     The loss is the mean over (task, length) of nats per answer token, as in validation. A round measures `heads` heads (None: all)
     and takes steps until none lowers the loss. samples: calibration samples; validation must choose among the start and the points,
     since these were chosen by `samples`. table: the rules to choose from; it also predicts which heads to measure and the points'
-    losses. `density` and its lengths are as in `search`. parts_dir stores measurements, so that the same call resumes after a kill.
-    tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a
-    table of another model, a plan of another geometry, and InfeasibleError as `search` does.
+    losses. `density`, its lengths and `engine` are as in `search`; where the engine limits the windows of a model, plans keep to those of
+    the start, and where it cuts whole layers, their heads move together. parts_dir stores measurements, so that the same call resumes
+    after a kill. tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a table of another model,
+    a plan of another geometry or one that the engine does not hold, and InfeasibleError as `search` does.
     """
     model = plain_model(model)
     plan = as_plan(plan)
@@ -78,6 +82,10 @@ def refine(
         )
     # A plan whose leftover budget was spent has rules of its own.
     table = table.with_rules(rule for row in plan.rules for rule in row)
+    if limits := None if engine is None else engine_of(engine):
+        table = replace(table if limits.windows_per_model is None else table.only(np.unique(table.choice(plan))), engine=limits)
+        if not all(fits(plan, limits, n) for n in table.lengths):
+            raise ValueError(f"engine {limits.name} does not hold plan {plan.name!r} as it is ({limits.told()}): search for it first")
     targets = feasible(table, density, max_rules_per_layer)
     neighbours = _Neighbours(table, targets, max_rules_per_layer)
     choice = table.choice(plan)
@@ -129,7 +137,10 @@ def refine(
         "moves": list(moves),
         "density": {str(n): d for n, d in targets.items()},
     }
-    return Front(tuple(found), names, settings, table.provenance)
+    front = Front(tuple(found), names, settings, table.provenance)
+    if limits is None:
+        return front
+    return told_front(replace(front, points=tuple(one for one in front if meets(one.plan, limits, targets))), limits)
 
 
 def _worth_measuring(table: LossTable, choice: np.ndarray, heads: int | None) -> list[tuple[int, int]]:
@@ -211,6 +222,10 @@ class _Neighbours:
         # Subtracting a head's least cost changes no choice and makes losses start at 0.
         table = replace(self._table, objectives=(objective,), losses=(costs - costs.min(axis=2, keepdims=True))[None])
         goal = Goal("refined", {objective.name: 1.0})
-        if self._max_rules is None:
-            return BudgetSolver(table, goal, self._targets).solve(self._targets, pinned).choice
-        return solve_milp(table, self._targets, goal=goal, max_rules_per_layer=self._max_rules, pinned=pinned).choice
+        table, heads = held_table(table, table.engine), table.geometry.kv_heads
+        if table.geometry.kv_heads < heads:
+            pinned = {(layer, 0): rule for (layer, _), rule in pinned.items()}
+        most = rules_in_a_layer(table, self._max_rules)
+        if most is None:
+            return over_heads(BudgetSolver(table, goal, self._targets).solve(self._targets, pinned).choice, heads)
+        return over_heads(solve_milp(table, self._targets, goal=goal, max_rules_per_layer=most, pinned=pinned).choice, heads)

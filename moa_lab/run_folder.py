@@ -21,7 +21,7 @@ from moa_lab.storage import atomic_path, parse, read_json, to_json, write_json
 FIXED = ("model", "lengths", "preset", "seed", "supervision", "source", "columns", "plain_prompts", "sink_tokens")
 """Settings that the samples or the profile, and so everything else, depend on: another value needs another folder."""
 
-_SEARCHING = ("density", "bits", "min_span", "max_rules_per_layer", "use_lengths", "short_lengths")
+_SEARCHING = ("density", "bits", "min_span", "max_rules_per_layer", "use_lengths", "short_lengths", "engine")
 _CHOOSING = (*_SEARCHING, "prefer")
 _CHOSEN = (*_CHOOSING, "test_lengths")
 _TESTED = (*_CHOSEN, "test_seed")
@@ -151,6 +151,7 @@ def _values(settings: RunSettings) -> dict[str, tuple[Any, Any]]:
         "floor": (settings.min_span, None),
         "min_span": (settings.min_span, MIN_SPAN),
         "max_rules_per_layer": (settings.max_rules_per_layer, None),
+        "engine": (settings.engine, None),
         "test_lengths": (settings.test_lengths, None),
         "prefer": (settings.prefer, DEFAULT_PREFERENCE),
         "use_lengths": (long_lengths(settings), long_lengths(usual)),

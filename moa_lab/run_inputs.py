@@ -16,6 +16,7 @@ from moa_lab.calibration.rehearsal import rehearse
 from moa_lab.calibration.sources import ColumnMap, load_documents
 from moa_lab.calibration.tasks import answered_documents
 from moa_lab.calibration.wordings import LESSONS
+from moa_lab.engines import EngineLimits, engine_of
 from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.suites import Suites
 from moa_lab.geometry import ModelGeometry
@@ -70,7 +71,7 @@ class RunInputs:
         density, floor = self.settings.density, self.settings.min_span
         return {
             n: density for n in self.use_lengths
-            if n >= min(self.lengths) or least_density(self.geometry, n, floor) <= density / 4
+            if n >= min(self.lengths) or least_density(self.geometry, n, floor, self.engine) <= density / 4
         }  # fmt: skip
 
     @property
@@ -85,7 +86,12 @@ class RunInputs:
         asked = (*(self.settings.use_lengths or ()), *(self.settings.test_lengths or self.settings.lengths or ())) if tested else ()
         targets = {**self.limits, **dict.fromkeys(asked, self.settings.density)}
         # The last mix, of the fewest bits, buys the most tokens.
-        check_floor(self.geometry, targets, self.settings.min_span, self.settings.sink_tokens, self.mixes[-1])
+        check_floor(self.geometry, targets, self.settings.min_span, self.settings.sink_tokens, self.mixes[-1], self.engine)
+
+    @property
+    def engine(self) -> EngineLimits | None:
+        """The limits that plans are searched for."""
+        return None if self.settings.engine is None else engine_of(self.settings.engine)
 
     def holds_floor(self, mix: Bits) -> bool:
         """Whether the density, at every length of `limits`, holds all heads at the floor when they are stored in `mix`."""

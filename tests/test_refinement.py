@@ -14,6 +14,7 @@ from tiny import tiny_model
 from transformers import PreTrainedModel
 
 from moa_lab.calibration.samples import SampleSet
+from moa_lab.engines import EngineLimits, meets
 from moa_lab.evaluate.scoring import mean_losses, score_samples
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, SpanRule, full_or_floor_plan
@@ -135,6 +136,22 @@ def test_the_number_of_rules_per_layer_is_kept(model: PreTrainedModel, samples: 
     front = refine(model, worst, samples, table, 0.8, rounds=1, moves=(3,), max_rules_per_layer=1)
     assert len(front) == 1
     assert all(len(set(row)) == 1 for point in front for row in point.plan.rules)
+
+
+def test_layers_that_an_engine_cuts_as_a_whole_move_as_a_whole(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
+    engine = EngineLimits("some", windows_per_model=2, windows_per_layer=1)
+    geometry = geometry_of(model)
+    start = full_or_floor_plan(geometry, whole=[(0, head) for head in range(geometry.kv_heads)], floor_tokens=128)
+    targets = dict.fromkeys(LENGTHS, 0.6)
+    front = refine(model, start, samples, table, targets, rounds=2, engine=engine)
+    first = mean_loss(model, start, samples)
+    for point in front:
+        assert meets(point.plan, engine, targets)
+        assert {rule for row in point.plan.rules for rule in row} <= {rule for row in start.rules for rule in row}
+        assert mean_loss(model, point.plan, samples) < first
+    uneven = full_or_floor_plan(geometry, whole=[(0, 0)], floor_tokens=128)
+    with pytest.raises(ValueError, match="engine some does not hold plan"):
+        refine(model, uneven, samples, table, targets, engine=engine)
 
 
 @pytest.mark.parametrize(("rounds", "heads", "moves"), [(0, None, (2,)), (1, None, ()), (1, None, (2, 0)), (1, 0, (2,))])

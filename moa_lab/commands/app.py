@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from moa_lab.commands.bench import app as bench_app
 from moa_lab.commands.capacity import capacity
+from moa_lab.commands.engines import engines
 from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
 from moa_lab.commands.presses import app as presses_app
@@ -24,6 +25,7 @@ from moa_lab.commands.study import study
 from moa_lab.commands.terminal import (
     Bars,
     BitsOption,
+    EngineOption,
     ForceOption,
     LengthsOption,
     MinSpanOption,
@@ -99,6 +101,7 @@ def run(
     min_span: MinSpanOption = MIN_SPAN,
     sink: SinkOption = SINK_TOKENS,
     bits: BitsOption = "16",
+    engine: EngineOption = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """All stages: calibrate, profile, search, validate, evaluate, report."""
@@ -110,6 +113,7 @@ def run(
         model=model, density=density, lengths=lengths_of(lengths), test_lengths=lengths_of(test_lengths), preset=preset, seed=seed,
         test_seed=test_seed, supervision=supervision, source=source, columns=columns, plain_prompts=plain_prompts,
         max_rules_per_layer=max_rules, min_span=min_span, sink_tokens=sink, bits=bits, use_lengths=lengths_of(use_lengths), prefer=prefer,
+        engine=engine,
     )  # fmt: skip
     with Bars() as bars:
         summary = Run(out, settings, bars).everything()
@@ -185,6 +189,7 @@ for command in (
     harness,
     recommend,
     capacity,
+    engines,
     show,
     lab,
     doctor,

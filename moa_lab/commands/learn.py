@@ -11,6 +11,7 @@ from moa_lab.commands.terminal import (
     AnyModelOption,
     Bars,
     BitsOption,
+    EngineOption,
     ForceOption,
     MinSpanOption,
     ModelOption,
@@ -36,6 +37,7 @@ def learn(
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
     min_span: MinSpanOption = MIN_SPAN,
     bits: BitsOption = "16",
+    engine: EngineOption = None,
     seed: Annotated[int, typer.Option("--seed")] = 0,
     any_model: AnyModelOption = False,
     force: ForceOption = False,
@@ -61,7 +63,7 @@ def learn(
         def descend(mix: Bits) -> Front:
             return learn_spans(
                 loaded, loaded_samples, table, density, steps=steps, weights=weighed, max_rules_per_layer=max_rules, bits=told_bits(mix),
-                seed=seed, parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model,
+                engine=engine, seed=seed, parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model,
                 progress=bars.steps(f"learn {mixed_name('learned', mix)}"),
             )  # fmt: skip
 

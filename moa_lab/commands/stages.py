@@ -11,6 +11,7 @@ from moa_lab.commands.terminal import (
     AnyModelOption,
     Bars,
     BitsOption,
+    EngineOption,
     ForceOption,
     MinSpanOption,
     ModelOption,
@@ -99,6 +100,7 @@ def search(
     min_span: MinSpanOption = MIN_SPAN,
     use_lengths: UseLengthsOption = None,
     bits: BitsOption = "16",
+    engine: EngineOption = None,
     seconds: Annotated[float, typer.Option("--seconds", help="time for the exact solves")] = 60.0,
     points: Annotated[int, typer.Option("--points", help="plans to keep at most")] = 16,
     force: ForceOption = False,
@@ -114,7 +116,7 @@ def search(
     with Bars() as bars:
         front = find(
             loaded, density, min_span=min_span, lengths=used, max_rules_per_layer=max_rules, time_limit_s=seconds, max_points=points,
-            bits=bits,
+            bits=bits, engine=engine,
             progress=lambda done, total, message: bars("search", done, total),
         )  # fmt: skip
     front.save(out)
@@ -133,6 +135,7 @@ def refine(
         int | None, typer.Option("--heads", help="heads measured in a round, two forward passes a sample each; default all")
     ] = None,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
+    engine: EngineOption = None,
     any_model: AnyModelOption = False,
     force: ForceOption = False,
 ) -> None:
@@ -154,7 +157,7 @@ def refine(
     with Bars() as bars:
         front = improve(
             loaded, card, loaded_samples, table, density, rounds=rounds, heads=heads, max_rules_per_layer=max_rules,
-            parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("refine"),
+            engine=engine, parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model, progress=bars.steps("refine"),
         )  # fmt: skip
     front.save(out)
     typer.echo(f"{len(front)} better plans: {out}")

@@ -28,6 +28,14 @@ BitsOption = Annotated[
     str,
     typer.Option("--bits", help="of keys and values as stored, density being one of bytes: 16, 8, 8+4 (K+V), 4, or several: 16,8,8+4"),
 ]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="search plans that this engine holds, density being what it allocates: a name of `moa-lab engines`, or limits such as "
+        "windows_per_model=4,windows_per_layer=1,block_tokens=16",
+    ),
+]
 SinkOption = Annotated[
     int,
     typer.Option("--sink", min=0, help="first tokens that every head keeps for good; few where most layers have windows of their own"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moa_lab.engines.limits import EngineLimits
-from moa_lab.plan import Plan
+from moa_lab.plan import WHOLE_BITS, Bits, Plan
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,9 @@ class Held:
     """A plan in an engine whose windows are those at one length.
 
     spans: int64 (layers, kv_heads), tokens that each head keeps there, nowhere fewer than the plan asks for. slots: int64 (layers,
-    kv_heads), tokens allocated for each. exact: whether every head keeps its own span. windows: different ones in the model;
-    layer_windows: in the layer that has most. kv_bytes: allocated, of one sequence, with what fills up classes; density: these as a share
-    of the bytes of the whole cache.
+    kv_heads), tokens allocated for each. exact: whether every head keeps its own span. windows: different ones in the model, the whole
+    sequence not counted; layer_windows: in the layer that has most, the whole counted. kv_bytes: allocated, of one sequence, with what
+    fills up classes; density: these as a share of the bytes of the whole cache.
     """
 
     spans: np.ndarray
@@ -36,7 +36,8 @@ def held(plan: Plan, engine: EngineLimits, n_tokens: int, dtype_bytes: int = 2) 
 
     Raises ValueError where the model's own windows are more than the engine holds, and for stored bits that it does not know.
     """
-    check_bits(plan, engine)
+    if not engine.stores_bits:
+        plan.check_untouched(f"engine {engine.name}")
     exact = plan.spans(n_tokens)
     if engine.class_multiple == 1 and fits(plan, engine, n_tokens):
         return _held(plan, engine, exact, True, n_tokens, dtype_bytes)
@@ -48,7 +49,8 @@ def held(plan: Plan, engine: EngineLimits, n_tokens: int, dtype_bytes: int = 2) 
     most = engine.windows_per_model
     if most is not None or engine.class_multiple > 1:
         members, limits = (spans[:, :1], caps[:, :1]) if engine.cuts_layers else (spans, caps)
-        found = _rounded_up(members.ravel(), limits.ravel(), most or members.size, engine, n_tokens, engine.class_multiple)
+        multiple = engine.class_multiple
+        found = _rounded_up(members.ravel(), limits.ravel(), most or members.size, engine, n_tokens, multiple, whole_on_top=True)
         spans = np.broadcast_to(found.reshape(members.shape), spans.shape).copy()
     return _held(plan, engine, spans, bool((spans == exact).all()), n_tokens, dtype_bytes)
 
@@ -62,7 +64,7 @@ def fits(plan: Plan, engine: EngineLimits, n_tokens: int) -> bool:
     """Whether the engine holds the plan at that length with every head's own span."""
     spans = plan.spans(n_tokens)
     rows = max(len(set(row)) for row in spans.tolist())
-    return rows <= (engine.windows_per_layer or rows) and len(np.unique(spans)) <= (engine.windows_per_model or spans.size)
+    return rows <= (engine.windows_per_layer or rows) and _cut_windows(spans, n_tokens) <= (engine.windows_per_model or spans.size)
 
 
 def meets(plan: Plan, engine: EngineLimits, targets: Mapping[int, float]) -> bool:
@@ -74,10 +76,10 @@ def meets(plan: Plan, engine: EngineLimits, targets: Mapping[int, float]) -> boo
     return all(found[n] <= asked + 1e-9 for n, asked in targets.items())
 
 
-def check_bits(plan: Plan, engine: EngineLimits) -> None:
-    """Raise ValueError where the plan stores heads in bits that the engine does not know."""
-    if not engine.stores_bits:
-        plan.check_untouched(f"engine {engine.name}")
+def check_stored(engine: EngineLimits, mix: Bits) -> None:
+    """Raise ValueError where the engine cannot store keys and values in `mix`."""
+    if mix != WHOLE_BITS and not engine.stores_bits:
+        raise ValueError(f"engine {engine.name} knows no stored bits: ask for 16")
 
 
 def _held(plan: Plan, engine: EngineLimits, spans: np.ndarray, exact: bool, n_tokens: int, dtype_bytes: int) -> Held:
@@ -86,7 +88,13 @@ def _held(plan: Plan, engine: EngineLimits, spans: np.ndarray, exact: bool, n_to
     members, heads = (spans[:, 0], geometry.kv_heads) if engine.cuts_layers else (spans, 1)
     kv_bytes = int((slots * plan.token_bytes(dtype_bytes)).sum()) + _idle(members, engine, n_tokens) * heads * token_bytes
     density = kv_bytes / (int(_caps(plan, n_tokens).sum()) * token_bytes)
-    return Held(spans, slots, exact, len(np.unique(spans)), max(len(set(row)) for row in spans.tolist()), kv_bytes, density)
+    layer_windows = max(len(set(row)) for row in spans.tolist())
+    return Held(spans, slots, exact, _cut_windows(spans, n_tokens), layer_windows, kv_bytes, density)
+
+
+def _cut_windows(spans: np.ndarray, n_tokens: int) -> int:
+    """Different windows but that of the whole sequence."""
+    return len(np.unique(spans[spans < n_tokens]))
 
 
 def _idle(spans: np.ndarray, engine: EngineLimits, n_tokens: int) -> int:
@@ -101,36 +109,55 @@ def _caps(plan: Plan, n_tokens: int) -> np.ndarray:
     return np.repeat(np.array(caps, dtype=np.int64)[:, None], plan.geometry.kv_heads, axis=1)
 
 
-def _rounded_up(spans: np.ndarray, caps: np.ndarray, most: int, engine: EngineLimits, n_tokens: int, multiple: int = 1) -> np.ndarray:
+def _rounded_up(
+    spans: np.ndarray, caps: np.ndarray, most: int, engine: EngineLimits, n_tokens: int, multiple: int = 1, whole_on_top: bool = False
+) -> np.ndarray:
     """The spans (members,) rounded up to at most `most` values, none above its cap, such that the fewest tokens are allocated.
 
-    A class is a run of the sorted spans, and all of it keeps the longest: dynamic programming over where the runs end.
+    whole_on_top: the value of the whole sequence does not count.
     """
     order = np.lexsort((caps, spans))
     # Equal spans stay together, unless some of them may fill up a class of longer ones.
-    groups = np.unique(spans[order], return_index=True)[1] if multiple == 1 else np.arange(len(order))
-    values = spans[order[groups]]
-    ends = [*groups[1:].tolist(), len(order)]
-    lowest = [int(caps[order[first:last]].min()) for first, last in zip(groups, ends, strict=True)]
-    slots = engine.slots(values, n_tokens)
+    firsts = np.unique(spans[order], return_index=True)[1] if multiple == 1 else np.arange(len(order))
+    values, members = spans[order[firsts]], np.diff([*firsts, len(order)])
+    lowest = np.minimum.reduceat(caps[order], firsts)
+    whole = np.append(values[:-1], n_tokens)
+    ways = [(values, most + (whole_on_top and values[-1] == n_tokens))]
+    ways += [(whole, most + 1)] if whole_on_top and values[-1] < n_tokens else []
+    runs = [_best_runs(one, lowest, members, engine.slots(one, n_tokens), count, multiple) for one, count in ways]
+    (total, starts), (chosen, _) = min(zip(runs, ways, strict=True), key=lambda pair: pair[0][0])
+    if not np.isfinite(total):
+        raise ValueError(f"engine {engine.name} holds {most} windows, and the model's layers have more of their own: no plan fits there")
+    ends = np.append(starts[1:], len(values)) - 1
+    longest = np.repeat(chosen[ends], np.diff(np.append(starts, len(values))))
+    found = spans.copy()
+    found[order] = np.repeat(longest, members)
+    return found
+
+
+def _best_runs(
+    values: np.ndarray, lowest: np.ndarray, members: np.ndarray, slots: np.ndarray, most: int, multiple: int
+) -> tuple[float, np.ndarray]:
+    """Ascending `values` cut into at most `most` runs, all of each run taking the slots of its last value: the fewest tokens that takes,
+    and where the runs start. By dynamic programming over where they end.
+
+    lowest: of the members of each value the least that one can see, which a run must not exceed. All (values,).
+    """
     count = len(values)
-    # cost[i, j]: of one class with the values i to j; infinite where the longest exceeds what a member can see.
+    before = np.concatenate([[0], np.cumsum(members)])
+    # cost[i, j]: of one run with the values i to j.
     cost = np.full((count, count), np.inf)
     for i in range(count):
-        room = np.minimum.accumulate(lowest[i:])
-        members = np.array(ends[i:]) - groups[i]
-        cost[i, i:] = np.where(room >= values[i:], -(-members // multiple) * multiple * slots[i:], np.inf)
+        filled = -(-(before[i + 1 :] - before[i]) // multiple) * multiple
+        cost[i, i:] = np.where(np.minimum.accumulate(lowest[i:]) >= values[i:], filled * slots[i:], np.inf)
     best, came = [np.append(0.0, np.full(count, np.inf))], []
     for _ in range(min(most, count)):
         total = best[-1][:-1, None] + cost
         came.append(total.argmin(axis=0))
         best.append(np.append(np.inf, total.min(axis=0)))
     used = int(np.argmin([row[-1] for row in best]))
-    if not np.isfinite(best[used][-1]):
-        raise ValueError(f"engine {engine.name} holds {most} windows, and the model's layers have more of their own: no plan fits there")
-    found, last = spans.copy(), count
+    starts, end = [], count
     for step in range(used, 0, -1):
-        first = int(came[step - 1][last - 1])
-        found[order[groups[first] : ends[last - 1]]] = values[last - 1]
-        last = first
-    return found
+        end = int(came[step - 1][end - 1])
+        starts.append(end)
+    return float(best[used][-1]), np.array(starts[::-1], dtype=int)

@@ -21,25 +21,26 @@ length is held as it is at one length. Engines change: `dataclasses.replace(ENGI
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from moa_lab.engines.limits import EngineLimits
 
-NO_SINK = "a window without its sink: the window takes the whole span, and accuracy must be measured so"
+NO_SINK = "windows have no sink"
 
 ENGINES: Mapping[str, EngineLimits] = {
     engine.name: engine
     for engine in (
         EngineLimits("moa-lab", stores_bits=True, keeps_sink=True, needs="moa_lab.apply_plan, or moa_lab.generate"),
         EngineLimits("moa-lab-vllm", block_tokens=64, keeps_sink=True, needs="moa-lab serve"),
-        EngineLimits("transformers", windows_per_model=2, windows_per_layer=1, needs=f"layer_types in the config; {NO_SINK}"),
+        EngineLimits("transformers", windows_per_model=1, windows_per_layer=1, needs=f"layer_types in the config; {NO_SINK}"),
         EngineLimits(
-            "transformers-paged", windows_per_model=2, windows_per_layer=1, block_tokens=256, needs=f"layer_types in the config; {NO_SINK}",
+            "transformers-paged", windows_per_model=1, windows_per_layer=1, block_tokens=256, needs=f"layer_types in the config; {NO_SINK}",
         ),
         EngineLimits("vllm", windows_per_layer=1, block_tokens=16, tokens_in_flight=16, needs=f"windows in the model's code; {NO_SINK}"),
-        EngineLimits("sglang", windows_per_model=2, windows_per_layer=1, needs=f"windows in the model's code; {NO_SINK}"),
+        EngineLimits("sglang", windows_per_model=1, windows_per_layer=1, needs=f"windows in the model's code; {NO_SINK}"),
         EngineLimits("tensorrt-llm", windows_per_layer=1, block_tokens=32, needs=f"max_attention_window; {NO_SINK}"),
         EngineLimits(
-            "llama.cpp", windows_per_model=2, windows_per_layer=1, block_tokens=256, tokens_in_flight=512,
+            "llama.cpp", windows_per_model=1, windows_per_layer=1, block_tokens=256, tokens_in_flight=512,
             needs=f"a model type with a window pattern; {NO_SINK}",
         ),
     )
@@ -47,13 +48,25 @@ ENGINES: Mapping[str, EngineLimits] = {
 """Engines by name."""
 
 Engine = EngineLimits | str
-"""What functions that take an engine take: its limits, or the name of one of `ENGINES`."""
+"""What functions that take an engine take: its limits, the name of one of `ENGINES`, or limits of one's own as `engine_of` reads them."""
+LIMITS = ("windows_per_model", "windows_per_layer", "class_multiple", "block_tokens", "tokens_in_flight")
+"""Fields of `EngineLimits` that are numbers."""
 
 
 def engine_of(engine: Engine) -> EngineLimits:
-    """The limits themselves, or those of the engine of that name. Raises ValueError for another name."""
-    if isinstance(engine, EngineLimits):
-        return engine
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, or EngineLimits of your own, got {engine!r}")
-    return ENGINES[engine]
+    """The limits themselves, those of the engine of that name, or those of a text such as `windows_per_model=4,block_tokens=16`, by
+    which the engine is then called.
+
+    Raises ValueError for another name, and for limits that are unknown, named twice or no whole numbers.
+    """
+    if isinstance(engine, EngineLimits) or engine in ENGINES:
+        return engine if isinstance(engine, EngineLimits) else ENGINES[engine]
+    pairs = [part.partition("=") for part in engine.split(",")]
+    found = {name.strip(): number.strip() for name, _, number in pairs}
+    if len(found) < len(pairs) or not found.keys() <= set(LIMITS) or not all(number.isdecimal() for number in found.values()):
+        raise ValueError(
+            f"engine must be one of {', '.join(ENGINES)}, or whole numbers for some of {', '.join(LIMITS)} "
+            f"such as windows_per_model=4,block_tokens=16; got {engine!r}"
+        )
+    numbers: dict[str, Any] = {name: int(number) for name, number in found.items()}
+    return EngineLimits(engine, **numbers)

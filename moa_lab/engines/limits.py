@@ -13,12 +13,13 @@ from moa_lab.geometry import check_whole
 class EngineLimits:
     """What a serving engine can hold of a plan.
 
-    windows_per_model, windows_per_layer: most different windows, a head that keeps everything counting as one (None: any number).
-    windows_per_layer 1: a layer is cut as a whole. class_multiple: the layers of one window come in multiples of so many (the heads,
-    where a layer may have several windows); what is missing is allocated for nothing. block_tokens: tokens are allocated in blocks of
-    so many. tokens_in_flight: tokens that a window's cache holds beside the window, of a prompt's chunk say; never more than the
-    sequence has. stores_bits: whether keys and values may be stored in a plan's bits. keeps_sink: whether the first tokens stay beside
-    a window. needs: what serving a plan takes there, in a clause. Raises ValueError for numbers that are not whole or too small.
+    windows_per_model: most different windows; heads that keep the whole sequence come on top (None: any number). windows_per_layer: most
+    in a layer, where keeping everything counts as one; 1: a layer is cut as a whole. class_multiple: the layers of one window come in
+    multiples of so many (the heads, where a layer may have several windows); what is missing is allocated for nothing. block_tokens:
+    tokens are allocated in blocks of so many. tokens_in_flight: tokens that a window's cache holds beside the window, of a prompt's chunk
+    say; never more than the sequence has. stores_bits: whether keys and values may be stored in a plan's bits. keeps_sink: whether the
+    first tokens stay beside a window. needs: what serving a plan takes there, in a clause. Raises ValueError for numbers that are not
+    whole or too small.
     """
 
     name: str
@@ -53,11 +54,9 @@ class EngineLimits:
 
     def told(self) -> str:
         """The limits in a few words."""
-        most = [
-            f"{count} window{'s' * (count > 1)} a {part}"
-            for count, part in ((self.windows_per_layer, "layer"), (self.windows_per_model, "model"))
-            if count is not None
-        ]
+        layer, model = self.windows_per_layer, self.windows_per_model
+        most = [] if layer is None else [f"{layer} window{'s' * (layer > 1)} a layer"]
+        most += [] if model is None else [f"{model} window{'s' * (model > 1)} a model beside the whole"]
         unit = "layers" if self.cuts_layers else "heads"
         most += [f"{unit} of a window in multiples of {self.class_multiple}"] if self.class_multiple > 1 else []
         most += [f"blocks of {self.block_tokens} tokens"] if self.block_tokens > 1 else []

@@ -13,12 +13,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.calibration.samples import SampleSet
+from moa_lab.engines import Engine, check_stored, engine_of, meets
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.interface.compiled import compiled_layers
 from moa_lab.learning.batches import Batches, batch_tokens
@@ -31,6 +33,7 @@ from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, LossTable
 from moa_lab.search.front import DENSITY, distinct, point, spent_point
 from moa_lab.search.goals import default_goals
+from moa_lab.search.holding import told_front
 from moa_lab.search.mixes import stored_front
 from moa_lab.search.problem import Density, feasible
 
@@ -60,6 +63,7 @@ def learn_spans(
     name: str = "learned",
     max_rules_per_layer: int | None = None,
     bits: int | str = 16,
+    engine: Engine | None = None,
     seed: int = 0,
     parts_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -75,8 +79,8 @@ def learn_spans(
     means, each times its weight (`weights`, 1 where not given); a step takes samples of one length. table: the rules to choose from; its
     predicted losses are reported for the point, but not used in learning. `density`, its lengths and max_rules_per_layer, which only
     the final plan keeps to, are as in `search`. bits: in how many keys and values are stored, one mix of those of `search`, which names
-    the plans; none is made where the budget holds all tokens so. rate: nats by which a step changes the evidence for a rule with a slope
-    of average size.
+    the plans; none is made where the budget holds all tokens so. engine: as in `search`; the descent counts the tokens that it allocates,
+    and plans keep its windows in the end. rate: nats by which a step changes the evidence for a rule with a slope of average size.
     parts_dir: keeps the state of the descent every half a minute, from which the same call goes on after a kill.
     tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a table of another model, fewer than
     one step, no samples, several mixes, a task that lacks a length, weights that are negative, not finite, all 0 or of unknown tasks, or
@@ -90,7 +94,10 @@ def learn_spans(
     if weights.keys() - set(batches.tasks) or not all(0 <= weight < math.inf for weight in counted) or not any(counted):
         raise ValueError(f"weights must be at least 0, one above it, and of the tasks {', '.join(batches.tasks)}, got {weights}")
     check_inputs(model, samples, table, tokenizer, any_model=any_model)
-    mix = read_mix(bits)
+    mix, limits = read_mix(bits), None if engine is None else engine_of(engine)
+    if limits is not None:
+        check_stored(limits, mix)
+        table = replace(table, engine=limits)
     targets = feasible(table, density, max_rules_per_layer, mix=mix)
     objectives = (*(objective.name for objective in table.objectives), DENSITY)
     if min(targets.values()) == 1:
@@ -104,7 +111,7 @@ def learn_spans(
         "weights": weights, "steps": steps, "rate": rate, "seed": seed, "density": {str(n): d for n, d in targets.items()},
         "model": weights_fingerprint(model), "samples": samples.identity, "rules": [str(rule) for rule in table.rules],
         "table": [table.lengths, table.sink_tokens, table.min_span], "device": model.device.type, "dtype": str(model.dtype),
-        **({} if mix == WHOLE_BITS else {"bits": mix}),
+        **({} if mix == WHOLE_BITS else {"bits": mix}), **({} if limits is None else {"engine": limits.told()}),
     }  # fmt: skip
     checkpoint = Checkpoint(parts_dir, mixed_name(name, mix), course)
     if saved := checkpoint.load():
@@ -142,4 +149,7 @@ def learn_spans(
         )  # fmt: skip
         points.append(spent_point(table, learned, targets, goals))
     settings = {**how, "solver": "learn", "seed": seed, "density": {str(n): d for n, d in targets.items()}}
-    return stored_front(Front(tuple(distinct(points)), objectives, settings, table.provenance), mix)
+    if limits is None:
+        return stored_front(Front(tuple(distinct(points)), objectives, settings, table.provenance), mix)
+    held = tuple(one for one in distinct(points) if meets(one.plan, limits, targets))
+    return told_front(stored_front(Front(held, objectives, settings, table.provenance), mix), limits)

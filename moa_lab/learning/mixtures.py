@@ -11,8 +11,10 @@ from scipy.optimize import minimize
 from moa_lab.records import LossTable, Objective
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.goals import Goal
+from moa_lab.search.holding import held_table, over_heads
 from moa_lab.search.milp import solve_milp
-from moa_lab.search.problem import Usage, check_feasible
+from moa_lab.search.problem import Usage, check_feasible, rules_in_a_layer
+from moa_lab.search.windows import windows_of
 
 MOMENTUM = 0.9
 SCALE_DECAY = 0.99
@@ -86,7 +88,8 @@ class Mixtures:
             self.evidence -= np.clip(self._rate * direction / scale, -LARGEST_STEP, LARGEST_STEP)
 
     def choice(self, max_rules_per_layer: int | None = None, least: float = 0.0) -> np.ndarray:
-        """The rules (layers, kv_heads) with the most evidence that keep the density. Raises InfeasibleError as `solve_milp` does.
+        """The rules (layers, kv_heads) with the most evidence that keep the density, and the limits of the table's engine. Raises
+        InfeasibleError as `solve_milp` does.
 
         least: share of what a head can see that every head keeps at least, at the lengths of the table.
         """
@@ -97,9 +100,11 @@ class Mixtures:
         objective = Objective("learned", table.lengths[-1], "sum", (0, 1))
         losses = missing.reshape(1, table.geometry.layers, table.geometry.kv_heads, -1)
         wanted, goal = replace(table, objectives=(objective,), losses=losses), Goal("learned", {objective.name: 1.0})
-        if max_rules_per_layer is None:
-            return BudgetSolver(wanted, goal, self._targets).solve(self._targets).choice
-        return solve_milp(wanted, self._targets, goal=goal, max_rules_per_layer=max_rules_per_layer).choice
+        wanted, heads = held_table(wanted, table.engine), table.geometry.kv_heads
+        most = rules_in_a_layer(wanted, max_rules_per_layer)
+        if most is None and windows_of(wanted, self._targets) is None:
+            return over_heads(BudgetSolver(wanted, goal, self._targets).solve(self._targets).choice, heads)
+        return over_heads(solve_milp(wanted, self._targets, goal=goal, max_rules_per_layer=most).choice, heads)
 
     def _shorter(self, least: float) -> np.ndarray:
         """Bool (heads, rules): rules that keep less than a share of what the head can see, at some length of the table."""

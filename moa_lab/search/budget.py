@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from moa_lab.search.windows import windows_of
 
 ANCHORS = 20
 """Densities, from 1 / ANCHORS to 1, at which the weights of worst terms are found from nothing; others start from the nearest's."""
+FILLED_SHARES = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35)
+"""Shares of the budget that are tried in turn where an engine fills up classes, which takes the rest."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class BudgetSolver:
         relaxed = relax(self._terms, limits, problem.allowed, start=self._anchor(max(targets.values())) if self._terms.worst else None)
         best = _of_few_windows(problem, relaxed)
         if best is None:
-            raise InfeasibleError(f"no plan keeps density {density} at all of {limits.lengths} together; raise density or drop a length")
+            raise InfeasibleError(f"no plan found keeps density {density} at all of {limits.lengths}; raise density or drop a length")
         choice, value = best.reshape(self.table.geometry.layers, -1), self._terms.value(best)
         return BudgetAnswer(
             choice=choice, value=value, bound=relaxed.bound, gap=relative_gap(value, relaxed.bound),
@@ -116,5 +118,9 @@ def _of_few_windows(problem: Instance, relaxed: Relaxation) -> np.ndarray | None
     """The relaxation's choice (heads,); where it has too many windows, the best choice of few that is found at its prices."""
     if problem.windows is None or (relaxed.choice is not None and problem.met_by(relaxed.choice)):
         return relaxed.choice
-    _, found = few_windows(problem, problem.limits, relaxed.dual.multipliers, weighted_cost(problem, relaxed))
-    return min((choice for choice in found if problem.met_by(choice)), key=problem.goal.value, default=None)
+    cost, limits = weighted_cost(problem, relaxed), problem.limits
+    for share in FILLED_SHARES if problem.windows.multiple > 1 else (1.0,):
+        _, found = few_windows(problem, replace(limits, limit=share * limits.limit), relaxed.dual.multipliers, cost)
+        if fitting := [choice for choice in found if problem.met_by(choice)]:
+            return min(fitting, key=problem.goal.value)
+    return None

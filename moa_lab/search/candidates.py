@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -15,19 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from moa_lab.engines import Engine, engine_of, meets
-from moa_lab.plan import MIN_SPAN, Bits, Plan, read_mixes
+from moa_lab.engines import Engine, check_stored, engine_of, meets
+from moa_lab.plan import Bits, Plan, read_mixes
 from moa_lab.records import Front, FrontPoint, InfluenceProfile, LossTable
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
 from moa_lab.search.front import DENSITY, Progress, epsilon_front, plan_point, point, spent_point, undominated
 from moa_lab.search.goals import Goal, GoalSet, default_goals, goal_sets, mean_goal, paper_goals, weighings
-from moa_lab.search.holding import check_mix, for_all_heads, held_table, told_front
-from moa_lab.search.losses import loss_table
+from moa_lab.search.holding import for_all_heads, held_table, told_front
+from moa_lab.search.losses import tables_of
 from moa_lab.search.milp import solve_milp
 from moa_lab.search.mixes import over_mixes, stored_front
 from moa_lab.search.plain import SIMPLE, simple_plans, whole_heads
-from moa_lab.search.problem import Density, NoPlanError, densities, feasible, judged_lengths
+from moa_lab.search.problem import Density, InfeasibleError, NoPlanError, densities, feasible
 from moa_lab.search.thinning import renamed, thinned
 from moa_lab.search.windows import windows_of
 
@@ -93,7 +93,7 @@ def search(
     if not time_limit_s >= 0:  # NaN too, under which no solve would end
         raise ValueError(f"time_limit_s must be 0 or more seconds, got {time_limit_s}")
     lengths = None if lengths is None else tuple(lengths)
-    whole, element = _tables(profile_or_table, min_span, density, lengths)
+    whole, element = tables_of(profile_or_table, min_span, density, lengths)
     mixes, asked = read_mixes(bits), densities(whole, density, lengths)
     limits = None if engine is None else engine_of(engine)
     table, element = held_table(whole, limits), None if element is None else held_table(element, limits)
@@ -108,7 +108,7 @@ def search(
 
     if limits is not None:
         for mix in mixes:
-            check_mix(limits, mix)
+            check_stored(limits, mix)
     return over_mixes(found, mixes)
 
 
@@ -177,7 +177,17 @@ class _Search:
         if method == "milp":
             return [partial(self._exact, index) for index in range(len(self._sets))]
         others = {"simple": self._simple, "ranked": self._ranked, "budget": self._budget, "element": self._element, "evolve": self._evolve}
-        return [others[method]]
+        return [others[method] if method in ("simple", "ranked") else partial(self._if_found, others[method])]
+
+    def _if_found(self, step: Callable[[], list[FrontPoint]]) -> list[FrontPoint]:
+        """What a step finds; nothing where its heuristic finds no windows that an engine holds: exact solves may."""
+        try:
+            return step()
+        except InfeasibleError as error:
+            if windows_of(self._table, self._targets) is None:
+                raise
+            logger.info("%s", error)
+            return []
 
     def _exact(self, index: int) -> list[FrontPoint]:
         goal_set = self._sets[index]
@@ -264,26 +274,6 @@ class _Search:
         """The point with the predicted values of the first goal set as well, so that all points compare."""
         predicted = self._table.predict(self._table.choice(found.plan))
         return replace(found, predicted={**predicted, **{goal.name: goal.value(predicted) for goal in self._sets[0].goals}})
-
-
-def _tables(
-    given: InfluenceProfile | LossTable, min_span: int | None, density: Density, lengths: Iterable[int] | None
-) -> tuple[LossTable, LossTable | None]:
-    """The table to search, and one of single values over the same rules where the profile has both estimators.
-
-    A profile's table holds the lengths at which density is limited, where these are given.
-    """
-    if isinstance(given, LossTable):
-        if min_span not in (None, given.min_span):
-            raise ValueError(
-                f"min_span {min_span}: the table was made with {given.min_span}; pass loss_table(profile, min_span={min_span})"
-            )
-        return given, None
-    floor = MIN_SPAN if min_span is None else min_span
-    asked = lengths if lengths is not None else density if isinstance(density, Mapping) else None
-    used = None if asked is None else judged_lengths(asked, given.lengths)
-    table = loss_table(given, min_span=floor, use_lengths=used)
-    return table, loss_table(given, table.rules, min_span=floor, estimator="element", use_lengths=used) if given.span_effects else None
 
 
 def _check_methods(methods: Sequence[str], max_points: int) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from moa_lab.engines import Engine, EngineLimits, engine_of, held
-from moa_lab.plan import WHOLE_BITS, Bits, Plan
+from moa_lab.plan import Plan
 from moa_lab.records import Front, FrontPoint, LossTable
 
 
@@ -36,12 +36,6 @@ def _with_all_heads(plan: Plan, table: LossTable) -> Plan:
     if plan.geometry == table.geometry:
         return plan
     return replace(plan, geometry=table.geometry, rules=tuple(row * table.geometry.kv_heads for row in plan.rules))
-
-
-def check_mix(engine: EngineLimits, mix: Bits) -> None:
-    """Raise ValueError where the engine cannot store heads in `mix`."""
-    if mix != WHOLE_BITS and not engine.stores_bits:
-        raise ValueError(f"engine {engine.name} knows no stored bits: search for it in 16 bits")
 
 
 def told_front(front: Front, engine: EngineLimits) -> Front:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal, get_args
 
@@ -11,7 +11,7 @@ import numpy as np
 from moa_lab.plan import MIN_SPAN, SpanRule
 from moa_lab.records import BLOCK_TOKENS, FORMS, Form, InfluenceProfile, LossTable, Objective
 from moa_lab.search.beyond import at_length, growth, lost_at
-from moa_lab.search.problem import used_lengths
+from moa_lab.search.problem import Density, judged_lengths, used_lengths
 from moa_lab.search.space import rule_grid
 
 Pool = Literal["max", "sum", "mean"]
@@ -160,3 +160,23 @@ def _check(
     for task, length in profile.keys:
         if not np.isfinite(used[task, length]).all():
             raise ValueError(f"profile has influence that is not finite for {task}@{length}: profile that task again")
+
+
+def tables_of(
+    given: InfluenceProfile | LossTable, min_span: int | None, density: Density, lengths: Iterable[int] | None
+) -> tuple[LossTable, LossTable | None]:
+    """The table to search, and one of single values over the same rules where the profile has both estimators.
+
+    A profile's table holds the lengths at which density is limited, where these are given.
+    """
+    if isinstance(given, LossTable):
+        if min_span not in (None, given.min_span):
+            raise ValueError(
+                f"min_span {min_span}: the table was made with {given.min_span}; pass loss_table(profile, min_span={min_span})"
+            )
+        return given, None
+    floor = MIN_SPAN if min_span is None else min_span
+    asked = lengths if lengths is not None else density if isinstance(density, Mapping) else None
+    used = None if asked is None else judged_lengths(asked, given.lengths)
+    table = loss_table(given, min_span=floor, use_lengths=used)
+    return table, loss_table(given, table.rules, min_span=floor, estimator="element", use_lengths=used) if given.span_effects else None

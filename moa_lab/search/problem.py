@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from moa_lab.engines import EngineLimits
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import SINK_TOKENS, WHOLE_BITS, Bits, check_density, token_price, tokens_bought
 from moa_lab.records import LossTable
@@ -114,14 +115,20 @@ def limits_of(profiled: Iterable[int], max_length: int) -> tuple[int, ...]:
     return tuple(sorted({*ordered, max(ordered[-1], min(2 * ordered[-1], max_length))}))
 
 
-def least_density(geometry: ModelGeometry, n_tokens: int, min_span: int) -> float:
-    """Share of the dense cache at `n_tokens` that is left when every head keeps `min_span` tokens and no more."""
-    dense = [geometry.dense_span_tokens(layer, n_tokens) for layer in range(geometry.layers)]
-    return sum(min(min_span, tokens) for tokens in dense) / sum(dense)
+def least_density(geometry: ModelGeometry, n_tokens: int, min_span: int, engine: EngineLimits | None = None) -> float:
+    """Share of the dense cache at `n_tokens` that is allocated when every head keeps `min_span` tokens and no more."""
+    dense = np.array([geometry.dense_span_tokens(layer, n_tokens) for layer in range(geometry.layers)])
+    spans = np.minimum(min_span, dense)
+    return float((spans if engine is None else engine.slots(spans, n_tokens)).sum() / dense.sum())
 
 
 def check_floor(
-    geometry: ModelGeometry, targets: Mapping[int, float], min_span: int, sink_tokens: int = SINK_TOKENS, mix: Bits = WHOLE_BITS
+    geometry: ModelGeometry,
+    targets: Mapping[int, float],
+    min_span: int,
+    sink_tokens: int = SINK_TOKENS,
+    mix: Bits = WHOLE_BITS,
+    engine: EngineLimits | None = None,
 ) -> None:
     """Raise InfeasibleError where heads at the floor alone, stored in `mix`, exceed a density of `targets` (by length): needs no profile.
 
@@ -130,22 +137,25 @@ def check_floor(
     price, bought = token_price(mix, geometry), tokens_bought(targets, mix, geometry)
     # In tokens of the whole cache, as in `Usage.limits`; 1e-6 for floating-point rounding.
     heads = geometry.layers * geometry.kv_heads
-    excess = {n: (least_density(geometry, n, min_span) - asked) * n * heads - 1e-6 for n, asked in bought.items()}
+    excess = {n: (least_density(geometry, n, min_span, engine) - asked) * n * heads - 1e-6 for n, asked in bought.items()}
     worst = max(excess, key=lambda n: excess[n] / n, default=None)
     if worst is not None and excess[worst] > 0:
-        least = _rounded_up(price * least_density(geometry, worst, min_span))
+        least = _rounded_up(price * least_density(geometry, worst, min_span, engine))
+        held = f" in {engine.name} ({engine.told()})" if engine is not None else ""
         raise InfeasibleError(
-            f"density {targets[worst]:.4g} at length {worst} is infeasible: min_span {min_span} needs at least {least}; "
-            f"raise density{_lower_floor(geometry, worst, bought[worst], min_span, sink_tokens, price)}, or take longer lengths"
+            f"density {targets[worst]:.4g} at length {worst} is infeasible: min_span {min_span}{held} needs at least {least}; "
+            f"raise density{_lower_floor(geometry, worst, bought[worst], min_span, sink_tokens, price, engine)}, or take longer lengths"
         )
 
 
-def _lower_floor(geometry: ModelGeometry, n_tokens: int, density: float, min_span: int, sink_tokens: int, price: float) -> str:
+def _lower_floor(
+    geometry: ModelGeometry, n_tokens: int, density: float, min_span: int, sink_tokens: int, price: float, engine: EngineLimits | None
+) -> str:
     """The cure by a lower floor: the largest that fits a share of the tokens, or the density of bytes that the lowest needs."""
-    fitting = [tokens for tokens in range(sink_tokens + 1, min_span) if least_density(geometry, n_tokens, tokens) <= density]
+    fitting = [tokens for tokens in range(sink_tokens + 1, min_span) if least_density(geometry, n_tokens, tokens, engine) <= density]
     if fitting:
         return f", lower min_span (--min-span) to at most {fitting[-1]}"
-    least = _rounded_up(price * least_density(geometry, n_tokens, sink_tokens + 1))
+    least = _rounded_up(price * least_density(geometry, n_tokens, sink_tokens + 1, engine))
     return f" (to {least} with the lowest floor, --min-span {sink_tokens + 1})"
 
 

@@ -67,11 +67,12 @@ def _add_windows(
     rows: _Rows, problem: Instance, windows: Windows, heads: np.ndarray, rules: np.ndarray, first: int, unit: np.ndarray
 ) -> None:
     """Few classes, whose binaries begin at the variable `first`; and, behind these, multiples that hold their heads and keep the limits."""
-    _, entry, of = np.unique(windows.classes[heads, rules], return_index=True, return_inverse=True)
+    found, entry, of = np.unique(windows.classes[heads, rules], return_index=True, return_inverse=True)
     each, classes = np.arange(len(heads)), np.arange(len(entry))
     linked = np.append(np.ones(len(heads)), -np.ones(len(heads)))
     rows.add_many(np.append(each, each), np.append(each, first + of), linked, low=-np.inf, high=0.0)
-    rows.add(first + classes, np.ones(len(classes)), float(windows.most))
+    cut = first + classes[~windows.whole[found]]
+    rows.add(cut, np.ones(len(cut)), float(windows.most))
     if windows.multiple == 1:
         return
     taken = first + len(classes) + classes

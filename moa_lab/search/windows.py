@@ -14,17 +14,19 @@ from moa_lab.search.problem import Limits
 
 @dataclass(frozen=True)
 class Windows:
-    """classes: int64 (heads, R), entries of one class have one rule, and keep the same at every limit length. most: classes that a choice
-    may use. multiple: a class is allocated for so many heads, or a multiple of them."""
+    """classes: int64 (heads, R), entries of one class have one rule, and keep the same at every limit length. whole: bool (classes,), the
+    classes that keep everything. most: other classes that a choice may use. multiple: a class is allocated for so many heads, or a
+    multiple of them."""
 
     classes: np.ndarray
+    whole: np.ndarray
     most: int
     multiple: int = 1
 
     @property
     def count(self) -> int:
         """Number of classes."""
-        return int(self.classes.max()) + 1
+        return len(self.whole)
 
     def used(self, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The classes of a choice (heads,), a head of each, and how many heads each has."""
@@ -32,8 +34,8 @@ class Windows:
 
     def met_by(self, choice: np.ndarray, limits: Limits) -> bool:
         """Whether a choice (heads,) uses few enough classes, and keeps the limits with what fills these up."""
-        _, heads, counts = self.used(choice)
-        if len(counts) > self.most:
+        classes, heads, counts = self.used(choice)
+        if (~self.whole[classes]).sum() > self.most:
             return False
         each = limits.usage[:, np.arange(len(choice)), choice]
         idle = (each[:, heads] * (-counts % self.multiple)).sum(axis=1)
@@ -55,11 +57,15 @@ def windows_of(table: LossTable, lengths: Iterable[int]) -> Windows | None:
     keys = np.concatenate([rules[..., None], spans], axis=-1)
     _, found = np.unique(keys.reshape(-1, keys.shape[-1]), axis=0, return_inverse=True)
     classes = np.repeat(found.reshape(rules.shape), geometry.kv_heads, axis=0).astype(np.int64)
-    return Windows(classes, engine.windows_per_model or int(classes.max()) + 1, engine.class_multiple)
+    everything = ~own[:, None] & np.array([rule.keeps_everything for rule in table.rules])[None]
+    kept = np.zeros(int(classes.max()) + 1, dtype=bool)
+    kept[found.reshape(rules.shape)[everything]] = True
+    return Windows(classes, kept, engine.windows_per_model or len(kept), engine.class_multiple)
 
 
 def best_classes(windows: Windows, priced: np.ndarray) -> np.ndarray:
-    """Bool (classes,): as many classes as may be used, chosen so that the heads' cheapest entries have a low total price.
+    """Bool (classes,): those that keep everything, and as many others as may be used, chosen so that the heads' cheapest entries have a
+    low total price.
 
     priced: (heads, R), infinite where a rule is not allowed. Chosen one after the other, then exchanged while that helps (the k-median
     problem: Teitz and Bart, 1968).
@@ -70,13 +76,14 @@ def best_classes(windows: Windows, priced: np.ndarray) -> np.ndarray:
     for rule in range(priced.shape[1]):
         entries = heads, windows.classes[:, rule]
         by_class[entries] = np.minimum(by_class[entries], priced[:, rule])
-    chosen: list[int] = []
-    for _ in range(min(windows.most, windows.count)):
+    free = np.flatnonzero(windows.whole).tolist()
+    chosen: list[int] = free.copy()
+    for _ in range(min(windows.most, windows.count - len(free))):
         chosen.append(_next(by_class, chosen))
     exchanged = True
     while exchanged:
         exchanged = False
-        for place in range(len(chosen)):
+        for place in range(len(free), len(chosen)):
             others = chosen[:place] + chosen[place + 1 :]
             best = _next(by_class, others)
             if _total(by_class, [*others, best]) < _total(by_class, chosen) - 1e-12:

@@ -39,7 +39,7 @@ def test_a_held_plan_keeps_at_least_what_was_asked_within_the_limits(spans: list
     assert (found.spans >= plan.spans(N)).all()
     assert (found.spans <= N).all()
     assert (found.slots >= np.minimum(found.spans, N)).all()
-    assert found.windows == len(set(found.spans.ravel())) <= (engine.windows_per_model or 4)
+    assert found.windows == len(set(found.spans.ravel()) - {N}) <= (engine.windows_per_model or 4)
     assert found.layer_windows <= (engine.windows_per_layer or 2)
     assert found.exact == (found.spans == plan.spans(N)).all()
     assert found.kv_bytes >= found.slots.sum() * GEOMETRY.kv_bytes_per_token()
@@ -52,9 +52,11 @@ def cheapest(plan: Plan, engine: EngineLimits) -> int:
     """The fewest allocated tokens of all plans of the same or longer spans that keep the limits, by trying every one."""
     exact = plan.spans(N).ravel()
     least = None
-    for spans in product(*(sorted({span for span in exact.tolist() if span >= own}) for own in exact)):
+    for spans in product(*(sorted({span for span in [*exact.tolist(), N] if span >= own}) for own in exact)):
         rows = np.array(spans).reshape(plan.geometry.layers, -1)
-        if len(set(spans)) > (engine.windows_per_model or 99) or max(len(set(row)) for row in rows) > (engine.windows_per_layer or 99):
+        if len(set(spans) - {N}) > (engine.windows_per_model or 99):
+            continue
+        if max(len(set(row)) for row in rows) > (engine.windows_per_layer or 99):
             continue
         total = int(engine.slots(rows, N).sum())
         unit, members = (plan.geometry.kv_heads, rows[:, 0]) if engine.cuts_layers else (1, rows.ravel())
@@ -86,11 +88,14 @@ def test_blocks_and_tokens_in_flight_never_exceed_the_blocks_of_the_sequence() -
 def test_a_layer_with_a_window_of_its_own_is_never_rounded_up_beyond_it() -> None:
     geometry = ModelGeometry(2, 2, 2, 16, 4096, (256, None))
     plan = plan_of([128, 256, 300, 1024], geometry)
-    found = held(plan, EngineLimits("two", windows_per_model=2), N)
+    found = held(plan, EngineLimits("one", windows_per_model=1), N)
     assert found.spans.tolist() == [[256, 256], [1024, 1024]]
     assert found.density == pytest.approx(1.0)
+    three = plan_of([128, 128, 300, 300, 128, 128], ModelGeometry(3, 2, 2, 16, 4096, (256, None, 512)))
+    assert held(three, EngineLimits("one", windows_per_model=1), N).spans.tolist() == [[128, 128], [1024, 1024], [128, 128]]
+    other = plan_of([200, 200, 300, 300, 300, 300], ModelGeometry(3, 2, 2, 16, 4096, (256, None, 512)))
     with pytest.raises(ValueError, match="holds 1 windows"):
-        held(plan, EngineLimits("one", windows_per_model=1), N)
+        held(other, EngineLimits("one", windows_per_model=1), N)
 
 
 def test_density_of_what_is_allocated_is_that_of_the_plan_where_nothing_is_rounded() -> None:
@@ -123,7 +128,10 @@ def test_engines_are_found_by_name_and_others_are_refused_with_the_names() -> No
     assert engine_of("vllm") is ENGINES["vllm"]
     own = EngineLimits("own", windows_per_model=3)
     assert engine_of(own) is own
-    with pytest.raises(ValueError, match=r"llama\.cpp"):
-        engine_of("ollama")
-    assert own.told() == "3 windows a model"
+    read = engine_of("windows_per_model=4, block_tokens=16")
+    assert (read.windows_per_model, read.block_tokens, read.told()) == (4, 16, "4 windows a model beside the whole, blocks of 16 tokens")
+    for wrong in ("ollama", "", "windows=4", "block_tokens=x", "block_tokens=1,block_tokens=2"):
+        with pytest.raises(ValueError, match=r"engine must be one of .*llama\.cpp"):
+            engine_of(wrong)
+    assert own.told() == "3 windows a model beside the whole"
     assert ENGINES["moa-lab"].told() == "any windows, to the token"

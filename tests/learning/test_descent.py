@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.calibration.answers import answer_logits
 from moa_lab.calibration.samples import SampleSet
+from moa_lab.engines import EngineLimits, meets
 from moa_lab.learning import checkpoint, learn_spans, slopes
 from moa_lab.learning.descent import SHRINKING
 from moa_lab.models import geometry_of
@@ -137,6 +138,17 @@ def test_a_layer_may_be_held_to_one_rule(model: PreTrainedModel, samples: Sample
     plan = learn_spans(model, samples, table, DENSITY, steps=2, max_rules_per_layer=1).points[0].plan
     assert all(len(set(row)) == 1 for row in plan.rules)
     assert all(plan.density(n) <= DENSITY for n in LENGTHS)
+
+
+def test_learned_plans_are_held_by_the_engine_within_the_budget(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
+    engine = EngineLimits("some", windows_per_model=2, windows_per_layer=1)
+    front = learn_spans(model, samples, table, DENSITY, steps=2, engine=engine)
+    assert len(front)
+    for point in front:
+        assert meets(point.plan, engine, dict.fromkeys(LENGTHS, DENSITY))
+        assert point.plan.search["engine"]["name"] == "some"
+    with pytest.raises(ValueError, match="engine some knows no stored bits"):
+        learn_spans(model, samples, table, DENSITY, steps=2, engine=engine, bits=8)
 
 
 def test_the_model_is_as_before(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:

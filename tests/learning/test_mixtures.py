@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from moa_lab.engines import EngineLimits, meets
 from moa_lab.learning.mixtures import Mixtures
 from moa_lab.records import LossTable
 from moa_lab.search import InfeasibleError
@@ -81,6 +84,17 @@ def test_the_choice_has_the_most_evidence_that_the_density_pays_for(table: LossT
     one = mixtures.choice(max_rules_per_layer=1)
     assert (one[:, 0] == one[:, 1]).all()
     assert all(table.density(one, n) <= TARGETS[n] for n in TARGETS)
+
+
+def test_the_choice_is_one_that_the_engine_of_the_table_holds(table: LossTable) -> None:
+    engine = EngineLimits("some", windows_per_model=2, windows_per_layer=1, block_tokens=64, tokens_in_flight=32)
+    plans = {}
+    for name, searched in (("free", table), ("held", replace(table, engine=engine))):
+        mixtures = Mixtures(searched, TARGETS, rate=0.1)
+        mixtures.evidence = np.random.default_rng(0).normal(size=mixtures.evidence.shape)
+        plans[name] = table.plan(mixtures.choice(), name)
+    assert meets(plans["held"], engine, TARGETS)
+    assert not meets(plans["free"], engine, TARGETS)
 
 
 def test_a_density_below_the_floor_is_refused(table: LossTable) -> None:
