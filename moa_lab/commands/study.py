@@ -24,7 +24,7 @@ from moa_lab.presets import PRESETS, RunSettings
 from moa_lab.text import one_line
 
 EVERY = "all"
-NAMES = "retrieval, quality, calibration, space, search, unseen, refine, rules, low_density, transfer, weights, speed"
+NAMES = "retrieval, quality, calibration, space, search, unseen, refine, rules, engines, low_density, transfer, weights, speed"
 """Of `moa_lab.studies.MODULES`, which would bring torch with them into every help text."""
 
 logger = logging.getLogger(__name__)

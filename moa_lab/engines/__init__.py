@@ -1,7 +1,19 @@
 """What serving engines can hold of a plan: their limits, and what they allocate for it."""
 
-from moa_lab.engines.holding import Held, allocated_density, check_stored, fits, held, meets
+from moa_lab.engines.holding import Held, allocated_density, check_stored, fits, held, meets, padded_plan
 from moa_lab.engines.known import ENGINES, Engine, engine_of
 from moa_lab.engines.limits import EngineLimits
 
-__all__ = ["ENGINES", "Engine", "EngineLimits", "Held", "allocated_density", "check_stored", "engine_of", "fits", "held", "meets"]
+__all__ = [
+    "ENGINES",
+    "Engine",
+    "EngineLimits",
+    "Held",
+    "allocated_density",
+    "check_stored",
+    "engine_of",
+    "fits",
+    "held",
+    "meets",
+    "padded_plan",
+]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moa_lab.engines.limits import EngineLimits
-from moa_lab.plan import WHOLE_BITS, Bits, Plan
+from moa_lab.plan import DENSE, WHOLE_BITS, Bits, Plan, SpanRule
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,20 @@ def held(plan: Plan, engine: EngineLimits, n_tokens: int, dtype_bytes: int = 2) 
         found = _rounded_up(members.ravel(), limits.ravel(), most or members.size, engine, n_tokens, multiple, whole_on_top=True)
         spans = np.broadcast_to(found.reshape(members.shape), spans.shape).copy()
     return _held(plan, engine, spans, bool((spans == exact).all()), n_tokens, dtype_bytes)
+
+
+def padded_plan(plan: Plan, engine: EngineLimits, n_tokens: int) -> Plan:
+    """The plan of the spans that `engine` keeps for `plan` at length `n_tokens` (see `held`): constant ones, and whole heads.
+
+    A span of all that a layer's own window shows keeps that at any length. Raises ValueError as `held` does.
+    """
+    spans, caps = held(plan, engine, n_tokens).spans, _caps(plan, n_tokens)
+    rules = tuple(
+        tuple(DENSE if span >= cap else SpanRule(float(span), 0.0) for span, cap in zip(row, most, strict=True))
+        for row, most in zip(spans.tolist(), caps.tolist(), strict=True)
+    )
+    search = {"origin": "padded", "plan": plan.name, "engine": engine.name, "n_tokens": n_tokens}
+    return replace(plan, rules=rules, span_multiple=1, name=f"{plan.name} in {engine.name}", search=search, scores={})
 
 
 def allocated_density(plan: Plan, engine: EngineLimits, n_tokens: int) -> float:

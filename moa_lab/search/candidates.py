@@ -22,7 +22,7 @@ from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
 from moa_lab.search.front import DENSITY, Progress, epsilon_front, plan_point, point, spent_point, undominated
 from moa_lab.search.goals import Goal, GoalSet, default_goals, goal_sets, mean_goal, paper_goals, weighings
-from moa_lab.search.holding import for_all_heads, held_table, told_front
+from moa_lab.search.holding import front_for_all_heads, held_table, told_front
 from moa_lab.search.losses import tables_of
 from moa_lab.search.milp import solve_milp
 from moa_lab.search.mixes import over_mixes, stored_front
@@ -104,7 +104,7 @@ def search(
             max_rules=max_rules_per_layer, methods=methods, seed=seed, time_limit_s=time_limit_s / len(mixes),
             max_points=-(-max_points // len(mixes)), keep=keep, progress=progress, cancel=cancel,
         )  # fmt: skip
-        return stored_front(front, mix) if limits is None else told_front(stored_front(for_all_heads(front, whole), mix), limits)
+        return stored_front(front, mix) if limits is None else told_front(stored_front(front_for_all_heads(front, whole), mix), limits)
 
     if limits is not None:
         for mix in mixes:

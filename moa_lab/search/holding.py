@@ -27,12 +27,13 @@ def held_table(table: LossTable, engine: Engine | None) -> LossTable:
     )
 
 
-def for_all_heads(front: Front, table: LossTable) -> Front:
+def front_for_all_heads(front: Front, table: LossTable) -> Front:
     """A front of a held table, whose plans have the rules of all heads of `table`."""
-    return replace(front, points=tuple(replace(point, plan=_with_all_heads(point.plan, table)) for point in front))
+    return replace(front, points=tuple(replace(point, plan=for_all_heads(point.plan, table)) for point in front))
 
 
-def _with_all_heads(plan: Plan, table: LossTable) -> Plan:
+def for_all_heads(plan: Plan, table: LossTable) -> Plan:
+    """A plan of a held table, with the rules of all heads of `table`."""
     if plan.geometry == table.geometry:
         return plan
     return replace(plan, geometry=table.geometry, rules=tuple(row * table.geometry.kv_heads for row in plan.rules))

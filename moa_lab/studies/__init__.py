@@ -18,6 +18,7 @@ MODULES: Mapping[str, str] = {
     "unseen": "predicting.unseen",
     "refine": "searching.refine",
     "rules": "searching.rules",
+    "engines": "searching.engines",
     "low_density": "densities.low_density",
     "transfer": "calibrating.transfer",
     "weights": "bits.weights",

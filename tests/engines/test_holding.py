@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa_lab.engines import ENGINES, EngineLimits, allocated_density, engine_of, fits, held, meets
+from moa_lab.engines import ENGINES, EngineLimits, allocated_density, engine_of, fits, held, meets, padded_plan
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import DENSE, Plan, SpanRule, dense_plan, uniform_plan
 
@@ -104,6 +104,16 @@ def test_density_of_what_is_allocated_is_that_of_the_plan_where_nothing_is_round
     assert held(plan.with_bits(8), ENGINES["moa-lab"], N).kv_bytes == plan.with_bits(8).kv_bytes(N)
     assert allocated_density(plan, ENGINES["llama.cpp"], N) == 1.0
     assert held(dense_plan(GEOMETRY), ENGINES["vllm"], N).exact
+
+
+@settings(max_examples=50, deadline=None)
+@given(spans=SPANS, engine=LIMITS)
+def test_the_padded_plan_keeps_what_the_engine_keeps_and_is_one_that_it_holds(spans: list[int], engine: EngineLimits) -> None:
+    plan, found = plan_of(spans), held(plan_of(spans), engine, N)
+    padded = padded_plan(plan, engine, N)
+    assert (padded.spans(N) == found.spans).all()
+    assert meets(padded, engine, {N: found.density})
+    assert (padded.spans(2 * N)[found.spans == N] == 2 * N).all()
 
 
 def test_stored_bits_are_refused_where_an_engine_knows_none() -> None:
