@@ -1,14 +1,11 @@
-"""The Hugging Face hub: whether it has a model, and single files of its repositories."""
+"""Whether the Hugging Face hub has a model."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
-from moa_lab.text import one_line
+from moa_lab.storage.hub import TIMEOUT_S, reason
 
-ERROR_CHARACTERS = 300
-TIMEOUT_S = 10
 NAMES_SHOWN = 3
 
 
@@ -27,30 +24,10 @@ def check_hub(name: str, embedded: Sequence[str]) -> None:
     except Exception as error:  # the hub's HTTP library, and so the class of its errors, differs between versions
         raise ValueError(
             f"unknown model {name!r}: not one of {list(embedded)}, not a folder or .gguf file here, and the hub does not give it "
-            f"({_reason(error)}); check the spelling, the network, or HF_TOKEN for a gated model"
+            f"({reason(error)}); check the spelling, the network, or HF_TOKEN for a gated model"
         ) from error
     files = [sibling.rfilename for sibling in found.siblings or ()]
     packed = [file for file in files if file.lower().endswith(".gguf")]
     if packed and "config.json" not in files:
         choice = " or ".join(f"{name}:{file}" for file in packed[:NAMES_SHOWN])
         raise ValueError(f"model {name!r} of the hub is a collection of GGUF files; name one of them: {choice}")
-
-
-def hub_file(name: str, repository: str, file: str) -> Path:
-    """`file` of the repository, fetched into the hub's cache; without a network, what the cache holds. name: for the message.
-
-    Raises ValueError where neither has it.
-    """
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, file, etag_timeout=TIMEOUT_S))
-    except Exception as error:  # as above
-        raise ValueError(
-            f"model {name!r}: neither the hub nor its cache gives {file} of {repository} ({_reason(error)}); "
-            "check the spelling of both, the network, or HF_TOKEN for a gated model"
-        ) from error
-
-
-def _reason(error: BaseException) -> str:
-    return one_line(error)[:ERROR_CHARACTERS]

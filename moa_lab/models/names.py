@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moa_lab.models.embedded import EMBEDDED, embedded_file
-from moa_lab.models.hub import check_hub, hub_file
+from moa_lab.models.hub import check_hub
+from moa_lab.storage.hub import hub_file
 
 FILE_OF_REPOSITORY = re.compile(r"([\w.-]+/[\w.-]+):(.+\.gguf)", re.IGNORECASE)
 NAMES_SHOWN = 3
@@ -43,7 +44,7 @@ def source_of(name: str) -> Source:
         if path.is_file():
             return _in_file(path)
         if on_hub := FILE_OF_REPOSITORY.fullmatch(name):
-            return _in_file(hub_file(name, *on_hub.groups()))
+            return _in_file(hub_file(f"model {name!r}", *on_hub.groups()))
         raise ValueError(f"model {name!r}: no such file; give the path of an existing .gguf")
     if path.is_dir():
         if not (path / "config.json").is_file():

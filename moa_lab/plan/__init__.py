@@ -1,8 +1,9 @@
 """Plans: a rule for every KV head, the config card that holds them, and the plans that need no profile."""
 
 from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits
-from moa_lab.plan.card import BITS_FIELDS, PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, SINK_TOKENS, Plan, PlanOrPath, as_plan, check_names
+from moa_lab.plan.card import BITS_FIELDS, PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, SINK_TOKENS, Plan
 from moa_lab.plan.edits import with_span
+from moa_lab.plan.given import PlanOrPath, as_plan, check_names
 from moa_lab.plan.mixes import (
     WHOLE_BITS,
     mix_of,

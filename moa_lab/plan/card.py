@@ -14,6 +14,8 @@ import numpy as np
 
 from moa_lab.geometry import ModelGeometry, check_whole
 from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits, check_bits, read_bits, vector_bytes
+from moa_lab.plan.model_card import Score
+from moa_lab.plan.pretrained import card_file, save_folder
 from moa_lab.plan.rules import GRIDS, MIN_SPAN, PUBLISHED_MULTIPLE, SpanRule, fitted, is_published, published_rules, read_rules
 from moa_lab.provenance import Provenance, digest
 from moa_lab.storage import HAND_CURE, RecordError, check_schema, parse, read_plain, to_json, write_json
@@ -181,6 +183,25 @@ class Plan:
         """Write the config card (JSON, atomically) and return the path."""
         return write_json(path, self.card())
 
+    def save_pretrained(
+        self, folder: str | Path, *, base_model: str | None = None, scores: Iterable[Score] = (), license: str | None = None
+    ) -> Path:
+        """Write `plan.json`, the config card, and `README.md`, a model card, into `folder`; return the folder.
+
+        The folder may hold a model already. A README.md that is there keeps its text: the plan's section is replaced, or put behind it.
+        base_model, license: as the hub calls them. scores: measurements to show beside the card's own, such as `Measurements.load(path)`:
+        those of this plan, dense and uniform. `hf upload OWNER/NAME FOLDER` shares it. Raises ValueError where `folder` is a file.
+        """
+        return save_folder(self, folder, base_model, scores, license)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, geometry: ModelGeometry | None = None, revision: str | None = None) -> Plan:
+        """The plan of a folder, or of the hub repository of that id; revision: a branch, tag or commit of it.
+
+        What the hub gave once, its cache gives without a network. Raises ValueError where there is no plan, else as `load`.
+        """
+        return cls.load(card_file(name, revision), geometry)
+
     @classmethod
     def load(cls, path: str | Path, geometry: ModelGeometry | None = None) -> Plan:
         """Read a config card. Raises RecordError for a broken or foreign file, ValueError when `geometry` differs."""
@@ -252,32 +273,6 @@ class Plan:
     def renamed(self, name: str, **changes: Any) -> Plan:
         """The same plan under another name (and with other `search`, `scores` or `provenance`)."""
         return replace(self, name=name, **changes)
-
-
-PlanOrPath = Plan | str | Path
-"""What functions that take a plan take: the plan, or the path of its config card."""
-
-
-def as_plan(plan: PlanOrPath) -> Plan:
-    """The plan itself, or the one whose config card is at that path.
-
-    Raises RecordError for a file that is no config card, ValueError for another kind of value.
-    """
-    if isinstance(plan, str | Path):
-        return Plan.load(plan)
-    if not isinstance(plan, Plan):
-        raise ValueError(f"plan must be a Plan or the path of a config card, got {type(plan).__name__}")
-    return plan
-
-
-def check_names(plans: Iterable[Plan]) -> None:
-    """Raise ValueError where two different plans have one name, by which their scores are told apart."""
-    known: dict[str, str] = {}
-    for plan in plans:
-        # All dense plans do the same, whatever their sink and floor.
-        found = "dense" if plan.is_dense else plan.identity()
-        if known.setdefault(plan.name, found) != found:
-            raise ValueError(f"two different plans are named {plan.name!r}, and scores are kept by name: plan.renamed(name) gives another")
 
 
 @dataclass(frozen=True)
