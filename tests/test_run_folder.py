@@ -13,6 +13,7 @@ from command_line import exit_code
 from killed_run import TINY
 
 from moa_lab import presets
+from moa_lab.engines import ENGINES, fits
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan
 from moa_lab.presets import SETTINGS_SCHEMA, RunSettings
@@ -83,6 +84,7 @@ def test_the_first_density_comes_back_without_a_stage_that_is_run_again(done: Pa
         ({"prefer": "needles"}, {"evaluate"}),
         ({"max_rules_per_layer": 1}, {"search", "validate moa", "evaluate"}),
         ({"min_span": 96}, {"search", "validate moa", "evaluate"}),
+        ({"engine": "tensorrt-llm"}, {"search", "validate moa", "evaluate"}),
     ],
 )
 def test_a_later_setting_runs_only_the_stages_that_depend_on_it(
@@ -91,6 +93,11 @@ def test_a_later_setting_runs_only_the_stages_that_depend_on_it(
     found = stages(copied(done, tmp_path), replace(settings, **changes))  # type: ignore[arg-type]
     # Where the same plan is chosen again, its scores are known.
     assert again - {"evaluate"} <= found <= again
+    if "engine" in changes:
+        (path,) = [path for path in tmp_path.rglob("plan.json") if "engine-tensorrt-llm" in path.parent.name]
+        plan = Plan.load(path)
+        assert all(fits(plan, ENGINES["tensorrt-llm"], n) for n in plan.lengths)
+        assert plan.search["engine"]["name"] == "tensorrt-llm"
 
 
 @pytest.mark.parametrize(("name", "value"), [("seed", 1), ("lengths", (384,)), ("preset", "quick"), ("supervision", "text")])

@@ -44,6 +44,8 @@ def _reason(plan: Plan, asked: float, length: int) -> str:
         return "it keeps every token, in fewer bits"
     if keeps(untouched, asked):
         return "it stores keys or values in fewer bits"
+    if told := _allocated(plan, length):
+        return told
     has_windows = any(window is not None for window in plan.geometry.layer_windows)
     dense = sum(plan.geometry.dense_span_tokens(layer, length) for layer in range(plan.geometry.layers))
     if 0 < (asked - plan.density(length)) * dense < plan.geometry.layers:
@@ -57,6 +59,16 @@ def _reason(plan: Plan, asked: float, length: int) -> str:
     if has_windows:
         return "layers with windows of their own keep the same at every length, and other lengths were asked for as well"
     return "its rules keep to the density at other lengths"
+
+
+def _allocated(plan: Plan, length: int) -> str:
+    """What the engine allocates that a plan was searched for, where its card tells; empty where that is what the plan keeps."""
+    engine = plan.search.get("engine")
+    if not isinstance(engine, dict):
+        return ""
+    allocated = engine.get("allocated", {}).get(str(length))
+    known = isinstance(allocated, float) and not keeps(plan.density(length), allocated)
+    return f"{engine['name']}, which it was searched for, allocates {allocated:.1%}" if known else ""
 
 
 def _below(plan: Plan, asked: float, length: int) -> str:

@@ -57,6 +57,12 @@ def test_windows_that_lengths_on_both_sides_ask_for_are_named() -> None:
     assert "layers with windows of their own" in told
 
 
+def test_a_plan_searched_for_an_engine_is_told_by_what_that_allocates() -> None:
+    search = {"engine": {"name": "some", "limits": "", "allocated": {"2048": 0.5}}}
+    (told,) = unequal_plans([uniform_plan(PLAIN, 0.45).renamed("moa", search=search)], 0.5, [2048])
+    assert told == "moa keeps 45.0% at 2,048 tokens, not 50%: some, which it was searched for, allocates 50.0%"
+
+
 @pytest.mark.parametrize("length", [300, 512, 1024, 4096])
 @pytest.mark.parametrize("density", [0.25, 0.5, 0.7])
 def test_a_uniform_plan_of_equal_bytes_has_them_on_a_model_with_windows_too(length: int, density: float) -> None:
