@@ -8,7 +8,7 @@ length is held as it is at one length. Engines change: `dataclasses.replace(ENGI
 - `transformers`: as of 5.19, `DynamicCache(config=...)` gives a layer of type "sliding_attention" the config's one `sliding_window` and
   keeps everything in the others (`cache_utils.py`).
 - `transformers-paged`: continuous batching, as of 5.19 (`generation/continuous_batching/cache_allocators/`): the same two kinds of
-  layers, a ring of whole pages for the window; `page_size` 256 by default.
+  layers, a ring of whole pages for the window; `page_size` 256 by default. Its sectors, which all requests share, are not counted.
 - `vllm`: as of 0.11, `SlidingWindowSpec` beside `FullAttentionSpec` (`v1/kv_cache_interface.py`): a window per layer, blocks of 16 tokens,
   and one block more, since a window may begin inside a block. Groups of layers of unequal size are padded there, which is not counted
   here, nor what it reserves for the chunk of a prompt.
