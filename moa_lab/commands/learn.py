@@ -48,12 +48,13 @@ def learn(
     from moa_lab.models import load_model
     from moa_lab.records import Front, InfluenceProfile
     from moa_lab.search import feasible, loss_table
+    from moa_lab.search.holding import held_table
     from moa_lab.search.mixes import over_mixes
 
     free(out, force)
     weighed, mixes = weights_of(weights), read_mixes(bits)
     loaded_samples, table = SampleSet.load(samples), loss_table(InfluenceProfile.load(profile), min_span=min_span)
-    feasible(table, density, max_rules, mix=mixes[-1])
+    feasible(held_table(table, engine), density, max_rules, mix=mixes[-1])
     # The first mix has the most bits.
     if share_bought(density, mixes[0], table.geometry) == 1:
         raise ValueError(f"density {density:g} holds all tokens in {bits} bits: there is nothing to learn; lower --density")

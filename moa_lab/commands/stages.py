@@ -146,13 +146,14 @@ def refine(
     from moa_lab.records import InfluenceProfile
     from moa_lab.refinement import refine as improve
     from moa_lab.search import feasible, loss_table
+    from moa_lab.search.holding import held_table
 
     free(out, force)
     card = Plan.load(plan)
     card.check_untouched("refinement")
     loaded_samples = SampleSet.load(samples)
     table = loss_table(InfluenceProfile.load(profile), min_span=card.min_span)
-    feasible(table, density, max_rules)
+    feasible(held_table(table, engine), density, max_rules)
     loaded, tokenizer = load_model(model)
     with Bars() as bars:
         front = improve(

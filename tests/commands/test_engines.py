@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 from command_line import exit_code
 
+from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.engines import ENGINES, engine_of, held, meets
 from moa_lab.plan import Plan
 from moa_lab.records import Front
@@ -47,6 +49,18 @@ def test_one_engine_may_be_described_in_numbers_and_others_are_refused(
     stored = Plan.load(RUN / "plan.json").with_bits(8).save(tmp_path / "plan.json")
     assert exit_code(monkeypatch, "engines", stored) == 0
     assert "vllm does not hold it: engine vllm knows no stored bits" in capsys.readouterr().out
+
+
+def test_an_engine_that_cannot_hold_the_density_is_refused_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    samples = tmp_path / "samples.safetensors"
+    SampleSet((Sample("questions", np.arange(600), ((590, 600),)),)).save(samples)
+    profile, card = ROOT / "data/runs/demo/profile.safetensors", ROOT / "data/runs/demo/plan.json"
+    out, asked = tmp_path / "front.json", ("--density", "0.3", "--engine", "llama.cpp", "--model", "no/such-model")
+    for command in (("learn", samples), ("refine", card, "--samples", samples)):
+        assert exit_code(monkeypatch, *command, "--profile", profile, "--out", out, *asked) == 2
+        assert "min_span 128 in llama.cpp" in capsys.readouterr().err
 
 
 def test_searching_for_an_engine_finds_plans_that_it_holds(
