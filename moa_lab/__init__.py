@@ -17,6 +17,7 @@ _HOMES = {
     "dense_plan": "moa_lab.plan",
     "uniform_plan": "moa_lab.plan",
     "full_or_floor_plan": "moa_lab.plan",
+    "EngineLimits": "moa_lab.engines",
     "InfluenceProfile": "moa_lab.records",
     "LossTable": "moa_lab.records",
     "Front": "moa_lab.records",
