@@ -259,6 +259,10 @@ def test_save_report_writes_the_page_and_leaves_no_temporary_file(tmp_path: Path
     assert [entry.name for entry in path.parent.iterdir()] == ["report.html"]
 
 
+def test_the_page_is_small_enough_for_a_mail_though_plotly_is_in_it() -> None:
+    assert 1e6 < len(full_report().encode()) < 3.5e6
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     api = pytest.importorskip("playwright.sync_api", reason="Playwright for Python is not installed")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from html import escape
 from typing import Any
 
@@ -25,8 +28,8 @@ class Section:
     body: str
 
 
-def panel(fig: go.Figure, heading: str, alt: str, caption: str = "") -> str:
-    """A figure with its heading, its text for screen readers, and a caption (HTML)."""
+def panel(fig: go.Figure, heading: str, alt: str, caption: str = "", name: str = "") -> str:
+    """A figure with its heading, its text for screen readers, and a caption (HTML). name: by which a script of the page finds it."""
     data = json.loads(fig.to_json())
     layout = data["layout"]
     # The page supplies the template (light or dark) and the heading.
@@ -43,10 +46,11 @@ def panel(fig: go.Figure, heading: str, alt: str, caption: str = "") -> str:
     # Scrolling on a touch screen must not draw a zoom box; the mode bar still offers zoom.
     layout["dragmode"] = False
     note = f"<figcaption>{caption}</figcaption>" if caption else ""
-    drawing = _script_safe({"data": data["data"], "layout": layout})
+    drawing = script_safe({"data": data["data"], "layout": layout})
+    found_by = f' data-name="{escape(name)}"' if name else ""
     return (
         f'<figure class="panel"><h3>{escape(heading)}</h3>'
-        f'<div class="plot" role="img" aria-label="{escape(alt)}" style="height:{height}px"></div>'
+        f'<div class="plot"{found_by} role="img" aria-label="{escape(alt)}" style="height:{height}px"></div>'
         f'<script type="application/json" class="plot-data">{drawing}</script>{note}</figure>'
     )
 
@@ -56,8 +60,8 @@ def columns(panels: Iterable[str]) -> str:
     return f'<div class="columns">{"".join(panels)}</div>'
 
 
-def page(title: str, opening: str, sections: Sequence[Section], warnings: Sequence[str] = ()) -> str:
-    """The whole document; `warnings` are its first lines."""
+def page(title: str, opening: str, sections: Sequence[Section], warnings: Sequence[str] = (), *, style: str = "", script: str = "") -> str:
+    """The whole document; `warnings` are its first lines. style: more CSS. script: JavaScript that runs before the figures are drawn."""
     warned = f'<div class="warning" role="note">{"".join(f"<p>{escape(line)}</p>" for line in warnings)}</div>' if warnings else ""
     links = "".join(f'<li><a href="#{section.anchor}">{escape(section.heading)}</a></li>' for section in sections)
     body = "".join(
@@ -65,7 +69,7 @@ def page(title: str, opening: str, sections: Sequence[Section], warnings: Sequen
         f"{escape(section.heading)}</h2>{section.body}</section>"
         for section in sections
     )
-    themes = _script_safe({"light": template(dark=False).to_plotly_json(), "dark": template(dark=True).to_plotly_json(), "config": CONFIG})
+    themes = script_safe({"light": template(dark=False).to_plotly_json(), "dark": template(dark=True).to_plotly_json(), "config": CONFIG})
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -75,22 +79,29 @@ def page(title: str, opening: str, sections: Sequence[Section], warnings: Sequen
 <meta http-equiv="Content-Security-Policy" content="{POLICY}">
 <title>{escape(title)}</title>
 <link rel="icon" href="data:,">
-<style>{STYLE}</style>
+<style>{STYLE}{style}</style>
 </head>
 <body>
 <header>{warned}<h1>{escape(title)}</h1>{opening}</header>
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 <main>{body}</main>
 <noscript><p class="note">The figures of this page are drawn by the script inside it; the tables need none.</p></noscript>
-<script>{get_plotlyjs()}</script>
+<script type="application/octet-stream" id="plotly">{packed_plotly()}</script>
 <script type="application/json" id="themes">{themes}</script>
-<script>{SCRIPT}</script>
+<script>{SCRIPT}{script}
+moaPage.start();</script>
 </body>
 </html>
 """
 
 
-def _script_safe(value: Any) -> str:
+@cache
+def packed_plotly() -> str:
+    """plotly's JavaScript, gzipped, in base64: two of its five megabytes."""
+    return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()
+
+
+def script_safe(value: Any) -> str:
     """JSON that cannot end the script element around it, whatever the strings hold."""
     return json.dumps(value, allow_nan=False).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
@@ -101,14 +112,26 @@ POLICY = (
 )
 
 SCRIPT = """
-(() => {
+const moaPage = (() => {
   const { light, dark, config } = JSON.parse(document.getElementById("themes").textContent);
-  const plots = [...document.querySelectorAll(".plot")].map(box => [box, JSON.parse(box.nextElementSibling.textContent)]);
+  const plots = [...document.querySelectorAll(".plot")].map(box => ({ box, ...JSON.parse(box.nextElementSibling.textContent) }));
   const wish = matchMedia("(prefers-color-scheme: dark)");
-  const draw = () => Promise.all(plots.map(([box, { data, layout }]) =>
-    Plotly.react(box, data, { ...layout, template: wish.matches ? dark : light }, config)));
-  wish.addEventListener("change", draw);
-  draw().then(() => { document.documentElement.dataset.drawn = plots.length; });
+  const draw = ({ box, data, layout }) => Plotly.react(box, data, { ...layout, template: wish.matches ? dark : light }, config);
+  const load = async () => {
+    const bytes = Uint8Array.from(atob(document.getElementById("plotly").textContent), letter => letter.charCodeAt(0));
+    const unpacked = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+    const script = document.createElement("script");
+    script.textContent = await new Response(unpacked).text();
+    document.head.append(script);
+  };
+  const start = async () => {
+    await load();
+    const all = () => Promise.all(plots.map(draw));
+    wish.addEventListener("change", all);
+    await all();
+    document.documentElement.dataset.drawn = plots.length;
+  };
+  return { plots, draw, start, named: name => plots.find(plot => plot.box.dataset.name === name) };
 })();
 """
 
