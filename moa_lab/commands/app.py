@@ -17,6 +17,7 @@ from moa_lab.commands.capacity import capacity
 from moa_lab.commands.engines import engines
 from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
+from moa_lab.commands.page import page
 from moa_lab.commands.presses import app as presses_app
 from moa_lab.commands.recommend import recommend
 from moa_lab.commands.serve import PASSED_ON, serve
@@ -190,6 +191,7 @@ for command in (
     recommend,
     capacity,
     engines,
+    page,
     show,
     lab,
     doctor,

@@ -3,7 +3,7 @@
 from moa_lab.figures.benchmarks import goal_ratios
 from moa_lab.figures.comparisons import differences, matrix, predicted_vs_measured
 from moa_lab.figures.confidence import percentile_ranks, rank_confidence
-from moa_lab.figures.densities import score_by, score_by_density
+from moa_lab.figures.densities import loss_by_density, score_by, score_by_density
 from moa_lab.figures.front import front_scatter, parallel_goals, predicted_against_measured
 from moa_lab.figures.head_maps import HeadPool, difference_map, influence_map, long_range_influence
 from moa_lab.figures.influence import head_blocks, influence_by_distance
@@ -32,6 +32,7 @@ __all__ = [
     "kernel_roofline",
     "kv_bytes_bars",
     "long_range_influence",
+    "loss_by_density",
     "mask_preview",
     "matrix",
     "measured_front",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import plotly.graph_objects as go
 
@@ -37,6 +37,36 @@ def score_by_density(rows: Iterable[Measurement], task: str, length: int) -> go.
     title = f"density at {length:,} tokens (% of the dense KV cache)"
     fig = score_by(chosen, kept, title, what=f"{task}, {length:,} tokens")
     return fig.update_traces(x=[0, 100], selector={"mode": "lines"}).update_xaxes(range=[0, 103])
+
+
+def loss_by_density(densities: Sequence[float], losses: Mapping[str, Sequence[float]], n_tokens: int) -> go.Figure:
+    """Predicted loss of the best plan for every density, a line per goal (0 dense, 1 with every head at the shortest rule).
+
+    densities: as shares, at length `n_tokens`, ascending. Raises ValueError for a goal with more or fewer losses than densities.
+    """
+    for name, values in losses.items():
+        if len(values) != len(densities):
+            raise ValueError(f"goal {name!r} has {len(values)} losses for {len(densities)} densities")
+    styles = theme.series_styles(losses)
+    traces = [
+        go.Scatter(
+            x=[100 * density for density in densities],
+            y=list(values),
+            mode="lines",
+            name=theme.plain(name),
+            line={"color": styles[name].color, "dash": styles[name].dash, "width": 2},
+            hovertemplate="%{y:.3f} at %{x:.1f}%",
+        )
+        for name, values in losses.items()
+    ]
+    return theme.figure(
+        traces,
+        "Predicted loss by density",
+        xaxis={"title": f"density at {n_tokens:,} tokens (% of the dense KV cache)", "range": [0, 103]},
+        yaxis={"title": "predicted loss (dense = 0)", "rangemode": "tozero"},
+        height=400,
+        showlegend=True,
+    )
 
 
 def score_by(rows: Iterable[Measurement], x: Of, x_title: str, *, series: Of = family, what: str = "", log: bool = False) -> go.Figure:

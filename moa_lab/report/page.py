@@ -124,14 +124,17 @@ const moaPage = (() => {
     script.textContent = await new Response(unpacked).text();
     document.head.append(script);
   };
+  let begin;
+  const drawn = new Promise(resolve => { begin = resolve; });
   const start = async () => {
     await load();
     const all = () => Promise.all(plots.map(draw));
     wish.addEventListener("change", all);
     await all();
     document.documentElement.dataset.drawn = plots.length;
+    begin();
   };
-  return { plots, draw, start, named: name => plots.find(plot => plot.box.dataset.name === name) };
+  return { plots, draw, start, drawn, named: name => plots.find(plot => plot.box.dataset.name === name) };
 })();
 """
 

@@ -100,7 +100,7 @@ class Workbench:
             (WHICH, lambda: AdvicePanel(state)),
             (TAB, lambda: TracePanel(state, lambda: Tracing(*self._loaded()), made.get("Budget"))),
             ("Apply & measure", lambda: MeasurePanel(state, lambda: Measuring(*self._loaded()), **self._sizes)),
-            ("Export", lambda: ExportPanel(state)),
+            ("Export", lambda: ExportPanel(state, tracing=lambda: made[TAB].tracing)),
         ]  # fmt: skip
         needed = {"Heads": state.profile, "Budget": state.table}
         titles = [title for title, _ in makes if needed.get(title, state) is not None]

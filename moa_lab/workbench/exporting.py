@@ -1,4 +1,4 @@
-"""Export: the chosen plan as files that others read, each read back at once, and a report about it."""
+"""Export: the chosen plan as files that others read, each read back at once, a report about it, and a page of the whole desk."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pathlib import Path
 from moa_lab.plan import BITS_FIELDS, Plan, uniform_plan
 from moa_lab.records import Front, InfluenceProfile, Measurement, Measurements
 from moa_lab.report import build_report
+from moa_lab.report.desk import DeskRecords, desk_page
 from moa_lab.storage import write_json, write_text
 
 FORMATS = {
     "config card": ".json", "published {alphas, betas}": ".published.json", "spans as CSV": ".csv", "Python snippet": ".py",
-    "HTML report": ".html",
+    "HTML report": ".html", "desk page": ".desk.html",
 }  # fmt: skip
 PLAN = "plan"
 """Key in a measured row's detail: the identity of its plan, since names are not unique."""
@@ -27,13 +28,16 @@ SAME_DENSITY = 0.02
 
 @dataclass(frozen=True)
 class Sources:
-    """Records for a report, beside its plan. n_tokens: the length at which spans are given."""
+    """Records for a report, beside its plan. n_tokens: the length at which spans are given. desk: what a desk page shows beside the plan
+    and its scores; None: the profile and the front.
+    """
 
     n_tokens: int
     profile: InfluenceProfile | None = None
     front: Front | None = None
     measurements: Measurements | None = None
     validation: Measurements | None = None
+    desk: DeskRecords | None = None
 
 
 def export(
@@ -42,9 +46,9 @@ def export(
     """Write `plan` to `folder` in each of `formats` (of `FORMATS`), named `name`; returns the paths, in the order of `FORMATS`.
 
     A Python snippet comes with the config card that it loads. sources: records for a report, or the length in tokens alone. Every file
-    that holds the whole plan is read back and compared; a report must be complete, hold the plan's identity and load nothing from the
-    network. Raises FileExistsError, before anything is written, where a file exists and `replace` is False; ValueError for an unknown
-    format, a name that is no file name, and a plan that a format or a record does not fit.
+    that holds the whole plan is read back and compared; a report and a desk page must be complete, hold the plan's identity and load
+    nothing from the network. Raises FileExistsError, before anything is written, where a file exists and `replace` is False; ValueError
+    for an unknown format, a name that is no file name, and a plan that a format or a record does not fit.
     """
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
@@ -61,7 +65,7 @@ def export(
     found = Sources(sources) if isinstance(sources, int) else sources
     if "published {alphas, betas}" in formats:
         named.to_published()
-    if "HTML report" in formats:
+    if {"HTML report", "desk page"} & set(formats):
         for record in (found.profile, *(point.plan for point in found.front or ())):
             if record is not None:
                 named.check_model(record.geometry)
@@ -142,16 +146,26 @@ def _report(plan: Plan, path: Path, sources: Sources) -> None:
     rivals = [uniform_plan(plan.geometry, row.density, (row.length,)) for row in known.select(plan="uniform")[:1]]
     title = f"Mixture of attention spans: {plan.name}"
     text = build_report(plan, sources.profile, sources.front, known, title=title, baselines=rivals, validation=sources.validation)
+    _write_page(plan, path, text)
+
+
+def _desk_page(plan: Plan, path: Path, sources: Sources) -> None:
+    desk = sources.desk or DeskRecords(sources.profile, None, sources.front)
+    rows = known_of(plan, sources.measurements).select(plan=plan.name)
+    _write_page(plan, path, desk_page(dataclasses.replace(desk, plan=plan, rows=rows), f"Mixture of attention spans: {plan.name}"))
+
+
+def _write_page(plan: Plan, path: Path, text: str) -> None:
     write_text(path, text)
     read = path.read_text(encoding="utf-8")
     if read != text or plan.identity() not in read:
         raise ValueError(f"{path}: what was written is not what was read back")
     fetched = re.search(r"<(?:script|link|img|iframe)[^>]*(?:src|href)=\"(?!data:)[^\"]*\"", read)
     if fetched:
-        raise ValueError(f"{path}: the report is not self-contained: {fetched[0]}")
+        raise ValueError(f"{path}: the page is not self-contained: {fetched[0]}")
 
 
 _WRITERS: dict[str, Callable[[Plan, Path, Sources], None]] = {
     "config card": _card, "published {alphas, betas}": _published, "spans as CSV": _csv, "Python snippet": _snippet,
-    "HTML report": _report,
+    "HTML report": _report, "desk page": _desk_page,
 }  # fmt: skip

@@ -92,6 +92,11 @@ class TracePanel:
         state.watch_in(TAB, ["layer", "kv_head", "dark"], self.errors.guard(self.draw))
         self.show()
 
+    @property
+    def tracing(self) -> Tracing | None:
+        """The answer that is traced; None before the first, and while another is being made."""
+        return None if self.work.is_running else self._tracing
+
     def look(self, index: int) -> None:
         """Trace token `index` of the answer; while another is traced, it comes next."""
         self._wanted = index

@@ -156,9 +156,14 @@ class Tracing:
         tokens = [token for token in found.said if token not in self._stops]
         return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
-    def why(self) -> str:
-        """One sentence on the token that was looked at last."""
-        return why(self.tokenizer, self._looked(), self._current().answer, self.dense)
+    def looked(self) -> dict[int, TokenTrace]:
+        """The tokens of the answer that were looked at under the current plan, by number."""
+        identity = self._current().plan.identity()
+        return {index: trace for (plan, index), trace in sorted(self._traced.items()) if plan == identity}
+
+    def why(self, trace: TokenTrace | None = None) -> str:
+        """One sentence on a token that was looked at under the current plan; None: the last one."""
+        return why(self.tokenizer, trace or self._looked(), self._current().answer, self.dense)
 
     def room(self) -> Room:
         """The span that the head needs which lost the token looked at last. Raises ValueError where no head did."""

@@ -19,7 +19,7 @@ from moa_lab.workbench.exporting import FORMATS, PLAN, Sources, export, known_of
 
 def test_every_format_holds_the_plan(tmp_path: Path) -> None:
     plan = make_plan()
-    card, published, table, code, report = export(plan, tmp_path / "new", "mine", tuple(FORMATS), 2048)
+    card, published, table, code, report, desk = export(plan, tmp_path / "new", "mine", tuple(FORMATS), 2048)
     assert Plan.load(card).identity() == plan.identity()
     assert Plan.load(card).name == "mine"
     assert Plan.from_published(published, plan.geometry).rules == plan.rules
@@ -27,7 +27,8 @@ def test_every_format_holds_the_plan(tmp_path: Path) -> None:
     assert np.array_equal(spans, plan.spans(2048))
     ast.parse(code.read_text())
     assert "mine.json" in code.read_text()
-    assert plan.identity() in report.read_text(encoding="utf-8")
+    for page in (report, desk):
+        assert plan.identity() in page.read_text(encoding="utf-8")
 
 
 def test_stored_bits_are_in_every_format_that_can_hold_them(tmp_path: Path) -> None:
