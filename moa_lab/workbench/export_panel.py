@@ -1,39 +1,51 @@
-"""Export: the chosen plan as files, read back at once, and a report about it."""
+"""Export: the chosen plan for the engine that will run it, with its launch command; a report, and a page of the whole desk."""
 
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from pathlib import Path
 
 import ipywidgets as w
 
 from moa_lab.plan import Plan
+from moa_lab.workbench.desk_page import desk_records
+from moa_lab.workbench.engines import ENGINES, launch
 from moa_lab.workbench.exporting import FORMATS, Sources, export, known_of
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, button, row
+from moa_lab.workbench.tracing import Tracing
+from moa_lab.workbench.widgets import Errors, button, choice, row
 
 
 class ExportPanel:
-    """Writes the state's plan to a folder."""
+    """Writes the state's plan to a folder. tracing: the answer that was traced, for a desk page; it gives None where there is none."""
 
-    def __init__(self, state: State, folder: str | Path = "exported") -> None:
-        self.state, self.errors = state, Errors("export")
+    def __init__(self, state: State, folder: str | Path = "exported", tracing: Callable[[], Tracing | None] = lambda: None) -> None:
+        self.state, self.errors, self._tracing = state, Errors("export"), tracing
         self.folder = w.Text(str(folder), description="folder")
         self.name = w.Text("my_plan", description="name")
         self.folder.add_class("moa-export-folder")
         self.name.add_class("moa-export-name")
+        self.engine = choice("to run with", list(ENGINES), "export-engine", "260px")
         self.formats = [
             w.Checkbox(kind == "config card", description=kind, indent=False, layout=w.Layout(width="auto")) for kind in FORMATS
         ]
         self.replace = w.Checkbox(False, description="replace what is there", indent=False, layout=w.Layout(width="auto"))
         export_button = button("Export", "export")
         export_button.on_click(self.errors.guard(lambda _: self.export()))
-        self.done, self.plan = w.HTML(), w.HTML()
+        self.done, self.plan, self.launch = w.HTML(), w.HTML(), w.HTML()
         self.done.add_class("moa-exported")
+        self.launch.add_class("moa-launch")
+        self.engine.observe(self.errors.guard(lambda _: self._choose_engine()), "value")
+        for box in (self.folder, self.name):
+            box.observe(lambda _: self._tell(), "value")
         state.watch_in("Export", ["plan", "n_tokens", "measurements"], self._tell)
         self.box = w.VBox(
-            [self.plan, row(self.folder, self.name), row(*self.formats), row(self.replace, export_button), self.errors.box, self.done]
-        )
+            [
+                self.plan, row(self.engine, self.folder, self.name), row(*self.formats), row(self.replace, export_button),
+                self.errors.box, self.done, self.launch,
+            ]
+        )  # fmt: skip
         self._tell()
 
     def export(self) -> None:
@@ -43,10 +55,18 @@ class ExportPanel:
         if state.plan is None:
             raise ValueError("no plan is chosen: move the density, or click a plan of the front")
         formats = tuple(kind for kind, box in zip(FORMATS, self.formats, strict=True) if box.value)
-        sources = Sources(state.n_tokens, state.profile, state.front, state.measurements, state.validation)
+        desk = desk_records(state, self._tracing()) if "desk page" in formats else None
+        sources = Sources(state.n_tokens, state.profile, state.front, state.measurements, state.validation, desk)
         paths = export(state.plan, self.folder.value, self.name.value, formats, sources, replace=self.replace.value)
         read = [f"{path} (plan {Plan.load(path).identity()})" if path.name == f"{self.name.value}.json" else str(path) for path in paths]
         self.done.value = f"written and read back: {html.escape('; '.join(read))}"
+
+    def _choose_engine(self) -> None:
+        """Tick the files that the engine reads."""
+        for kind, box in zip(FORMATS, self.formats, strict=True):
+            if kind in ENGINES[self.engine.value].needs:
+                box.value = True
+        self._tell()
 
     def _tell(self) -> None:
         plan, n = self.state.plan, self.state.n_tokens
@@ -56,3 +76,14 @@ class ExportPanel:
             measured = f"a report holds {len(rows)} measured rows of it" if rows else "not measured yet: a report holds predictions alone"
             told = f"plan <b>{html.escape(plan.name)}</b>, {plan.density(n):.1%} at {n:,} tokens, identity {plan.identity()}; {measured}"
         self.plan.value = told
+        self.launch.value = "" if plan is None else self._launched(plan)
+
+    def _launched(self, plan: Plan) -> str:
+        """How the chosen engine runs the exported plan, or why it does not take it."""
+        engine = ENGINES[self.engine.value]
+        try:
+            command = launch(self.engine.value, plan, Path(self.folder.value) / f"{self.name.value}.json", self.state.n_tokens)
+        except ValueError as error:
+            return f'<div class="moa-error">{html.escape(self.engine.value)} does not take this plan: {html.escape(str(error))}</div>'
+        files = ", ".join(engine.needs)
+        return f"{html.escape(engine.note)} It reads: {html.escape(files)}. Once exported:<pre>{html.escape(command)}</pre>"

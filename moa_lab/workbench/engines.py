@@ -1,0 +1,68 @@
+"""What runs an exported plan: the files that every engine reads, how it is started, and what it does not take."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from moa_lab.plan import Plan
+
+MODEL = "smollm2"
+"""For a plan that names no model."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """needs: formats of `moa_lab.workbench.exporting.FORMATS`. note: what to know, in a sentence. launch: from the plan, the config card's
+    path and a length in tokens to a shell command. check: raises ValueError for a plan that the engine does not take.
+    """
+
+    needs: tuple[str, ...]
+    note: str
+    launch: Callable[[Plan, Path, int], str]
+    check: Callable[[Plan], object]
+
+
+def _python(plan: Plan, card: Path, n_tokens: int) -> str:
+    return f"cd {shlex.quote(str(card.parent))} && python {shlex.quote(card.with_suffix('.py').name)}"
+
+
+def _served(plan: Plan, card: Path, n_tokens: int) -> str:
+    grows = any(rule.beta and not rule.keeps_everything for row in plan.rules for rule in row)
+    # Where spans grow with the length, the server fixes them: as at the length that is looked at.
+    fixed = f" --plan-length {n_tokens}" if grows else ""
+    return f"moa-lab serve --model {shlex.quote(plan.provenance.model or MODEL)} --plan {shlex.quote(str(card))}{fixed}"
+
+
+def _published(plan: Plan, card: Path, n_tokens: int) -> str:
+    return f"moa-lab show {shlex.quote(str(card.with_suffix('.published.json')))}"
+
+
+ENGINES = {
+    "transformers": Engine(
+        ("config card", "Python snippet"), "The snippet loads the model and generates over the ring cache.", _python, lambda plan: None
+    ),
+    "vLLM": Engine(
+        ("config card",), 'An OpenAI-compatible server, in an environment with pip install "moa-lab[serve]"; on a CPU so far.', _served,
+        lambda plan: plan.check_untouched("serving"),
+    ),
+    "the authors' code": Engine(
+        ("published {alphas, betas}",), "Their format holds a rule per query head; the command says what is in the file.", _published,
+        lambda plan: plan.to_published(),
+    ),
+}  # fmt: skip
+"""By the name that the export panel shows."""
+
+
+def launch(engine: str, plan: Plan, card: str | Path, n_tokens: int) -> str:
+    """The shell command that runs the plan whose config card is, or would be, at `card`.
+
+    n_tokens: the length at which a server fixes spans that grow. Raises ValueError for an unknown engine, and for a plan that it does not
+    take.
+    """
+    if engine not in ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    ENGINES[engine].check(plan)
+    return ENGINES[engine].launch(plan, Path(card), n_tokens)
