@@ -9,6 +9,7 @@ from moa_lab.figures.head_maps import HeadPool, difference_map, influence_map, l
 from moa_lab.figures.influence import head_blocks, influence_by_distance
 from moa_lab.figures.measured import measured_front
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
+from moa_lab.figures.order import largest_first
 from moa_lab.figures.plan import mask_preview, rule_curves, span_map
 from moa_lab.figures.roofline import kernel_roofline
 from moa_lab.figures.search import archive_scatter, hypervolume_curve
@@ -31,6 +32,7 @@ __all__ = [
     "influence_map",
     "kernel_roofline",
     "kv_bytes_bars",
+    "largest_first",
     "long_range_influence",
     "loss_by_density",
     "mask_preview",

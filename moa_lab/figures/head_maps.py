@@ -9,16 +9,22 @@ import plotly.graph_objects as go
 
 from moa_lab.figures import theme
 from moa_lab.figures.influence import samples_of
+from moa_lab.figures.order import in_order
 from moa_lab.records import BLOCK_TOKENS, InfluenceProfile, ProfileKey
 
 HeadPool = Literal["max", "mean", "sum"]
 """How the query heads that share a KV head are reduced to one number."""
 
 
-def influence_map(profile: InfluenceProfile, task: str, length: int, beyond_tokens: int = 128, pool: HeadPool | None = None) -> go.Figure:
+def influence_map(
+    profile: InfluenceProfile, task: str, length: int, beyond_tokens: int = 128, pool: HeadPool | None = None, *,
+    order: np.ndarray | None = None, by: str = "",
+) -> go.Figure:  # fmt: skip
     """Heat-map of long-range influence in nats: `z[query_head, layer]`, with lines between the groups that share a KV head.
 
-    With `pool`, a row per KV head: `z[kv_head, layer]`.
+    With `pool`, a row per KV head: `z[kv_head, layer]`. order: the heads of every layer from the first row to the last, as of
+    `span_map`; `customdata[row, layer]` = (KV head, % of the head's influence, rank, head). by: names the order. Raises ValueError for an
+    order that is no permutation.
     """
     long_range = long_range_influence(profile, task, length, beyond_tokens, pool)
     # A share of the group's summed influence, whatever `pool` is: a ratio of maxima is no share.
@@ -26,22 +32,24 @@ def influence_map(profile: InfluenceProfile, task: str, length: int, beyond_toke
     total = _pooled(profile.distance(task, length).sum(axis=2), profile.geometry.group_size, shared)
     part = long_range_influence(profile, task, length, beyond_tokens, shared)
     share = np.divide(part, total, out=np.zeros_like(total), where=total > 0)
-    order = (-long_range).ravel().argsort(kind="stable").argsort().reshape(long_range.shape) + 1
+    rank = (-long_range).ravel().argsort(kind="stable").argsort().reshape(long_range.shape) + 1
+    details = np.stack([_kv_heads(profile, pool), 100 * share, rank, np.indices(rank.shape)[1]], axis=-1)
     heat = go.Heatmap(
-        z=long_range.T,
+        z=in_order(long_range, order).T,
         zmin=0,
         zmax=max(float(long_range.max()), 1e-12),
         colorscale=theme.INFLUENCE_SCALE,
-        xgap=1,
-        ygap=1,
-        customdata=np.stack([_kv_heads(profile, pool), 100 * share, order], axis=-1).transpose(1, 0, 2),
+        xgap=theme.cell_gap(*long_range.T.shape),
+        ygap=theme.cell_gap(*long_range.T.shape),
+        customdata=in_order(details, order).transpose(1, 0, 2),
         colorbar=theme.bar_above(f"influence beyond {beyond_tokens:,} tokens (nats)", tickformat="~g", nticks=6),
         hovertemplate=(
-            f"{_row_name(pool)}<br><b>%{{z:.3g}} nats</b> beyond {beyond_tokens:,} tokens"
+            f"{_row_name(pool, '%{customdata[3]}')}<br><b>%{{z:.3g}} nats</b> beyond {beyond_tokens:,} tokens"
             f"<br>%{{customdata[1]:.0f}}% of the head's influence<br>rank %{{customdata[2]}} of {long_range.size:,}<extra></extra>"
         ),
     )
-    return _head_map(heat, profile, f"Long-range influence: {theme.plain(task)}, {length:,} tokens", pool)
+    fig = _head_map(heat, profile, f"Long-range influence: {theme.plain(task)}, {length:,} tokens", pool, grouped=order is None)
+    return fig if order is None else fig.update_yaxes(title_text=f"{'KV' if pool else 'query'} heads, {by}")
 
 
 def difference_map(
@@ -68,8 +76,8 @@ def difference_map(
         zmin=-reach,
         zmax=reach,
         colorscale=theme.DIFFERENCE_SCALE,
-        xgap=1,
-        ygap=1,
+        xgap=theme.cell_gap(*change.T.shape),
+        ygap=theme.cell_gap(*change.T.shape),
         customdata=np.stack([_kv_heads(profile, pool), here, there], axis=-1).transpose(1, 0, 2),
         colorbar=theme.bar_above(f"difference of the influence beyond {beyond_tokens:,} tokens (nats)", tickformat="~g", nticks=6),
         hovertemplate=(f"{_row_name(pool)}<br><b>%{{z:+.3g}} nats</b> = %{{customdata[1]:.3g}} less %{{customdata[2]:.3g}}<extra></extra>"),
@@ -108,12 +116,12 @@ def _kv_heads(profile: InfluenceProfile, pool: HeadPool | None) -> np.ndarray:
     return np.broadcast_to(rows, (geometry.layers, len(rows)))
 
 
-def _row_name(pool: HeadPool | None) -> str:
-    return "layer %{x} · KV head %{y}" if pool else "layer %{x} · query head %{y} (KV head %{customdata[0]})"
+def _row_name(pool: HeadPool | None, head: str = "%{y}") -> str:
+    return f"layer %{{x}} · KV head {head}" if pool else f"layer %{{x}} · query head {head} (KV head %{{customdata[0]}})"
 
 
-def _head_map(heat: go.Heatmap, profile: InfluenceProfile, title: str, pool: HeadPool | None) -> go.Figure:
-    """A figure of `z[head, layer]`, with lines between the groups that share a KV head."""
+def _head_map(heat: go.Heatmap, profile: InfluenceProfile, title: str, pool: HeadPool | None, grouped: bool = True) -> go.Figure:
+    """A figure of `z[head, layer]`; grouped: with lines between the groups that share a KV head."""
     geometry = profile.geometry
     heads = geometry.kv_heads if pool else geometry.query_heads
     fig = theme.figure(
@@ -123,7 +131,7 @@ def _head_map(heat: go.Heatmap, profile: InfluenceProfile, title: str, pool: Hea
         yaxis={"title": "KV head" if pool else "query head", **theme.head_ticks(heads), "range": [heads - 0.5, -0.5]},
         height=theme.grid_height(heads),
     )
-    if geometry.group_size > 1 and not pool:
+    if grouped and geometry.group_size > 1 and not pool:
         for edge in range(geometry.group_size, heads, geometry.group_size):
             fig.add_hline(y=edge - 0.5, line_width=2)
     return fig

@@ -8,27 +8,32 @@ import numpy as np
 import plotly.graph_objects as go
 
 from moa_lab.figures import theme
+from moa_lab.figures.order import in_order
 from moa_lab.plan import PlanOrPath, as_plan
 
 MAX_BLOCKS = 128
 
 
-def span_map(plan: PlanOrPath, n_tokens: int, compared_with: PlanOrPath | None = None) -> go.Figure:
-    """Heat-map of spans in tokens: `z[kv_head, layer]`, `customdata[kv_head, layer]` = (layer, head, span, % of N, alpha, beta).
+def span_map(
+    plan: PlanOrPath, n_tokens: int, compared_with: PlanOrPath | None = None, *, order: np.ndarray | None = None, by: str = "",
+    detailed: bool = True,
+) -> go.Figure:  # fmt: skip
+    """Heat-map of spans in tokens: `z[row, layer]`, `customdata[row, layer]` = (layer, head, span, % of N, alpha, beta).
 
-    With `compared_with` the colours show the difference in tokens to that plan, symmetric around 0.
-    Raises ValueError when the two plans are for different geometries.
+    With `compared_with` the colours show the difference in tokens to that plan, symmetric around 0. order: the heads of every layer from
+    the first row to the last, int (layers, kv_heads), for instance `figures.largest_first(plan.spans(n_tokens))`; None: by number. by:
+    names the order. detailed: False for `customdata[row, layer]` = head, a sixth of what a page is sent of a large model; its hover tells
+    no rule. Raises ValueError when the two plans are for different geometries, and for an order that is no permutation.
     """
     plan, compared_with = as_plan(plan), None if compared_with is None else as_plan(compared_with)
     spans = plan.spans(n_tokens)
     layers, heads = spans.shape
-    details = np.empty((heads, layers, 6))
-    for layer, row in enumerate(plan.rules):
-        for head, rule in enumerate(row):
-            span = spans[layer, head]
-            details[head, layer] = (layer, head, span, 100 * span / n_tokens, rule.alpha, rule.beta)
+    rules = np.array([[(rule.alpha, rule.beta) for rule in row] for row in plan.rules])
+    numbers = np.moveaxis(np.indices(spans.shape), 0, -1)
+    details = np.concatenate([numbers, spans[..., None], (100 * spans / n_tokens)[..., None], rules], axis=-1)
+    details = in_order(details, order).transpose(1, 0, 2) if detailed else in_order(np.indices(spans.shape)[1], order).T
     colours = {
-        "z": spans.T,
+        "z": in_order(spans, order).T,
         "zmin": 0,
         "zmax": n_tokens,
         "colorscale": theme.SPAN_SCALE,
@@ -37,7 +42,7 @@ def span_map(plan: PlanOrPath, n_tokens: int, compared_with: PlanOrPath | None =
     title = f"Spans of {theme.plain(plan.name)} at {n_tokens:,} tokens"
     if compared_with is not None:
         plan.check_model(compared_with.geometry)
-        change = (spans - compared_with.spans(n_tokens)).T
+        change = in_order(spans - compared_with.spans(n_tokens), order).T
         reach = max(int(np.abs(change).max()), 1)
         colours = {"z": change, "zmin": -reach, "zmax": reach, "colorscale": theme.DIFFERENCE_SCALE}
         colours["colorbar"] = theme.bar_above("difference (tokens)")
@@ -45,18 +50,20 @@ def span_map(plan: PlanOrPath, n_tokens: int, compared_with: PlanOrPath | None =
     heat = go.Heatmap(
         **colours,
         customdata=details,
-        xgap=1,
-        ygap=1,
+        xgap=theme.cell_gap(heads, layers),
+        ygap=theme.cell_gap(heads, layers),
         hovertemplate=(
             "layer %{customdata[0]} · KV head %{customdata[1]}<br><b>%{customdata[2]:,} tokens</b> = %{customdata[3]:.1f}% of N"
             "<br>rule: alpha %{customdata[4]:,}, beta %{customdata[5]:.4~f}<extra></extra>"
+            if detailed
+            else "layer %{x} · KV head %{customdata}<br><b>%{z:,} tokens</b><extra></extra>"
         ),
     )
     return theme.figure(
         heat,
         title,
         xaxis={"title": "layer", **theme.head_ticks(layers)},
-        yaxis={"title": "KV head", **theme.head_ticks(heads), "range": [heads - 0.5, -0.5]},
+        yaxis={"title": f"KV heads, {by}" if order is not None else "KV head", **theme.head_ticks(heads), "range": [heads - 0.5, -0.5]},
         height=theme.grid_height(heads),
     )
 

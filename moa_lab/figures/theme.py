@@ -182,6 +182,11 @@ def head_ticks(count: int) -> dict[str, Any]:
     return {"tick0": 0, "dtick": step, "range": [-0.5, count - 0.5], "showgrid": False}
 
 
+def cell_gap(rows: int, columns: int) -> int:
+    """Pixels between the cells of a heat-map: none where cells are so small that a gap would hide them, and slow the page."""
+    return 1 if max(rows, columns) <= 48 else 0
+
+
 def grid_height(rows: int) -> int:
     """Height in pixels of a heat-map with `rows` rows: cells large enough to point at, at most 720 in all."""
     cell = 28 if rows <= 4 else 20 if rows <= 12 else 13

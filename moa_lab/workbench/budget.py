@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from moa_lab.cache import allocated_kv_bytes
-from moa_lab.plan import Plan, check_density, dense_plan, read_mix, share_bought, stored_plan, token_price, told_bits
+from moa_lab.plan import Bits, Plan, check_density, dense_plan, read_mix, share_bought, stored_plan, token_price, told_bits
 from moa_lab.records import LossTable
-from moa_lab.search import BudgetSolver, Goal, default_goals, mean_goal, solve_milp
+from moa_lab.search import BudgetAnswer, BudgetSolver, Goal, default_goals, mean_goal, solve_milp
 
 STEP = 0.005
 """Step of the density slider."""
+REMEMBERED = 400
+"""Solved densities that are kept: the whole slider, and some."""
+Key = tuple[float, tuple[tuple[tuple[int, int], int], ...], Bits]
+"""A density, the pinned heads with their rules, and the bits of K and V."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,14 @@ class Answer:
 
     losses: predicted loss per goal (0 dense, 1 with every head at the shortest rule), and their mean, "mean". losses_at: that mean by
     profiled length. kv_bytes: of one sequence, predicted from the spans; allocated_bytes: of the tensors that the ring cache makes for
-    it; dense_bytes: of the dense cache; all at two bytes a number. gap: proven bound on (value - optimum) / value of the mean. solver:
-    "slider" or "exact (status)". rules_ignored: the plan exceeds the cap on rules per layer.
+    it; dense_bytes: of the dense cache; all at two bytes a number. spans: int64 (layers, kv_heads), at `n_tokens`. gap: proven bound on
+    (value - optimum) / value of the mean. solver: "slider" or "exact (status)". rules_ignored: the plan exceeds the cap on rules per
+    layer.
     """
 
     plan: Plan
     choice: np.ndarray
+    spans: np.ndarray
     density: float
     losses: dict[str, float]
     losses_at: dict[int, float]
@@ -62,6 +69,7 @@ class Budget:
         self.pinned: dict[tuple[int, int], int] = {}
         self.max_rules: int | None = None
         self._solver = BudgetSolver(table, self.goal)
+        self._known: OrderedDict[Key, BudgetAnswer] = OrderedDict()
         self.dense_bytes = dense_plan(table.geometry).kv_bytes(self.n_tokens)
         cheapest = np.zeros((table.geometry.layers, table.geometry.kv_heads), dtype=np.int64)
         cheapest += np.argmin(table.span_tokens(max(self._solver.lengths)).sum(axis=0))
@@ -88,10 +96,24 @@ class Budget:
     def answer(self, density: float | None = None) -> Answer:
         """Solve for `density` (None: the current one), in tens of milliseconds; it becomes the current one if it is feasible."""
         asked = self.density if density is None else check_density(density)
-        found = self._solver.solve(asked, self.pinned, self._mix)
+        found = self.solve(asked)
         self.density = asked
         few = self.max_rules is None or max(len(set(row)) for row in found.choice.tolist()) <= self.max_rules
         return self._told(found.choice, found.gap, found.seconds, "slider", not few)
+
+    def solve(self, density: float) -> BudgetAnswer:
+        """What the slider's solver finds; of the last `REMEMBERED` densities, pins and bits it is remembered. Threads may call this.
+
+        Raises ValueError (InfeasibleError) for an infeasible density.
+        """
+        mix = self._mix
+        key = (round(density, 9), tuple(sorted(self.pinned.items())), mix)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._solver.solve(density, dict(key[1]), mix)
+            while len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        return found
 
     def exact(self, time_limit_s: float = 30.0, cancel: threading.Event | None = None) -> Answer:
         """The optimal plan, or the best one found in time, with its proven gap; the cap on rules holds."""
@@ -122,7 +144,7 @@ class Budget:
         before = dict(self.pinned)
         self.pinned[layer, kv_head] = int(rule)
         try:
-            self._solver.solve(self.density, self.pinned, self._mix)
+            self.solve(self.density)
         except ValueError:
             self.pinned = before
             raise
@@ -162,8 +184,11 @@ class Budget:
         plan = stored_plan(self.table.plan(choice, "budget", lengths=self.lengths, search=search), self._mix)
         # On the meta device, without storage: a slider must not allocate memory at every step.
         allocated = allocated_kv_bytes(plan, self.n_tokens, device="meta")
+        # From the table: a plan works out every head's span anew.
+        spans = np.take_along_axis(self.table.span_tokens(self.n_tokens), choice, axis=1)
+        kept = int((spans * plan.token_bytes()).sum())
         return Answer(
-            plan=plan, choice=choice, density=plan.density(self.n_tokens), losses=losses,
-            losses_at=self._losses_at(predicted), kv_bytes=plan.kv_bytes(self.n_tokens),
+            plan=plan, choice=choice, spans=spans, density=kept / self.dense_bytes, losses=losses,
+            losses_at=self._losses_at(predicted), kv_bytes=kept,
             allocated_bytes=allocated, dense_bytes=self.dense_bytes, gap=gap, seconds=seconds, solver=solver, rules_ignored=rules_ignored,
         )  # fmt: skip

@@ -5,19 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import ipywidgets as w
+import numpy as np
 
 from moa_lab.capacity import GPUS, capacity
-from moa_lab.figures import span_map
+from moa_lab.figures import largest_first, long_range_influence, span_map
+from moa_lab.figures.order import in_order
 from moa_lab.figures.theme import OUTLINE, byte_size, percent
 from moa_lab.plan import Plan
 from moa_lab.search import limit_lengths
+from moa_lab.workbench.ahead import Ahead
 from moa_lab.workbench.budget import STEP, Answer, Budget
 from moa_lab.workbench.curves import MeasuredCurves
+from moa_lab.workbench.finding import find_head
+from moa_lab.workbench.heads import INFLUENCE, NUMBER, SPAN
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, facts, number, ring, row, whole
 
 MIB = 2**20
+LARGE = 1000
+"""Heads of a model from which on the slider takes steps of `LARGE_STEP`, and densities are solved before it gets there."""
+LARGE_STEP = 0.01
+LARGE_MAP = 760
+"""Pixels across of its map."""
 BITS = [("16 bits", "16"), ("8 bits", "8"), ("K in 8, V in 4 bits", "8+4"), ("4 bits", "4")]
 
 
@@ -31,8 +41,11 @@ class BudgetPanel:
         lengths = limit_lengths(state.table)
         self.budget = Budget(state.table, density, state.n_tokens if state.n_tokens in lengths else None)
         geometry = state.table.geometry
+        self._is_large = geometry.layers * geometry.kv_heads >= LARGE
+        self._step = LARGE_STEP if self._is_large else STEP
+        self._ahead = Ahead(lambda density: self.budget.solve(density))
         self.slider = w.FloatSlider(
-            value=density, min=round(self.budget.least + STEP, 3), max=1.0, step=STEP, readout=False, layout=w.Layout(width="98%"),
+            value=density, min=self._lowest, max=1.0, step=self._step, readout=False, layout=w.Layout(width="98%"),
         )  # fmt: skip
         self.slider.add_class("moa-density")
         self.number = number("density", density, 0.0, 1.0, STEP, "density-number", "130px")
@@ -43,6 +56,10 @@ class BudgetPanel:
         self.bits = choice("stored in", BITS, "budget-bits", "230px")
         self.gpu = choice("on", [(gpu.name, name) for name, gpu in GPUS.items()], "budget-gpu", "200px")
         self.weights = number("weights GB", 0.0, 0.0, 10_000.0, 0.1, "budget-weights", "170px")
+        orders = [NUMBER, SPAN, *([INFLUENCE] if state.profile is not None else [])]
+        self.order = choice("heads by", orders, "budget-order", "230px")
+        self.find = w.Text(placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="170px"))
+        self.find.add_class("moa-budget-find")
         self.layer = whole("layer", state.layer, 0, geometry.layers - 1, "layer", "120px")
         self.head = whole("KV head", state.kv_head, 0, geometry.kv_heads - 1, "kv-head", "130px")
         self.span = whole("span (tokens)", self.budget.n_tokens // 2, 1, max(lengths), "pin-span", "180px")
@@ -52,10 +69,11 @@ class BudgetPanel:
         self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(width="350px"))
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
-        self.canvas = Canvas("spans", HALF, self.errors.guard(self._clicked))
+        self.canvas = Canvas("spans", LARGE_MAP if self._is_large else HALF, self.errors.guard(self._clicked))
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
         self.curves = MeasuredCurves(state, self.errors)
         self._answer: Answer | None = None
+        self._look: tuple[object, ...] = ()
         self._moving = False
 
         self.slider.observe(self.errors.guard(lambda change: self.solve(change["new"])), "value")
@@ -68,6 +86,8 @@ class BudgetPanel:
         self.bits.observe(self.errors.guard(self._new_bits), "value")
         for box in (self.gpu, self.weights):
             box.observe(self.errors.guard(lambda _: self._tell()), "value")
+        self.order.observe(self.errors.guard(lambda _: self._draw()), "value")
+        self.find.observe(self.errors.guard(lambda change: self._find(change["new"])), "value")
         self.rules.observe(self.errors.guard(self._new_rules), "value")
         full.on_click(self.errors.guard(lambda _: self._pin(None)))
         to_span.on_click(self.errors.guard(lambda _: self._pin(self.span.value)))
@@ -75,11 +95,11 @@ class BudgetPanel:
         release_all.on_click(self.errors.guard(lambda _: self._release(all_heads=True)))
         state.watch_in("Budget", ["layer", "kv_head"], self._select)
         self._redraw = state.watch_in("Budget", ["dark"], self._draw)
-        self.works = (self.exact,)
+        self.works = (self.exact, self._ahead)
         self.box = w.VBox(
             [
                 self.slider,
-                row(self.number, self.mib, self.mean, self.length, self.bits),
+                row(self.number, self.mib, self.mean, self.length, self.bits, self.order, self.find),
                 self.errors.box,
                 w.HBox([w.VBox([self.canvas.box, self.curves.box]), self.facts], layout=w.Layout(flex_flow="row wrap")),
                 row(self.layer, self.head, full, self.span, to_span, release, release_all),
@@ -92,7 +112,9 @@ class BudgetPanel:
     def solve(self, density: float) -> None:
         """Solve for a density, and update the slider and the boxes."""
         if not self._moving:
+            self._ahead.moved()
             self.show(self.budget.answer(density))
+            self._solve_ahead()
 
     def show(self, answer: Answer) -> None:
         """Show an answer, and make its plan the state's."""
@@ -102,11 +124,11 @@ class BudgetPanel:
             self.mib.max = self._dense_mib
             self.mib.value = round(answer.kv_bytes / MIB, 2)
             self.mean.max = self.budget.n_tokens
-            self.mean.value = round(float(answer.plan.spans(self.budget.n_tokens).mean()))
+            self.mean.value = round(float(answer.spans.mean()))
         finally:
             self._moving = False
         self._tell()
-        self.curves.mark(answer.plan.density(self.budget.n_tokens))
+        self.curves.mark(answer.density)
         pins = [f"layer {layer}, KV head {head}: {self._span(rule, layer):,} tokens" for (layer, head), rule in self.budget.pinned.items()]
         self.pins.value = f"pinned: {'; '.join(pins)}" if pins else "no head is pinned"
         self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
@@ -145,19 +167,56 @@ class BudgetPanel:
     def _draw(self) -> None:
         if self._answer is None:
             return
-        fig = span_map(self._answer.plan, self.budget.n_tokens)
-        fig.update_layout(title_text=f"Span of every KV head at {self.budget.n_tokens:,} tokens")
+        order, n = self._order(self._answer), self.budget.n_tokens
         pinned = list(self.budget.pinned)
+        places = [
+            {"x": [layer for layer, _ in pinned], "y": [_row(order, *head) for head in pinned]},
+            {"x": [self.state.layer], "y": [_row(order, self.state.layer, self.state.kv_head)]},
+        ]
+        look = (n, self.order.value, self.state.dark)
+        if self._is_large and look == self._look:
+            grids = {"z": in_order(self._answer.spans, order).T}
+            if order is not None:
+                grids["customdata"] = order.T
+            self.canvas.recolour(grids, places)
+            return
+        fig = span_map(self._answer.plan, n, order=order, by=self.order.value, detailed=not self._is_large)
+        fig.update_layout(title_text=f"Span of every KV head at {n:,} tokens", showlegend=False)
         cross = {"symbol": "x-thin-open", "size": 11, "color": OUTLINE, "line": {"width": 2, "color": OUTLINE}}
-        fig.add_scatter(
-            x=[layer for layer, _ in pinned], y=[head for _, head in pinned], mode="markers", name="pinned", marker=cross, hoverinfo="skip"
-        )
-        fig.add_scatter(**ring(self.state.layer, self.state.kv_head))
-        self.canvas.draw(fig.update_layout(showlegend=False), self.state.dark)
+        fig.add_scatter(**places[0], mode="markers", name="pinned", marker=cross, hoverinfo="skip")
+        fig.add_scatter(**{**ring(0, 0), **places[1]})
+        self.canvas.draw(fig, self.state.dark)
+        self._look = look
 
     def _clicked(self, place: Any) -> None:
-        kv_head, layer = place
-        self.state.set(layer=int(layer), kv_head=int(kv_head))
+        row, layer = (int(index) for index in place)
+        order = None if self._answer is None else self._order(self._answer)
+        self.state.set(layer=layer, kv_head=row if order is None else int(order[layer, row]))
+
+    def _order(self, answer: Answer) -> np.ndarray | None:
+        """The heads of every layer from the first row of the map to the last, (layers, kv_heads); None: by number."""
+        if self.order.value == NUMBER:
+            return None
+        if self.order.value == INFLUENCE and self.state.profile is not None:
+            return largest_first(long_range_influence(self.state.profile, self.state.task, self.state.length, pool="sum"))
+        return largest_first(answer.spans)
+
+    def _find(self, text: str) -> None:
+        if text.strip():
+            geometry = self.budget.table.geometry
+            layer, kv_head = find_head(text, geometry.layers, geometry.kv_heads)
+            self.state.set(layer=layer, kv_head=kv_head)
+
+    def _solve_ahead(self) -> None:
+        """Of a large model, where solving takes longer than a slider may: the slider's other steps, the nearest first."""
+        if self._is_large:
+            steps = np.arange(self._lowest, 1.0, self._step)
+            self._ahead.start([float(step) for step in steps[np.argsort(np.abs(steps - self.budget.density), kind="stable")]])
+
+    @property
+    def _lowest(self) -> float:
+        """The first step of the slider at which there is a plan."""
+        return round(float(np.ceil(self.budget.least / self._step + 1e-6)) * self._step, 3)
 
     def _select(self) -> None:
         self.layer.value, self.head.value = self.state.layer, self.state.kv_head
@@ -186,7 +245,7 @@ class BudgetPanel:
 
     def _new_bits(self, change: dict[str, str]) -> None:
         self.budget.bits = change["new"]
-        least = round(self.budget.least + STEP, 3)
+        least = self._lowest
         self._moving = True
         try:
             self.slider.min = least
@@ -208,8 +267,13 @@ class BudgetPanel:
         return self.budget.dense_bytes / MIB
 
 
+def _row(order: np.ndarray | None, layer: int, kv_head: int) -> int:
+    """The row of the map that shows a head."""
+    return kv_head if order is None else int(np.flatnonzero(order[layer] == kv_head)[0])
+
+
 def _kept(answer: Answer, budget: Budget) -> list[tuple[str, str]]:
-    spans = answer.plan.spans(budget.n_tokens)
+    spans = answer.spans
     return [
         ("density", f"{percent(answer.density, 1)} of the bytes at {budget.n_tokens:,} tokens"),
         *([("stored in", f"{budget.bits} bits: predicted losses do not know it")] if answer.plan.bits else []),

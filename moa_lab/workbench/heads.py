@@ -8,11 +8,15 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from moa_lab.figures import HeadPool, long_range_influence
+from moa_lab.figures import HeadPool, largest_first, long_range_influence
 from moa_lab.records import InfluenceProfile, ProfileKey
+from moa_lab.workbench.finding import find_head
 from moa_lab.workbench.state import State
 
 OWN = "this profile"
+NUMBER, SPAN, INFLUENCE = "number", "span, longest first", "influence, most first"
+ORDERS = (NUMBER, INFLUENCE, SPAN)
+"""In which the heads of a layer stand on a map."""
 Source = tuple[str, ProfileKey]
 """A profile by its name, and a (task, length) of it."""
 
@@ -36,7 +40,8 @@ class Heads:
     """The state's profile, and others of the same model to compare it with. query_head: the selected one, of the state's KV head.
 
     beyond: distance in tokens from which influence counts as long-range. pool: how the query heads of a KV head become one row; None:
-    one row each. against: the source compared with. Raises ValueError without a profile.
+    one row each. order: one of `ORDERS`, by span where the state has a plan. against: the source compared with. Raises ValueError
+    without a profile.
     """
 
     def __init__(self, state: State, others: dict[str, InfluenceProfile] | None = None) -> None:
@@ -49,6 +54,7 @@ class Heads:
         self.query_head = state.kv_head * self._group
         self.beyond = min(128, max(self.profile.lengths) - 1)
         self.pool: HeadPool | None = None
+        self.order = NUMBER
         self.against: Source = next((each for each in self.sources if each != (OWN, self.key)), (OWN, self.key))
 
     @property
@@ -83,8 +89,31 @@ class Heads:
         return before != (self.state.layer, self.state.kv_head)
 
     def choose_row(self, layer: int, row: int) -> bool:
-        """`choose` by a row of the map: a query head or, for pooled heads, the one of the KV head with the most long-range influence."""
-        return self.choose(layer, row if self.pool is None else self._furthest(layer, row))
+        """`choose` by a row of the map: a query head or, for pooled heads, the one of the KV head with the most long-range influence.
+
+        Rows are those of `ordered`.
+        """
+        order = self.ordered()
+        head = row if order is None else int(order[layer, row])
+        return self.choose(layer, head if self.pool is None else self._furthest(layer, head))
+
+    def find(self, text: str) -> bool:
+        """`choose` by what a head is called, for instance "L12 H3": a query head or, where they are pooled, a KV head.
+
+        Raises ValueError for what names no head.
+        """
+        geometry = self.profile.geometry
+        layer, head = find_head(text, geometry.layers, geometry.query_heads if self.pool is None else geometry.kv_heads)
+        return self.choose(layer, head if self.pool is None else self._furthest(layer, head))
+
+    def ordered(self) -> np.ndarray | None:
+        """The heads of every layer from the first row of the map to the last, int (layers, rows); None: by number."""
+        if self.order == INFLUENCE:
+            return largest_first(self.influence())
+        if self.order == SPAN and self.state.plan is not None:
+            spans = self.state.plan.spans(self.state.n_tokens)
+            return largest_first(spans if self.pool else np.repeat(spans, self._group, axis=1))
+        return None
 
     def follow(self) -> int:
         """The selected query head; if another KV head was selected since, the one of its group with the most long-range influence."""
@@ -93,7 +122,12 @@ class Heads:
         return self.query_head
 
     def row(self) -> int:
-        """The selected row of the map."""
+        """The selected row of the map: a head's place in `ordered`."""
+        order = self.ordered()
+        return self.head() if order is None else int(np.flatnonzero(order[self.state.layer] == self.head())[0])
+
+    def head(self) -> int:
+        """The selected head of the map: a query head or, where they are pooled, a KV head."""
         return self.follow() if self.pool is None else self.state.kv_head
 
     def influence(self, source: Source | None = None) -> np.ndarray:
@@ -165,10 +199,10 @@ class Heads:
         return first + int(far[layer, first : first + self._group].argmax())
 
     def _standing(self, far: np.ndarray, layer: int) -> str:
-        return f"{far[layer, self.row()]:.3g} nats beyond {self.beyond:,} tokens, rank {self._rank(far, layer)} of {far.size}"
+        return f"{far[layer, self.head()]:.3g} nats beyond {self.beyond:,} tokens, rank {self._rank(far, layer)} of {far.size}"
 
     def _rank(self, far: np.ndarray, layer: int) -> int:
-        return int((far > far[layer, self.row()]).sum()) + 1
+        return int((far > far[layer, self.head()]).sum()) + 1
 
     def _confidence(self, layer: int) -> str:
         """The range of the head's ranks over single samples, and over all sources."""

@@ -9,7 +9,7 @@ import ipywidgets as w
 
 from moa_lab.figures import difference_map, head_blocks, influence_by_distance, influence_map
 from moa_lab.records import InfluenceProfile
-from moa_lab.workbench.heads import Heads, described
+from moa_lab.workbench.heads import NUMBER, ORDERS, SPAN, Heads, described
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import WIDE, Canvas, Errors, button, choice, facts, ring, row, whole
 
@@ -32,6 +32,9 @@ class HeadsPanel:
         self.view = choice("show", [INFLUENCE, DIFFERENCE], "heads-view", "150px")
         self.against = choice("compared with", self._sources(), "against", "380px")
         self.against.value = self.heads.against
+        self.order = choice("heads by", ORDERS, "heads-order", "230px")
+        self.name = w.Text(placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="170px"))
+        self.name.add_class("moa-heads-find")
         self.path = w.Text(
             placeholder="a run's folder, or its profile.safetensors", description="another profile", layout=w.Layout(width="400px"),
             style={"description_width": "initial"},
@@ -47,7 +50,9 @@ class HeadsPanel:
         self.what.observe(self.errors.guard(lambda change: self.heads.choose_key(*change["new"])), "value")
         self.beyond.observe(self.errors.guard(self._new_beyond), "value")
         self.pool.observe(self.errors.guard(self._new_pool), "value")
-        self.view.observe(self.errors.guard(lambda _: self.draw()), "value")
+        self.view.observe(self.errors.guard(lambda _: self._new_view()), "value")
+        self.order.observe(self.errors.guard(self._new_order), "value")
+        self.name.observe(self.errors.guard(lambda change: self._find(change["new"])), "value")
         self.against.observe(self.errors.guard(self._new_against), "value")
         load.on_click(self.errors.guard(lambda _: self.load(self.path.value)))
         # One watcher for all: a plan and a head that change together are drawn once.
@@ -55,7 +60,7 @@ class HeadsPanel:
         changed = state.watch_in("Heads", watched, self.errors.guard(self.draw))
         self.box = w.VBox(
             [
-                row(self.what, self.beyond, self.pool, self.view),
+                row(self.what, self.beyond, self.pool, self.view, self.order, self.name),
                 row(self.against, self.stability),
                 row(self.path, load),
                 self.errors.box,
@@ -71,7 +76,9 @@ class HeadsPanel:
         heads, state = self.heads, self.state
         self.what.value = heads.key
         head = heads.follow()
-        mapped = (heads.key, heads.beyond, heads.pool, heads.against, self.view.value, state.layer, heads.row(), state.dark)
+        by_span = state.plan if heads.order == SPAN else None
+        shown = (heads.key, heads.beyond, heads.pool, heads.against, self.view.value, heads.order, by_span)
+        mapped = (*shown, state.layer, heads.head(), state.dark)
         if mapped != self._mapped:
             self._draw_map()
             self._mapped = mapped
@@ -101,7 +108,7 @@ class HeadsPanel:
                 heads.profile, heads.key, heads.profiles[name], key, heads.beyond, heads.pool, described(heads.against)
             )  # fmt: skip
         else:
-            fig = influence_map(heads.profile, *heads.key, heads.beyond, heads.pool)
+            fig = influence_map(heads.profile, *heads.key, heads.beyond, heads.pool, order=heads.ordered(), by=heads.order)
         fig.add_scatter(**ring(self.state.layer, heads.row()))
         self.map.draw(fig.update_layout(showlegend=False), self.state.dark)
         found = heads.stability()
@@ -118,6 +125,20 @@ class HeadsPanel:
     def _new_pool(self, change: dict[str, Any]) -> None:
         self.heads.pool = None if change["new"] == EACH else change["new"]
         self.draw()
+
+    def _new_view(self) -> None:
+        # The map of differences has its heads by number.
+        self.order.disabled = self.view.value == DIFFERENCE
+        self.heads.order = NUMBER if self.order.disabled else self.order.value
+        self.draw()
+
+    def _new_order(self, change: dict[str, str]) -> None:
+        self.heads.order = change["new"]
+        self.draw()
+
+    def _find(self, text: str) -> None:
+        if text.strip() and not self.heads.find(text):
+            self.draw()
 
     def _new_against(self, change: dict[str, Any]) -> None:
         self.heads.compare(change["new"])

@@ -121,6 +121,17 @@ class Canvas:
             self._lay_out(layout)
             self._drawn = drawn
 
+    def recolour(self, grids: dict[str, Any], marks: Sequence[dict[str, Any]]) -> None:
+        """Change the heat-map drawn last, and the places of the markers over it, and nothing else: what a slider may cost.
+
+        grids: its "z" and whatever else changed, as rows of numbers without NaN. marks: x and y of every further trace, in order.
+        """
+        heat, *others = self.widget.data
+        with self.widget.batch_update():
+            heat.update({name: np.ascontiguousarray(grid) for name, grid in grids.items()})
+            for trace, mark in zip(others, marks, strict=True):
+                trace.update({"x": mark["x"], "y": mark["y"]})
+
     def _lay_out(self, layout: dict[str, Any]) -> None:
         # The page merges a new layout into the old one: entries it no longer has (shapes, notes) must be removed.
         gone = set(self.widget.layout.to_plotly_json()) - set(layout)

@@ -23,7 +23,7 @@ def test_influence_map_sums_what_lies_beyond_the_distance(profile: InfluenceProf
     heat = figures.influence_map(profile, "questions", 1024, beyond_tokens=128).data[0]
     expected = profile.distances["questions", 1024].astype(float).mean(axis=0)[..., 2:].sum(axis=-1)
     assert np.allclose(heat.z, expected.T)
-    kv_head, share, rank = heat.customdata[4, 2]
+    kv_head, share, rank, _ = heat.customdata[4, 2]
     assert kv_head == 4 // SMALL.group_size
     assert share == pytest.approx(100 * expected[2, 4] / profile.distance("questions", 1024)[2, 4].sum())
     assert rank == 1 + (expected > expected[2, 4]).sum()
@@ -38,7 +38,7 @@ def test_pooled_query_heads_make_one_row_per_kv_head(profile: InfluenceProfile, 
     far = figures.long_range_influence(profile, "questions", 1024)
     heat = figures.influence_map(profile, "questions", 1024, pool=pool).data[0]
     assert np.allclose(np.array(heat.z)[1], getattr(np, pool)(far[:, 3:], axis=1))
-    kv_head, share, _ = heat.customdata[1, 2]
+    kv_head, share, _, _ = heat.customdata[1, 2]
     assert kv_head == 1
     assert share == pytest.approx(100 * far[2, 3:].sum() / profile.distance("questions", 1024)[2, 3:].sum())
     with pytest.raises(ValueError, match="'median'"):
