@@ -26,7 +26,7 @@ MIB = 2**20
 LARGE = 1000
 """Heads of a model from which on the slider takes steps of `LARGE_STEP`, and densities are solved before it gets there."""
 LARGE_STEP = 0.01
-LARGE_MAP = 760
+LARGE_MAP = 660
 """Pixels across of its map."""
 BITS = [("16 bits", "16"), ("8 bits", "8"), ("K in 8, V in 4 bits", "8+4"), ("4 bits", "4")]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from moa_lab.evaluate.recommend import Option
 from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement
-from moa_lab.report.desk.data import BEYOND_TOKENS, influence_data, stops_data
+from moa_lab.report.desk.data import influence_data, stops_data
 from moa_lab.report.desk.sections import curves, figure_sections
 from moa_lab.report.desk.stops import STEP, Stop, all_stops, longest
 from moa_lab.report.desk.traced import TracedAnswer, TracedHead, TracedToken
@@ -51,6 +51,8 @@ def desk_page(records: DeskRecords, title: str = "Mixture of attention spans", s
     if records.profile is not None:
         stops[0].plan.check_model(records.profile.geometry)
     lengths = _lengths(stops, records)
+    # Where losses are predicted; other runs may have measured far beyond it.
+    main = max(records.table.lengths) if records.table is not None else lengths[-1]
     data = {
         "layers": geometry.layers,
         "heads": geometry.kv_heads,
@@ -58,7 +60,7 @@ def desk_page(records: DeskRecords, title: str = "Mixture of attention spans", s
         "first_length": lengths.index(
             max((n for n in (records.plan.lengths if records.plan else ()) if n in lengths), default=lengths[-1])
         ),
-        "beyond": BEYOND_TOKENS,
+        "main_length": lengths.index(main),
         "influence": influence_data(records.profile),
         "front": _places(stops, records.front),
         "curves": curves(records.measured),
@@ -70,7 +72,7 @@ def desk_page(records: DeskRecords, title: str = "Mixture of attention spans", s
         f'<p class="second">{escape(f"{model}: " if model else "")}{geometry.layers} layers of {geometry.kv_heads} KV heads; '
         f"{len(stops)} plans. Move the density, click a head or a plan; arrow keys move the head, space keeps it.</p>"
     )
-    made = [*figure_sections(records, stops, lengths), *_trace(records.traced)]
+    made = [*figure_sections(records, stops, lengths, main), *_trace(records.traced)]
     style = (_HERE / "desk.css").read_text(encoding="utf-8") + (records.traced.style if records.traced else "")
     held = f'<script type="application/json" id="desk-data">{script_safe(data)}</script>'
     made[0] = Section(made[0].anchor, made[0].heading, made[0].body + held)
@@ -87,7 +89,10 @@ def _lengths(stops: Sequence[Stop], records: DeskRecords) -> list[int]:
     """Lengths that spans are shown at: predicted, measured or named by a plan; of many the longest."""
     named: Iterable[int] = (n for stop in stops for n in (*stop.plan.lengths, *(row.length for row in stop.rows)))
     known = {*named, *(records.table.lengths if records.table is not None else ())} or {longest(stops)}
-    return sorted(known)[-MAX_LENGTHS:]
+    longest_first = sorted(known, reverse=True)
+    # Those of the table first: there losses are predicted.
+    longest_first.sort(key=lambda n: records.table is None or n not in records.table.lengths)
+    return sorted(longest_first[:MAX_LENGTHS])
 
 
 def _places(stops: Sequence[Stop], front: Front | None) -> dict[str, int]:

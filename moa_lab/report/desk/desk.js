@@ -73,7 +73,8 @@
     const spans = Array.from(plan.codes, code => desk.spans[code][length]);
     const mean = spans.reduce((sum, each) => sum + each, 0) / spans.length;
     const told = plan.measured.length ? plan.measured : [nearest(plan)].filter(Boolean);
-    at("plan").textContent = `${plan.name}: ${percent(plan.density[length])} of the KV cache`;
+    const named = plan.kind === "budget" ? "" : ` (${plan.name})`;
+    at("plan").textContent = `${percent(plan.density[length])} of the KV cache${named}`;
     fillList(at("facts"), [
       ["plan", plan.name],
       ["density", `${percent(plan.density[length])} at ${number(lengths[length])} tokens`],
@@ -119,7 +120,7 @@
   };
   const fillCurves = () => {
     const loss = moaPage.named("loss"), measured = moaPage.named("measured");
-    if (loss) mark(loss, lengths.length - 1);
+    if (loss) mark(loss, desk.main_length);
     if (measured) {
       const chosen = desk.curves[state.curve];
       measured.data = chosen.data;
@@ -129,7 +130,7 @@
     redraw(...["loss", "measured"].filter(moaPage.named));
   };
 
-  const goal = (plan, name) => name === "density" ? plan.density.at(-1) : plan.predicted[name];
+  const goal = (plan, name) => name === "density" ? plan.density[desk.main_length] : plan.predicted[name];
   const fillFront = () => {
     const plot = moaPage.named("front");
     if (!plot) return;
@@ -150,7 +151,7 @@
     }
     const ring = plot.data.at(-1), own = place(stop());
     [ring.x, ring.y] = own.includes(undefined) ? [[], []] : [[own[0]], [own[1]]];
-    const axis = name => ({ title: { text: name === "density" ? `density at ${number(lengths.at(-1))} tokens` : `predicted loss: ${name}` },
+    const axis = name => ({ title: { text: name === "density" ? `density at ${number(lengths[desk.main_length])} tokens` : `predicted loss: ${name}` },
       tickformat: name === "density" ? ".0%" : "~g" });
     Object.assign(plot.layout, { xaxis: axis(x), yaxis: axis(y) });
     redraw("front");

@@ -27,9 +27,9 @@ LOW_MAP = 16
 """KV heads of a map that is lower than what stands beside it."""
 
 
-def figure_sections(records: DeskRecords, stops: Sequence[Stop], lengths: Sequence[int]) -> list[Section]:
-    """Every section with something to show."""
-    budget = Section("budget", "What every head keeps", _controls(lengths, records) + _budget(records, stops, lengths[-1]))
+def figure_sections(records: DeskRecords, stops: Sequence[Stop], lengths: Sequence[int], main: int) -> list[Section]:
+    """Every section with something to show. main: the length at which predicted losses are drawn over density."""
+    budget = Section("budget", "What every head keeps", _controls(lengths, records) + _budget(records, stops, main))
     return [budget, *_measured(records), *_front(records, stops)]
 
 
