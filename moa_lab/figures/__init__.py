@@ -1,5 +1,6 @@
 """Plotly figures of records: pure functions that return a figure and neither print nor write."""
 
+from moa_lab.figures.across import fronts_over
 from moa_lab.figures.benchmarks import goal_ratios
 from moa_lab.figures.comparisons import differences, matrix, predicted_vs_measured
 from moa_lab.figures.confidence import percentile_ranks, rank_confidence
@@ -25,6 +26,7 @@ __all__ = [
     "difference_map",
     "differences",
     "front_scatter",
+    "fronts_over",
     "goal_ratios",
     "head_blocks",
     "hypervolume_curve",

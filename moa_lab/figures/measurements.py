@@ -19,6 +19,8 @@ _LABELS = {
     "lines": ("lines retrieved", "%"),
     "line_retrieval": ("lines retrieved", "%"),
     "cross_entropy": ("cross-entropy", "nats per token"),
+    "share_of_dense": ("needles found of the dense model's", "%"),
+    "perplexity_excess": ("perplexity above the dense model's", "%"),
     "perplexity": ("perplexity", "lower is better"),
     "tokens_per_s": ("speed", "tokens/s"),
     "kv_bytes_allocated": ("KV cache of one sequence", "bytes"),

@@ -10,6 +10,8 @@ from typing import Any
 import ipywidgets as w
 
 from moa_lab.models import load_model
+from moa_lab.workbench.across_panel import TAB as RUNS
+from moa_lab.workbench.across_panel import AcrossPanel
 from moa_lab.workbench.advice_panel import TAB as WHICH
 from moa_lab.workbench.advice_panel import AdvicePanel
 from moa_lab.workbench.budget_panel import BudgetPanel
@@ -97,7 +99,7 @@ class Workbench:
         self.worse.layout.display = "" if warned else "none"
         makes: list[tuple[str, Callable[[], Any]]] = [
             ("Heads", lambda: HeadsPanel(state)), ("Budget", lambda: BudgetPanel(state)), ("Front", lambda: FrontPanel(state)),
-            (WHICH, lambda: AdvicePanel(state)),
+            (WHICH, lambda: AdvicePanel(state)), (RUNS, lambda: AcrossPanel(state)),
             (TAB, lambda: TracePanel(state, lambda: Tracing(*self._loaded()), made.get("Budget"))),
             ("Apply & measure", lambda: MeasurePanel(state, lambda: Measuring(*self._loaded()), **self._sizes)),
             ("Export", lambda: ExportPanel(state, tracing=lambda: made[TAB].tracing)),

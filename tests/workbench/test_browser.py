@@ -84,7 +84,7 @@ def test_a_head_is_pinned_and_released(measured: Page) -> None:
 def test_nothing_is_wider_than_the_panel_on_a_laptop(measured: Page) -> None:
     measured.page.set_viewport_size({"width": 1366, "height": 900})
     try:
-        for title in ("Heads", "Budget", "Front", "Which one", "Trace", "Apply & measure", "Export"):
+        for title in ("Heads", "Budget", "Front", "Which one", "Runs", "Trace", "Apply & measure", "Export"):
             measured.tab(title)
             wide = measured.page.evaluate(
                 "() => { const box = document.querySelector('.moa-bench .widget-tab-contents');"
@@ -176,6 +176,18 @@ def test_a_measured_plan_is_recommended_with_its_reason_and_taken(measured: Page
     measured.press("Take it")
     measured.tab("Export")
     assert "moa" in measured.text("moa-bench")
+
+
+def test_runs_of_two_models_are_drawn_over_each_other(measured: Page) -> None:
+    measured.tab("Runs")
+    assert "no run is open" in measured.text("moa-across-table")
+    measured.press("Add all known")
+    told = measured.until("moa-across-table", "qwen2.5-coder-0.5b-50")
+    assert "standard-25" in told
+    names = measured.until("moa-across-scores", "smollm2, uniform")
+    assert "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf, moa" in names
+    assert "standard-50" in measured.text("moa-across-fronts")
+    measured.picture("runs")
 
 
 def test_two_lengths_are_compared_head_by_head(measured: Page) -> None:

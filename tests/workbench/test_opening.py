@@ -89,7 +89,7 @@ def test_another_run_is_opened_in_place_of_the_first_with_the_panels_that_it_has
     bench.run.value = str(STANDARD)
     press(bench, "Open run")
     assert said(bench) == ""
-    assert list(bench.tabs.titles) == ["Front", "Which one", "Trace", "Apply & measure", "Export"]
+    assert list(bench.tabs.titles) == ["Front", "Which one", "Runs", "Trace", "Apply & measure", "Export"]
     assert bench.state.dark
     assert (bench.state.tab, bench.state.plan.name) == ("Front", "moa")
     bench.show("Apply & measure")
@@ -97,7 +97,7 @@ def test_another_run_is_opened_in_place_of_the_first_with_the_panels_that_it_has
     with pytest.raises(ValueError, match="no panel 'Heads'"):
         bench.show("Heads")
     bench.reopen(DEMO)
-    assert list(bench.tabs.titles) == ["Heads", "Budget", "Front", "Which one", "Trace", "Apply & measure", "Export"]
+    assert list(bench.tabs.titles) == ["Heads", "Budget", "Front", "Which one", "Runs", "Trace", "Apply & measure", "Export"]
 
 
 def test_where_the_runs_plan_is_worse_than_a_simple_one_the_first_line_says_so(tmp_path: Path) -> None:

@@ -259,7 +259,7 @@ def test_without_a_plan_or_a_format_nothing_is_written(tmp_path: Path) -> None:
 
 def test_the_recorded_run_opens_with_all_panels_and_its_chosen_plan_is_known_to_be_measured() -> None:
     bench = Workbench.open(DEMO)
-    assert list(bench.tabs.titles) == ["Heads", "Budget", "Front", "Which one", "Trace", "Apply & measure", "Export"]
+    assert list(bench.tabs.titles) == ["Heads", "Budget", "Front", "Which one", "Runs", "Trace", "Apply & measure", "Export"]
     bench.show("Export")
     bench.state.set(plan=Plan.load(DEMO / "plan.json"))
     assert "a report holds 3 measured rows" in bench.panels["Export"].plan.value
