@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import ipywidgets as w
 
 from moa_lab.evaluate.recommend import TEXTS
@@ -85,7 +87,9 @@ class AcrossPanel:
 
     def _add_all(self) -> None:
         for path in known_runs():
-            self.across.open(path)
+            # A run that has only begun has no results yet.
+            with contextlib.suppress(ValueError):
+                self.across.open(path)
         self.load()
 
     def _remove(self, path: str) -> None:
