@@ -82,7 +82,7 @@ class Across:
 
     def scores(self, task: str, length: int, *, every: bool = False) -> list[Measurement]:
         """Every run's plan and uniform windows against its own dense model, with 95% intervals. A row's plan names run and plan, "line" in
-        its detail the model and the plan.
+        its detail the model, the plan and the number of samples.
 
         Needles: `SHARE`; running text: `EXCESS`, of pairs. every: all plans that were measured. Raises ValueError where no run was
         measured there.
@@ -100,7 +100,8 @@ class Across:
     def _against(self, run: RunScores, row: Measurement, dense: Measurement) -> Measurement:
         metric, of = (SHARE, share_of_hits) if row.task == NEEDLES else (EXCESS, excess_perplexity)
         against = of(row, dense)
-        detail = {"line": f"{self.model(run)}, {row.plan}"}
+        # By samples as well: a line must not join what few and what many samples say.
+        detail = {"line": f"{self.model(run)}, {row.plan}, n = {against.n}"}
         ends = (against.value, against.n, against.low, against.high)
         return Measurement(f"{run.name}: {row.plan}", metric, row.task, row.length, *ends, row.density, detail)
 

@@ -42,7 +42,7 @@ class AcrossPanel:
         for box in (self.place, self.every, self.x, self.y):
             box.observe(self.errors.guard(lambda _: None if self._loading else self.draw()), "value")
         state.watch_in(TAB, ["dark"], self.errors.guard(self.draw))
-        hint = w.HTML("Needles as a share of what each run's own dense model finds, perplexity above it: models are comparable, with 95%.")
+        hint = w.HTML("Needles as a share of what each run's own dense model finds, perplexity above the dense model's; 95% intervals.")
         self.measured = w.VBox([row(self.place, self.every), hint, self.scores.box])
         self.predicted = w.VBox([row(self.x, self.y), self.fronts.box])
         self.box = w.VBox([row(self.path, add, every), row(self.open, remove), self.errors.box, self.table, self.measured, self.predicted])

@@ -35,7 +35,7 @@ def test_scores_are_those_against_each_runs_own_dense_model(across: Across) -> N
     expected = share_of_hits(ours, dense)
     found = rows["standard-25: moa"]
     assert (found.metric, found.value, found.low, found.high, found.n) == (SHARE, expected.value, expected.low, expected.high, expected.n)
-    assert found.detail["line"] == "smollm2, moa"
+    assert found.detail["line"] == "smollm2, moa, n = 128"
     (text,) = [row for row in across.scores("documents", 16384) if row.plan.endswith("moa")]
     coder = Measurements.load(RUNS / "qwen2.5-coder-0.5b-50" / "measurements.json")
     expected = excess_over_dense(coder.rows, "moa", "documents", 16384)
@@ -111,7 +111,7 @@ def test_the_panel_reads_nothing_before_it_is_asked_and_says_what_it_cannot_read
     panel.path.value = str(RUNS / "standard-25")
     press(panel, "Add run")
     assert said(panel) == ""
-    assert {trace.name for trace in panel.scores.widget.data} == {"smollm2, moa", "smollm2, uniform"}
+    assert {trace.name for trace in panel.scores.widget.data} == {"smollm2, moa, n = 128", "smollm2, uniform, n = 128"}
     panel.every.value = True
     assert len(panel.scores.widget.data) > 2
     press(panel, "Remove")
