@@ -60,6 +60,7 @@ def test_a_wheel_carries_the_notebooks_and_what_they_read(wheel: Path) -> None:
         found = [path for path in (PROJECT / folder).rglob("*") if path.is_file() and ".ipynb_checkpoints" not in path.parts]
         assert found
         assert {f"moa_lab/_data/{place}/{path.relative_to(PROJECT / folder).as_posix()}" for path in found} <= carried
+    assert {"moa_lab/report/desk/desk.js", "moa_lab/report/desk/desk.css"} <= carried
     assert wheel.stat().st_size < 12e6, "PyPI's files are fetched often: look at what has grown"
 
 
