@@ -225,20 +225,16 @@ def test_what_is_exported_is_a_plan(measured: Page, folder: Path) -> None:
     measured.tab("Export")
     measured.fill("moa-export-name", "from_the_browser")
     measured.page.get_by_label("HTML report").check()
+    measured.page.get_by_label("desk page").check()
+    measured.page.locator(".moa-export-engine select").select_option("vLLM")
+    measured.until("moa-launch", r"moa-lab serve --model smollm2 --plan exported/from_the_browser\.json")
     measured.press("Export")
     said = measured.until("moa-exported", "written and read back")
     plan = Plan.load(folder / "notebooks" / "exported" / "from_the_browser.json")
     assert plan.identity() in said
     measured.picture("export")
-    report = folder / "notebooks" / "exported" / "from_the_browser.html"
-    tab = measured.page.context.browser.new_page()
-    asked: list[str] = []
-    tab.on("request", lambda request: asked.append(request.url))
-    tab.goto(report.as_uri())
-    tab.wait_for_selector("html[data-drawn]")
-    assert plan.identity() in tab.inner_text("body")
-    assert [address for address in asked if not address.startswith(("file:", "data:", "blob:"))] == []
-    tab.close()
+    for name in ("from_the_browser.html", "from_the_browser.desk.html"):
+        opens_alone(measured, folder / "notebooks" / "exported" / name, plan.identity())
     measured.press("Export")
     measured.page.wait_for_selector("text=exists: allow replacing it")
 
@@ -294,6 +290,22 @@ def test_figures_follow_the_theme_and_the_button_turns_them_back(measured: Page)
     measured.press("dark figures")
     measured.page.wait_for_timeout(1500)
     assert max(title_ink(measured)) < 100
+
+
+def opens_alone(page: Page, file: Path, identity: str) -> None:
+    """The file shows the plan in a tab of its own, without a server and without a word on the console."""
+    tab = page.page.context.browser.new_page()
+    asked: list[str] = []
+    said: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.on("console", lambda message: said.append(message.text))
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.goto(file.as_uri())
+    tab.wait_for_selector("html[data-drawn]")
+    assert identity in tab.inner_text("body")
+    assert [address for address in asked if not address.startswith(("file:", "data:", "blob:"))] == []
+    assert said == []
+    tab.close()
 
 
 def title_ink(page: Page) -> list[int]:
