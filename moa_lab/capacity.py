@@ -77,6 +77,11 @@ class Capacity:
     tokens_s: float
 
 
+def kv_room(gpu: Gpu, weights_bytes: int) -> float:
+    """Bytes that are left for keys and values beside the weights; 0 where these do not fit."""
+    return max(0.0, USABLE * gpu.memory_bytes - RESERVE_BYTES - weights_bytes)
+
+
 def capacity(gpu: Gpu, weights_bytes: int, kv_bytes: int, batch: int | None = None) -> Capacity:
     """Of sequences that take `kv_bytes` each, beside `weights_bytes` in 16 bits, all of them used by every token; as many as fit, at most
     `batch`.
@@ -85,7 +90,7 @@ def capacity(gpu: Gpu, weights_bytes: int, kv_bytes: int, batch: int | None = No
     """
     if min(weights_bytes, kv_bytes) < 1 or (batch is not None and batch < 1):
         raise ValueError(f"weights and KV take at least a byte and a batch has a sequence, got {weights_bytes}, {kv_bytes} and {batch}")
-    fitting = max(0, int((USABLE * gpu.memory_bytes - RESERVE_BYTES - weights_bytes) // kv_bytes))
+    fitting = int(kv_room(gpu, weights_bytes) // kv_bytes)
     held = fitting if batch is None else min(batch, fitting)
     # A weight of two bytes is a product and a sum.
     step = ((weights_bytes + held * kv_bytes) / gpu.read_bytes_s + held * weights_bytes / gpu.matmul_flops_s) / STEP_SHARE

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.capacity import GPUS, USABLE, gpu_of
+from moa_lab.capacity import GPUS, gpu_of, kv_room
 from moa_lab.commands.terminal import lengths_of
-from moa_lab.engines import ENGINES, EngineLimits, engine_of, held
-from moa_lab.plan import Plan, dense_plan
-from moa_lab.text import aligned, once, one_line
+from moa_lab.engines import ENGINES, engine_of, engine_table
+from moa_lab.plan import Plan
+from moa_lab.text import aligned, once
 
 
 def engines(
@@ -31,17 +31,10 @@ def engines(
     card = Plan.load(plan / "plan.json" if plan.is_dir() else plan)
     lengths = lengths_of(tokens) or ()
     chosen = [engine_of(name) for name in once(engine or ENGINES, "engines")]
-    free = None
+    room = None
     if model is not None or weights is not None:
-        free = USABLE * gpu_of(gpu, memory).memory_bytes - _weight_bytes(model, weights)
-    requests = () if free is None else ("requests", "dense")
-    rows: list[tuple[str, ...]] = [("engine", "tokens", "asked", "allocated", "windows", "in a layer", "KV a sequence", *requests)]
-    refused: dict[str, str] = {}
-    for limits in chosen:
-        try:
-            rows += [_row(card, limits, n, free) for n in lengths]
-        except ValueError as error:
-            refused[limits.name] = one_line(error)
+        room = kv_room(gpu_of(gpu, memory), _weight_bytes(model, weights))
+    rows, refused = engine_table(card, chosen, lengths, room)
     typer.echo("\n".join(aligned(rows)))
     typer.echo()
     typer.echo("\n".join(aligned([(limits.name, limits.told(), limits.needs or "-") for limits in chosen])))
@@ -50,15 +43,6 @@ def engines(
     typer.echo("rounded: heads keep more than the plan says; `moa-lab search --engine NAME` finds plans of which none does")
     if any(not limits.keeps_sink for limits in chosen):
         typer.echo("windows have no sink: a window takes the whole span there, and what that costs is to be measured")
-
-
-def _row(card: Plan, limits: EngineLimits, n: int, free: float | None) -> tuple[str, ...]:
-    """One engine at one length; `free`: bytes for keys and values. Raises ValueError as `held` does."""
-    found, whole = held(card, limits, n), held(dense_plan(card.geometry), limits, n)
-    allocated = f"{found.density:.1%}" + ("" if found.exact else " rounded")
-    requests = () if free is None else (f"{max(0, free // found.kv_bytes):,.0f}", f"{max(0, free // whole.kv_bytes):,.0f}")
-    kept = f"{found.kv_bytes / 2**20:,.1f} MiB"
-    return (limits.name, f"{n:,}", f"{card.density(n):.1%}", allocated, str(found.windows), str(found.layer_windows), kept, *requests)
 
 
 def _weight_bytes(model: str | None, weights: float | None) -> int:

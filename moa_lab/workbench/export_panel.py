@@ -8,13 +8,15 @@ from pathlib import Path
 
 import ipywidgets as w
 
+from moa_lab.engines import ENGINES as KNOWN
+from moa_lab.engines import engine_table
 from moa_lab.plan import Plan
 from moa_lab.workbench.desk_page import desk_records
-from moa_lab.workbench.engines import ENGINES, launch
 from moa_lab.workbench.exporting import FORMATS, Sources, export, known_of
+from moa_lab.workbench.launching import ENGINES, launch
 from moa_lab.workbench.state import State
 from moa_lab.workbench.tracing import Tracing
-from moa_lab.workbench.widgets import Errors, button, choice, row
+from moa_lab.workbench.widgets import Errors, button, choice, grid, row
 
 
 class ExportPanel:
@@ -33,17 +35,19 @@ class ExportPanel:
         self.replace = w.Checkbox(False, description="replace what is there", indent=False, layout=w.Layout(width="auto"))
         export_button = button("Export", "export")
         export_button.on_click(self.errors.guard(lambda _: self.export()))
-        self.done, self.plan, self.launch = w.HTML(), w.HTML(), w.HTML()
-        self.done.add_class("moa-exported")
-        self.launch.add_class("moa-launch")
+        compare = button("Under other engines", "engines", "what each would allocate for this plan, at the length of the desk")
+        compare.on_click(self.errors.guard(lambda _: self.compare()))
+        self.done, self.plan, self.launch, self.engines = w.HTML(), w.HTML(), w.HTML(), w.HTML()
+        for box, name in ((self.done, "exported"), (self.launch, "launch"), (self.engines, "engine-table")):
+            box.add_class(f"moa-{name}")
         self.engine.observe(self.errors.guard(lambda _: self._choose_engine()), "value")
         for box in (self.folder, self.name):
             box.observe(lambda _: self._tell(), "value")
         state.watch_in("Export", ["plan", "n_tokens", "measurements"], self._tell)
         self.box = w.VBox(
             [
-                self.plan, row(self.engine, self.folder, self.name), row(*self.formats), row(self.replace, export_button),
-                self.errors.box, self.done, self.launch,
+                self.plan, row(self.engine, self.folder, self.name), row(*self.formats), row(self.replace, export_button, compare),
+                self.errors.box, self.done, self.launch, self.engines,
             ]
         )  # fmt: skip
         self._tell()
@@ -61,6 +65,15 @@ class ExportPanel:
         read = [f"{path} (plan {Plan.load(path).identity()})" if path.name == f"{self.name.value}.json" else str(path) for path in paths]
         self.done.value = f"written and read back: {html.escape('; '.join(read))}"
 
+    def compare(self) -> None:
+        """Tell what known engines allocate for the plan."""
+        if self.state.plan is None:
+            raise ValueError("no plan is chosen: move the density, or click a plan of the front")
+        (header, *rows), refused = engine_table(self.state.plan, KNOWN.values(), [self.state.n_tokens])
+        told = "".join(f"<div>{html.escape(name)} does not hold it: {html.escape(why)}</div>" for name, why in refused.items())
+        note = "rounded: its heads keep more than the plan says; <code>moa-lab run --engine NAME</code> finds plans of which none does."
+        self.engines.value = f"{grid(header, rows)}{told}<div>{note}</div>"
+
     def _choose_engine(self) -> None:
         """Tick the files that the engine reads."""
         for kind, box in zip(FORMATS, self.formats, strict=True):
@@ -70,6 +83,7 @@ class ExportPanel:
 
     def _tell(self) -> None:
         plan, n = self.state.plan, self.state.n_tokens
+        self.engines.value = ""
         told = "no plan is chosen"
         if plan is not None:
             rows = known_of(plan, self.state.measurements).select(plan=plan.name)

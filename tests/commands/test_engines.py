@@ -9,6 +9,7 @@ import pytest
 from command_line import exit_code
 
 from moa_lab.calibration.samples import Sample, SampleSet
+from moa_lab.capacity import gpu_of, kv_room
 from moa_lab.engines import ENGINES, engine_of, held, meets
 from moa_lab.plan import Plan
 from moa_lab.records import Front
@@ -34,7 +35,7 @@ def test_the_table_has_every_engine_and_length_with_what_it_allocates(
         assert asked == "25.0%"
         assert allocated == f"{found.density:.1%}" + ("" if found.exact else " rounded")
         assert windows == str(found.windows)
-        assert int(requests.replace(",", "")) == (0.96 * 30e9 - 20e9) // found.kv_bytes
+        assert int(requests.replace(",", "")) == kv_room(gpu_of("h100", 30), 20 * 10**9) // found.kv_bytes
         assert int(requests.replace(",", "")) > int(dense.replace(",", ""))
 
 

@@ -13,9 +13,9 @@ from typer.main import get_command
 from moa_lab.commands.app import app
 from moa_lab.plan import SpanRule, dense_plan, uniform_plan
 from moa_lab.provenance import Provenance
-from moa_lab.workbench.engines import ENGINES, launch
 from moa_lab.workbench.export_panel import ExportPanel
 from moa_lab.workbench.exporting import FORMATS
+from moa_lab.workbench.launching import ENGINES, launch
 from moa_lab.workbench.state import State
 
 
@@ -68,3 +68,20 @@ def test_the_panel_ticks_what_the_engine_reads_and_shows_its_command_or_why_it_r
     assert "another.published.json" in panel.launch.value
     state.set(plan=make_plan().with_bits(8))
     assert "does not take this plan" in panel.launch.value
+
+
+def test_other_engines_are_told_with_what_they_allocate_and_why_they_do_not_take_it(tmp_path: Path) -> None:
+    state = State(n_tokens=2048)
+    panel = ExportPanel(state, tmp_path)
+    with pytest.raises(ValueError, match="no plan is chosen"):
+        panel.compare()
+    plan = make_plan()
+    state.set(plan=plan)
+    panel.compare()
+    assert f"{plan.density(state.n_tokens):.1%}" in panel.engines.value
+    for name in ("moa-lab-vllm", "vllm", "llama.cpp", "rounded"):
+        assert name in panel.engines.value
+    state.set(plan=plan.with_bits(8))
+    assert panel.engines.value == ""
+    panel.compare()
+    assert "vllm does not hold it: " in panel.engines.value
