@@ -9,7 +9,8 @@ from ring_oracle import HEAD_DIM, Chunk, Sequences
 
 from moa_lab.cache import LayerLayout
 from moa_lab.serving import PageLayout
-from moa_lab.serving.paged import PagedLayer, Scoring, Step, paged_attention
+from moa_lab.serving.paged import PagedLayer, paged_attention
+from moa_lab.serving.step import Scoring, Step
 
 CAPACITY = 400
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from moa_lab.text import interval_text
 
-if TYPE_CHECKING:
-    from moa_lab.plan.card import Plan
+Shown = Any
+"""A `moa_lab.plan.Plan`, which shows itself by this module and so cannot be imported here."""
 
 BEGIN, END = "<!-- moa-lab plan: written by save_pretrained -->", "<!-- end of moa-lab plan -->"
 """Around the section of a plan, so that it can be replaced."""
@@ -80,7 +80,7 @@ def section_in(text: str, section: str) -> str:
     return f"{before}{section}{after}" if begin and end else f"{text.rstrip()}\n\n{section}\n"
 
 
-def as_section(plan: Plan, scores: Iterable[Score], base_model: str | None) -> str:
+def as_section(plan: Shown, scores: Iterable[Score], base_model: str | None) -> str:
     """The section of `plan` between its marks."""
     made = plan.provenance
     origin = [f"weights `{made.weights}`" if made.weights else "", f"made {made.created[:10]}" if made.created else ""]
@@ -93,7 +93,7 @@ def as_section(plan: Plan, scores: Iterable[Score], base_model: str | None) -> s
     return "\n\n".join(parts)
 
 
-def _about(plan: Plan) -> str:
+def _about(plan: Shown) -> str:
     stored = f" ({'; '.join(plan.stored_text())})" if plan.bits else ""
     return (
         f"A plan of moa-lab (mixture of attention spans, arXiv 2406.14909) for {plan.geometry}: each KV head keeps the first "
@@ -101,7 +101,7 @@ def _about(plan: Plan) -> str:
     )
 
 
-def _kept(plan: Plan) -> str:
+def _kept(plan: Shown) -> str:
     lengths = plan.lengths or [n for n in USUAL_LENGTHS if n <= plan.geometry.max_length] or [plan.geometry.max_length]
     rows = []
     for n in lengths:
@@ -110,7 +110,7 @@ def _kept(plan: Plan) -> str:
     return _table(("tokens", "KV cache kept", "a sequence, 16 bits", "heads that keep everything"), rows)
 
 
-def _measured(plan: Plan, scores: list[Score]) -> str:
+def _measured(plan: Shown, scores: list[Score]) -> str:
     """The card's own scores and those of `scores`; empty where there are none."""
     names = dict.fromkeys([plan.name, *COMPARED])
     found: dict[tuple[str, int, str], dict[str, str]] = {}

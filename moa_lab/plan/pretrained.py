@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moa_lab.plan.model_card import Score, as_section, model_card, section_in
+from moa_lab.plan.model_card import Score, Shown, as_section, model_card, section_in
 from moa_lab.storage import write_text
 from moa_lab.storage.hub import hub_file
-
-if TYPE_CHECKING:
-    from moa_lab.plan.card import Plan
 
 CARD_FILE, README_FILE = "plan.json", "README.md"
 
 
-def save_folder(plan: Plan, folder: str | Path, base_model: str | None, scores: Iterable[Score], license: str | None) -> Path:
+def save_folder(plan: Shown, folder: str | Path, base_model: str | None, scores: Iterable[Score], license: str | None) -> Path:
     """`Plan.save_pretrained`."""
     place = Path(folder)
     if place.is_file():

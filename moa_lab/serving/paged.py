@@ -7,7 +7,6 @@ pool, throughout: (pages, 2, page_tokens, head_dim), K before V. Page 0 belongs 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -17,53 +16,10 @@ from moa_lab.kernels.dispatch import kernel_applies
 from moa_lab.kernels.reference import masked_attention
 from moa_lab.masks import visible
 from moa_lab.serving.page_layout import PageLayout
+from moa_lab.serving.step import Scoring, Step
 
 if TYPE_CHECKING:
     from moa_lab.serving.paged_kernels import PagedKernels
-
-
-@dataclass(frozen=True)
-class Step:
-    """The requests of one pass of the model, a row each, whose new tokens lie one after the other.
-
-    table: integers (rows, columns), the block tables. lengths: int64 (rows,), tokens of each row with the new ones. firsts: int64
-    (rows + 1,), the first new token of each row, then the number of all.
-    """
-
-    table: torch.Tensor
-    lengths: torch.Tensor
-    firsts: torch.Tensor
-
-    @cached_property
-    def told(self) -> tuple[list[int], list[int]]:
-        """`firsts` and `lengths` on the host: asked for once a pass, since the host waits for them."""
-        return self.firsts.tolist(), self.lengths.tolist()
-
-    @cached_property
-    def new(self) -> torch.Tensor:
-        """New tokens of each row: int64 (rows,)."""
-        return self.firsts.diff()
-
-    @cached_property
-    def rows(self) -> torch.Tensor:
-        """The row of every new token: int64 (tokens,)."""
-        return torch.repeat_interleave(self.new, output_size=self.told[0][-1])
-
-    @cached_property
-    def positions(self) -> torch.Tensor:
-        """The position of every new token in its sequence: int64 (tokens,)."""
-        return torch.arange(len(self.rows), device=self.rows.device) + (self.lengths - self.firsts[1:])[self.rows]
-
-    @cached_property
-    def single(self) -> torch.Tensor:
-        """The rows that have one new token: int64."""
-        return (self.new == 1).nonzero().flatten()
-
-    @cached_property
-    def several(self) -> list[int]:
-        """The rows that have more."""
-        firsts, lengths = self.told
-        return [row for row in range(len(lengths)) if firsts[row + 1] - firsts[row] > 1]
 
 
 class PagedLayer:
@@ -134,15 +90,6 @@ def _gathered(pool: torch.Tensor, part: int, pages: torch.Tensor, last: torch.Te
     rows = torch.arange(len(pages), device=pages.device)
     found[rows, last] = found[rows, last].masked_fill(left[..., None], 0)
     return found.flatten(1, 2)
-
-
-@dataclass(frozen=True)
-class Scoring:
-    """How scores are made of queries and keys: the scale, Gemma 2's softcap, gpt-oss's sink_logits (query_heads, 1, 1)."""
-
-    scale: float
-    softcap: float | None = None
-    sink_logits: torch.Tensor | None = None
 
 
 def paged_attention(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,9 +12,7 @@ from moa_lab.cache import LayerLayout, RingLayer
 from moa_lab.kernels.paged import PagedHeads, Pass, paged_decode, paged_write
 from moa_lab.kernels.prefill import chunk_attention
 from moa_lab.serving.page_layout import PageLayout
-
-if TYPE_CHECKING:
-    from moa_lab.serving.paged import Scoring, Step
+from moa_lab.serving.step import Scoring, Step
 
 
 class PagedKernels:

@@ -11,8 +11,9 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from moa_lab.serving.page_layout import page_layout
-from moa_lab.serving.paged import PagedLayer, Scoring, Step, paged_attention
+from moa_lab.serving.paged import PagedLayer, paged_attention
 from moa_lab.serving.settings import ServedPlan
+from moa_lab.serving.step import Scoring, Step
 from moa_lab.serving.vllm.specs import HeadPagesSpec
 
 

@@ -1,0 +1,61 @@
+"""What an engine asks for in one pass of the model: whose tokens are new, and how scores are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+
+@dataclass(frozen=True)
+class Step:
+    """The requests of one pass of the model, a row each, whose new tokens lie one after the other.
+
+    table: integers (rows, columns), the block tables. lengths: int64 (rows,), tokens of each row with the new ones. firsts: int64
+    (rows + 1,), the first new token of each row, then the number of all.
+    """
+
+    table: torch.Tensor
+    lengths: torch.Tensor
+    firsts: torch.Tensor
+
+    @cached_property
+    def told(self) -> tuple[list[int], list[int]]:
+        """`firsts` and `lengths` on the host: asked for once a pass, since the host waits for them."""
+        return self.firsts.tolist(), self.lengths.tolist()
+
+    @cached_property
+    def new(self) -> torch.Tensor:
+        """New tokens of each row: int64 (rows,)."""
+        return self.firsts.diff()
+
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """The row of every new token: int64 (tokens,)."""
+        return torch.repeat_interleave(self.new, output_size=self.told[0][-1])
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """The position of every new token in its sequence: int64 (tokens,)."""
+        return torch.arange(len(self.rows), device=self.rows.device) + (self.lengths - self.firsts[1:])[self.rows]
+
+    @cached_property
+    def single(self) -> torch.Tensor:
+        """The rows that have one new token: int64."""
+        return (self.new == 1).nonzero().flatten()
+
+    @cached_property
+    def several(self) -> list[int]:
+        """The rows that have more."""
+        firsts, lengths = self.told
+        return [row for row in range(len(lengths)) if firsts[row + 1] - firsts[row] > 1]
+
+
+@dataclass(frozen=True)
+class Scoring:
+    """How scores are made of queries and keys: the scale, Gemma 2's softcap, gpt-oss's sink_logits (query_heads, 1, 1)."""
+
+    scale: float
+    softcap: float | None = None
+    sink_logits: torch.Tensor | None = None
