@@ -25,6 +25,7 @@ WIDE, HALF = 860, 520
 
 STYLE = """<style>
 .moa-bench { max-width: 1180px; }
+.moa-bench .widget-tab > .lm-TabBar .lm-TabBar-tab { flex: 0 1 auto; }
 .moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }
 .moa-worse p { margin: 0; max-width: 860px; line-height: 1.4; }
 .moa-facts table, .moa-history table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
