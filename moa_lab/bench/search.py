@@ -22,8 +22,8 @@ from moa_lab.provenance import provenance
 from moa_lab.records import LossTable
 from moa_lab.search import (
     BudgetAnswer,
-    BudgetSolver,
     MilpAnswer,
+    SliderSolver,
     default_goals,
     front_values,
     goal_sets,
@@ -171,7 +171,7 @@ def agrees(slider: BudgetAnswer, exact: MilpAnswer) -> bool:
 def slider_rows(bench: SearchBench, goal: SearchGoal) -> list[BenchRow]:
     """Milliseconds of a prepared solver at a new density: the median and the worst over all densities."""
     began = time.perf_counter()
-    solver = BudgetSolver(bench.table, goal)
+    solver = SliderSolver(bench.table, goal)
     solver.prepare()
     detail: dict[str, Any] = {"prepared_ms": 1e3 * (time.perf_counter() - began)}
     # Not timed: only the first call imports and allocates.
@@ -186,7 +186,7 @@ def slider_rows(bench: SearchBench, goal: SearchGoal) -> list[BenchRow]:
     ]
 
 
-def _moved(solver: BudgetSolver, density: float) -> Move:
+def _moved(solver: SliderSolver, density: float) -> Move:
     began = time.perf_counter()
     answer = solver.solve(density)
     return Move(density, 1e3 * (time.perf_counter() - began), answer)

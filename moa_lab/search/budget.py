@@ -27,8 +27,6 @@ from moa_lab.search.reduction import few_windows, weighted_cost
 from moa_lab.search.relaxation import Relaxation, relative_gap, relax
 from moa_lab.search.windows import windows_of
 
-ANCHORS = 20
-"""Densities, from 1 / ANCHORS to 1, at which the weights of worst terms are found from nothing; others start from the nearest's."""
 FILLED_SHARES = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35)
 """Shares of the budget that are tried in turn where an engine fills up classes, which takes the rest."""
 
@@ -56,12 +54,6 @@ class BudgetSolver:
         self.lengths = limit_lengths(table, lengths)
         self._terms = terms(table, goal)
         self._usage = Usage(table, self.lengths)
-        self._anchors: dict[int, list[np.ndarray]] = {}
-
-    def prepare(self) -> None:
-        """Find all anchors now (some seconds for a large table whose goal has worst terms), not when the slider first comes near them."""
-        for place in range(1, ANCHORS + 1 if self._terms.worst else 1):
-            self._anchor(place / ANCHORS)
 
     def solve(self, density: Density, pinned: Pinned | None = None, mix: Bits = WHOLE_BITS) -> BudgetAnswer:
         """The best plan found at `density`; a mapping limits its own lengths instead. `pinned`: {(layer, kv_head): rule index}. mix: the
@@ -78,7 +70,7 @@ class BudgetSolver:
         problem = Instance(
             self._terms, limits, (), allowed_rules(self.table, pinned), self.table.geometry.layers, None, windows_of(self.table, targets),
         )  # fmt: skip
-        relaxed = relax(self._terms, limits, problem.allowed, start=self._anchor(max(targets.values())) if self._terms.worst else None)
+        relaxed = relax(self._terms, limits, problem.allowed, start=self._start(max(targets.values())))
         best = _of_few_windows(problem, relaxed)
         if best is None:
             raise InfeasibleError(f"no plan found keeps density {density} at all of {limits.lengths}; raise density or drop a length")
@@ -88,17 +80,9 @@ class BudgetSolver:
             density={n: self.table.density(choice, n) for n in targets}, seconds=time.perf_counter() - began,
         )  # fmt: skip
 
-    def _anchor(self, density: float) -> list[np.ndarray] | None:
-        """Weights of the anchor nearest to a density; None where nothing keeps it. The same whatever was solved before."""
-        place = min(max(round(density * ANCHORS), 1), ANCHORS)
-        if place not in self._anchors:
-            limits = self._usage.limits(dict.fromkeys(self.lengths, place / ANCHORS))
-            try:
-                check_feasible(self.table, limits, None)
-            except InfeasibleError:
-                return None
-            self._anchors[place] = relax(self._terms, limits, allowed_rules(self.table, None)).weights
-        return self._anchors[place]
+    def _start(self, density: float) -> list[np.ndarray] | None:
+        """Weights of worst terms to start from near a density; None: from nothing."""
+        return None
 
 
 def solve_budget(
