@@ -100,7 +100,7 @@ def _decode(
             query.stride(0), query.stride(1), keys.stride(0), codes.stride(0), grids.stride(0), sink_tokens, reach, scale, softcap or 1.0,
             ROWS=max(triton.next_power_of_2(group), 16), PADDED_DIM=padded_dim,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            **common, **packed, num_warps=4, num_stages=_stages(query.dtype, max(widths, default=UNTOUCHED)),
+            **common, **packed, num_warps=4, num_stages=stages(query.dtype, max(widths, default=UNTOUCHED)),
         )  # fmt: skip
     merge_kernel[(batch * query_heads,)](
         part_output, part_max, part_sum, firsts, part_max if sink_logits is None else sink_logits.contiguous(),
@@ -127,7 +127,12 @@ def tile_slots(ring: RingLayer) -> int:
     if by_warps(sample, isinstance(ring, PackedRing)):
         return min(32, 4096 // sample.shape[-1])
     size = 4 if sample.dtype == torch.float32 else 2 if ring.most_bits == UNTOUCHED else 1
-    return max(16, min(128, 16384 // (triton.next_power_of_2(sample.shape[-1]) * size)))
+    return tile_of(sample.shape[-1], size)
+
+
+def tile_of(head_dim: int, itemsize: int) -> int:
+    """Slots per tile of vectors of so many numbers, of so many bytes."""
+    return max(16, min(128, 16384 // (triton.next_power_of_2(head_dim) * itemsize)))
 
 
 def programs_for(ring: RingLayer, tiles: int, cores: int) -> int:
@@ -144,6 +149,6 @@ def warp_registers(head_dim: int, bits: int) -> int:
     return 255 if head_dim >= 128 and bits >= 8 else 168
 
 
-def _stages(dtype: torch.dtype, bits: int) -> int:
+def stages(dtype: torch.dtype, bits: int) -> int:
     """Tiles of keys, and of values, that are loaded or read at a time; `bits` as in `tile_slots`, which makes tiles of codes larger."""
     return 1 if dtype == torch.float32 else 3 if bits == UNTOUCHED else 2

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from moa_lab.kernels.decode import stages, tile_of
 from moa_lab.kernels.paged_kernel import paged_decode_kernel, paged_merge_kernel, paged_write_kernel
+from moa_lab.plan.bits import UNTOUCHED
 
 SPLIT = 512
 """Slots that a program reads: fewer fill a GPU with few requests, more leave less to merge."""
@@ -75,13 +77,13 @@ def paged_decode(
     parts = rows * kv_heads * splits
     part_output = torch.empty(parts, group, padded_dim, dtype=torch.float32, device=query.device)
     part_max, part_sum = torch.empty(2, parts, group, dtype=torch.float32, device=query.device)
-    whole = query.dtype == torch.float32
     paged_decode_kernel[(rows * kv_heads, splits)](
         query, pool, step.table, step.lengths, step.firsts, layer.heads, layer.steps, part_output, part_max, part_sum,
         step.table.stride(0), *query.stride()[:2], kv_heads, layer.sink_tokens, layer.reach, scale, softcap or 1.0,
         GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
-        TILE=max(16, min(128, 16384 // (padded_dim * query.itemsize))), SPLIT=SPLIT, CAPPED=softcap is not None, REACHES=layer.reach != 0,
-        PRECISION="ieee" if whole else "tf32", PAGE=layer.page_tokens, num_warps=4, num_stages=1 if whole else 3,
+        TILE=tile_of(head_dim, query.itemsize), SPLIT=SPLIT, CAPPED=softcap is not None, REACHES=layer.reach != 0,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PAGE=layer.page_tokens,
+        num_warps=4, num_stages=stages(query.dtype, UNTOUCHED),
     )  # fmt: skip
     paged_merge_kernel[(rows * query_heads,)](
         part_output, part_max, part_sum, step.lengths, step.firsts, layer.heads,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from moa_lab.kernels.decode_kernel import attend, merged, paged_places
+from moa_lab.kernels.write import kept_slots
 
 HEAD = tl.constexpr(5)
 """Numbers that tell of a head."""
@@ -28,10 +29,8 @@ def paged_write_kernel(
     rank = tl.load(heads + head * HEAD + 4)
     row = tl.load(rows + these, mask=real, other=0)
     length = tl.load(lengths + row)
-    at = these + length - tl.load(firsts + row + 1)
-    # Skip tokens that later ones would overwrite: the order of writes to one slot is undefined.
-    kept = real & ((at < sink) | (at >= length - ring))
-    slots = tl.where(at < sink, at, sink + (at - sink) % ring)
+    kept, slots = kept_slots(these + length - tl.load(firsts + row + 1), length, sink, ring)
+    kept = kept & real
     places = paged_places(table + row.to(tl.int64) * table_row, steps, rank, slots, kept, PAGE)
     dims = tl.arange(0, PADDED_DIM)
     there = kept[:, None] & (dims[None, :] < HEAD_DIM)

@@ -23,15 +23,20 @@ def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths:
 
 
 @triton.jit
+def kept_slots(at, length, sink, ring):
+    """Which positions `at` a head holds once the sequence has `length` tokens, and their slots. What later ones would overwrite is
+    skipped: the order of writes to one slot is undefined."""
+    return (at < sink) | (at >= length - ring), tl.where(at < sink, at, sink + (at - sink) % ring)
+
+
+@triton.jit
 def _slots(table, lengths, padding, batch, head, columns, tokens):
     """Which of the new tokens, by column, are written, and to which slots of their head."""
     length = tl.load(lengths + batch)
     sink = tl.load(table + head * 4 + 1)
     ring = tl.load(table + head * 4 + 2)
-    at = length - tokens + columns
-    # Skip tokens that later ones would overwrite: the order of writes to one slot is undefined.
-    kept = (columns < tokens) & (columns >= tl.load(padding + batch)) & ((at < sink) | (at >= length - ring))
-    return kept, tl.where(at < sink, at, sink + (at - sink) % ring)
+    kept, slots = kept_slots(length - tokens + columns, length, sink, ring)
+    return kept & (columns < tokens) & (columns >= tl.load(padding + batch)), slots
 
 
 @triton.jit

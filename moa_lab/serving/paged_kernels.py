@@ -34,7 +34,7 @@ class PagedKernels:
     ) -> torch.Tensor:
         """As `moa_lab.serving.paged.paged_attention`."""
         output = torch.empty_like(query)
-        found = Pass(step.table, step.lengths.int(), step.firsts.int(), step.rows.int())
+        found = Pass(step.table, *step.narrow)
         firsts, lengths = step.told
         # Before they are written: in a full ring they take the place of tokens that the first of them still see.
         for row in step.several:

@@ -36,6 +36,11 @@ class Step:
         return torch.repeat_interleave(self.new, output_size=self.told[0][-1])
 
     @cached_property
+    def narrow(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`lengths`, `firsts` and `rows` in int32, as kernels read them in every layer."""
+        return self.lengths.int(), self.firsts.int(), self.rows.int()
+
+    @cached_property
     def positions(self) -> torch.Tensor:
         """The position of every new token in its sequence: int64 (tokens,)."""
         return torch.arange(len(self.rows), device=self.rows.device) + (self.lengths - self.firsts[1:])[self.rows]
