@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from moa_lab import processes
 from moa_lab.calibration.samples import Sample
 from moa_lab.calibration.tasks import Questions
 from moa_lab.learning.batches import BATCH_TOKENS
@@ -98,6 +99,8 @@ class Forecast:
             foretold["refine"] = plans * sum(count * pace.forward(n) for n, count in samples.items()) / pace.at_once
         for stage, counts in zip(("validate", "evaluate"), judged, strict=True):
             foretold[stage] = _judging(pace, *counts, preset.answer_tokens)
+        # Samples are shared out among processes; a solver is not.
+        foretold = {stage: s / (1 if stage in LIMITED else processes.started()) for stage, s in foretold.items()}
         there = {record for record in (*STAGE_OF, *WITHOUT) if run.records.place(record).exists()}
         unasked = {stage for record, stages in WITHOUT.items() if record in there for stage in stages}
         missing = {stage: s for stage, s in foretold.items() if LAST_RECORD[stage] not in there and stage not in unasked}

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from moa_lab import processes
 from moa_lab.calibration import SampleSet, calibrate
 from moa_lab.calibration.dataset import Request
 from moa_lab.evaluate.memory import memory_row
@@ -58,8 +59,8 @@ class Run(RunInputs):
         self._check_lengths()
         self.check_density()
         self.begin()
-        if not self.records.place("measurements.json").exists():
-            self._forecast = Forecast.of(self)
+        self._forecast = processes.from_first(self._foretold)
+        if self._forecast:
             logger.info("%s", self._forecast)
         self.samples()
         self.profile()
@@ -68,6 +69,9 @@ class Run(RunInputs):
         self.plan()
         self.measurements()
         return self.report()
+
+    def _foretold(self) -> Forecast | None:
+        return None if self.records.place("measurements.json").exists() else Forecast.of(self)
 
     def at(self, density: float) -> Run:
         """The same run at another density, sharing all that does not depend on it. Raises InfeasibleError as `check_density` does."""
@@ -115,8 +119,9 @@ class Run(RunInputs):
         """The loss table of the profile."""
         used = judged_lengths(self.use_lengths, self.lengths)
         return self._stored(
-            "table.safetensors", LossTable.load, lambda: loss_table(self.profile(), min_span=self.settings.min_span, use_lengths=used)
-        )
+            "table.safetensors", LossTable.load,
+            lambda: loss_table(self.profile(), min_span=self.settings.min_span, use_lengths=used), by_first=True,
+        )  # fmt: skip
 
     def front(self) -> Front:
         """Stages search and refine: candidates from the dense profile, and better plans near the best of them."""
@@ -138,12 +143,12 @@ class Run(RunInputs):
         for mix in filter(self.holds_floor, dict.fromkeys((WHOLE_BITS, *self.mixes))):
             plans.append(stored_plan(uniform(share_bought(density, mix, self.geometry)), mix))
         for name in self.preset.baselines if self.holds_floor(WHOLE_BITS) else ():
-            made = self._stored(
-                f"baseline-{name}.json", Plan.load,
-                partial(baseline_plan, name, self.profile(), self.limits, min_span=floor),
-            )  # fmt: skip
+            made = self._stored(f"baseline-{name}.json", Plan.load, partial(self._baseline, name), by_first=True)
             plans.append(replace(made, lengths=lengths))
         return tuple(plans)
+
+    def _baseline(self, name: str) -> Plan:
+        return baseline_plan(name, self.profile(), self.limits, min_span=self.settings.min_span)
 
     def measurements(self) -> Measurements:
         """Stage evaluate: the chosen plan and the baselines on test samples, which no choice has used."""
@@ -170,12 +175,16 @@ class Run(RunInputs):
 
     def report(self) -> dict[str, Any]:
         """Write summary.json and report.html; return the summary."""
-        plans = (*self.baselines(), self.plan())
-        summary = summarise(plans, self.measurements(), max(self.test_lengths), self.settings.density)
+        plans, measured = (*self.baselines(), self.plan()), self.measurements()
+        return processes.from_first(lambda: self._reported(plans, measured))
+
+    def _reported(self, plans: Sequence[Plan], measured: Measurements) -> dict[str, Any]:
+        *baselines, plan = plans
+        summary = summarise(plans, measured, max(self.test_lengths), self.settings.density)
         write_json(self.records.place("summary.json"), summary)
         save_report(
-            self.records.place("report.html"), self.plan(), self.profile(), self.front(), self.measurements(),
-            title=f"Mixture of attention spans: {self.settings.model} at {self.settings.density:.0%}", baselines=self.baselines(),
+            self.records.place("report.html"), plan, self.profile(), self.front(), measured,
+            title=f"Mixture of attention spans: {self.settings.model} at {self.settings.density:.0%}", baselines=baselines,
             density=self.settings.density, validation=self._validations(),
         )  # fmt: skip
         for name in ("summary.json", "report.html"):
@@ -183,7 +192,7 @@ class Run(RunInputs):
         return summary
 
     def _searched(self) -> Front:
-        front = self._stored("front-search.json", Front.load, self._search)
+        front = self._stored("front-search.json", Front.load, self._search, by_first=True)
         if self.preset.learning_steps:
             learned = self.learned()
             front = replace(front, points=(*front.points, *learned), settings={**front.settings, "learning": learned.settings})
@@ -239,8 +248,9 @@ class Run(RunInputs):
     def _validated(self) -> Plan:
         found = self.validation(self.front(), "moa")
         origin = self.origin()
-        replace(found.measurements, provenance=origin).save(self.records.place("validation.json"))
-        self.records.publish("validation.json")
+        if processes.is_first():
+            replace(found.measurements, provenance=origin).save(self.records.place("validation.json"))
+            self.records.publish("validation.json")
         return replace(found.best, provenance=origin, lengths=self.use_lengths)
 
     def _validations(self) -> Measurements | None:
@@ -271,21 +281,32 @@ class Run(RunInputs):
             calibration=self.samples().identity, seed=self.settings.seed, device=_device(model),
         )  # fmt: skip
 
-    def _stored(self, name: str, load: Callable[[Path], Record], make: Callable[[], Record]) -> Record:
-        """The record `name`, made and saved first where it is missing or broken."""
+    def _stored(self, name: str, load: Callable[[Path], Record], make: Callable[[], Record], *, by_first: bool = False) -> Record:
+        """The record `name`, made and saved first where it is missing or broken. by_first: the first process makes it alone."""
         path = self.records.place(name)
-        found = None
-        if path.exists():
-            try:
-                found = load(path)
-            except RecordError as error:
-                logger.warning("%s; making it again", error)
+        found = processes.from_first(lambda: _kept(path, load))
         if found is None:
             with self._forecast.timing(name) if self._forecast else contextlib.nullcontext():
-                make().save(path)
-            found = load(path)
-        self.records.publish(name)
+                made = processes.from_first(make) if by_first else make()
+                found = processes.from_first(lambda: _saved(made, path, load))
+        processes.from_first(lambda: self.records.publish(name))
         return found
+
+
+def _kept(path: Path, load: Callable[[Path], Record]) -> Record | None:
+    """The record at `path`; None where it is missing or broken."""
+    if path.exists():
+        try:
+            return load(path)
+        except RecordError as error:
+            logger.warning("%s; making it again", error)
+    return None
+
+
+def _saved(made: Record, path: Path, load: Callable[[Path], Record]) -> Record:
+    """The record as it is read from then on."""
+    made.save(path)
+    return load(path)
 
 
 def _device(model: PreTrainedModel) -> str:

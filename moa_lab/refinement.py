@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab import processes
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.engines import Engine, engine_of, fits, meets
 from moa_lab.evaluate.effects import MeasuredLosses, head_effects
@@ -107,7 +108,8 @@ def refine(
         still[tuple(np.array(chosen).T)] = False
         while True:
             # The measured effect of a moved head no longer holds: it stays until it is measured again.
-            tried = [(loss_of(near), near) for near in neighbours.of(choice, change, moves, still)]
+            near_by = processes.from_first(partial(neighbours.of, choice, change, moves, still))
+            tried = [(loss_of(near), near) for near in near_by]
             best, near = min(tried, key=lambda pair: pair[0], default=(loss, choice))
             logger.info("refinement round %d: loss %.4f, best of %d neighbours %.4f", number, loss, len(tried), best)
             if best >= loss:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab import processes
 from moa_lab.calibration.dataset import Request, requests
 from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
 from moa_lab.calibration.origin import check_folder
@@ -57,7 +58,7 @@ class RunInputs:
         check_turns(self.tokenizer, self.preset.turns)
         check_folder(self.folder, *self._loaded)
         self._rehearse()
-        self.records.begin()
+        processes.from_first(self.records.begin)
 
     @property
     def mixes(self) -> tuple[Bits, ...]:
@@ -104,7 +105,8 @@ class RunInputs:
     @cached_property
     def _loaded(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         self.progress("load model", 0, 1)
-        loaded = load_model(self.settings.model, plain_prompts=self.settings.plain_prompts)
+        # What is fetched or unpacked once is there for the others.
+        loaded = processes.first_then_others(lambda: load_model(self.settings.model, plain_prompts=self.settings.plain_prompts))
         self.progress("load model", 1, 1)
         check_folder(self.folder, *loaded)
         return loaded

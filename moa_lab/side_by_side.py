@@ -10,6 +10,8 @@ from typing import TypeVar
 import psutil
 import torch
 
+from moa_lab import processes
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -21,14 +23,28 @@ def side_by_side(
     *,
     bytes_each: int = 0,
     after: Callable[[Result], None] | None = None,
+    first_only: bool = False,
 ) -> list[Result]:
-    """`work(item)` of every item, in their order.
+    """`work(item)` of every item, in their order; the processes of a run share the items out (see `moa_lab.processes`).
 
     On a CPU, torch's threads are dealt out among items at work at once, as many as `workers` says; each item has a thread of its own,
     to which nothing of the caller's belongs: no gradient mode, no plan that is applied. Elsewhere one item after the other.
-    after: called with every result, in order, in the caller's thread. What `work` or `after` raises is raised here once the items
-    under way are done; no other is begun.
+    after: called with every result, in order, in the caller's thread. first_only: as in `processes.shared_out`. What `work` or `after`
+    raises is raised here once the items under way are done; no other is begun.
     """
+    if processes.sharing() == 1:
+        return _here(work, items, device, bytes_each, after)
+    # Each process has a share of the host's memory, and the first says how much.
+    at_once = processes.from_first(lambda: workers(len(items), device, bytes_each * processes.started()))
+    return processes.shared_out(
+        lambda mine: _here(work, mine, device, bytes_each, None), items, at_once=at_once, after=after, first_only=first_only
+    )
+
+
+def _here(
+    work: Callable[[Item], Result], items: Sequence[Item], device: torch.device, bytes_each: int, after: Callable[[Result], None] | None
+) -> list[Result]:
+    """All of them, in this process."""
     count, total = workers(len(items), device, bytes_each), torch.get_num_threads()
     results: list[Result] = []
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab import processes
 from moa_lab.calibration.answers import AnswerScore, answer_greedily, forward_bytes, score_answers
 from moa_lab.calibration.documents import Document, Split, documents_hash, embedded_documents, tell_escaped
 from moa_lab.calibration.origin import check_vocabulary
@@ -40,6 +41,8 @@ Told = Callable[[Sample, list[AnswerScore]], None]
 """Called with a sample that the model answered, and the model's scores of its answers."""
 Keep = Callable[[Sample, list[AnswerScore]], Sample | None]
 """What is kept of a draft of these scores: a sample with some of its answers, or nothing."""
+_Answered = tuple[Sample | None, list[AnswerScore]]
+"""What is kept of a draft, and the scores of answers that the model wrote."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ def calibrate(
 
     lengths: duplicates count once. documents: None takes the embedded ones of `split`; control tokens spelled in them stay text and are
     counted in `settings`. batch_size: samples answered at once. parts_dir: keeps finished samples, to go on after a kill.
-    told: gets the dense model's scores of every answer that it wrote in this call, possibly from several threads.
+    told: gets the dense model's scores of every answer that it wrote in this call.
     examiner: runs the questions' drafts (None: they are scored and no more).
     Raises ValueError for an empty or unusable request, a length beyond the model, a chat template that cannot be used, or documents
     that cannot fill a length.
@@ -180,7 +183,9 @@ class _Answerer:
         kept: list[Sample] = []
         wrong: list[Sample] = []
         spare = int(request.count * SPARE_DRAFTS)
-        at_once = self.batch_size * workers(request.count, self.model.device, self.examiner.bytes_each(length))
+        at_once = self.batch_size * processes.from_first(
+            lambda: processes.started() * workers(request.count, self.model.device, self.examiner.bytes_each(length))
+        )
         while len(kept) < request.count and (len(wrong) <= spare):
             # No more than would be drawn batch by batch: the samples are the same on any number of cores.
             room = min(at_once, request.count - len(kept), max(self.batch_size, spare + 1 - len(wrong)))
@@ -202,42 +207,45 @@ class _Answerer:
             return list(drafts)
         return self._stored(drafts, *(("own", self._fill) if isinstance(task, Summaries) else ("right", self._right)), self.batch_size)
 
-    def _fill(self, drafts: list[Sample]) -> list[Sample | None]:
-        filled = answer_greedily(self.model, drafts, self.never)
-        if self.told:
-            for sample, scores in filled:
-                self.told(sample, scores)
-        return [sample for sample, _ in filled]
+    def _fill(self, drafts: list[Sample]) -> list[_Answered]:
+        return [*answer_greedily(self.model, drafts, self.never)]
 
-    def _right(self, drafts: list[Sample]) -> list[Sample | None]:
-        return self.examiner.run(drafts, _keep_right)
+    def _right(self, drafts: list[Sample]) -> list[_Answered]:
+        return [(kept, []) for kept in self.examiner.run(drafts, _keep_right)]
 
     def _scored(self, drafts: list[Sample], keep: Keep) -> list[Sample | None]:
         return [keep(*pair) for pair in zip(drafts, score_answers(self.model, drafts), strict=True)]
 
-    def _stored(
-        self, drafts: list[Sample], kind: str, answer: Callable[[list[Sample]], list[Sample | None]], size: int
-    ) -> list[Sample | None]:
-        """`answer` of `size` drafts at a time, each result read from its file if an earlier run left one. A file without a sample marks
-        a rejected draft."""
+    def _stored(self, drafts: list[Sample], kind: str, answer: Callable[[list[Sample]], list[_Answered]], size: int) -> list[Sample | None]:
+        """`answer` of `size` drafts at a time, or of a process's share of them, each result read from its file if an earlier run left
+        one. A file without a sample marks a rejected draft."""
         found: dict[str, Sample | None] = {}
         paths: dict[str, Path] = {}
         if self.folder is not None:
             paths = {draft.identity: self.folder / f"{draft.identity}-{self.weights}-{kind}.safetensors" for draft in drafts}
-        missing = [draft for draft in drafts if not (paths and is_intact(paths[draft.identity], SampleSet.load))]
+            found = processes.from_first(lambda: {name: _read(path) for name, path in paths.items() if is_intact(path, SampleSet.load)})
+        missing = [draft for draft in drafts if draft.identity not in found]
 
-        def work(batch: list[Sample]) -> None:
-            for draft, answered in zip(batch, answer(batch), strict=True):
+        def take(batch: tuple[list[Sample], list[_Answered]]) -> None:
+            for draft, (answered, scores) in zip(*batch, strict=True):
                 found[draft.identity] = answered
-                if paths:
+                if answered and scores and self.told:
+                    self.told(answered, scores)
+                if paths and processes.is_first():
                     SampleSet((answered,) if answered else ()).save(paths[draft.identity])
 
+        size = -(-size // processes.sharing())
         batches = [missing[start : start + size] for start in range(0, len(missing), size)]
         longest = max((draft.length for draft in missing), default=0)
-        side_by_side(work, batches, self.model.device, bytes_each=size * self.examiner.bytes_each(longest))
-        if paths:
-            return [next(iter(SampleSet.load(paths[draft.identity])), None) for draft in drafts]
+        side_by_side(
+            lambda batch: (batch, answer(batch)), batches, self.model.device,
+            bytes_each=size * self.examiner.bytes_each(longest), after=take,
+        )  # fmt: skip
         return [found[draft.identity] for draft in drafts]
+
+
+def _read(path: Path) -> Sample | None:
+    return next(iter(SampleSet.load(path)), None)
 
 
 def _keep_right(draft: Sample, scores: list[AnswerScore]) -> Sample | None:

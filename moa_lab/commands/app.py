@@ -73,12 +73,19 @@ def main() -> None:
     # Large pages for torch's CPU tensors (Linux): a fifth less time for a long prompt. torch reads this before its first tensor.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
+        _check_processes()
         app()
     except (ValueError, OSError, MemoryError) as error:
         if "--debug" in sys.argv:
             traceback.print_exc()
-        typer.echo(f"error: {one_line(error)}", err=True)
+        rank = int(os.environ.get("RANK", "0"))
+        typer.echo(f"error{f' in process {rank + 1}' if rank else ''}: {one_line(error)}", err=True)
         sys.exit(2)
+
+
+def _check_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["run"]:
+        raise ValueError("of what torchrun starts, only `moa-lab run` is shared out among processes: start other commands without it")
 
 
 def run(
@@ -106,6 +113,7 @@ def run(
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """All stages: calibrate, profile, search, validate, evaluate, report."""
+    from moa_lab import processes
     from moa_lab.evaluate.summary import table
     from moa_lab.pipeline import Run
 
@@ -116,8 +124,10 @@ def run(
         max_rules_per_layer=max_rules, min_span=min_span, sink_tokens=sink, bits=bits, use_lengths=lengths_of(use_lengths), prefer=prefer,
         engine=engine,
     )  # fmt: skip
-    with Bars() as bars:
+    with processes.joined(), Bars(shown=processes.is_first()) as bars:
         summary = Run(out, settings, bars).everything()
+        if not processes.is_first():
+            return
     typer.echo(table(summary))
     typer.echo(f"plan {out / 'plan.json'}, report {out / 'report.html'}")
 

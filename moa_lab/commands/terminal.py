@@ -51,9 +51,10 @@ PreferOption = Annotated[
 
 
 class Bars:
-    """One progress bar with ETA per stage."""
+    """One progress bar with ETA per stage; none is shown where another process shows them."""
 
-    def __init__(self) -> None:
+    def __init__(self, shown: bool = True) -> None:
+        self._shown = shown
         self._bars: dict[str, tqdm[Any]] = {}
         self._ended: set[str] = set()
 
@@ -65,6 +66,8 @@ class Bars:
             bar.close()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if not self._shown:
+            return
         if stage not in self._bars:
             if done == total and stage in self._ended:
                 return

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel
 
+from moa_lab import processes
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.evaluate.scoring import mean_losses, score_samples
 from moa_lab.geometry.wrappers import plain_model
@@ -42,10 +43,10 @@ class MeasuredLosses:
 
     def _kept_or_measured(self, plan: Plan, identity: str) -> dict[ProfileKey, float]:
         path = self._folder / f"{identity}-{self._setting}.json" if self._folder else None
-        if path is not None and (kept := _read(path)) is not None:
+        if path is not None and (kept := processes.from_first(lambda: _read(path))) is not None:
             return kept
         losses = mean_losses(self._samples, score_samples(self._model, plan, self._samples))
-        if path is not None:
+        if path is not None and processes.is_first():
             write_json(path, {"schema": LOSSES_SCHEMA, "losses": [[task, length, loss] for (task, length), loss in losses.items()]})
         return losses
 

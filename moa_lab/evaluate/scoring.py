@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from moa_lab import processes
 from moa_lab.calibration.answers import AnswerScore, forward_bytes, score_answers
 from moa_lab.calibration.origin import check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, distinct, group_by_shape
@@ -29,6 +30,8 @@ GPU_BATCH_TOKENS = 32_768
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
+_Scored = tuple[int, list[list[AnswerScore]]]
+"""The number of a plan, and the scores of the samples of a batch under it."""
 
 
 def score_samples(
@@ -62,20 +65,23 @@ def score_plans(
     """
     model = plain_model(model)
     check_vocabulary(samples, model)
-    known = {sample.identity: [store.get(plan, sample) if store else None for plan in plans] for sample in samples}
+    known = processes.from_first(
+        lambda: {sample.identity: [store.get(plan, sample) if store else None for plan in plans] for sample in samples}
+    )
     total = len(known) * len(plans)
     done = sum(found is not None for row in known.values() for found in row)
 
-    def score(work: _Work) -> _Work:
-        for at, results in _scores_under(model, {at: plans[at] for at in work.plans}, work.batch):
+    def score(work: _Work) -> tuple[_Work, list[_Scored]]:
+        return work, list(_scores_under(model, {at: plans[at] for at in work.plans}, work.batch))
+
+    def take(found: tuple[_Work, list[_Scored]]) -> None:
+        nonlocal done
+        work, scored = found
+        for at, results in scored:
             for sample, result in zip(work.batch, results, strict=True):
                 known[sample.identity][at] = result
-                if store:
+                if store and processes.is_first():
                     store.put(plans[at], sample, result)
-        return work
-
-    def tell(work: _Work) -> None:
-        nonlocal done
         done += len(work.batch) * len(work.plans)
         if progress:
             progress(done, total)
@@ -84,7 +90,7 @@ def score_plans(
     longest = max((work.batch[0].length for work in works), default=0)
     tokens = sum(len(work.plans) * sum(sample.length for sample in work.batch) for work in works)
     with compiled_layers(model, tokens):
-        side_by_side(score, works, model.device, bytes_each=forward_bytes(model, longest), after=tell)
+        side_by_side(score, works, model.device, bytes_each=forward_bytes(model, longest), after=take)
     return [[found for sample in samples if (found := known[sample.identity][at]) is not None] for at in range(len(plans))]
 
 
@@ -105,7 +111,7 @@ def _works(samples: Sequence[Sample], known: Mapping[str, Sequence[list[AnswerSc
     return [_Work(batch, missing) for missing, group in groups.items() if missing for batch in _batches(list(group.values()), device)]
 
 
-def _scores_under(model: PreTrainedModel, plans: Mapping[int, Plan], batch: list[Sample]) -> Iterator[tuple[int, list[list[AnswerScore]]]]:
+def _scores_under(model: PreTrainedModel, plans: Mapping[int, Plan], batch: list[Sample]) -> Iterator[_Scored]:
     """The scores of a batch under every plan, by the plan's number.
 
     Up to its least span, a token's past is whole under a plan, and so are the pasts of all tokens that it sees: their K and V are the

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab import processes
 from moa_lab.calibration.answers import AnswerScore
 from moa_lab.calibration.documents import Document, Split
 from moa_lab.calibration.rehearsal import rehearse
@@ -130,4 +131,5 @@ class Suites:
 
     def _told(self, sample: Sample, scores: list[AnswerScore]) -> None:
         # Written by the dense model, so that it need not score them once more.
-        self.scores.put(dense_plan(geometry_of(self.model)), sample, scores)
+        if processes.is_first():
+            self.scores.put(dense_plan(geometry_of(self.model)), sample, scores)

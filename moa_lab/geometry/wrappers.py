@@ -37,6 +37,11 @@ def plain_model(model: Any) -> PreTrainedModel:
     raise ValueError(f"{type(model).__name__} is no transformers model: {_cure(model)}")
 
 
+def is_split(model: PreTrainedModel) -> bool:
+    """Whether a model's layers lie on several devices, as a `device_map` deals them out."""
+    return len(set(getattr(model, "hf_device_map", {}).values())) > 1
+
+
 def _adapted(model: Any) -> PreTrainedModel:
     if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
         raise ValueError(f"{type(model).__name__}: its adapter puts virtual tokens before the prompt, which no span counts; use LoRA")

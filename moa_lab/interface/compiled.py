@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from moa_lab.geometry.wrappers import plain_model
+from moa_lab.geometry.wrappers import is_split, plain_model
 from moa_lab.interface.sites import attention_sites
 
 HOT_TOKENS = 4_000_000
@@ -26,11 +26,11 @@ def compiled_layers(model: PreTrainedModel, tokens: int) -> Iterator[None]:
     """Passes over `tokens` tokens, without a cache of K and V: by compiled layers on a GPU, once many have been run there.
 
     Norms, rotations and activations are fused, attention is what it was; results differ by rounding. Layers that are compiled already
-    stay so, and what cannot be compiled runs as it is written.
+    stay so, and what cannot be compiled, or lies on several devices, runs as it is written.
     """
     model = plain_model(model)
     _seen[model] = _seen.get(model, 0) + tokens
-    if model.device.type != "cuda" or _seen[model] < HOT_TOKENS:
+    if model.device.type != "cuda" or is_split(model) or _seen[model] < HOT_TOKENS:
         yield
         return
     with compiling(model):

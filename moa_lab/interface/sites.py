@@ -33,6 +33,11 @@ def attention_sites(model: PreTrainedModel) -> tuple[AttentionSite, ...]:
     model = plain_model(model)
     if model.device.type == "meta":
         raise ValueError(f"{type(model).__name__}: its weights are offloaded; load it without offloading (a device_map of GPUs, or none)")
+    if any(hasattr(parameter, "device_mesh") for parameter in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__}: its weights are split among processes (tensor parallel), each of which sees some heads; load it with "
+            "device_map instead, or start processes that hold all of it (torchrun -m moa_lab run)"
+        )
     with _inspecting:
         if model not in _sites:
             # What is compiled runs as it is written: inspection must see every call.

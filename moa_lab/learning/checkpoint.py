@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from moa_lab import processes
 from moa_lab.provenance import digest
 from moa_lab.storage import is_intact, read_tensors, write_tensors
 
@@ -37,6 +38,6 @@ class Checkpoint:
 
     def save(self, arrays: Mapping[str, np.ndarray], state: Mapping[str, Any], *, last: bool = False) -> None:
         """Save if the last save is some time ago, or if this is the last step."""
-        if self._path is not None and (last or time.monotonic() - self._saved >= SAVE_S):
+        if self._path is not None and processes.is_first() and (last or time.monotonic() - self._saved >= SAVE_S):
             write_tensors(self._path, arrays, {"schema": STATE_SCHEMA, "state": dict(state)})
             self._saved = time.monotonic()

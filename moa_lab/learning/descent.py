@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab import processes
 from moa_lab.calibration.samples import SampleSet
 from moa_lab.engines import Engine, check_stored, engine_of, meets
 from moa_lab.geometry.wrappers import plain_model
@@ -114,7 +115,7 @@ def learn_spans(
         **({} if mix == WHOLE_BITS else {"bits": mix}), **({} if limits is None else {"engine": limits.told()}),
     }  # fmt: skip
     checkpoint = Checkpoint(parts_dir, mixed_name(name, mix), course)
-    if saved := checkpoint.load():
+    if saved := processes.from_first(checkpoint.load):
         arrays, told = saved
         mixtures.restore(arrays, told["mixtures"])
         for generator, state in zip(generators, told["generators"], strict=True):

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from moa_lab import processes
 from moa_lab.cache.storage import heads_as_stored
 from moa_lab.calibration.answers import answer_logits
 from moa_lab.calibration.samples import Sample, SampleSet
@@ -75,7 +76,7 @@ class SlopeSampler:
         estimate.require_fit()
         if model.device.type == "cpu":
             return cls(model, table, seed, weights=weights, stands_for=stands_for, bits=bits)
-        tokens = tokens_at_once(estimate)
+        tokens = processes.from_first(lambda: tokens_at_once(estimate))
         return cls(model, table, seed, tokens, checkpoint=tokens < longest.length, weights=weights, stands_for=stands_for, bits=bits)
 
     def __call__(self, batch: Sequence[Sample], chances: np.ndarray) -> DrawnSlope:
@@ -87,17 +88,27 @@ class SlopeSampler:
         divergence = dict.fromkeys(share, 0.0)
         blocks = -(-length // BLOCK)
         by_window = np.zeros((geometry.layers, geometry.kv_heads, blocks))
-        for places in passes(batch, max(1, self._tokens // length)):
+
+        def run(places: list[int]) -> tuple[list[float], np.ndarray]:
             part = [batch[at] for at in places]
             weights = [self._weights.get(sample.task, 1.0) / share[sample.task] for sample in part]
-            lost, slope = drawn_slopes(
+            return drawn_slopes(
                 self._model, part, counts[:, places], weights, self._table.sink_tokens, checkpoint=self._checkpoint, bits=self._bits
             )
+
+        parts = list(passes(batch, self._at_once(length, len(batch))))
+        found = processes.shared_out(lambda mine: [run(places) for places in mine], parts)
+        for places, (lost, slope) in zip(parts, found, strict=True):
             by_window += slope
-            for sample, value in zip(part, lost, strict=True):
-                divergence[sample.task] += value / share[sample.task]
+            for at, value in zip(places, lost, strict=True):
+                divergence[batch[at].task] += value / share[batch[at].task]
         by_rule = np.stack([layer @ _shares(own, blocks).T for layer, own in zip(by_window, windows, strict=True)])
         return DrawnSlope(divergence, by_rule.reshape(len(chances), -1))
+
+    def _at_once(self, length: int, batch: int) -> int:
+        """Samples of a pass: as many as fit, and few enough that every process has some with long answers and some without."""
+        fitting, count = max(1, self._tokens // length), processes.sharing()
+        return fitting if count == 1 else max(1, min(fitting, batch // (2 * count)))
 
     def _drawn(self, windows: np.ndarray, chances: np.ndarray, count: int) -> torch.Tensor:
         """Blocks that each head sees: int32 (layers, count, kv_heads)."""
@@ -130,10 +141,11 @@ def drawn_slopes(
     def handler(layer: int) -> Handler:
         def attend(call: AttentionCall) -> torch.Tensor:
             key, value = heads_as_stored(call.key, call.value, stored)
+            # A model's layers may lie on several devices.
+            own_shift, own_counts = (x[layer].to(key.device) for x in (shift, counts))
             return drawn_attention(
-                call.query, key, value, call.mask, shift[layer], counts[layer], sink_tokens, call.scale, call.softcap,
-                call.sink_logits,
-            )  # fmt: skip
+                call.query, key, value, call.mask, own_shift, own_counts, sink_tokens, call.scale, call.softcap, call.sink_logits
+            )
 
         return attend
 

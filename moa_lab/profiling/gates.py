@@ -94,7 +94,7 @@ def _gated(gates: torch.Tensor, sink_tokens: int, windows: np.ndarray) -> Handle
             sink_logits=call.sink_logits,
         )
         group = call.query.shape[1] // call.key.shape[1]
-        return torch.lerp(near, whole, gates.repeat_interleave(group)[None, :, None, None].to(whole.dtype))
+        return torch.lerp(near, whole, gates.repeat_interleave(group)[None, :, None, None].to(whole))
 
     return attend
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moa_lab import processes
 from moa_lab.calibration.dataset import Examiner, Keep
 from moa_lab.calibration.origin import check_origin, check_vocabulary
 from moa_lab.calibration.samples import Sample, SampleSet, group_by_shape
@@ -75,7 +76,7 @@ def profile(
     with contextlib.ExitStack() as stack:
         folder = Path(parts_dir) if parts_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
         paths = {sample.identity: _part(folder, sample, weights, sink_tokens, plan) for sample in samples}
-        missing = [sample for sample in samples if not is_intact(paths[sample.identity], _read_part)]
+        missing = processes.from_first(lambda: [sample for sample in samples if not is_intact(paths[sample.identity], _read_part)])
         done = len(samples) - len(missing)
         if progress:
             progress(done, len(samples))
@@ -84,28 +85,29 @@ def profile(
             logger.info("profiling %d samples: %s", len(missing), estimate)
             estimate.require_fit()
 
-            def work(batch: list[Sample]) -> list[Sample]:
+            def work(batch: list[Sample]) -> tuple[list[Sample], list[dict[str, np.ndarray]]]:
                 windows = plan.windows(batch[0].length) if plan else None
                 layers: dict[int, LayerInfluence] = {}
                 backward_pass(model, batch, layers.__setitem__, sink_tokens, windows)
-                for sample, part in zip(batch, _parts(layers, geometry.layers), strict=True):
-                    write_tensors(paths[sample.identity], part, {"schema": PART_SCHEMA})
-                return batch
+                return batch, list(_parts(layers, geometry.layers))
 
-            def tell(batch: list[Sample]) -> None:
+            def take(found: tuple[list[Sample], list[dict[str, np.ndarray]]]) -> None:
                 nonlocal done
-                done += len(batch)
+                for sample, part in zip(*found, strict=True):
+                    write_tensors(paths[sample.identity], part, {"schema": PART_SCHEMA})
+                done += len(found[0])
                 if progress:
                     progress(done, len(samples))
 
-            batches = list(_batches(missing, batch_size, estimate))
+            batches = processes.from_first(lambda: list(_batches(missing, batch_size, estimate)))
             each = max(map(len, batches)) * estimate.bytes_in_flight
             with checkpointed(model, estimate.checkpoint):
-                side_by_side(work, batches, model.device, bytes_each=each, after=tell)
+                side_by_side(work, batches, model.device, bytes_each=each, after=take, first_only=True)
+        merged = processes.from_first(lambda: _merge(samples, paths))
         return InfluenceProfile(
             geometry=geometry,
             sink_tokens=sink_tokens,
-            **_merge(samples, paths),
+            **merged,
             provenance=provenance(
                 model=model_name(model), weights=weights, calibration=samples.identity,
                 tokenizer=samples.provenance.tokenizer, seed=samples.provenance.seed, device=str(model.device),

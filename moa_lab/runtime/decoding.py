@@ -19,12 +19,14 @@ CHECK_EVERY = 32
 """Steps between two questions whether all rows have stopped: the only time the host waits."""
 
 
-def check_graph(graph: bool | None, device: torch.device) -> None:
-    """Raises ValueError where a decode step on `device` cannot be captured though `graph` asks for it."""
+def check_graph(graph: bool | None, device: torch.device, split: bool = False) -> None:
+    """Raises ValueError where a decode step on `device` (and on others: split) cannot be captured though `graph` asks for it."""
     if not (graph is None or isinstance(graph, bool)):
         raise ValueError(f"graph must be True, False or None, got {graph!r}")
     if graph and device.type != "cuda":
         raise ValueError(f"graph=True needs a GPU, and the model is on {device}: leave it out, and the step runs without a CUDA graph")
+    if graph and split:
+        raise ValueError("graph=True needs the whole model on one GPU: leave it out, and the step runs without a CUDA graph")
 
 
 class Decoder:

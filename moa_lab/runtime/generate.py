@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab.clock import clock
-from moa_lab.geometry.wrappers import plain_model
+from moa_lab.geometry.wrappers import is_split, plain_model
 from moa_lab.models import chat_ids, geometry_of, prompt_ids
 from moa_lab.plan import PlanOrPath, as_plan, dense_plan
 from moa_lab.runtime.apply import apply_plan, ring_cache
@@ -68,7 +68,7 @@ def generate(
     a user's messages, which are text: a control token that one spells is none. Without chat, prompts are read as the tokenizer reads
     them, so that control tokens can be written by hand. stop_tokens: ids, or texts of one token each (a longer token that holds such a
     text ends nothing); None for the model's own end of sequence. prefill_tokens: of all rows, at once. graph: capture the decode step
-    as a CUDA graph (None: on a GPU, where the model allows it; True must succeed). compiled: `torch.compile` the decode step first,
+    as a CUDA graph (None: on one GPU, where the model allows it; True must succeed). compiled: `torch.compile` the decode step first,
     which takes a minute or so and pays for long answers. Raises ValueError, before any work is done, for no prompts, an empty one,
     tokens beyond the model's maximum length, an argument of another kind, a stop token that the model does not have, and a graph
     without a GPU.
@@ -83,7 +83,7 @@ def generate(
     whole_number("prefill_tokens", prefill_tokens)
     if sampling is not None and not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a Sampling, such as Sampling(temperature=0.7), got {sampling!r}")
-    check_graph(graph, model.device)
+    check_graph(graph, model.device, is_split(model))
     stops = stop_ids(model, tokenizer, stop_tokens)
     plan = dense_plan(geometry_of(model)) if plan is None else as_plan(plan)
     rows = [chat_ids(tokenizer, [{"role": "user", "content": text}]) if chat else prompt_ids(tokenizer, text) for text in asked]
@@ -104,7 +104,7 @@ def generate(
         )
         decoder.first(logits)
         first = clock(model.device)
-        decoder.run(graph)
+        decoder.run(False if is_split(model) else graph)
         ended = clock(model.device)
     tokens = decoder.tokens()
     return Generation(
