@@ -68,8 +68,8 @@ class Forecast:
         cost = estimate_cost(model, [Sample("probe", np.zeros(longest, np.int64), ((longest - 1, longest),))])
         samples = {n: sum(request.count for request in run.wanted) for n in run.lengths}
         many = len(run.mixes)
-        # Where fewer bits hold all tokens, nothing is learned.
-        descents = sum(share_bought(run.settings.density, mix, run.geometry) < 1 for mix in run.mixes)
+        # Spans are learned in one of the mixes; where fewer bits hold all tokens, nothing is.
+        descents = int(share_bought(run.settings.density, run.mixes[0], run.geometry) < 1)
         learned = descents * LEARNED_PLANS * bool(preset.learning_steps)
         measured = preset.candidates + many * SIMPLE_PLANS + learned + preset.refine_rounds
         compared = 2 + many + len(preset.baselines)

@@ -24,7 +24,7 @@ from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.forecast import Forecast
 from moa_lab.learning import learn_spans
 from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import WHOLE_BITS, Bits, Plan, dense_plan, mixed_name, share_bought, stored_plan, told_bits, uniform_plan
+from moa_lab.plan import WHOLE_BITS, Bits, Plan, dense_plan, mix_of, mixed_name, share_bought, stored_plan, told_bits, uniform_plan
 from moa_lab.profiling import profile, profiling_examiner
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements, candidates
@@ -32,7 +32,6 @@ from moa_lab.refinement import refine
 from moa_lab.report import save_report
 from moa_lab.run_inputs import RunInputs
 from moa_lab.search import baseline_plan, loss_table, search
-from moa_lab.search.mixes import over_mixes
 from moa_lab.search.problem import judged_lengths
 from moa_lab.storage import RecordError, to_json, write_json
 from moa_lab.text import once
@@ -194,7 +193,7 @@ class Run(RunInputs):
     def _searched(self) -> Front:
         front = self._stored("front-search.json", Front.load, self._search, by_first=True)
         if self.preset.learning_steps:
-            learned = self.learned()
+            learned = self.learned(front)
             front = replace(front, points=(*front.points, *learned), settings={**front.settings, "learning": learned.settings})
         if not self.preset.refine_rounds:
             return front
@@ -218,25 +217,45 @@ class Run(RunInputs):
             progress=lambda done, total, message: self.progress("search", done, total),
         )  # fmt: skip
 
-    def learned(self) -> Front:
-        """Stage learn: the plans of two descents, `QUESTIONS_FIRST` and `WORDS_FIRST`; none where the preset learns nothing."""
+    def learned(self, searched: Front | None = None) -> Front:
+        """Stage learn: the plans of two descents, `QUESTIONS_FIRST` and `WORDS_FIRST`; none where the preset learns nothing.
+
+        searched: decides between several mixes of bits; None: what the search found.
+        """
         steps = self.preset.learning_steps
         if not steps:
             return Front((), ())
-        asked = self._descended("learned", steps, QUESTIONS_FIRST)
-        words = self._descended("learned-words", max(1, steps // 2), WORDS_FIRST)
+        mix = self._learned_mix(searched)
+        asked = self._descended("learned", steps, QUESTIONS_FIRST, mix)
+        words = self._descended("learned-words", max(1, steps // 2), WORDS_FIRST, mix)
         return replace(asked, points=(*asked.points, *words.points), settings={"learned": asked.settings, "learned-words": words.settings})
 
-    def _descended(self, name: str, steps: int, weights: Mapping[str, float]) -> Front:
-        def descend(mix: Bits) -> Front:
-            return learn_spans(
+    def _learned_mix(self, searched: Front | None) -> Bits:
+        """The mix to learn in: of several that of the plan which loses least in validation, needles and words alike, before any is learned.
+
+        A descent takes minutes in each, and what the plans lose tells mixes apart sooner than what spans they have.
+        """
+        if len(self.mixes) == 1:
+            return self.mixes[0]
+        front = searched or self._stored("front-search.json", Front.load, self._search, by_first=True)
+        found = choose(
+            self.model, front, self.suites.validation, name="mix", store=self.score_store, progress=self._steps("validate mixes")
+        )
+        mix = mix_of(found.best)
+        logger.info(
+            "learning in %s bits, those of %s, which loses least of what was searched", told_bits(mix), found.best.search["candidate"]
+        )
+        return mix
+
+    def _descended(self, name: str, steps: int, weights: Mapping[str, float], mix: Bits) -> Front:
+        return self._stored(
+            f"front-{name}.json", Front.load,
+            lambda: learn_spans(
                 self.model, self.lessons(), self.table(), self.limits, steps=steps, weights=weights, name=name, bits=told_bits(mix),
                 max_rules_per_layer=self.settings.max_rules_per_layer, engine=self.settings.engine, seed=self.settings.seed,
-                parts_dir=self.parts_dir("learn"),
-                progress=self._steps(f"learn {mixed_name(name, mix)}"),
-            )  # fmt: skip
-
-        return self._stored(f"front-{name}.json", Front.load, lambda: over_mixes(descend, self.mixes))
+                parts_dir=self.parts_dir("learn"), progress=self._steps(f"learn {mixed_name(name, mix)}"),
+            ),
+        )  # fmt: skip
 
     def validation(self, front: Front, name: str) -> Validation:
         """Measure every plan of `front` on validation samples; the best is called `name`."""

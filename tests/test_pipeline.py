@@ -6,14 +6,14 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from moa_lab.pipeline import Run
-from moa_lab.plan import Plan
-from moa_lab.presets import SETTINGS_SCHEMA, RunSettings
+from moa_lab.plan import Plan, mix_of
+from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, Preset, RunSettings
 from moa_lab.records import Front, InfluenceProfile, Measurements
 from moa_lab.storage import to_json
 
@@ -112,3 +112,18 @@ def test_a_run_that_cannot_make_its_samples_is_refused_before_the_model_answers(
         Run(tmp_path / "run", settings, lambda stage, *_: stages.append(stage)).everything()
     assert set(stages) <= {"load model"}
     assert not (tmp_path / "run").exists()
+
+
+def test_of_several_mixes_of_bits_spans_are_learned_in_the_one_whose_searched_plans_lose_least(
+    inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = replace(PRESETS["sketch"], lengths=(640,), test_lengths=(640,), learning_steps=2)
+    monkeypatch.setitem(cast(dict[str, Preset], PRESETS), "sketch", small)
+    columns = "text=text,summary=summary"
+    settings = RunSettings(model=str(inputs[0]), density=0.4, preset="sketch", source=str(inputs[1]), columns=columns, bits="16,8,4")
+    run = Run(tmp_path / "run", settings)
+    learned = run.learned()
+    searched = Front.load(run.records.place("front-search.json"))
+    best = run.validation(searched, "best").best
+    assert {mix_of(point.plan) for point in searched} == {(16, 16), (8, 8), (4, 4)}
+    assert {mix_of(point.plan) for point in learned} == {mix_of(best)}
