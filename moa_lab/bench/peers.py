@@ -130,6 +130,13 @@ def flex_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sp
     return lambda: attend(query, key, value, block_mask=blocks, enable_gqa=group > 1)
 
 
+def flash4_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans) -> Attend:
+    """FlashAttention-4 with the windows of the spans as a mask, lists of key blocks and all; ImportError where it is not installed."""
+    from moa_lab.kernels.flash import flash_prefill
+
+    return lambda: flash_prefill(query, key, value, spans.windows, spans.sink_tokens, query.shape[-1] ** -0.5)
+
+
 def _flex(compiled: bool) -> Callable[..., torch.Tensor]:
     if not compiled:
         return flex_attention

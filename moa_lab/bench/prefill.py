@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from moa_lab.bench.lab import Lab, timing_detail
-from moa_lab.bench.peers import Inputs, flex_prefill, measured, sdpa_prefill
+from moa_lab.bench.peers import Inputs, flash4_prefill, flex_prefill, measured, sdpa_prefill
 from moa_lab.bench.record import GOALS, BenchRow, errors, judged
 from moa_lab.bench.shapes import Shape, Spans, dense_flops, described, prefill_flops
 from moa_lab.bench.timing import copies_past_cache, time_calls
@@ -25,9 +25,9 @@ def prefill_rows(shape: Shape, lab: Lab, rows: Collection[str]) -> list[BenchRow
     inputs = _all_inputs(shape, lab)
     ours, trusted = _ours(shape, spans, inputs, lab)
     peers = _dense_peers(shape, inputs, lab)
+    expected, work = expected_prefill(*inputs[0], spans, shape.scale), prefill_flops(shape, spans) / TERA
+    peers["FlashAttention-4"] = measured("FlashAttention-4", lambda: [flash4_prefill(*each, spans) for each in inputs], work, lab, expected)
     if shape.flex and "P1" in rows:
-        expected = expected_prefill(*inputs[0], spans, shape.scale)
-        work = prefill_flops(shape, spans) / TERA
         peers["FlexAttention"] = measured("FlexAttention", lambda: [flex_prefill(*each, spans) for each in inputs[:1]], work, lab, expected)
     detail = {**ours, "useful_flops": prefill_flops(shape, spans), "peers": peers}
     names = ("cuDNN", "FlexAttention") if shape.flex else ("cuDNN",)
