@@ -11,6 +11,7 @@ import triton
 
 from moa_lab.cache import PackedRing, RingLayer
 from moa_lab.kernels.decode_kernel import decode_kernel, merge_kernel
+from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles
 from moa_lab.kernels.schedule import DecodeSchedule
 from moa_lab.plan.bits import UNTOUCHED, code_words
 
@@ -99,8 +100,8 @@ def _decode(
             query, keys, values, codes, grids, table, sides, lengths, segments, bounds, part_output, part_max, part_sum,
             query.stride(0), query.stride(1), keys.stride(0), codes.stride(0), grids.stride(0), sink_tokens, reach, scale, softcap or 1.0,
             ROWS=max(triton.next_power_of_2(group), 16), PADDED_DIM=padded_dim,
-            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            **common, **packed, num_warps=4, num_stages=stages(query.dtype, max(widths, default=UNTOUCHED)),
+            PRECISION=precision(query),
+            **common, **packed, num_warps=4, num_stages=stages(query, tile, max(widths, default=UNTOUCHED)),
         )  # fmt: skip
     merge_kernel[(batch * query_heads,)](
         part_output, part_max, part_sum, firsts, part_max if sink_logits is None else sink_logits.contiguous(),
@@ -117,8 +118,9 @@ def _(query: torch.Tensor, *_: object) -> torch.Tensor:
 
 def by_warps(sample: torch.Tensor, packed: bool) -> bool:
     """Whether a single warp is a program: over codes, on NVIDIA's tensor cores. sample: of the ring's device, dtype and head_dim."""
-    fits = packed and sample.is_cuda and sample.dtype in (torch.float16, torch.bfloat16) and sample.shape[-1] in WARP_DIMS
-    return fits and HAS_GLUON and torch.version.cuda is not None and torch.cuda.get_device_capability(sample.device) >= (8, 0)
+    fits = packed and sample.dtype in (torch.float16, torch.bfloat16) and sample.shape[-1] in WARP_DIMS
+    capability = nvidia_capability(sample)
+    return fits and HAS_GLUON and capability is not None and capability >= (8, 0)
 
 
 def tile_slots(ring: RingLayer) -> int:
@@ -149,6 +151,12 @@ def warp_registers(head_dim: int, bits: int) -> int:
     return 255 if head_dim >= 128 and bits >= 8 else 168
 
 
-def stages(dtype: torch.dtype, bits: int) -> int:
-    """Tiles of keys, and of values, that are loaded or read at a time; `bits` as in `tile_slots`, which makes tiles of codes larger."""
-    return 1 if dtype == torch.float32 else 3 if bits == UNTOUCHED else 2
+def stages(sample: torch.Tensor, tile: int, bits: int) -> int:
+    """Tiles of `tile` keys, and of as many values, that are loaded or read at a time: all but the one that is read lie in shared memory.
+
+    bits: as in `tile_slots`, which makes tiles of codes larger.
+    """
+    if sample.dtype == torch.float32:
+        return 1
+    tiles = 2 * tile * triton.next_power_of_2(sample.shape[-1]) * (sample.itemsize if bits == UNTOUCHED else 1)
+    return max(1, min(3 if bits == UNTOUCHED else 2, 1 + room_for_tiles(sample) // tiles))

@@ -95,9 +95,10 @@ def drawn_attention(
 ) -> torch.Tensor:
     """`drawn_windows` where its kernel runs and nothing is padded; elsewhere `mixed_windows`, recomputed in the backward pass."""
     if _fits(query) and mask.explicit is None and mask.real is None:
-        from moa_lab.kernels.drawn import drawn_windows
+        from moa_lab.kernels.drawn import drawn_windows, holds_tiles
 
-        return drawn_windows(query, key, value, shift, counts, sink_tokens, scale, softcap, mask.reach, sink_logits)
+        if holds_tiles(query):
+            return drawn_windows(query, key, value, shift, counts, sink_tokens, scale, softcap, mask.reach, sink_logits)
     weights = torch.nn.functional.one_hot(counts.long() - 1, shift.shape[-1]).to(shift.dtype) + shift
     shown = mask.positions >= 0
     return checkpoint(mixed_windows, query, key, value, shown, weights, sink_tokens, scale, softcap, sink_logits, use_reentrant=False)

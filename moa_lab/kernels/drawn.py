@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles
 from moa_lab.kernels.mixture import BLOCK
 from moa_lab.kernels.prefill import NO_REACH
 
@@ -208,6 +209,12 @@ def drawn_windows(
     return _Drawn.apply(query, key, value, shift, counts, sink_tokens, scale, softcap, reach, sink_logits)
 
 
+def holds_tiles(query: torch.Tensor) -> bool:
+    """Whether the device's shared memory holds what the kernels keep there of heads as wide as these: four tiles on NVIDIA's chips, where
+    operands of a product lie in shared memory."""
+    return nvidia_capability(query) is None or room_for_tiles(query) >= 4 * BLOCK * query.shape[-1] * query.itemsize
+
+
 class _Drawn(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -220,7 +227,7 @@ class _Drawn(torch.autograd.Function):
         normaliser = query.new_empty(batch, heads, n_tokens, dtype=torch.float32)
         settings = {
             "GROUP": heads // key.shape[1], "HEAD_DIM": head_dim, "PADDED_DIM": max(triton.next_power_of_2(head_dim), 16), "BLOCK": BLOCK,
-            "CAPPED": softcap is not None, "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+            "CAPPED": softcap is not None, "PRECISION": precision(query),
             "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2,
         }  # fmt: skip
         numbers = (-(-sink_tokens // BLOCK), reach or NO_REACH, scale, softcap or 1.0)

@@ -11,6 +11,7 @@ import torch
 import triton
 
 from moa_lab.kernels.decode import stages, tile_of
+from moa_lab.kernels.devices import precision
 from moa_lab.kernels.paged_kernel import paged_decode_kernel, paged_merge_kernel, paged_write_kernel
 from moa_lab.plan.bits import UNTOUCHED
 
@@ -73,7 +74,7 @@ def paged_decode(
     rows, kv_heads = len(step.lengths), len(layer.heads)
     group = query_heads // kv_heads
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    splits = triton.cdiv(layer.most_slots, SPLIT)
+    splits, tile = triton.cdiv(layer.most_slots, SPLIT), tile_of(head_dim, query.itemsize)
     parts = rows * kv_heads * splits
     part_output = torch.empty(parts, group, padded_dim, dtype=torch.float32, device=query.device)
     part_max, part_sum = torch.empty(2, parts, group, dtype=torch.float32, device=query.device)
@@ -81,9 +82,9 @@ def paged_decode(
         query, pool, step.table, step.lengths, step.firsts, layer.heads, layer.steps, part_output, part_max, part_sum,
         step.table.stride(0), *query.stride()[:2], kv_heads, layer.sink_tokens, layer.reach, scale, softcap or 1.0,
         GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
-        TILE=tile_of(head_dim, query.itemsize), SPLIT=SPLIT, CAPPED=softcap is not None, REACHES=layer.reach != 0,
-        PRECISION="ieee" if query.dtype == torch.float32 else "tf32", PAGE=layer.page_tokens,
-        num_warps=4, num_stages=stages(query.dtype, UNTOUCHED),
+        TILE=tile, SPLIT=SPLIT, CAPPED=softcap is not None, REACHES=layer.reach != 0,
+        PRECISION=precision(query), PAGE=layer.page_tokens,
+        num_warps=4, num_stages=stages(query, tile, UNTOUCHED),
     )  # fmt: skip
     paged_merge_kernel[(rows * query_heads,)](
         part_output, part_max, part_sum, step.lengths, step.firsts, layer.heads,

@@ -6,7 +6,7 @@ Checks, tile sizes and the launch; the kernel is in `prefill_kernel`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moa_lab.cache import PackedRing, RingLayer
+from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles
 from moa_lab.kernels.prefill_kernel import prefill_kernel
 from moa_lab.kernels.read import ring_read
 
@@ -129,7 +130,7 @@ def _prefill(
         n_queries, n_keys, kv_heads, sink_tokens, reach, scale, softcap or 1.0,
         GROUP=query_heads // kv_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
         BLOCK_M=block_m, BLOCK_N=block_n, CAPPED=softcap != 0, OVER_RING=over_ring, DESCRIBED=described,
-        SINK_LOGITS=sink_logits is not None, PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+        SINK_LOGITS=sink_logits is not None, PRECISION=precision(query),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return output
@@ -148,7 +149,8 @@ def _like(query: torch.Tensor) -> torch.Tensor:
 
 def _describes(tensor: torch.Tensor) -> bool:
     """Whether tiles can be loaded by a tensor descriptor (Hopper's TMA): all strides but the last must be multiples of 16 bytes."""
-    able = not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+    capability = nvidia_capability(tensor)
+    able = not tensor.is_cuda or (capability is not None and capability >= (9, 0))
     aligned = tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
     return able and aligned and 0 not in tensor.shape
 
@@ -158,14 +160,9 @@ def _tiles(padded_dim: int, query: torch.Tensor, over_ring: bool) -> tuple[int, 
     if query.dtype == torch.float32:
         return (64, 32, 4, 1) if padded_dim <= 128 else (32, 32, 4, 1)
     block_m, block_n, warps, stages = (64, 64, 4, 2 if over_ring else 3) if padded_dim <= 128 else (128, 64, 8, 2)
-    if query.is_cuda:
-        tiles = (_shared_memory(query.device.index) // (padded_dim * query.itemsize) - block_m) // block_n
-        # Over a ring, keys and values come from two places each, and the compiler keeps 4 tiles for every stage but the last.
-        stages = min(stages, max((tiles + 3) // 4 if over_ring else tiles // 2, 1))
-    return block_m, block_n, warps, stages
-
-
-@cache
-def _shared_memory(device: int) -> int:
-    """Bytes of shared memory per program; cached, since every layer of every prefill asks."""
-    return int(triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"])
+    rows = room_for_tiles(query) // (padded_dim * query.itemsize)
+    if rows < block_m + block_n:
+        block_m //= 2
+    tiles = (rows - block_m) // block_n
+    # Over a ring, keys and values come from two places each, and the compiler keeps 4 tiles for every stage but the last.
+    return block_m, block_n, warps, min(stages, max((tiles + 3) // 4 if over_ring else tiles // 2, 1))

@@ -1,0 +1,53 @@
+"""Kernels as they are dispatched compile for chips that are not there, and what they take fits these chips."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
+
+HERE = Path(__file__).parent
+SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
+AMD = 65536
+CASES = ("prefill bfloat16, 64", "prefill bfloat16, 128", "ring bfloat16, 64", "ring bfloat16, 128", "ring 128, bits [(8, 8), (8, 8)]",
+         "ring 80, bits [(4, 4), (16, 8)]", "drawn 128", "pages 128", "ring with all there is")  # fmt: skip
+"""Of those that compile_everywhere.py knows, which takes some minutes a chip for all."""
+KERNELS = {"prefill_kernel", "_write_kernel", "_write_packed_kernel", "decode_kernel", "merge_kernel", "_read_kernel", "_forward_kernel",
+           "_rows_kernel", "_columns_kernel", "paged_write_kernel", "paged_decode_kernel", "paged_merge_kernel"}  # fmt: skip
+FEW = 512
+"""Bytes of a thread that a kernel may spill on NVIDIA's chips before Hopper, whose products keep no operand in registers."""
+
+
+def compiled(chip: str, *cases: str) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), environment.get("PYTHONPATH", "")])
+    told = subprocess.run(
+        [sys.executable, str(HERE / "compile_everywhere.py"), chip, *cases], capture_output=True, text=True, env=environment, check=False
+    )
+    assert told.returncode == 0, told.stderr[-2000:]
+    return [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100"])
+def test_kernels_compile_and_fit(chip: str) -> None:
+    found = compiled(chip, *CASES)
+    assert {row["kernel"] for row in found} >= KERNELS
+    assert ("decode_warps_kernel" in {row["kernel"] for row in found}) == (chip in SHARED)
+    for row in found:
+        assert row["shared"] <= SHARED.get(chip, AMD), row
+        assert chip not in SHARED or row["spilled"] <= FEW, row
+
+
+@pytest.mark.slow
+def test_the_widest_heads_fit_the_smallest_chip() -> None:
+    found = compiled("sm_86", "prefill bfloat16, 256", "ring bfloat16, 256", "drawn 256")
+    assert {row["kernel"] for row in found} >= {"prefill_kernel", "decode_kernel"}
+    assert all(row["shared"] <= SHARED["sm_86"] for row in found), found
