@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tiny import tiny_model
 
-from moa_lab.capacity import GPUS, Gpu, capacity, plan_capacity
+from moa_lab.capacity import GPUS, Gpu, capacity, estimated_weights_bytes, plan_capacity
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import weight_count
 from moa_lab.plan import dense_plan, uniform_plan
@@ -76,3 +76,15 @@ def test_weights_are_counted_without_reading_them(tmp_path: Path) -> None:
     assert weight_count(tmp_path) == sum(weight.numel() for weight in model.parameters())
     with pytest.raises(ValueError, match=r"no config\.json"):
         weight_count(tmp_path.parent)
+
+
+@pytest.mark.parametrize(
+    ("heads", "billions"),
+    [
+        ((32, 32, 32, 128), 6.74), ((32, 32, 8, 128), 8.03), ((28, 28, 4, 128), 7.62), ((40, 40, 40, 128), 13.0), ((80, 64, 8, 128), 70.6),
+        ((32, 32, 8, 128), 7.25),
+    ],
+    ids=["Llama-2-7B", "Llama-3-8B", "Qwen2.5-7B", "Llama-2-13B", "Llama-3-70B", "Mistral-7B"],
+)  # fmt: skip
+def test_weights_of_known_models_are_estimated_from_their_heads_within_what_is_said(heads: tuple[int, ...], billions: float) -> None:
+    assert 0.65 < estimated_weights_bytes(ModelGeometry(*heads, 8192)) / (2e9 * billions) < 1.32

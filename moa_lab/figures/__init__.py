@@ -8,6 +8,7 @@ from moa_lab.figures.densities import loss_by_density, score_by, score_by_densit
 from moa_lab.figures.front import front_scatter, parallel_goals, predicted_against_measured
 from moa_lab.figures.head_maps import HeadPool, difference_map, influence_map, long_range_influence
 from moa_lab.figures.influence import head_blocks, influence_by_distance
+from moa_lab.figures.kinds import kind_map, ranks_compared, score_map
 from moa_lab.figures.measured import measured_front
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
 from moa_lab.figures.order import largest_first
@@ -33,6 +34,7 @@ __all__ = [
     "influence_by_distance",
     "influence_map",
     "kernel_roofline",
+    "kind_map",
     "kv_bytes_bars",
     "largest_first",
     "long_range_influence",
@@ -46,11 +48,13 @@ __all__ = [
     "predicted_against_measured",
     "predicted_vs_measured",
     "rank_confidence",
+    "ranks_compared",
     "retrieval_heatmap",
     "rule_curves",
     "score_bars",
     "score_by",
     "score_by_density",
+    "score_map",
     "span_map",
     "speed_by_accuracy",
     "template",

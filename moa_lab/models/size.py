@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moa_lab.models.embedded import EMBEDDED, is_cached
 from moa_lab.models.gguf_reading import reading
 from moa_lab.models.names import source_of
 from moa_lab.text import one_line
+
+
+def is_at_hand(name: str) -> bool:
+    """Whether the description of a model of that name is on this machine, so that nothing would be fetched to read it."""
+    if name in EMBEDDED:
+        return is_cached(name)
+    return Path(name).expanduser().exists()
 
 
 def weight_count(name: str | os.PathLike[str]) -> int:

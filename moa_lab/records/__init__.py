@@ -4,6 +4,7 @@ from moa_lab.records.candidates import Candidate, candidates, kind_text
 from moa_lab.records.front import FRONT_SCHEMA, Front, FrontPoint
 from moa_lab.records.loss_table import FORMS, TABLE_SCHEMA, Form, LossTable, Objective
 from moa_lab.records.measurements import ALLOCATED, EXACT, MEASUREMENTS_SCHEMA, Measurement, Measurements
+from moa_lab.records.patterns import KINDS, LOCAL, MIXED, RETRIEVAL, SINK, Patterns, head_patterns
 from moa_lab.records.profile import BLOCK_TOKENS, PROFILE_SCHEMA, InfluenceProfile, ProfileKey
 
 __all__ = [
@@ -12,8 +13,13 @@ __all__ = [
     "EXACT",
     "FORMS",
     "FRONT_SCHEMA",
+    "KINDS",
+    "LOCAL",
     "MEASUREMENTS_SCHEMA",
+    "MIXED",
     "PROFILE_SCHEMA",
+    "RETRIEVAL",
+    "SINK",
     "TABLE_SCHEMA",
     "Candidate",
     "Form",
@@ -24,7 +30,9 @@ __all__ = [
     "Measurement",
     "Measurements",
     "Objective",
+    "Patterns",
     "ProfileKey",
     "candidates",
+    "head_patterns",
     "kind_text",
 ]

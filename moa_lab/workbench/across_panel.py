@@ -9,9 +9,10 @@ import ipywidgets as w
 from moa_lab.evaluate.recommend import TEXTS
 from moa_lab.figures import fronts_over, score_by
 from moa_lab.workbench.across import Across
+from moa_lab.workbench.canvas import WIDE, Canvas
 from moa_lab.workbench.opening import known_runs, named
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import WIDE, Canvas, Errors, button, choice, grid, row
+from moa_lab.workbench.widgets import Errors, button, choice, grid, row
 
 TAB = "Runs"
 

@@ -6,12 +6,13 @@ import html
 
 import ipywidgets as w
 
-from moa_lab.capacity import GPUS
 from moa_lab.evaluate.recommend import NEEDLES, Wish, advice_table, measured_at, scores_over_bytes
 from moa_lab.figures.densities import score_by_density
 from moa_lab.workbench.advising import Advising
+from moa_lab.workbench.canvas import HALF, Canvas
+from moa_lab.workbench.on_gpu import OnGpu
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import HALF, Canvas, Errors, button, choice, grid, number, row
+from moa_lab.workbench.widgets import Errors, button, facts, grid, number, row
 
 TAB = "Which one"
 
@@ -39,26 +40,26 @@ class AdvicePanel:
         self.perplexity = Wanted("perplexity, at most % above dense", 3.0, 0.0, 1000.0, 0.5, "perplexity")
         self.density = Wanted("bytes, at most % of dense", 50.0, 0.1, 100.0, 1.0, "bytes")
         self.speed = Wanted("tokens/s, at least", 1000.0, 1.0, 1e7, 100.0, "speed")
-        self.gpu = choice("on", [(gpu.name, name) for name, gpu in GPUS.items()], "advice-gpu", "190px")
-        self.weights = number("weights (GB)", 1.0, 0.01, 10_000.0, 0.5, "advice-weights", "170px")
-        self.tokens = number("tokens a sequence", 8192, 1, 10_000_000, 1024, "advice-tokens", "210px")
+        self.told, self.table, self.served = w.HTML(), w.HTML(), w.HTML()
+        self.on = OnGpu(state, "advice", self.errors.guard(self._serve))
         self.folders = w.Text(placeholder="runs of this model that are known; or folders, with commas", layout=w.Layout(width="420px"))
         self.folders.add_class("moa-advice-folders")
         ask, self.take = button("Recommend", "recommend"), button("Take it", "take-advice", "the plan of all panels")
         ask.on_click(self.errors.guard(lambda _: self.recommend()))
         self.take.on_click(self.errors.guard(lambda _: self.advising.take()))
         self.take.disabled = True
-        self.told, self.table = w.HTML(), w.HTML()
+        self.served.add_class("moa-advice-served")
         self.told.add_class("moa-advice")
         self.canvas = Canvas("advice", HALF)
         state.watch_in(TAB, ["dark"], self.errors.guard(self._draw))
         self.box = w.VBox(
             [
                 row(self.needles.box, self.perplexity.box, self.density.box),
-                row(self.speed.box, self.gpu, self.weights, self.tokens),
+                row(self.speed.box, self.on.box),
                 row(self.folders, ask, self.take),
                 self.errors.box,
                 self.told,
+                self.served,
                 self.table,
                 self.canvas.box,
             ]
@@ -70,13 +71,13 @@ class AdvicePanel:
         speed = self.speed.value()
         return Wish(
             self.density.value(100), self.needles.value(100), self.perplexity.value(100), speed,
-            gpu=GPUS[self.gpu.value] if speed else None, weights_bytes=int(self.weights.value * 1e9) if speed else None,
-            n_tokens=int(self.tokens.value) if speed else None,
+            gpu=self.on.device if speed else None, weights_bytes=self.on.weights_bytes if speed else None,
+            n_tokens=self.on.n_tokens if speed else None,
         )  # fmt: skip
 
     def recommend(self) -> None:
         """Show the advice; nothing of an older one stays where there is none."""
-        self.told.value = self.table.value = ""
+        self.told.value = self.table.value = self.served.value = ""
         self.take.disabled = True
         self.canvas.box.layout.display = "none"
         advice = self.advising.advise(self.wish(), self.folders.value)
@@ -84,7 +85,13 @@ class AdvicePanel:
         rows = advice_table(advice)
         self.table.value = grid(list(rows[0]), [list(one.values()) for one in rows])
         self.take.disabled = advice.plan is None
+        self._serve()
         self._draw()
+
+    def _serve(self) -> None:
+        """What the chosen GPU does with the recommended plan."""
+        advice = self.advising.advice
+        self.served.value = "" if advice is None or advice.plan is None else facts(self.on.told(advice.plan))
 
     def _draw(self) -> None:
         """Needles over density at the longest length that all plans were measured at."""

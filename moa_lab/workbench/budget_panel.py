@@ -7,20 +7,22 @@ from typing import Any
 import ipywidgets as w
 import numpy as np
 
-from moa_lab.capacity import GPUS, capacity
 from moa_lab.figures import largest_first, long_range_influence, span_map
 from moa_lab.figures.order import in_order
-from moa_lab.figures.theme import OUTLINE, byte_size, percent
+from moa_lab.figures.theme import OUTLINE
 from moa_lab.plan import Plan
 from moa_lab.search import limit_lengths
 from moa_lab.workbench.ahead import Ahead
 from moa_lab.workbench.budget import STEP, Answer, Budget
+from moa_lab.workbench.budget_facts import kept, predicted
+from moa_lab.workbench.canvas import HALF, Canvas, ring
 from moa_lab.workbench.curves import MeasuredCurves
 from moa_lab.workbench.finding import find_head
 from moa_lab.workbench.heads import INFLUENCE, NUMBER, SPAN
 from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.on_gpu import OnGpu
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, facts, number, ring, row, whole
+from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, number, row, whole
 
 MIB = 2**20
 LARGE = 1000
@@ -54,8 +56,8 @@ class BudgetPanel:
         self.length = choice("at", [(f"{n:,} tokens", n) for n in lengths], "budget-length", "150px")
         self.length.value = self.budget.n_tokens
         self.bits = choice("stored in", BITS, "budget-bits", "230px")
-        self.gpu = choice("on", [(gpu.name, name) for name, gpu in GPUS.items()], "budget-gpu", "200px")
-        self.weights = number("weights GB", 0.0, 0.0, 10_000.0, 0.1, "budget-weights", "170px")
+        self._answer: Answer | None = None
+        self.served = OnGpu(state, "budget", self.errors.guard(self._tell))
         orders = [NUMBER, SPAN, *([INFLUENCE] if state.profile is not None else [])]
         self.order = choice("heads by", orders, "budget-order", "230px")
         self.find = w.Text(placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="170px"))
@@ -69,10 +71,15 @@ class BudgetPanel:
         self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(width="350px"))
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
-        self.canvas = Canvas("spans", LARGE_MAP if self._is_large else HALF, self.errors.guard(self._clicked))
+        self.canvas = Canvas(
+            "spans",
+            LARGE_MAP if self._is_large else HALF,
+            self.errors.guard(self._clicked),
+            on_hover=self.errors.guard(self._hovered),
+            keys=True,
+        )
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
         self.curves = MeasuredCurves(state, self.errors)
-        self._answer: Answer | None = None
         self._look: tuple[object, ...] = ()
         self._moving = False
 
@@ -84,8 +91,6 @@ class BudgetPanel:
         self.layer.observe(self.errors.guard(lambda change: state.set(layer=change["new"])), "value")
         self.head.observe(self.errors.guard(lambda change: state.set(kv_head=change["new"])), "value")
         self.bits.observe(self.errors.guard(self._new_bits), "value")
-        for box in (self.gpu, self.weights):
-            box.observe(self.errors.guard(lambda _: self._tell()), "value")
         self.order.observe(self.errors.guard(lambda _: self._draw()), "value")
         self.find.observe(self.errors.guard(lambda change: self._find(change["new"])), "value")
         self.rules.observe(self.errors.guard(self._new_rules), "value")
@@ -104,7 +109,8 @@ class BudgetPanel:
                 w.HBox([w.VBox([self.canvas.box, self.curves.box]), self.facts], layout=w.Layout(flex_flow="row wrap")),
                 row(self.layer, self.head, full, self.span, to_span, release, release_all),
                 self.pins,
-                row(self.gpu, self.weights, self.rules, self.exact.box),
+                self.served.box,
+                row(self.rules, self.exact.box),
             ]
         )
         self.solve(density)
@@ -134,6 +140,19 @@ class BudgetPanel:
         self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
         self._redraw()
 
+    def step(self, layers: int, rows: int) -> None:
+        """Choose the head so many layers to the right and rows down on the map, or the last one on the way."""
+        geometry, order = self.budget.table.geometry, None if self._answer is None else self._order(self._answer)
+        row = min(max(_row(order, self.state.layer, self.state.kv_head) + rows, 0), geometry.kv_heads - 1)
+        self._clicked((row, min(max(self.state.layer + layers, 0), geometry.layers - 1)))
+
+    def toggle_pin(self) -> None:
+        """Pin the selected head to everything, or release it where it is pinned."""
+        if (self.state.layer, self.state.kv_head) in self.budget.pinned:
+            self._release(all_heads=False)
+        else:
+            self._pin(None)
+
     def holds(self, plan: Plan | None) -> bool:
         """Whether `plan` is what this panel found last."""
         return plan is not None and self._answer is not None and plan.identity() == self._answer.plan.identity()
@@ -149,20 +168,10 @@ class BudgetPanel:
         return answer.plan
 
     def _tell(self) -> None:
-        if self._answer is not None:
-            self.facts.value = facts([*_kept(self._answer, self.budget), *self._served(self._answer), *_predicted(self._answer)])
-
-    def _served(self, answer: Answer) -> list[tuple[str, str]]:
-        """What the GPU of choice holds under the answer's plan, and under the dense one; weights of 0 GB are left out."""
-        gpu, weights = GPUS[self.gpu.value], max(1, int(self.weights.value * 1e9))
-        ours, dense = (capacity(gpu, weights, size) for size in (answer.kv_bytes, answer.dense_bytes))
-        if not ours.batch:
-            return [(f"on {gpu.name}", "not one sequence fits beside the weights")]
-        times = f", {ours.tokens_s / dense.tokens_s:.1f} times dense" if dense.batch else ", where dense does not fit"
-        return [
-            (f"sequences on {gpu.name}", f"{ours.batch:,} (dense {dense.batch:,})"),
-            ("tokens/s, foretold", f"{ours.tokens_s:,.0f}{times}"),
-        ]  # fmt: skip
+        answer = self._answer
+        if answer is not None:
+            known = answer.kv_bytes if self.served.n_tokens == self.budget.n_tokens else None
+            self.facts.value = facts([*kept(answer, self.budget), *self.served.told(answer.plan, known), *predicted(answer)])
 
     def _draw(self) -> None:
         if self._answer is None:
@@ -189,9 +198,17 @@ class BudgetPanel:
         self._look = look
 
     def _clicked(self, place: Any) -> None:
+        layer, kv_head = self._head_at(place)
+        self.state.set(layer=layer, kv_head=kv_head)
+
+    def _hovered(self, place: Any) -> None:
+        self.state.set(hovered=None if place is None else self._head_at(place))
+
+    def _head_at(self, place: Any) -> tuple[int, int]:
+        """The head of a (row, layer) of the map."""
         row, layer = (int(index) for index in place)
         order = None if self._answer is None else self._order(self._answer)
-        self.state.set(layer=layer, kv_head=row if order is None else int(order[layer, row]))
+        return layer, row if order is None else int(order[layer, row])
 
     def _order(self, answer: Answer) -> np.ndarray | None:
         """The heads of every layer from the first row of the map to the last, (layers, kv_heads); None: by number."""
@@ -239,6 +256,8 @@ class BudgetPanel:
 
     def _new_length(self, change: dict[str, int]) -> None:
         pinned, rules = self.budget.pinned, self.budget.max_rules
+        if self.served.n_tokens == self.budget.n_tokens:
+            self.served.tokens.value = change["new"]
         self.budget = Budget(self.budget.table, self.budget.density, change["new"], self.budget.goals, self.budget.bits)
         self.budget.pinned, self.budget.max_rules = pinned, rules
         self.show(self.budget.answer())
@@ -270,25 +289,3 @@ class BudgetPanel:
 def _row(order: np.ndarray | None, layer: int, kv_head: int) -> int:
     """The row of the map that shows a head."""
     return kv_head if order is None else int(np.flatnonzero(order[layer] == kv_head)[0])
-
-
-def _kept(answer: Answer, budget: Budget) -> list[tuple[str, str]]:
-    spans = answer.spans
-    return [
-        ("density", f"{percent(answer.density, 1)} of the bytes at {budget.n_tokens:,} tokens"),
-        *([("stored in", f"{budget.bits} bits: predicted losses do not know it")] if answer.plan.bits else []),
-        ("mean span", f"{spans.mean():,.0f} tokens ({int((spans == budget.n_tokens).sum())} of {spans.size} heads keep all)"),
-        ("KV, predicted", byte_size(answer.kv_bytes)),
-        ("KV, allocated", byte_size(answer.allocated_bytes)),
-        ("KV, dense", byte_size(answer.dense_bytes)),
-    ]
-
-
-def _predicted(answer: Answer) -> list[tuple[str, str]]:
-    return [
-        *((f"predicted loss, {name}", f"{value:.4f}") for name, value in answer.losses.items()),
-        *((f"predicted loss at {n:,}", f"{value:.4f}") for n, value in answer.losses_at.items()),
-        ("gap to optimal", f"at most {percent(answer.gap, 2)}"),
-        ("solved by", f"{answer.solver}, {1e3 * answer.seconds:.0f} ms"),
-        *([("rules per layer", "not kept yet: press Solve exactly")] if answer.rules_ignored else []),
-    ]

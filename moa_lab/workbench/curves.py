@@ -8,8 +8,9 @@ from moa_lab.evaluate.recommend import TEXTS, Option, measured_at, scores_over_b
 from moa_lab.figures.densities import score_by_density
 from moa_lab.figures.theme import OUTLINE
 from moa_lab.workbench.advising import Advising
+from moa_lab.workbench.canvas import HALF, Canvas
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import HALF, Canvas, Errors, choice
+from moa_lab.workbench.widgets import Errors, choice
 
 
 class MeasuredCurves:

@@ -9,7 +9,8 @@ from typing import Any
 
 import ipywidgets as w
 
-from moa_lab.models import load_model
+from moa_lab.models import load_model, weight_count
+from moa_lab.models.size import is_at_hand
 from moa_lab.workbench.across_panel import TAB as RUNS
 from moa_lab.workbench.across_panel import AcrossPanel
 from moa_lab.workbench.advice_panel import TAB as WHICH
@@ -17,12 +18,14 @@ from moa_lab.workbench.advice_panel import AdvicePanel
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.export_panel import ExportPanel
 from moa_lab.workbench.front_panel import FrontPanel
+from moa_lab.workbench.head_line import HeadLine
 from moa_lab.workbench.heads_panel import HeadsPanel
-from moa_lab.workbench.loaded import Loaded
+from moa_lab.workbench.jobs import Job
+from moa_lab.workbench.loaded import Loaded, Pair
 from moa_lab.workbench.measure_panel import MeasurePanel
 from moa_lab.workbench.measuring import Measuring
 from moa_lab.workbench.opening import default_run, known_runs, model_of, named, open_run
-from moa_lab.workbench.page import PageTheme
+from moa_lab.workbench.page import Keys, PageTheme
 from moa_lab.workbench.state import State
 from moa_lab.workbench.trace_panel import TAB, TracePanel
 from moa_lab.workbench.tracing import Tracing
@@ -38,7 +41,8 @@ class Workbench:
 
     def __init__(self, state: State, model: str | None = None, run: str | Path | None = None, **sizes: Any) -> None:
         self.errors, self._sizes, self._open = Errors("open"), sizes, False
-        self._loaded = Loaded(lambda: self.model.value, load_model)
+        self._loaded = Loaded(lambda: self.model.value, self._load)
+        self._counting: Job[int] | None = None
         self.tabs = w.Tab()
         self.dark = w.ToggleButton(description="dark figures", value=state.dark, layout=w.Layout(width="auto"))
         self.run = w.Combobox(
@@ -59,8 +63,11 @@ class Workbench:
         theme.observe(lambda change: setattr(self.dark, "value", change["new"]), "dark")
         self.dark.observe(lambda change: self.state.set(dark=change["new"]), "value")
         self.tabs.observe(lambda change: self._turned(change["new"]), "selected_index")
+        self.keys, self.head = Keys(), w.VBox([])
+        self.keys.on_msg(self.errors.guard(lambda _, content, __: self.press(content["key"])))
         self._look_at(state, model)
-        self.box = w.VBox([w.HTML(STYLE), theme, self.worse, row(self.run, again, self.model, self.dark), self.errors.box, self.tabs])
+        opened = row(self.run, again, self.model, self.dark)
+        self.box = w.VBox([w.HTML(STYLE), theme, self.worse, opened, self.errors.box, self.head, self.tabs, self.keys])
         self.box.add_class("moa-bench")
 
     @classmethod
@@ -91,8 +98,26 @@ class Workbench:
         self.tabs.selected_index = list(self.tabs.titles).index(title)
         return self.box
 
+    def press(self, key: str) -> None:
+        """What a key does on a map of heads: "left", "right", "up" and "down" move the selected head on it, "space" pins it in the budget,
+        or releases it. Raises ValueError for another key, and where there is no budget to pin in.
+        """
+        moves = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+        if key == "space":
+            budget = self.panels.get("Budget")
+            if budget is None:
+                raise ValueError("a head is pinned in a budget, which needs a loss table")
+            budget.toggle_pin()
+            self.line.tell()
+        elif key in moves:
+            panel = self.panels[self.state.tab]
+            if hasattr(panel, "step"):
+                panel.step(*moves[key])
+        else:
+            raise ValueError(f"keys are {', '.join(moves)} and space, got {key!r}")
+
     def _look_at(self, state: State, model: str | None) -> None:
-        self.state, self._open = state, False
+        self.state, self._open, self._counting = state, False, None
         self.model.value = model or model_of(state)
         warned = "".join(f"<p>{html.escape(line)}</p>" for line in state.worse)
         self.worse.value = f'<div class="moa-error" role="note">{warned}</div>' if warned else ""
@@ -115,18 +140,44 @@ class Workbench:
             if title in titles:
                 made[title] = make()
         self.panels = {title: made[title] for title in titles}
+        heads, budget = made.get("Heads"), made.get("Budget")
+        biography = heads.biography.biography if heads is not None else None
+        self.line = HeadLine(state, biography, lambda: budget.budget.pinned if budget is not None else ())
+        self.head.children = (self.line.box,)
         self.tabs.children, self.tabs.titles = [panel.box for panel in self.panels.values()], list(self.panels)
         self.tabs.selected_index, self._open = 0, True
         self._turned(0)
 
     def _new_model(self) -> None:
         if self._open:
+            self._counting = None
+            self.state.set(weights_bytes=0)
             for title in (TAB, "Apply & measure"):
                 self.panels[title].another_model()
 
     def _turned(self, index: int | None) -> None:
         titles = list(self.panels)
         self.state.set(tab=titles[index if index is not None and index < len(titles) else 0])
+        if self.state.tab in ("Budget", WHICH) and self._counting is None:
+            self._count_weights()
+
+    def _load(self, name: str) -> Pair:
+        model, tokenizer = load_model(name)
+        self.state.set(weights_bytes=2 * sum(weight.numel() for weight in model.parameters()))
+        return model, tokenizer
+
+    def _count_weights(self) -> None:
+        """Read the size of the model beside all else, once a panel wants it; what is not on this machine is not fetched for that."""
+        state, name = self.state, self.model.value
+        if not is_at_hand(name):
+            return
+
+        def ended(job: Job[int]) -> None:
+            # Where it cannot be read, the estimate stays.
+            if job.status == "done" and job.result and self.state is state:
+                state.set(weights_bytes=2 * job.result)
+
+        self._counting = Job(lambda _: weight_count(name), ended).start()
 
     def _ipython_display_(self) -> None:
         # Called by IPython, which is there in notebooks only.

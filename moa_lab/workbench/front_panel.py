@@ -14,10 +14,11 @@ import plotly.graph_objects as go
 from moa_lab.figures import archive_scatter, front_scatter, hypervolume_curve, measured_front, parallel_goals, span_map
 from moa_lab.figures.theme import TITLE_HEIGHT
 from moa_lab.records import Front
+from moa_lab.workbench.canvas import HALF, WIDE, Canvas, ring
 from moa_lab.workbench.choosing import SOLVERS, Choosing, Generation, Ranges
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import HALF, WIDE, Canvas, Errors, Work, button, choice, facts, grid, number, ring, row, whole
+from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, grid, number, row, whole
 
 DRAW_S = 0.25
 """Least seconds between two drawings of a running search."""
@@ -44,7 +45,9 @@ class FrontPanel:
         self.scatter = Canvas("front", HALF, self.errors.guard(self._clicked))
         self.measured = Canvas("measured", HALF, self.errors.guard(self._clicked))
         self.parallel = Canvas("parallel", WIDE, on_brush=self.errors.guard(self._brushed))
-        self.difference = Canvas("difference", WIDE, self.errors.guard(self._chose_head))
+        self.difference = Canvas(
+            "difference", WIDE, self.errors.guard(self._chose_head), on_hover=self.errors.guard(self._hovered), keys=True
+        )
         self.compared, self.volume, self.kept = w.HTML(layout=w.Layout(width="330px")), w.HTML(), w.HTML()
         self.won = w.HTML(layout=w.Layout(width="330px"))
         self.compared.add_class("moa-compared")
@@ -117,6 +120,14 @@ class FrontPanel:
         self.choosing.pick(name)
         self.draw()
 
+    def step(self, layers: int, rows: int) -> None:
+        """Choose the head so many layers to the right and rows down, or the last one on the way."""
+        picked = self.choosing.picked
+        if picked:
+            geometry, state = picked[-1].plan.geometry, self.state
+            layer, kv_head = state.layer + layers, state.kv_head + rows
+            state.set(layer=min(max(layer, 0), geometry.layers - 1), kv_head=min(max(kv_head, 0), geometry.kv_heads - 1))
+
     def brush(self, ranges: dict[str, Ranges]) -> None:
         """Keep the plans within the ranges; the others are dimmed."""
         if self.choosing.brush(ranges):
@@ -177,6 +188,9 @@ class FrontPanel:
     def _chose_head(self, place: Any) -> None:
         kv_head, layer = (int(index) for index in place)
         self.state.set(layer=layer, kv_head=kv_head)
+
+    def _hovered(self, place: Any) -> None:
+        self.state.set(hovered=None if place is None else (int(place[1]), int(place[0])))
 
     def _list(self) -> None:
         brushed, head, rows = self.choosing.brushes, *self.choosing.listed()

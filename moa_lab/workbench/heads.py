@@ -126,6 +126,17 @@ class Heads:
         order = self.ordered()
         return self.head() if order is None else int(np.flatnonzero(order[self.state.layer] == self.head())[0])
 
+    def kv_head_of(self, layer: int, row: int) -> int:
+        """The KV head of a row of the map."""
+        order = self.ordered()
+        head = row if order is None else int(order[layer, row])
+        return head if self.pool else head // self._group
+
+    def rows_of(self, layer: int, kv_head: int) -> list[int]:
+        """The rows of the map that show a KV head: one of its own, or those of its query heads, from the top."""
+        rows = self.profile.geometry.kv_heads if self.pool else self.profile.geometry.query_heads
+        return [row for row in range(rows) if self.kv_head_of(layer, row) == kv_head]
+
     def head(self) -> int:
         """The selected head of the map: a query head or, where they are pooled, a KV head."""
         return self.follow() if self.pool is None else self.state.kv_head

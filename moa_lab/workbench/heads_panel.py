@@ -7,13 +7,17 @@ from typing import Any
 
 import ipywidgets as w
 
-from moa_lab.figures import difference_map, head_blocks, influence_by_distance, influence_map
+from moa_lab.figures import difference_map, head_blocks, influence_by_distance, influence_map, kind_map, score_map
 from moa_lab.records import InfluenceProfile
-from moa_lab.workbench.heads import NUMBER, ORDERS, SPAN, Heads, described
+from moa_lab.workbench.biography_panel import BiographyPanel
+from moa_lab.workbench.canvas import WIDE, Canvas, ring
+from moa_lab.workbench.heads import NUMBER, ORDERS, OWN, SPAN, Heads, described
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import WIDE, Canvas, Errors, button, choice, facts, ring, row, whole
+from moa_lab.workbench.widgets import Errors, button, choice, facts, row, whole
 
-INFLUENCE, DIFFERENCE = "influence", "difference"
+INFLUENCE, DIFFERENCE, KIND, SCORES = "influence", "difference", "kind of head", "others' scores"
+BY_KV_HEAD = (KIND, SCORES)
+"""Views with a row for every KV head, by number."""
 EACH = "each"
 """Stands for None, with which a drop-down list has nothing selected."""
 POOLS = [("every query head", EACH), ("KV heads: largest", "max"), ("KV heads: mean", "mean"), ("KV heads: sum", "sum")]
@@ -29,7 +33,7 @@ class HeadsPanel:
         self.what.value = self.heads.key
         self.beyond = whole("beyond (tokens)", self.heads.beyond, 0, max(self.heads.profile.lengths) - 1, "beyond", "170px")
         self.pool = choice("rows", POOLS, "heads-pool", "190px")
-        self.view = choice("show", [INFLUENCE, DIFFERENCE], "heads-view", "150px")
+        self.view = choice("show", [INFLUENCE, DIFFERENCE, KIND, SCORES], "heads-view", "180px")
         self.against = choice("compared with", self._sources(), "against", "380px")
         self.against.value = self.heads.against
         self.order = choice("heads by", ORDERS, "heads-order", "230px")
@@ -44,7 +48,8 @@ class HeadsPanel:
         self.stability, self.facts = w.HTML(), w.HTML()
         self.stability.add_class("moa-stability")
         self.facts.add_class("moa-head-facts")
-        self.map = Canvas("influence", WIDE, self.errors.guard(self._clicked))
+        self.map = Canvas("influence", WIDE, self.errors.guard(self._clicked), on_hover=self.errors.guard(self._hovered), keys=True)
+        self.biography = BiographyPanel(state, self.heads, self.errors)
         self.blocks, self.curve = Canvas("blocks", WIDE // 2), Canvas("curve", WIDE // 2)
         self._mapped: tuple[Any, ...] = ()
         self.what.observe(self.errors.guard(lambda change: self.heads.choose_key(*change["new"])), "value")
@@ -54,9 +59,11 @@ class HeadsPanel:
         self.order.observe(self.errors.guard(self._new_order), "value")
         self.name.observe(self.errors.guard(lambda change: self._find(change["new"])), "value")
         self.against.observe(self.errors.guard(self._new_against), "value")
+        self.biography.versus.observe(self.errors.guard(lambda _: self.draw()), "value")
         load.on_click(self.errors.guard(lambda _: self.load(self.path.value)))
         # One watcher for all: a plan and a head that change together are drawn once.
         watched = ["layer", "kv_head", "task", "length", "plan", "n_tokens", "dark"]
+        state.watch_in("Heads", ["hovered"], self._spot)
         changed = state.watch_in("Heads", watched, self.errors.guard(self.draw))
         self.box = w.VBox(
             [
@@ -67,6 +74,7 @@ class HeadsPanel:
                 self.map.box,
                 self.facts,
                 w.HBox([self.blocks.box, self.curve.box], layout=w.Layout(flex_flow="row wrap")),
+                self.biography.box,
             ]
         )
         changed()
@@ -77,7 +85,8 @@ class HeadsPanel:
         self.what.value = heads.key
         head = heads.follow()
         by_span = state.plan if heads.order == SPAN else None
-        shown = (heads.key, heads.beyond, heads.pool, heads.against, self.view.value, heads.order, by_span)
+        theirs = self.biography.scores if self.view.value == SCORES else None
+        shown = (heads.key, heads.beyond, heads.pool, heads.against, self.view.value, heads.order, by_span, theirs and theirs.name)
         mapped = (*shown, state.layer, heads.head(), state.dark)
         if mapped != self._mapped:
             self._draw_map()
@@ -90,6 +99,7 @@ class HeadsPanel:
         curve = influence_by_distance(heads.profile, task, length, state.layer, head, state.plan)
         self.curve.draw(curve.update_layout(title_text="Influence by distance"), state.dark)
         self.facts.value = facts(heads.facts())
+        self.biography.draw()
 
     def load(self, path: str) -> None:
         """Read another profile, and compare with it."""
@@ -98,22 +108,53 @@ class HeadsPanel:
         self.against.options = self._sources()
         # Setting the options selected the first one.
         self.against.value = against
+        self.biography.offer()
         self.draw()
 
+    def step(self, layers: int, rows: int) -> None:
+        """Choose the head so many layers to the right and rows down on the map, or the last one on the way."""
+        geometry, state = self.heads.profile.geometry, self.state
+        count = geometry.kv_heads if self._by_kv_head or self.heads.pool else geometry.query_heads
+        row = state.kv_head if self._by_kv_head else self.heads.row()
+        self._clicked((min(max(row + rows, 0), count - 1), min(max(state.layer + layers, 0), geometry.layers - 1)))
+
     def _draw_map(self) -> None:
-        heads = self.heads
-        if self.view.value == DIFFERENCE:
+        heads, (task, length) = self.heads, self.heads.key
+        if self.view.value == KIND:
+            fig = kind_map(self.biography.biography.patterns(OWN, heads.key).kinds, f"Kinds of heads: {task}, {length:,} tokens")
+        elif self.view.value == SCORES:
+            scores = self.biography.scores
+            if scores is None:
+                raise ValueError("load scores of DuoAttention or KVzip below, or choose loaded ones at 'ranks against'")
+            fig = score_map(scores.values, f"{scores.method}: {scores.name}", "score")
+        elif self.view.value == DIFFERENCE:
             name, key = heads.against
             fig = difference_map(
                 heads.profile, heads.key, heads.profiles[name], key, heads.beyond, heads.pool, described(heads.against)
             )  # fmt: skip
         else:
             fig = influence_map(heads.profile, *heads.key, heads.beyond, heads.pool, order=heads.ordered(), by=heads.order)
-        fig.add_scatter(**ring(self.state.layer, heads.row()))
+        fig.add_scatter(**ring(self.state.layer, self.state.kv_head if self._by_kv_head else heads.row()))
         self.map.draw(fig.update_layout(showlegend=False), self.state.dark)
         found = heads.stability()
         told = "not defined: no influence that far back" if math.isnan(found) else f"{found:+.2f}"
         self.stability.value = f"rank correlation of heads: <b>{told}</b>"
+
+    @property
+    def _by_kv_head(self) -> bool:
+        return self.view.value in BY_KV_HEAD
+
+    def _hovered(self, place: Any) -> None:
+        if place is None:
+            self.state.set(hovered=None)
+            return
+        row, layer = (int(index) for index in place)
+        self.state.set(hovered=(layer, row if self._by_kv_head else self.heads.kv_head_of(layer, row)))
+
+    def _spot(self) -> None:
+        """Mark on the map the head that the pointer is over elsewhere."""
+        head = self.state.hovered
+        self.map.spot(None if head is None else (head[0], head[1] if self._by_kv_head else self.heads.rows_of(*head)[0]))
 
     def _sources(self) -> list[tuple[str, Any]]:
         return [(described(source), source) for source in self.heads.sources]
@@ -127,8 +168,8 @@ class HeadsPanel:
         self.draw()
 
     def _new_view(self) -> None:
-        # The map of differences has its heads by number.
-        self.order.disabled = self.view.value == DIFFERENCE
+        # Only the map of influence has its heads in another order than by number.
+        self.order.disabled = self.view.value != INFLUENCE
         self.heads.order = NUMBER if self.order.disabled else self.order.value
         self.draw()
 
@@ -146,6 +187,8 @@ class HeadsPanel:
 
     def _clicked(self, place: Any) -> None:
         row, layer = (int(index) for index in place)
-        if not self.heads.choose_row(layer, row):
+        if self._by_kv_head:
+            self.state.set(layer=layer, kv_head=row)
+        elif not self.heads.choose_row(layer, row):
             # Another query head of the same KV head: the state is unchanged, so no watcher draws.
             self.draw()

@@ -44,6 +44,35 @@ class PageTheme(anywidget.AnyWidget):
     """
 
 
+class Keys(anywidget.AnyWidget):
+    """Arrow keys and the space bar, pressed while a map of heads (a box of class `moa-keys`) has the focus, as messages {"key": name}.
+
+    A click on a map gives it the focus. JupyterLab's own shortcuts are left out there: arrows would choose another cell. Invisible.
+    """
+
+    _esm = """
+    export default { render({ model, el }) {
+      const NAMES = { ArrowLeft: "left", ArrowRight: "right", ArrowUp: "up", ArrowDown: "down", " ": "space" };
+      const mapOf = (event) => {
+        const map = event.target instanceof Element ? event.target.closest(".moa-keys") : null;
+        return map && el.closest(".moa-bench")?.contains(map) ? map : null;
+      };
+      const focused = (event) => { mapOf(event)?.setAttribute("data-lm-suppress-shortcuts", "true"); };
+      const pressed = (event) => { mapOf(event)?.focus({ preventScroll: true }); };
+      const typed = (event) => {
+        const name = NAMES[event.key];
+        if (!name || event.ctrlKey || event.altKey || event.metaKey || event.shiftKey || !mapOf(event)) return;
+        event.preventDefault();
+        event.stopPropagation();
+        model.send({ key: name });
+      };
+      const heard = [["focusin", focused], ["pointerdown", pressed], ["keydown", typed]];
+      for (const [name, listener] of heard) document.addEventListener(name, listener, true);
+      return () => { for (const [name, listener] of heard) document.removeEventListener(name, listener, true); };
+    } };
+    """
+
+
 class Bundle(anywidget.AnyWidget):
     """Sends plotly's five megabytes to a page once; plotly's own figure widget sends them with every figure."""
 

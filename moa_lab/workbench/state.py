@@ -17,9 +17,10 @@ class State:
     """Records, and what is selected: a plan, another to compare it with, a KV head, a task, lengths in tokens.
 
     n_tokens: the length that spans and bytes are shown at; length: a profiled one. measurements: the run's and those made here; a row's
-    `detail["plan"]` is the plan's identity. plan: what the budget or the front chose last. plans: others, of the run or loaded. dark:
-    the colours of figures. validation: what the plans of the front were chosen by; worse: sentences on where the run's plan is worse
-    than a simple one. tab: the selected panel, "" for all.
+    `detail["plan"]` is the plan's identity. plan: what the budget or the front chose last. plans: others, of the run or loaded.
+    hovered: the (layer, KV head) that the pointer is over in some figure. weights_bytes: of the model in 16 bits, 0 before it is known.
+    dark: the colours of figures. validation: what the plans of the front were chosen by; worse: sentences on where the run's plan is
+    worse than a simple one. tab: the selected panel, "" for all.
     """
 
     profile: InfluenceProfile | None = None
@@ -33,9 +34,11 @@ class State:
     worse: tuple[str, ...] = ()
     layer: int = 0
     kv_head: int = 0
+    hovered: tuple[int, int] | None = None
     task: str = ""
     length: int = 0
     n_tokens: int = 0
+    weights_bytes: int = 0
     dark: bool = False
     tab: str = ""
     _watchers: list[tuple[frozenset[str], Watcher]] = field(default_factory=list, repr=False)

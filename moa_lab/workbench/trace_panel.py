@@ -12,6 +12,7 @@ from moa_lab.plan import Plan, uniform_plan
 from moa_lab.trace import TokenTrace, culprit, label
 from moa_lab.workbench import trace_text, trace_views
 from moa_lab.workbench.budget_panel import BudgetPanel
+from moa_lab.workbench.canvas import HALF, Canvas, ring
 from moa_lab.workbench.chips import Chips
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measure_panel import PROMPT, TEXT_TOKENS
@@ -19,7 +20,7 @@ from moa_lab.workbench.measuring import Plans
 from moa_lab.workbench.state import State
 from moa_lab.workbench.tracing import Tracing, given
 from moa_lab.workbench.what_if import WhatIf
-from moa_lab.workbench.widgets import HALF, Canvas, Errors, Work, button, choice, ring, row, whole
+from moa_lab.workbench.widgets import Errors, Work, button, choice, row, whole
 
 TAB = "Trace"
 OWN, NEEDLE, LOST, LINE, LOST_LINE = "prompt", "needle", "lost needle", "line", "lost line"

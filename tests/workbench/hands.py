@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from moa_lab.workbench.widgets import Canvas, Work
+from moa_lab.workbench.canvas import Canvas
+from moa_lab.workbench.widgets import Work
 
 
 def press(panel: Any, label: str) -> None:

@@ -67,7 +67,7 @@ def test_where_no_plan_holds_nothing_can_be_taken(panel: AdvicePanel) -> None:
 
 def test_a_speed_is_foretold_on_the_gpu_of_choice(panel: AdvicePanel) -> None:
     panel.folders.value = f"{HALF},{QUARTER}"
-    panel.needles.wanted.value, panel.speed.wanted.value, panel.gpu.value = False, True, "l4"
+    panel.needles.wanted.value, panel.speed.wanted.value, panel.on.gpu.value = False, True, "l4"
     panel.speed.number.value = 10.0
     press(panel, "Recommend")
     assert "tokens/s foretold, 10 asked" in panel.told.value

@@ -11,6 +11,7 @@ from figure_records import SMOL, make_front, make_plan, make_profile
 from tiny import tiny_model, tiny_tokenizer
 
 from moa_lab.bench.lifelike import lifelike_table
+from moa_lab.capacity import estimated_weights_bytes
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import LossTable, Measurements
@@ -79,11 +80,21 @@ def test_a_head_that_needs_room_is_pinned_and_the_rest_is_solved_again(table: Lo
 def test_the_gpu_of_choice_tells_what_it_holds_and_how_fast(table: LossTable) -> None:
     panel = BudgetPanel(State(table=table), density=0.5)
     plan, n = panel.state.plan, panel.state.n_tokens
+    assert panel.served.weights_bytes == pytest.approx(estimated_weights_bytes(plan.geometry), rel=1e-3), "never 0 GB"
+    assert "estimated" in panel.served.note.value
+    panel.served.tokens.value = 4 * n
+    assert f"of {4 * n:,} tokens" in panel.facts.value
+    panel.served.tokens.value = n
+    panel.state.set(weights_bytes=5 * 10**9)
+    assert (panel.served.weights.value, panel.served.note.value) == (5.0, "of this model, in 16 bits")
+    panel.served.weights.value = 0.0
     assert f"{1 / plan.density(n):.1f} times dense" in panel.facts.value
-    panel.gpu.value = "l4"
+    panel.state.set(weights_bytes=6 * 10**9)
+    assert panel.served.weights.value == 0.0, "what was written stays"
+    panel.served.gpu.value = "l4"
     assert "sequences on L4 24GB" in panel.facts.value
-    panel.weights.value = 23.9
-    assert "not one sequence fits" in panel.facts.value
+    panel.served.weights.value = 23.9
+    assert "not one sequence of" in panel.facts.value
 
 
 def test_fewer_bits_buy_longer_spans_at_the_same_bytes(table: LossTable) -> None:

@@ -1,0 +1,123 @@
+"""The biography of the selected head, and the ranks of all heads here and in another profile or in scores that others publish."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+import ipywidgets as w
+
+from moa_lab.evaluate.compare import spearman
+from moa_lab.figures import ranks_compared
+from moa_lab.text import interval_text
+from moa_lab.workbench.biography import Biography
+from moa_lab.workbench.canvas import HALF, Canvas
+from moa_lab.workbench.heads import OWN, Heads, described
+from moa_lab.workbench.published_scores import HeadScores, read_head_scores
+from moa_lab.workbench.state import State
+from moa_lab.workbench.widgets import Errors, button, choice, grid, row
+
+RULE = (
+    "Retrieval: without its far past (128 tokens back and more) the loss rises by at least twice the mean of all heads, surely above 0. "
+    "Sink or local: half or more of its influence is on the first 64 positions, or within about 128 tokens. Mixed: none of these."
+)
+
+
+class BiographyPanel:
+    """Drawn below the map of the heads panel, for the state's head."""
+
+    def __init__(self, state: State, heads: Heads, errors: Errors) -> None:
+        self.state, self.heads, self.errors = state, heads, errors
+        self.biography = Biography(heads.profiles)
+        self._shown: tuple[Any, ...] = ()
+        self._places: dict[tuple[int, int], tuple[float, float]] = {}
+        self.path = w.Text(
+            placeholder="full_attention_heads.tsv, or KVzip's .pt", description="scores of DuoAttention or KVzip",
+            layout=w.Layout(width="480px"), style={"description_width": "initial"},
+        )  # fmt: skip
+        self.path.add_class("moa-scores-path")
+        load = button("Load scores", "load-scores", "what another method says of the heads of this model, from its own file")
+        self.versus = choice("ranks against", self._sources(), "ranks-against", "380px")
+        self.told, self.table = w.HTML(), w.HTML()
+        self.told.add_class("moa-biography")
+        self.table.add_class("moa-biography-table")
+        self.ranks = Canvas("ranks", HALF, errors.guard(self._clicked), on_hover=errors.guard(self._hovered))
+        load.on_click(errors.guard(lambda _: self.load(self.path.value)))
+        state.watch_in("Heads", ["hovered"], self._spot)
+        self.counts = w.HTML(layout=w.Layout(width="330px"))
+        self.counts.add_class("moa-kind-counts")
+        compared = w.HBox([self.ranks.box, self.counts], layout=w.Layout(flex_flow="row wrap"))
+        self.box = w.VBox([self.told, self.table, row(self.path, load), self.versus, compared])
+
+    def draw(self) -> None:
+        """The selected head's chapters, and the ranks of all heads."""
+        layer, kv_head = self.state.layer, self.state.kv_head
+        self.told.value = html.escape(self.biography.told(layer, kv_head))
+        self.table.value = grid(*self.biography.table(layer, kv_head))
+        self._draw_ranks()
+
+    @property
+    def scores(self) -> HeadScores | None:
+        """The published scores that ours are held against; None where it is a profile."""
+        name, other = self.versus.value
+        return self.biography.scores[name] if other is None else None
+
+    def offer(self) -> None:
+        """Offer what was loaded since."""
+        chosen = self.versus.value
+        self.versus.options = self._sources()
+        self.versus.value = chosen
+
+    def load(self, path: str) -> None:
+        """Read published scores, and hold ours against them."""
+        scores = read_head_scores(path, self.heads.profile.geometry)
+        name = self.biography.add_scores(scores)
+        self.versus.options = self._sources()
+        self.versus.value = (name, None)
+
+    def _draw_ranks(self) -> None:
+        """All heads in both rankings, unless they are drawn already."""
+        key, (name, other) = self.heads.key, self.versus.value
+        shown = (key, self.heads.beyond, name, other, self.state.dark)
+        if shown == self._shown:
+            return
+        self.biography.beyond = self.heads.beyond
+        kinds = self.biography.patterns(OWN, key).kinds
+        ours, ours_title = self.biography.influence(OWN, key), f"influence, {key[0]}, {key[1]:,} tokens"
+        if other is None:
+            theirs, title = self.biography.scores[name].values, f"{self.biography.scores[name].method}, {name}"
+        else:
+            theirs, title = self.biography.influence(name, other), f"influence, {described((name, other))}"
+        fig = ranks_compared(ours, theirs, ours_title, title, kinds)
+        self._places = {
+            (int(head[0]), int(head[1])): (float(x), float(y))
+            for trace in fig.data
+            for head, x, y in zip(trace.customdata, trace.x, trace.y, strict=True)
+        }
+        self.ranks.draw(fig, self.state.dark)
+        found = spearman(ours.ravel().tolist(), theirs.ravel().tolist())
+        counted = ", ".join(f"{count} {kind}" for kind, count in self.biography.counts(OWN, key).items())
+        said = [
+            f"Rank correlation with {html.escape(title)}: <b>{found.value:+.2f}</b> {interval_text(found.low, found.high, '.2f')},"
+            f" n = {found.n:,} KV heads.",
+            f"Kinds at {html.escape(key[0])}, {key[1]:,} tokens: {counted}.",
+            RULE,
+        ]
+        self.counts.value = f'<div class="moa-facts">{"".join(f"<p>{line}</p>" for line in said)}</div>'
+        self._shown = shown
+
+    def _sources(self) -> list[tuple[str, Any]]:
+        known = [(described(source), source) for source in self.heads.sources]
+        return [*known, *((f"{one.method}: {name}", (name, None)) for name, one in self.biography.scores.items())]
+
+    def _clicked(self, head: Any) -> None:
+        layer, kv_head = (int(index) for index in head)
+        self.state.set(layer=layer, kv_head=kv_head)
+
+    def _hovered(self, head: Any) -> None:
+        self.state.set(hovered=None if head is None else (int(head[0]), int(head[1])))
+
+    def _spot(self) -> None:
+        """Mark the head that the pointer is over elsewhere."""
+        head = self.state.hovered
+        self.ranks.spot(None if head is None else self._places.get(head))

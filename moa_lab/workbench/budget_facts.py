@@ -1,0 +1,30 @@
+"""What the budget panel says of an answer: names and values."""
+
+from __future__ import annotations
+
+from moa_lab.figures.theme import byte_size, percent
+from moa_lab.workbench.budget import Answer, Budget
+
+
+def kept(answer: Answer, budget: Budget) -> list[tuple[str, str]]:
+    """What a sequence keeps under the answer's plan."""
+    spans = answer.spans
+    return [
+        ("density", f"{percent(answer.density, 1)} of the bytes at {budget.n_tokens:,} tokens"),
+        *([("stored in", f"{budget.bits} bits: predicted losses do not know it")] if answer.plan.bits else []),
+        ("mean span", f"{spans.mean():,.0f} tokens ({int((spans == budget.n_tokens).sum())} of {spans.size} heads keep all)"),
+        ("KV, predicted", byte_size(answer.kv_bytes)),
+        ("KV, allocated", byte_size(answer.allocated_bytes)),
+        ("KV, dense", byte_size(answer.dense_bytes)),
+    ]
+
+
+def predicted(answer: Answer) -> list[tuple[str, str]]:
+    """What the answer's plan loses, as predicted, and how it was found."""
+    return [
+        *((f"predicted loss, {name}", f"{value:.4f}") for name, value in answer.losses.items()),
+        *((f"predicted loss at {n:,}", f"{value:.4f}") for n, value in answer.losses_at.items()),
+        ("gap to optimal", f"at most {percent(answer.gap, 2)}"),
+        ("solved by", f"{answer.solver}, {1e3 * answer.seconds:.0f} ms"),
+        *([("rules per layer", "not kept yet: press Solve exactly")] if answer.rules_ignored else []),
+    ]

@@ -1,0 +1,82 @@
+"""A GPU of choice: what it holds under a plan and how fast it decodes, beside the dense cache; and what the weights take there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import ipywidgets as w
+
+from moa_lab.capacity import GPUS, Gpu, capacity, estimated_weights_bytes
+from moa_lab.plan import Plan, dense_plan
+from moa_lab.workbench.measuring import Plans
+from moa_lab.workbench.state import State
+from moa_lab.workbench.widgets import choice, number, row
+
+READ, ESTIMATED, GIVEN = "of this model, in 16 bits", "estimated from its heads until the model is loaded", "as you wrote"
+
+
+class OnGpu:
+    """Boxes for a GPU, the weights and the tokens of a sequence. changed: called when one of them changes.
+
+    Weights are those of the state's model: read from it, or estimated from its geometry, until a number is written.
+    """
+
+    def __init__(self, state: State, name: str, changed: Callable[[], object]) -> None:
+        self.state, self._changed = state, changed
+        self._setting = self._is_written = False
+        geometry = Plans(state).geometry
+        self._estimated = estimated_weights_bytes(geometry) if geometry is not None else 10**9
+        self.gpu = choice("on", [(gpu.name, key) for key, gpu in GPUS.items()], f"{name}-gpu", "200px")
+        self.weights = number("weights (GB)", 0.01, 0.0, 10_000.0, 0.1, f"{name}-weights", "170px")
+        self.tokens = number("tokens a sequence", max(state.n_tokens, 1), 1, 10_000_000, 1024, f"{name}-tokens", "210px")
+        self.note = w.HTML()
+        self.box = row(self.gpu, self.tokens, self.weights, self.note)
+        self._read()
+        self.weights.observe(lambda _: self._written(), "value")
+        for box in (self.gpu, self.tokens):
+            box.observe(lambda _: self._changed(), "value")
+        state.watch(["weights_bytes"], self._read)
+
+    @property
+    def device(self) -> Gpu:
+        """The chosen GPU."""
+        return GPUS[self.gpu.value]
+
+    @property
+    def weights_bytes(self) -> int:
+        """What the weights take, at least a byte."""
+        return max(1, round(self.weights.value * 1e9))
+
+    @property
+    def n_tokens(self) -> int:
+        """Prompt and answer of a sequence."""
+        return int(self.tokens.value)
+
+    def told(self, plan: Plan, kv_bytes: int | None = None) -> list[tuple[str, str]]:
+        """What the GPU holds under `plan`, and how fast it decodes. kv_bytes: of a sequence, where they are known already."""
+        n, gpu = self.n_tokens, self.device
+        held = plan.kv_bytes(n) if kv_bytes is None else kv_bytes
+        ours, dense = (capacity(gpu, self.weights_bytes, size) for size in (held, dense_plan(plan.geometry).kv_bytes(n)))
+        if not ours.batch:
+            return [(f"on {gpu.name}", f"not one sequence of {n:,} tokens fits beside the weights")]
+        times = f", {ours.tokens_s / dense.tokens_s:.1f} times dense" if dense.batch else ", where dense does not fit"
+        return [
+            (f"sequences on {gpu.name}", f"{ours.batch:,} of {n:,} tokens (dense {dense.batch:,})"),
+            ("tokens/s, foretold", f"{ours.tokens_s:,.0f}{times}"),
+        ]
+
+    def _read(self) -> None:
+        if self._is_written:
+            return
+        self._setting = True
+        try:
+            self.weights.value = (self.state.weights_bytes or self._estimated) / 1e9
+        finally:
+            self._setting = False
+        self.note.value = READ if self.state.weights_bytes else ESTIMATED
+        self._changed()
+
+    def _written(self) -> None:
+        if not self._setting:
+            self._is_written, self.note.value = True, GIVEN
+            self._changed()
