@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -117,15 +116,20 @@ def goal(point: FrontPoint, name: str) -> float | None:
     return point.density.get(length)
 
 
+def goal_text(name: str) -> str:
+    """A goal in words: `questions@1024/all_or_nothing` as "questions, 1,024 tokens, all or nothing"."""
+    task, _, rest = name.partition("@")
+    length, _, form = rest.partition("/")
+    parts = [task, f"{int(length):,} tokens" if length.isdigit() else length, form.replace("_", " ")]
+    return ", ".join(part for part in parts if part)
+
+
 def goal_label(front: Front, name: str) -> str:
     """An axis title, with the unit, in two lines."""
     if _is_density(name):
         length = name.partition("@")[2] or max((n for point in front for n in point.density), key=int, default="0")
         return f"density at {int(length):,} tokens<br>(% of the dense KV cache)"
-    task, _, rest = name.partition("@")
-    length, _, form = rest.partition("/")
-    parts = [task, f"{int(length):,} tokens" if length.isdigit() else length, form.replace("_", " ")]
-    return f"predicted loss (dense = 0)<br>{theme.plain(', '.join(part for part in parts if part))}"
+    return f"predicted loss (dense = 0)<br>{theme.plain(goal_text(name))}"
 
 
 def _measured(point: FrontPoint, metric: str, score: Score) -> str:
@@ -137,8 +141,15 @@ def _is_density(name: str) -> bool:
     return name == "density" or name.startswith("density@")
 
 
-def _goal_format(name: str) -> dict[str, str]:
-    return {"tickformat": ".0%" if _is_density(name) else "~g"}
+def _goal_format(name: str, loss: str = "~g") -> dict[str, str]:
+    return {"tickformat": ".0%" if _is_density(name) else loss}
+
+
+def _ends(values: Sequence[float | None]) -> list[float]:
+    """The ends of an axis; where all values are almost one, an axis of a twentieth, whose marks can be told apart."""
+    known = [value for value in values if value is not None]
+    low, high = min(known), max(known)
+    return [low, high] if high - low > 0.01 * max(abs(low), abs(high)) else [low - 0.025, high + 0.025]
 
 
 def _is(point: FrontPoint, chosen: Plan | str | None) -> bool:
@@ -196,7 +207,10 @@ def parallel_goals(front: Front, names: Sequence[str] | None = None) -> go.Figur
     common = {name: values for name, values in columns.items() if None not in values}
     if not common:
         raise ValueError(f"no goal is common to all {len(front)} plans; there are {', '.join(columns)}")
-    dimensions = [{"name": name, "label": _axis_label(name), "values": values, "tickformat": ".3~f"} for name, values in common.items()]
+    dimensions = [
+        {"name": name, "label": theme.plain(goal_text(name)), "values": values, "range": _ends(values), **_goal_format(name, ".3~f")}
+        for name, values in common.items()
+    ]
     # Not cividis: thin lines in its end colours are invisible on a dark or a white page.
     scale = [[0, theme.MAIN_STYLE.color], [1, theme.UNIFORM_STYLE.color]]
     line = {"color": dimensions[-1]["values"], "colorscale": scale}
@@ -205,7 +219,3 @@ def parallel_goals(front: Front, names: Sequence[str] | None = None) -> go.Figur
     # Tilted labels: names are longer than the distance between axes.
     lines = go.Parcoords(dimensions=dimensions, line=line, labelangle=-30, labelfont={"size": 11}, rangefont={"size": 10})
     return theme.figure(lines, title, height=400, margin={"l": 60, "r": 140, "t": 160})
-
-
-def _axis_label(name: str) -> str:
-    return theme.plain(re.sub(r"[@/_\s]+", " ", name))

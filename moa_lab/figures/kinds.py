@@ -95,8 +95,8 @@ def ranks_compared(ours: np.ndarray, theirs: np.ndarray, ours_title: str, theirs
     return theme.figure(
         traces,
         f"Ranks of {ours.size:,} KV heads",
-        xaxis={"title": f"rank: {theme.plain(ours_title)}", **axis},
-        yaxis={"title": f"rank: {theme.plain(theirs_title)}", **axis},
+        xaxis={"title": f"rank of a KV head<br>{theme.plain(ours_title)}", **axis},
+        yaxis={"title": f"rank of a KV head<br>{theme.plain(theirs_title)}", **axis},
         height=380,
         showlegend=kinds is not None,
         margin={"t": theme.TITLE_HEIGHT + theme.LEGEND_HEIGHT, "l": 64},

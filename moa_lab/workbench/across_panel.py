@@ -8,11 +8,12 @@ import ipywidgets as w
 
 from moa_lab.evaluate.recommend import TEXTS
 from moa_lab.figures import fronts_over, score_by
+from moa_lab.figures.front import goal_text
 from moa_lab.workbench.across import Across
 from moa_lab.workbench.canvas import WIDE, Canvas
 from moa_lab.workbench.opening import known_runs, named
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, button, choice, grid, row
+from moa_lab.workbench.widgets import Errors, button, choice, grid, row, side_by_side
 
 TAB = "Runs"
 
@@ -46,7 +47,8 @@ class AcrossPanel:
         hint = w.HTML("Needles as a share of what each run's own dense model finds, perplexity above the dense model's; 95% intervals.")
         self.measured = w.VBox([row(self.place, self.every), hint, self.scores.box])
         self.predicted = w.VBox([row(self.x, self.y), self.fronts.box])
-        self.box = w.VBox([row(self.path, add, every), row(self.open, remove), self.errors.box, self.table, self.measured, self.predicted])
+        figures = side_by_side(self.measured, self.predicted)
+        self.box = w.VBox([row(self.path, add, every), row(self.open, remove), self.errors.box, self.table, figures])
         self.load()
 
     def add(self, folder: str) -> None:
@@ -65,7 +67,7 @@ class AcrossPanel:
             self.place.options = places or [("nothing yet", None)]
             known = [place for _, place in places]
             self.place.value = shown if shown in known else next(iter(known), None)
-            self.x.options = self.y.options = goals or [("", "")]
+            self.x.options = self.y.options = [(goal_text(name), name) for name in goals] or [("", "")]
             if len(goals) > 1:
                 self.x.value, self.y.value = goals[-1], goals[0]
         finally:

@@ -97,16 +97,16 @@ class Biography:
         """The chapters in words: a head and a row each, and a row for every published score."""
         rows = [
             [
-                one.profile, one.task, f"{one.length:,}", one.kind, f"{one.rank} of {one.of}", f"{one.influence:.3g}",
-                f"{one.lost_rank} of {one.of}", f"{one.lost:+.4f}", f"{one.near:.0%} / {one.first:.0%} / {one.far:.0%}",
+                one.profile, one.task, f"{one.length:,}", one.kind, f"{one.influence:.3g}", f"{one.rank} of {one.of}",
+                f"{one.lost:+.4f}", f"{one.lost_rank} of {one.of}", f"{one.near:.0%} / {one.first:.0%} / {one.far:.0%}",
             ]
             for one in self.chapters(layer, kv_head)
         ]  # fmt: skip
         for name, scores in self.scores.items():
             rank, shown = _rank(scores.values, (layer, kv_head)), f"{scores.values[layer, kv_head]:.3g}"
-            rows.append([name, scores.method, "-", "-", f"{rank} of {scores.values.size}", shown, "-", "-", "-"])
-        titles = ["profile", "task", "tokens", "kind", "rank", "influence (nats)", "rank", "loss without its far past (nats)"]
-        return [*titles, "influence near / first 64 / far"], rows
+            rows.append([name, scores.method, "-", "-", shown, f"{rank} of {scores.values.size}", "-", "-", "-"])
+        titles = ["profile", "task", "tokens", "kind", "influence, nats", "its rank", "nats lost without its far past", "its rank"]
+        return [*titles, "near / first 64 / far"], rows
 
     def counts(self, name: str, key: ProfileKey) -> dict[str, int]:
         """How many heads are of each kind."""

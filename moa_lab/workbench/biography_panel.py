@@ -15,7 +15,7 @@ from moa_lab.workbench.canvas import HALF, Canvas
 from moa_lab.workbench.heads import OWN, Heads, described
 from moa_lab.workbench.published_scores import HeadScores, read_head_scores
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, button, choice, grid, row
+from moa_lab.workbench.widgets import Errors, button, choice, grid, row, side_by_side
 
 RULE = (
     "Retrieval: without its far past (128 tokens back and more) the loss rises by at least twice the mean of all heads, surely above 0. "
@@ -38,22 +38,20 @@ class BiographyPanel:
         self.path.add_class("moa-scores-path")
         load = button("Load scores", "load-scores", "what another method says of the heads of this model, from its own file")
         self.versus = choice("ranks against", self._sources(), "ranks-against", "380px")
-        self.told, self.table = w.HTML(), w.HTML()
-        self.told.add_class("moa-biography")
+        self.table = w.HTML()
         self.table.add_class("moa-biography-table")
         self.ranks = Canvas("ranks", HALF, errors.guard(self._clicked), on_hover=errors.guard(self._hovered))
         load.on_click(errors.guard(lambda _: self.load(self.path.value)))
         state.watch_in("Heads", ["hovered"], self._spot)
         self.counts = w.HTML(layout=w.Layout(width="330px"))
         self.counts.add_class("moa-kind-counts")
-        compared = w.HBox([self.ranks.box, self.counts], layout=w.Layout(flex_flow="row wrap"))
-        self.box = w.VBox([self.told, self.table, row(self.path, load), self.versus, compared])
+        title = w.HTML("<b>Biography of the selected head</b>")
+        compared = side_by_side(self.ranks.box, self.counts)
+        self.box = w.VBox([title, self.table, row(self.versus, self.path, load), compared])
 
     def draw(self) -> None:
         """The selected head's chapters, and the ranks of all heads."""
-        layer, kv_head = self.state.layer, self.state.kv_head
-        self.told.value = html.escape(self.biography.told(layer, kv_head))
-        self.table.value = grid(*self.biography.table(layer, kv_head))
+        self.table.value = grid(*self.biography.table(self.state.layer, self.state.kv_head))
         self._draw_ranks()
 
     @property
@@ -83,11 +81,11 @@ class BiographyPanel:
             return
         self.biography.beyond = self.heads.beyond
         kinds = self.biography.patterns(OWN, key).kinds
-        ours, ours_title = self.biography.influence(OWN, key), f"influence, {key[0]}, {key[1]:,} tokens"
+        ours, ours_title = self.biography.influence(OWN, key), f"by influence, {key[0]}, {key[1]:,} tokens"
         if other is None:
-            theirs, title = self.biography.scores[name].values, f"{self.biography.scores[name].method}, {name}"
+            theirs, title = self.biography.scores[name].values, f"by {self.biography.scores[name].method}, {name}"
         else:
-            theirs, title = self.biography.influence(name, other), f"influence, {described((name, other))}"
+            theirs, title = self.biography.influence(name, other), f"by influence, {described((name, other))}"
         fig = ranks_compared(ours, theirs, ours_title, title, kinds)
         self._places = {
             (int(head[0]), int(head[1])): (float(x), float(y))
@@ -98,8 +96,8 @@ class BiographyPanel:
         found = spearman(ours.ravel().tolist(), theirs.ravel().tolist())
         counted = ", ".join(f"{count} {kind}" for kind, count in self.biography.counts(OWN, key).items())
         said = [
-            f"Rank correlation with {html.escape(title)}: <b>{found.value:+.2f}</b> {interval_text(found.low, found.high, '.2f')},"
-            f" n = {found.n:,} KV heads.",
+            f"Rank correlation with the ranks {html.escape(title)}: <b>{found.value:+.2f}</b> "
+            f"{interval_text(found.low, found.high, '.2f')}, n = {found.n:,} KV heads.",
             f"Kinds at {html.escape(key[0])}, {key[1]:,} tokens: {counted}.",
             RULE,
         ]

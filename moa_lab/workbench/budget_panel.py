@@ -22,7 +22,7 @@ from moa_lab.workbench.heads import INFLUENCE, NUMBER, SPAN
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.on_gpu import OnGpu
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, number, row, whole
+from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, number, row, side_by_side, whole
 
 MIB = 2**20
 LARGE = 1000
@@ -68,7 +68,7 @@ class BudgetPanel:
         self.rules = whole("rules per layer (0: any)", 0, 0, len(state.table.rules), "max-rules", "230px")
         full, to_span = button("Pin to full", "pin-full"), button("Pin to span", "pin-to-span")
         release, release_all = button("Release", "release"), button("Release all", "release-all")
-        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(width="350px"))
+        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(flex="0 1 440px", min_width="330px"))
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
         self.canvas = Canvas(
@@ -101,12 +101,15 @@ class BudgetPanel:
         state.watch_in("Budget", ["layer", "kv_head"], self._select)
         self._redraw = state.watch_in("Budget", ["dark"], self._draw)
         self.works = (self.exact, self._ahead)
+        figures = side_by_side(self.canvas.box, self.curves.box)
+        # One below the other on a laptop, side by side on a wide screen.
+        figures.layout.flex = f"1 1 {HALF}px"
         self.box = w.VBox(
             [
                 self.slider,
                 row(self.number, self.mib, self.mean, self.length, self.bits, self.order, self.find),
                 self.errors.box,
-                w.HBox([w.VBox([self.canvas.box, self.curves.box]), self.facts], layout=w.Layout(flex_flow="row wrap")),
+                side_by_side(figures, self.facts),
                 row(self.layer, self.head, full, self.span, to_span, release, release_all),
                 self.pins,
                 self.served.box,

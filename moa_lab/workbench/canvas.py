@@ -15,7 +15,7 @@ from moa_lab.figures import template
 from moa_lab.figures.theme import OUTLINE
 from moa_lab.workbench.page import Figure
 
-WIDE, HALF = 860, 520
+WIDE, HALF = 840, 520
 """Pixels of a figure that is as wide as a panel on a laptop (1366 pixels, the file browser open), and of one with facts beside it."""
 
 
@@ -45,8 +45,6 @@ class Canvas:
         self.box.add_class(f"moa-{name}")
         if keys:
             self.box.add_class("moa-keys")
-            self.box.tabbable = True
-            self.box.tooltip = "arrow keys move the selected head, space pins it"
         self._on_click, self._on_brush, self._on_hover = on_click, on_brush, on_hover
         self._shapes: tuple[Any, ...] = ()
         self._spot: tuple[float, float] | None = None
@@ -143,6 +141,9 @@ class Canvas:
 
     def _hovered(self, trace: Any, points: Any, _: Any) -> None:
         place = None if points is None else _place(trace, points)
+        if points is not None and place is None:
+            # Every trace hears of a hover; this is not the one that the pointer is over.
+            return
         self._is_under_pointer = place is not None
         if self._on_hover is not None:
             self._on_hover(place)

@@ -102,6 +102,8 @@ class Workbench:
         """What a key does on a map of heads: "left", "right", "up" and "down" move the selected head on it, "space" pins it in the budget,
         or releases it. Raises ValueError for another key, and where there is no budget to pin in.
         """
+        # The line tells of what was done last, though the pointer may rest on the map.
+        self.state.set(hovered=None)
         moves = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
         if key == "space":
             budget = self.panels.get("Budget")
@@ -110,9 +112,9 @@ class Workbench:
             budget.toggle_pin()
             self.line.tell()
         elif key in moves:
+            # A panel whose map may have its heads in another order than by number steps on that map.
             panel = self.panels[self.state.tab]
-            if hasattr(panel, "step"):
-                panel.step(*moves[key])
+            getattr(panel, "step", self.state.step)(*moves[key])
         else:
             raise ValueError(f"keys are {', '.join(moves)} and space, got {key!r}")
 

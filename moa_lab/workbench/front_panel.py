@@ -12,13 +12,14 @@ import numpy as np
 import plotly.graph_objects as go
 
 from moa_lab.figures import archive_scatter, front_scatter, hypervolume_curve, measured_front, parallel_goals, span_map
+from moa_lab.figures.front import goal_text
 from moa_lab.figures.theme import TITLE_HEIGHT
 from moa_lab.records import Front
 from moa_lab.workbench.canvas import HALF, WIDE, Canvas, ring
 from moa_lab.workbench.choosing import SOLVERS, Choosing, Generation, Ranges
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, grid, number, row, whole
+from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, grid, number, row, side_by_side, whole
 
 DRAW_S = 0.25
 """Least seconds between two drawings of a running search."""
@@ -45,11 +46,9 @@ class FrontPanel:
         self.scatter = Canvas("front", HALF, self.errors.guard(self._clicked))
         self.measured = Canvas("measured", HALF, self.errors.guard(self._clicked))
         self.parallel = Canvas("parallel", WIDE, on_brush=self.errors.guard(self._brushed))
-        self.difference = Canvas(
-            "difference", WIDE, self.errors.guard(self._chose_head), on_hover=self.errors.guard(self._hovered), keys=True
-        )
-        self.compared, self.volume, self.kept = w.HTML(layout=w.Layout(width="330px")), w.HTML(), w.HTML()
-        self.won = w.HTML(layout=w.Layout(width="330px"))
+        self.difference = Canvas("difference", WIDE, self.errors.guard(self._chose_head), on_hover=state.hover, keys=True)
+        self.compared, self.volume, self.kept = w.HTML(layout=w.Layout(width="310px")), w.HTML(), w.HTML()
+        self.won = w.HTML(layout=w.Layout(width="310px"))
         self.compared.add_class("moa-compared")
         self.won.add_class("moa-won")
         self.volume.add_class("moa-hypervolume")
@@ -74,8 +73,7 @@ class FrontPanel:
                 self.errors.box,
                 self.live,
                 row(self.x, self.y),
-                w.HBox([self.scatter.box, self.compared], layout=w.Layout(flex_flow="row wrap")),
-                w.HBox([self.measured.box, self.won], layout=w.Layout(flex_flow="row wrap")),
+                side_by_side(side_by_side(self.scatter.box, self.compared), side_by_side(self.measured.box, self.won)),
                 self.axes,
                 self.parallel.box,
                 row(self.clear, self.kept),
@@ -96,9 +94,10 @@ class FrontPanel:
             return
         self._loading = True
         try:
-            self.x.options = self.y.options = self.choosing.goals
+            self.x.options = self.y.options = [(goal_text(name), name) for name in self.choosing.goals]
             self.x.value, self.y.value = self.choosing.first_goals
-            self.axes.options, self.axes.value = self.choosing.axes, self.choosing.first_axes
+            self.axes.options = [(goal_text(name), name) for name in self.choosing.axes]
+            self.axes.value = self.choosing.first_axes
         finally:
             self._loading = False
         self._recolour()
@@ -119,14 +118,6 @@ class FrontPanel:
         """Choose a plan."""
         self.choosing.pick(name)
         self.draw()
-
-    def step(self, layers: int, rows: int) -> None:
-        """Choose the head so many layers to the right and rows down, or the last one on the way."""
-        picked = self.choosing.picked
-        if picked:
-            geometry, state = picked[-1].plan.geometry, self.state
-            layer, kv_head = state.layer + layers, state.kv_head + rows
-            state.set(layer=min(max(layer, 0), geometry.layers - 1), kv_head=min(max(kv_head, 0), geometry.kv_heads - 1))
 
     def brush(self, ranges: dict[str, Ranges]) -> None:
         """Keep the plans within the ranges; the others are dimmed."""
@@ -189,16 +180,13 @@ class FrontPanel:
         kv_head, layer = (int(index) for index in place)
         self.state.set(layer=layer, kv_head=kv_head)
 
-    def _hovered(self, place: Any) -> None:
-        self.state.set(hovered=None if place is None else (int(place[1]), int(place[0])))
-
     def _list(self) -> None:
         brushed, head, rows = self.choosing.brushes, *self.choosing.listed()
         self.clear.disabled = not brushed
         if not brushed:
             self.kept.value = "drag along an axis to keep the plans that pass there; click beside the stroke to let all back in"
             return
-        told = f"{len(rows)} of {len(self.choosing.points)} plans kept by {', '.join(brushed)}"
+        told = f"{len(rows)} of {len(self.choosing.points)} plans kept by {'; '.join(map(goal_text, brushed))}"
         self.kept.value = f"{told}{grid(head, rows) if rows else ''}"
 
     def _searcher(self) -> Callable[[Handle], Front]:

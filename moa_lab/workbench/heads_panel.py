@@ -13,7 +13,7 @@ from moa_lab.workbench.biography_panel import BiographyPanel
 from moa_lab.workbench.canvas import WIDE, Canvas, ring
 from moa_lab.workbench.heads import NUMBER, ORDERS, OWN, SPAN, Heads, described
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, button, choice, facts, row, whole
+from moa_lab.workbench.widgets import Errors, button, choice, facts, row, side_by_side, whole
 
 INFLUENCE, DIFFERENCE, KIND, SCORES = "influence", "difference", "kind of head", "others' scores"
 BY_KV_HEAD = (KIND, SCORES)
@@ -71,9 +71,7 @@ class HeadsPanel:
                 row(self.against, self.stability),
                 row(self.path, load),
                 self.errors.box,
-                self.map.box,
-                self.facts,
-                w.HBox([self.blocks.box, self.curve.box], layout=w.Layout(flex_flow="row wrap")),
+                side_by_side(w.VBox([self.map.box, self.facts]), side_by_side(self.blocks.box, self.curve.box)),
                 self.biography.box,
             ]
         )

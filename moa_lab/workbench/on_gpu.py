@@ -70,7 +70,7 @@ class OnGpu:
             return
         self._setting = True
         try:
-            self.weights.value = (self.state.weights_bytes or self._estimated) / 1e9
+            self.weights.value = round((self.state.weights_bytes or self._estimated) / 1e9, 3)
         finally:
             self._setting = False
         self.note.value = READ if self.state.weights_bytes else ESTIMATED

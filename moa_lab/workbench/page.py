@@ -57,7 +57,25 @@ class Keys(anywidget.AnyWidget):
         const map = event.target instanceof Element ? event.target.closest(".moa-keys") : null;
         return map && el.closest(".moa-bench")?.contains(map) ? map : null;
       };
-      const focused = (event) => { mapOf(event)?.setAttribute("data-lm-suppress-shortcuts", "true"); };
+      // Panels come and go with their run.
+      const offer = () => {
+        for (const map of el.closest(".moa-bench")?.querySelectorAll(".moa-keys:not([tabindex])") ?? []) {
+          map.tabIndex = 0;
+          map.setAttribute("role", "group");
+          map.setAttribute("aria-label", "Map of heads: arrow keys move the selected head, space pins it");
+          map.dataset.lmSuppressShortcuts = "true";
+        }
+      };
+      let waiting = 0;
+      const seen = new MutationObserver(() => { waiting ||= requestAnimationFrame(() => { waiting = 0; offer(); }); });
+      const watch = () => {
+        const bench = el.closest(".moa-bench");
+        if (!bench) { waiting = requestAnimationFrame(watch); return; }
+        waiting = 0;
+        offer();
+        seen.observe(bench, { childList: true, subtree: true });
+      };
+      watch();
       const pressed = (event) => { mapOf(event)?.focus({ preventScroll: true }); };
       const typed = (event) => {
         const name = NAMES[event.key];
@@ -66,9 +84,13 @@ class Keys(anywidget.AnyWidget):
         event.stopPropagation();
         model.send({ key: name });
       };
-      const heard = [["focusin", focused], ["pointerdown", pressed], ["keydown", typed]];
+      const heard = [["pointerdown", pressed], ["keydown", typed]];
       for (const [name, listener] of heard) document.addEventListener(name, listener, true);
-      return () => { for (const [name, listener] of heard) document.removeEventListener(name, listener, true); };
+      return () => {
+        cancelAnimationFrame(waiting);
+        seen.disconnect();
+        for (const [name, listener] of heard) document.removeEventListener(name, listener, true);
+      };
     } };
     """
 

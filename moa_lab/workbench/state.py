@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements
 
@@ -69,6 +70,17 @@ class State:
             if names & changed:
                 watcher()
 
+    def step(self, layers: int, kv_heads: int) -> None:
+        """Choose the head so many layers and KV heads on, or the last one on the way; without a record of the model nothing happens."""
+        geometry = self._geometry()
+        if geometry is not None:
+            layer, kv_head = self.layer + layers, self.kv_head + kv_heads
+            self.set(layer=min(max(layer, 0), geometry.layers - 1), kv_head=min(max(kv_head, 0), geometry.kv_heads - 1))
+
+    def hover(self, place: Sequence[int] | None) -> None:
+        """The pointer is over a KV head of a map that has its heads by number: place is (KV head, layer); None: over none."""
+        self.set(hovered=None if place is None else (int(place[1]), int(place[0])))
+
     def watch(self, names: Iterable[str], watcher: Watcher) -> Callable[[], None]:
         """Call `watcher` whenever one of `names` changes; returns a function that ends that."""
         entry = (frozenset(names), watcher)
@@ -97,8 +109,11 @@ class State:
         self.watch(["tab"], turned)
         return changed
 
+    def _geometry(self) -> ModelGeometry | None:
+        return next((record.geometry for record in (self.profile, self.table, self.plan) if record is not None), None)
+
     def _check_head(self, changes: dict[str, Any]) -> None:
-        geometry = next((record.geometry for record in (self.profile, self.table, self.plan) if record is not None), None)
+        geometry = self._geometry()
         if geometry is None:
             return
         for name, count in (("layer", geometry.layers), ("kv_head", geometry.kv_heads)):

@@ -63,7 +63,7 @@ class TracePanel:
         self.room = button("Give that head the room", "trace-room", "pin the head to the span that shows it what it lost, and answer again")
         self.rooms = button("Give room until the answer is back", "trace-rooms", "to all heads that lost it, at the cost of density")
         self.what = choice("map", MAPS, "trace-map", "330px")
-        self.map = Canvas("token-map", HALF, self.errors.guard(self._clicked))
+        self.map = Canvas("token-map", HALF, self.errors.guard(self._clicked), on_hover=self.errors.guard(state.hover), keys=True)
         self.heads = Chips("share", self.errors.guard(self._choose), stacked=True)
         self.where, self.reach, self.read = w.HTML(), w.HTML(), w.HTML()
         self.read.add_class("moa-trace-text")

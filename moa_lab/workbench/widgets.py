@@ -15,9 +15,9 @@ from moa_lab.workbench.jobs import Handle, Job
 P = ParamSpec("P")
 
 STYLE = """<style>
-.moa-bench { max-width: 1180px; }
+.moa-bench { max-width: 1780px; }
 .moa-bench .widget-tab > .lm-TabBar .lm-TabBar-tab { flex: 0 1 auto; }
-.moa-head-line { line-height: 1.4; max-width: 1100px; }
+.moa-head-line { line-height: 1.4; min-height: 2.9em; }
 .moa-head-line .widget-html-content { white-space: normal; }
 .moa-keys:focus-visible { outline: 2px solid #ff5c39; outline-offset: 1px; }
 .moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }
@@ -25,7 +25,7 @@ STYLE = """<style>
 .moa-facts table, .moa-history table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 .moa-facts, .moa-history { line-height: 1.5; }
 .moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 10px 2px 0; text-align: left; font-size: 13px; }
-.moa-history { max-width: 860px; max-height: 320px; overflow: auto; }
+.moa-history { max-width: 100%; max-height: 320px; overflow: auto; }
 .moa-parallel .axis .domain, .moa-parallel .axis line { stroke: #7a808a !important; stroke-opacity: 0.8 !important; }
 .moa-history td, .moa-history th { white-space: nowrap; text-align: left !important; }
 .moa-history td:last-child { white-space: normal; min-width: 12em; }
@@ -114,6 +114,11 @@ class Work:
 def row(*children: w.Widget) -> w.HBox:
     """Widgets side by side, wrapping where there is no room."""
     return w.HBox(list(children), layout=w.Layout(flex_flow="row wrap", align_items="center", grid_gap="6px 10px"))
+
+
+def side_by_side(*children: w.Widget) -> w.HBox:
+    """Figures and what is said of them, from the top, below each other where there is no room."""
+    return w.HBox(list(children), layout=w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="0 12px"))
 
 
 def number(label: str, value: float, low: float, high: float, step: float, name: str, width: str = "190px") -> w.BoundedFloatText:

@@ -87,7 +87,7 @@ def test_scores_of_duoattention_are_read_as_published_and_held_against_ours(tmp_
     found = biography.agreement("lr=0.02", "this profile", KEY)
     assert found == spearman(ours.ravel().tolist(), scores.values.ravel().tolist())
     assert found.value > 0.9
-    assert biography.table(3, 1)[1][-1][:5] == ["lr=0.02", "DuoAttention", "-", "-", "1 of 90"]
+    assert biography.table(3, 1)[1][-1][:5] == ["lr=0.02", "DuoAttention", "-", "-", "1"]
     assert biography.told(3, 1).endswith("; DuoAttention (lr=0.02) 1.00.")
     with pytest.raises(ValueError, match="there already"):
         biography.add_scores(scores)
@@ -145,10 +145,10 @@ def test_the_panel_shows_kinds_and_scores_as_maps_whose_clicks_choose_kv_heads(t
     assert np.allclose(np.asarray(panel.map.widget.data[0].z).T, values)
     expected = spearman(panel.biography.biography.influence("this profile", KEY).ravel().tolist(), values.ravel().tolist())
     assert f"<b>{expected.value:+.2f}</b>" in panel.biography.counts.value
-    assert f"DuoAttention (mine) {values[11, 2]:.2f}" in panel.biography.told.value
+    assert f"<td>{values[11, 2]:.3g}</td>" in panel.biography.table.value
     panel.view.value = "influence"
     panel.biography.versus.value = ("this profile", ("summaries", 512))
-    assert "influence, this profile: summaries, 512 tokens" in panel.biography.counts.value
+    assert "by influence, this profile: summaries, 512 tokens" in panel.biography.counts.value
 
 
 def test_the_head_under_the_pointer_is_marked_in_the_other_figures_and_told() -> None:

@@ -159,7 +159,7 @@ def test_a_stroke_along_an_axis_keeps_the_plans_that_pass_there_until_it_is_take
     measured.page.locator(".moa-front-axes select").select_option(["questions", "density"])
     measured.page.wait_for_timeout(700)
     assert measured.page.locator(".moa-parallel .axis-brush").count() == 2
-    measured.page.locator(".moa-front-axes select").select_option(["questions", "summaries", "questions@1024/sum", "density"])
+    measured.page.locator(".moa-front-axes select").select_option(["questions", "summaries", "questions, 1,024 tokens, sum", "density"])
     measured.page.wait_for_timeout(700)
 
 

@@ -10,6 +10,7 @@ import pytest
 from figure_records import make_chosen, make_front, make_validation
 
 from moa_lab.bench.lifelike import lifelike_table
+from moa_lab.figures.front import goal_text
 from moa_lab.records import Front, LossTable
 from moa_lab.workbench import front_panel
 from moa_lab.workbench.front_panel import FrontPanel
@@ -72,7 +73,7 @@ def test_a_stroke_along_an_axis_dims_the_other_plans_and_lists_those_it_keeps(fr
     kept = {point.plan.name for point in points if point.predicted[X] <= values[4]}
     assert selected(front) == kept
     assert len(kept) == 5
-    assert f"5 of {len(points)} plans kept by {X}" in front.kept.value
+    assert f"5 of {len(points)} plans kept by {goal_text(X)}" in front.kept.value
     assert all(f"<td>{name}</td>" in front.kept.value for name in kept)
     assert f"{values[0]:.4f}" in front.kept.value
     drag(front, {X: [[values[0], values[1]], [values[-1], 9.0]], "density": [0.0, 1.0]})

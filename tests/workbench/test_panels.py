@@ -80,7 +80,7 @@ def test_a_head_that_needs_room_is_pinned_and_the_rest_is_solved_again(table: Lo
 def test_the_gpu_of_choice_tells_what_it_holds_and_how_fast(table: LossTable) -> None:
     panel = BudgetPanel(State(table=table), density=0.5)
     plan, n = panel.state.plan, panel.state.n_tokens
-    assert panel.served.weights_bytes == pytest.approx(estimated_weights_bytes(plan.geometry), rel=1e-3), "never 0 GB"
+    assert panel.served.weights_bytes == pytest.approx(estimated_weights_bytes(plan.geometry), rel=0.01), "never 0 GB"
     assert "estimated" in panel.served.note.value
     panel.served.tokens.value = 4 * n
     assert f"of {4 * n:,} tokens" in panel.facts.value
