@@ -13,10 +13,11 @@ from moa_lab.engines import engine_table
 from moa_lab.plan import Plan
 from moa_lab.workbench.desk_page import desk_records
 from moa_lab.workbench.exporting import FORMATS, Sources, export, known_of
+from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.launching import ENGINES, launch
 from moa_lab.workbench.state import State
 from moa_lab.workbench.tracing import Tracing
-from moa_lab.workbench.widgets import Errors, button, choice, grid, row
+from moa_lab.workbench.widgets import Errors, Work, button, choice, grid, row
 
 
 class ExportPanel:
@@ -33,8 +34,8 @@ class ExportPanel:
             w.Checkbox(kind == "config card", description=kind, indent=False, layout=w.Layout(width="auto")) for kind in FORMATS
         ]
         self.replace = w.Checkbox(False, description="replace what is there", indent=False, layout=w.Layout(width="auto"))
-        export_button = button("Export", "export")
-        export_button.on_click(self.errors.guard(lambda _: self.export()))
+        self.work = Work("Export", "export", self.errors, self._begin, self._written)
+        self.works = (self.work,)
         compare = button("Under other engines", "engines", "what each would allocate for this plan, at the length of the desk")
         compare.on_click(self.errors.guard(lambda _: self.compare()))
         self.done, self.plan, self.launch, self.engines = w.HTML(), w.HTML(), w.HTML(), w.HTML()
@@ -46,24 +47,36 @@ class ExportPanel:
         state.watch_in("Export", ["plan", "n_tokens", "measurements"], self._tell)
         self.box = w.VBox(
             [
-                self.plan, row(self.engine, self.folder, self.name), row(*self.formats), row(self.replace, export_button, compare),
+                self.plan, row(self.engine, self.folder, self.name), row(*self.formats), row(self.replace, self.work.box, compare),
                 self.errors.box, self.done, self.launch, self.engines,
             ]
         )  # fmt: skip
         self._tell()
 
     def export(self) -> None:
-        """Write the files, and say what was read back."""
+        """Write the files beside all else, and say what was read back. A desk page takes seconds, half a minute for thousands of heads."""
+        self.work.start.click()
+
+    def _begin(self) -> Callable[[Handle], list[str]]:
+        """What is exported is what is chosen now, whatever is chosen while it is written."""
         self.done.value = ""
-        state = self.state
-        if state.plan is None:
+        if self.state.plan is None:
             raise ValueError("no plan is chosen: move the density, or click a plan of the front")
+        state, tracing = self.state.copy(), self._tracing()
+        plan, folder, name, replaced = self.state.plan, self.folder.value, self.name.value, self.replace.value
         formats = tuple(kind for kind, box in zip(FORMATS, self.formats, strict=True) if box.value)
-        desk = desk_records(state, self._tracing()) if "desk page" in formats else None
-        sources = Sources(state.n_tokens, state.profile, state.front, state.measurements, state.validation, desk)
-        paths = export(state.plan, self.folder.value, self.name.value, formats, sources, replace=self.replace.value)
-        read = [f"{path} (plan {Plan.load(path).identity()})" if path.name == f"{self.name.value}.json" else str(path) for path in paths]
-        self.done.value = f"written and read back: {html.escape('; '.join(read))}"
+
+        def work(handle: Handle) -> list[str]:
+            desk = desk_records(state, tracing) if "desk page" in formats else None
+            sources = Sources(state.n_tokens, state.profile, state.front, state.measurements, state.validation, desk)
+            paths = export(plan, folder, name, formats, sources, replace=replaced, progress=handle.progress)
+            card = f"{name}.json"
+            return [f"{path} (plan {Plan.load(path).identity()})" if path.name == card else str(path) for path in paths]
+
+        return work
+
+    def _written(self, told: list[str]) -> None:
+        self.done.value = f"written and read back: {html.escape('; '.join(told))}"
 
     def compare(self) -> None:
         """Tell what known engines allocate for the plan."""

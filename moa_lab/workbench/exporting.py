@@ -20,6 +20,7 @@ FORMATS = {
     "config card": ".json", "published {alphas, betas}": ".published.json", "spans as CSV": ".csv", "Python snippet": ".py",
     "HTML report": ".html", "desk page": ".desk.html",
 }  # fmt: skip
+Progress = Callable[[int, int], object]
 PLAN = "plan"
 """Key in a measured row's detail: the identity of its plan, since names are not unique."""
 SAME_DENSITY = 0.02
@@ -41,14 +42,22 @@ class Sources:
 
 
 def export(
-    plan: Plan, folder: str | Path, name: str, formats: tuple[str, ...], sources: Sources | int, *, replace: bool = False
+    plan: Plan,
+    folder: str | Path,
+    name: str,
+    formats: tuple[str, ...],
+    sources: Sources | int,
+    *,
+    replace: bool = False,
+    progress: Progress = lambda done, total: None,
 ) -> list[Path]:
     """Write `plan` to `folder` in each of `formats` (of `FORMATS`), named `name`; returns the paths, in the order of `FORMATS`.
 
     A Python snippet comes with the config card that it loads. sources: records for a report, or the length in tokens alone. Every file
     that holds the whole plan is read back and compared; a report and a desk page must be complete, hold the plan's identity and load
-    nothing from the network. Raises FileExistsError, before anything is written, where a file exists and `replace` is False; ValueError
-    for an unknown format, a name that is no file name, and a plan that a format or a record does not fit.
+    nothing from the network. progress: called with the steps done, and all of them, before each; what it raises ends the work, and files
+    that were written before stay. Raises FileExistsError, before anything is written, where a file exists and `replace` is False;
+    ValueError for an unknown format, a name that is no file name, and a plan that a format or a record does not fit.
     """
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
@@ -70,8 +79,12 @@ def export(
             if record is not None:
                 named.check_model(record.geometry)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    for kind, path in paths.items():
-        _WRITERS[kind](named, path, found)
+    for done, (kind, path) in enumerate(paths.items()):
+        progress(done, len(paths))
+        if kind == "desk page":
+            _desk_page(named, path, found, progress)
+        else:
+            _WRITERS[kind](named, path, found)
     return list(paths.values())
 
 
@@ -149,10 +162,11 @@ def _report(plan: Plan, path: Path, sources: Sources) -> None:
     _write_page(plan, path, text)
 
 
-def _desk_page(plan: Plan, path: Path, sources: Sources) -> None:
+def _desk_page(plan: Plan, path: Path, sources: Sources, progress: Progress) -> None:
     desk = sources.desk or DeskRecords(sources.profile, None, sources.front)
     rows = known_of(plan, sources.measurements).select(plan=plan.name)
-    _write_page(plan, path, desk_page(dataclasses.replace(desk, plan=plan, rows=rows), f"Mixture of attention spans: {plan.name}"))
+    text = desk_page(dataclasses.replace(desk, plan=plan, rows=rows), f"Mixture of attention spans: {plan.name}", progress=progress)
+    _write_page(plan, path, text)
 
 
 def _write_page(plan: Plan, path: Path, text: str) -> None:
@@ -167,5 +181,5 @@ def _write_page(plan: Plan, path: Path, text: str) -> None:
 
 _WRITERS: dict[str, Callable[[Plan, Path, Sources], None]] = {
     "config card": _card, "published {alphas, betas}": _published, "spans as CSV": _csv, "Python snippet": _snippet,
-    "HTML report": _report, "desk page": _desk_page,
+    "HTML report": _report,
 }  # fmt: skip

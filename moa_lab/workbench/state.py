@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from moa_lab.geometry import ModelGeometry
@@ -69,6 +69,10 @@ class State:
         for names, watcher in list(self._watchers):
             if names & changed:
                 watcher()
+
+    def copy(self) -> State:
+        """The same records and selections, which nobody watches and no panel changes."""
+        return replace(self, _watchers=[])
 
     def step(self, layers: int, kv_heads: int) -> None:
         """Choose the head so many layers and KV heads on, or the last one on the way; without a record of the model nothing happens."""

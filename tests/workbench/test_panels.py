@@ -13,8 +13,9 @@ from tiny import tiny_model, tiny_tokenizer
 from moa_lab.bench.lifelike import lifelike_table
 from moa_lab.capacity import estimated_weights_bytes
 from moa_lab.models import geometry_of
-from moa_lab.plan import Plan, dense_plan
+from moa_lab.plan import Plan, dense_plan, uniform_plan
 from moa_lab.records import LossTable, Measurements
+from moa_lab.search import SliderSolver
 from moa_lab.workbench import Workbench
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.export_panel import ExportPanel
@@ -244,15 +245,50 @@ def test_the_chosen_formats_are_written_and_nothing_is_replaced_unasked(tmp_path
     for box in panel.formats:
         box.value = box.description in ("config card", "HTML report")
     press(panel, "Export")
+    ended(panel.work)
     assert said(panel) == ""
     assert state.plan.identity() in panel.done.value
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"my_plan.json", "my_plan.html"}
     press(panel, "Export")
+    ended(panel.work)
     assert "allow replacing it" in said(panel)
     assert panel.done.value == ""
     panel.replace.value = True
     press(panel, "Export")
+    ended(panel.work)
     assert said(panel) == ""
+
+
+def test_an_export_goes_on_beside_its_panel_and_can_be_cancelled(table: LossTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = uniform_plan(table.geometry, 0.5)
+    panel = ExportPanel(State(table=table, plan=plan, n_tokens=1024), tmp_path)
+    for box in panel.formats:
+        box.value = box.description in ("config card", "desk page")
+    entered, gate, solve = threading.Event(), threading.Event(), SliderSolver.solve
+
+    def slow(self: SliderSolver, *given: object) -> object:
+        entered.set()
+        assert gate.wait(30)
+        return solve(self, *given)
+
+    monkeypatch.setattr(SliderSolver, "solve", slow)
+    press(panel, "Export")
+    assert entered.wait(30)
+    panel.state.set(plan=uniform_plan(table.geometry, 0.25))
+    assert "25.0%" in panel.plan.value, "the panel answers meanwhile"
+    panel.work.stop()
+    gate.set()
+    ended(panel.work)
+    assert "cancelled" in panel.work.label.value
+    assert [path.name for path in tmp_path.iterdir()] == ["my_plan.json"], "half a page is none"
+    panel.replace.value = True
+    press(panel, "Export")
+    panel.state.set(plan=plan)
+    ended(panel.work)
+    assert said(panel) == ""
+    exported = Plan.load(tmp_path / "my_plan.json")
+    assert exported.identity() == uniform_plan(table.geometry, 0.25).identity(), "what was chosen when the button was pressed"
+    assert exported.identity() in (tmp_path / "my_plan.desk.html").read_text(encoding="utf-8")
 
 
 def test_without_a_plan_or_a_format_nothing_is_written(tmp_path: Path) -> None:
@@ -264,6 +300,7 @@ def test_without_a_plan_or_a_format_nothing_is_written(tmp_path: Path) -> None:
     for box in panel.formats:
         box.value = False
     press(panel, "Export")
+    ended(panel.work)
     assert "formats must be among" in said(panel)
     assert not (tmp_path / "out").exists()
 

@@ -12,7 +12,7 @@ from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement
 from moa_lab.report.desk.data import influence_data, stops_data
 from moa_lab.report.desk.sections import curves, figure_sections
-from moa_lab.report.desk.stops import STEP, Stop, all_stops, longest
+from moa_lab.report.desk.stops import STEP, Progress, Stop, all_stops, longest
 from moa_lab.report.desk.traced import TracedAnswer, TracedHead, TracedToken
 from moa_lab.report.page import Section, page, script_safe
 
@@ -40,13 +40,16 @@ class DeskRecords:
     traced: TracedAnswer | None = None
 
 
-def desk_page(records: DeskRecords, title: str = "Mixture of attention spans", step: float = STEP) -> str:
-    """The page as HTML. step: between two densities of its slider, which are solved here, from the loss table.
+def desk_page(
+    records: DeskRecords, title: str = "Mixture of attention spans", step: float = STEP, progress: Progress = lambda done, total: None
+) -> str:
+    """The page as HTML. step: between two densities of its slider, which are solved here, from the loss table. progress: called with the
+    densities that are solved, and all of them; what it raises ends the work.
 
     Raises ValueError where the records hold no plan, for records of different geometries, for a step outside (0, 0.5], and where the
     page would be larger than MAX_BYTES.
     """
-    stops = all_stops(records.table, records.front, records.measured, step, records.plan, records.rows)
+    stops = all_stops(records.table, records.front, records.measured, step, records.plan, records.rows, progress)
     geometry = stops[0].plan.geometry
     if records.profile is not None:
         stops[0].plan.check_model(records.profile.geometry)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +19,13 @@ MEAN = "mean"
 """The goal that plans of a budget are best in: the mean of the others."""
 
 
+Progress = Callable[[int, int], object]
+
+
+def _silent(done: int, total: int) -> None:
+    """Nobody waits."""
+
+
 @dataclass(frozen=True)
 class Stop:
     """A plan of the page. kind: "chosen", "budget", "measured", "front" or "dense". predicted: loss by goal (0 dense, 1 with every head
@@ -31,10 +38,10 @@ class Stop:
     rows: tuple[Measurement, ...] = ()
 
 
-def budget_stops(table: LossTable, step: float = STEP) -> list[Stop]:
+def budget_stops(table: LossTable, step: float = STEP, progress: Progress = _silent) -> list[Stop]:
     """The plan of least predicted loss for every density from the least feasible one, rounded up to a step, up to below 1.
 
-    Raises ValueError for a step outside (0, 0.5].
+    progress: called with the densities solved, and all of them, before each. Raises ValueError for a step outside (0, 0.5].
     """
     if not 0 < step <= 0.5:
         raise ValueError(f"step must be a share above 0 and at most 0.5, got {step}")
@@ -44,7 +51,9 @@ def budget_stops(table: LossTable, step: float = STEP) -> list[Stop]:
     shortest += np.argmin(table.span_tokens(max(lengths)).sum(axis=0))
     least = max(table.density(shortest, n) for n in lengths)
     found = []
-    for count in range(int(np.ceil(least / step)), int(np.ceil(1 / step))):
+    counts = range(int(np.ceil(least / step)), int(np.ceil(1 / step)))
+    for done, count in enumerate(counts):
+        progress(done, len(counts))
         density = count * step
         choice = solver.solve(density).choice
         plan = table.plan(choice, f"budget {100 * density:.4g}%", lengths=lengths, search={"density": density})
@@ -70,14 +79,19 @@ def front_stops(front: Front | None, table: LossTable | None) -> list[Stop]:
 
 def all_stops(
     table: LossTable | None, front: Front | None, options: Sequence[Option], step: float = STEP, chosen: Plan | None = None,
-    rows: Iterable[Measurement] = (),
+    rows: Iterable[Measurement] = (), progress: Progress = _silent,
 ) -> tuple[Stop, ...]:  # fmt: skip
     """Every plan once, by density at the longest length, and the dense one: what was found in several ways keeps all that is known of it.
 
-    chosen: one more plan, with its scores `rows`. Raises ValueError where there is no plan at all, and for plans of different geometries.
+    chosen: one more plan, with its scores `rows`. progress: as of `budget_stops`. Raises ValueError where there is no plan at
+    all, and for plans of different geometries.
     """
     found = [Stop(chosen, "chosen", predicted(table, chosen), tuple(rows))] if chosen is not None else []
-    found += [*measured_stops(options, table), *front_stops(front, table), *(budget_stops(table, step) if table is not None else ())]
+    found += [
+        *measured_stops(options, table),
+        *front_stops(front, table),
+        *(budget_stops(table, step, progress) if table is not None else ()),
+    ]
     if not found:
         raise ValueError("a desk page needs a plan, a loss table, a front or measured plans: none of them is there")
     geometry = found[0].plan.geometry
