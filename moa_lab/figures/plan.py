@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 
 from moa_lab.figures import theme
 from moa_lab.figures.order import in_order
-from moa_lab.plan import PlanOrPath, as_plan
+from moa_lab.plan import Plan, PlanOrPath, as_plan
 
 MAX_BLOCKS = 128
 
@@ -28,10 +28,7 @@ def span_map(
     plan, compared_with = as_plan(plan), None if compared_with is None else as_plan(compared_with)
     spans = plan.spans(n_tokens)
     layers, heads = spans.shape
-    rules = np.array([[(rule.alpha, rule.beta) for rule in row] for row in plan.rules])
-    numbers = np.moveaxis(np.indices(spans.shape), 0, -1)
-    details = np.concatenate([numbers, spans[..., None], (100 * spans / n_tokens)[..., None], rules], axis=-1)
-    details = in_order(details, order).transpose(1, 0, 2) if detailed else in_order(np.indices(spans.shape)[1], order).T
+    details = span_details(plan, spans, n_tokens, order) if detailed else in_order(np.indices(spans.shape)[1], order).T
     colours = {
         "z": in_order(spans, order).T,
         "zmin": 0,
@@ -66,6 +63,14 @@ def span_map(
         yaxis={"title": f"KV heads, {by}" if order is not None else "KV head", **theme.head_ticks(heads), "range": [heads - 0.5, -0.5]},
         height=theme.grid_height(heads),
     )
+
+
+def span_details(plan: Plan, spans: np.ndarray, n_tokens: int, order: np.ndarray | None = None) -> np.ndarray:
+    """`customdata` of a detailed `span_map`: float64 (rows, layers, 6). spans: of the plan at `n_tokens`, (layers, kv_heads)."""
+    rules = np.array([[(rule.alpha, rule.beta) for rule in row] for row in plan.rules])
+    numbers = np.moveaxis(np.indices(spans.shape), 0, -1)
+    details = np.concatenate([numbers, spans[..., None], (100 * spans / n_tokens)[..., None], rules], axis=-1)
+    return in_order(details, order).transpose(1, 0, 2)
 
 
 def mask_preview(plan: PlanOrPath, layer: int, kv_head: int, n_tokens: int) -> go.Figure:

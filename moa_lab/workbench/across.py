@@ -10,7 +10,8 @@ from moa_lab.evaluate.compare import excess_perplexity, share_of_hits
 from moa_lab.evaluate.recommend import NEEDLES, TEXTS
 from moa_lab.figures.front import axes
 from moa_lab.plan import Plan
-from moa_lab.records import Front, Measurement, Measurements
+from moa_lab.records import Front, InfluenceProfile, Measurement, Measurements
+from moa_lab.workbench.biography import Biography
 from moa_lab.workbench.opening import named
 
 SHARE, EXCESS = "share_of_dense", "perplexity_excess"
@@ -28,10 +29,11 @@ class RunScores:
     plan: Plan | None
     measurements: Measurements | None
     front: Front | None
+    profile: InfluenceProfile | None = None
 
 
 def read_run(folder: str | Path) -> RunScores:
-    """Plan, measurements and front of a run's folder, whichever are there; no profile or table is needed.
+    """Plan, measurements, front and profile of a run's folder, whichever are there; no profile or table is needed.
 
     Raises ValueError for a folder with neither measurements of a plan nor a front.
     """
@@ -44,7 +46,9 @@ def read_run(folder: str | Path) -> RunScores:
     origins = [record.provenance for record in (scores, plan, front) if record is not None]
     model = next((origin.model for origin in origins if origin.model), "a model without a name")
     weights = next((origin.weights for origin in origins if origin.weights), None)
-    return RunScores(given.resolve().name, model, weights, plan, scores, front)
+    file = given / "profile.safetensors"
+    profile = InfluenceProfile.load(file) if file.is_file() else None
+    return RunScores(given.resolve().name, model, weights, plan, scores, front, profile)
 
 
 class Across:
@@ -126,8 +130,34 @@ class Across:
         ]  # fmt: skip
         return ["run", "model", "plan", "measured rows", "plans of its front"], rows
 
+    def head(self, layer: int, kv_head: int) -> tuple[list[str], list[list[str]]]:
+        """One KV head in all open runs: what each run's plan keeps of it, and its kind and ranks where the run has its profile.
+
+        A run of a model without this head says so.
+        """
+        rows = []
+        for path, run in self.runs.items():
+            plan = run.plan
+            geometry = plan.geometry if plan is not None else run.profile.geometry if run.profile is not None else None
+            if geometry is None or layer >= geometry.layers or kv_head >= geometry.kv_heads:
+                rows.append(
+                    [path, self.model(run), "-", "-", "-" if geometry is None else f"no such head: {geometry.layers} x {geometry.kv_heads}"]
+                )
+                continue
+            told = "-" if run.profile is None else Biography({run.name: run.profile}).told(layer, kv_head).partition(": ")[2]
+            rows.append([path, self.model(run), *(_kept(plan, layer, kv_head) if plan is not None else ("-", "-")), told])
+        return ["run", "model", "density", "what its plan keeps", "kind and ranks"], rows
+
     def _pairs(self, run: RunScores) -> list[tuple[Measurement, Measurement]]:
         """Rows of a run's plans, each with the dense model's row of the same task and length."""
         rows = [row for row in run.measurements or () if row.task in (NEEDLES, *TEXTS)]
         dense = {(row.metric, row.task, row.length): row for row in rows if row.plan == DENSE}
         return [(row, dense[key]) for row in rows if row.plan != DENSE and (key := (row.metric, row.task, row.length)) in dense]
+
+
+def _kept(plan: Plan, layer: int, kv_head: int) -> tuple[str, str]:
+    """A plan's density, and the span that it gives a head, at the longest length that it names."""
+    n = max(plan.lengths, default=plan.geometry.max_length)
+    spans = plan.spans(n)
+    rank = int((spans > spans[layer, kv_head]).sum()) + 1
+    return f"{plan.density(n):.1%}", f"{int(spans[layer, kv_head]):,} of {n:,} tokens, rank {rank} of {spans.size}"

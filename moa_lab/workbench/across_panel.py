@@ -36,6 +36,8 @@ class AcrossPanel:
         self.x, self.y = choice("across", [("", "")], "across-x", "300px"), choice("up", [("", "")], "across-y", "300px")
         self.table = w.HTML()
         self.table.add_class("moa-across-table")
+        self.head = w.HTML()
+        self.head.add_class("moa-across-head")
         self.scores, self.fronts = Canvas("across-scores", WIDE), Canvas("across-fronts", WIDE)
         self._loading = False
         add.on_click(self.errors.guard(lambda _: self.add(self.path.value)))
@@ -44,11 +46,12 @@ class AcrossPanel:
         for box in (self.place, self.every, self.x, self.y):
             box.observe(self.errors.guard(lambda _: None if self._loading else self.draw()), "value")
         state.watch_in(TAB, ["dark"], self.errors.guard(self.draw))
+        state.watch_in(TAB, ["layer", "kv_head"], self.errors.guard(self._tell_head))
         hint = w.HTML("Needles as a share of what each run's own dense model finds, perplexity above the dense model's; 95% intervals.")
         self.measured = w.VBox([row(self.place, self.every), hint, self.scores.box])
         self.predicted = w.VBox([row(self.x, self.y), self.fronts.box])
         figures = side_by_side(self.measured, self.predicted)
-        self.box = w.VBox([row(self.path, add, every), row(self.open, remove), self.errors.box, self.table, figures])
+        self.box = w.VBox([row(self.path, add, every), row(self.open, remove), self.errors.box, self.table, figures, self.head])
         self.load()
 
     def add(self, folder: str) -> None:
@@ -73,7 +76,14 @@ class AcrossPanel:
         finally:
             self._loading = False
         self.table.value = grid(*across.table()) if across.runs else "no run is open: add some"
+        self._tell_head()
         self.draw()
+
+    def _tell_head(self) -> None:
+        """The selected head in every open run."""
+        layer, kv_head = self.state.layer, self.state.kv_head
+        told = f"<b>Layer {layer}, KV head {kv_head} in these runs</b>{grid(*self.across.head(layer, kv_head))}"
+        self.head.value = told if self.across.runs else ""
 
     def draw(self) -> None:
         """Draw the chosen score and the chosen goals; what no open run has is hidden."""

@@ -9,6 +9,7 @@ import numpy as np
 
 from moa_lab.figures import largest_first, long_range_influence, span_map
 from moa_lab.figures.order import in_order
+from moa_lab.figures.plan import span_details
 from moa_lab.figures.theme import OUTLINE
 from moa_lab.plan import Plan
 from moa_lab.search import limit_lengths
@@ -137,11 +138,12 @@ class BudgetPanel:
         finally:
             self._moving = False
         self._tell()
-        self.curves.mark(answer.density)
         pins = [f"layer {layer}, KV head {head}: {self._span(rule, layer):,} tokens" for (layer, head), rule in self.budget.pinned.items()]
         self.pins.value = f"pinned: {'; '.join(pins)}" if pins else "no head is pinned"
         self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
         self._redraw()
+        # After the map: the page draws in this order.
+        self.curves.mark(answer.density)
 
     def step(self, layers: int, rows: int) -> None:
         """Choose the head so many layers to the right and rows down on the map, or the last one on the way."""
@@ -186,9 +188,11 @@ class BudgetPanel:
             {"x": [self.state.layer], "y": [_row(order, self.state.layer, self.state.kv_head)]},
         ]
         look = (n, self.order.value, self.state.dark)
-        if self._is_large and look == self._look:
+        if look == self._look:
             grids = {"z": in_order(self._answer.spans, order).T}
-            if order is not None:
+            if not self._is_large:
+                grids["customdata"] = span_details(self._answer.plan, self._answer.spans, n, order)
+            elif order is not None:
                 grids["customdata"] = order.T
             self.canvas.recolour(grids, places)
             return

@@ -27,6 +27,7 @@ from moa_lab.workbench.measuring import Measuring
 from moa_lab.workbench.opening import default_run, known_runs, model_of, named, open_run
 from moa_lab.workbench.page import Keys, PageTheme
 from moa_lab.workbench.state import State
+from moa_lab.workbench.told import Told
 from moa_lab.workbench.trace_panel import TAB, TracePanel
 from moa_lab.workbench.tracing import Tracing
 from moa_lab.workbench.widgets import STYLE, Errors, button, row
@@ -77,7 +78,10 @@ class Workbench:
         run: None for the folder that `moa-lab lab --run` was given, or else the recorded demo. Raises ValueError where there is no run.
         """
         folder = Path(run) if run is not None else default_run()
-        return cls(open_run(folder), model, named(folder), **sizes)
+        told = Told(f"opening {named(folder)}: its records, then the panels ...")
+        made = cls(open_run(folder), model, named(folder), **sizes)
+        told.say(f"opened {named(folder)}")
+        return made
 
     def reopen(self, run: str | Path, model: str | None = None) -> None:
         """Show another run instead. Raises ValueError, and changes nothing, where there is none."""

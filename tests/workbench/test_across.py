@@ -11,6 +11,7 @@ from figure_records import ORIGIN, make_front, make_measurements, make_plan
 from moa_lab.evaluate.compare import excess_over_dense, share_of_hits
 from moa_lab.figures import fronts_over
 from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import Plan
 from moa_lab.records import Front, Measurements
 from moa_lab.workbench.across import EXCESS, SHARE, Across, read_run
 from moa_lab.workbench.across_panel import AcrossPanel
@@ -116,3 +117,24 @@ def test_the_panel_reads_nothing_before_it_is_asked_and_says_what_it_cannot_read
     assert len(panel.scores.widget.data) > 2
     press(panel, "Remove")
     assert panel.measured.layout.display == "none"
+
+
+def test_a_head_is_told_of_in_every_run_with_its_span_and_where_there_is_a_profile_its_kind(across: Across) -> None:
+    titles, rows = across.head(18, 2)
+    assert all(len(row) == len(titles) for row in rows)
+    by_run = {Path(row[0]).name: row for row in rows}
+    plan = Plan.load(RUNS / "standard-25" / "plan.json")
+    n = max(plan.lengths)
+    assert by_run["standard-25"][3].startswith(f"{int(plan.spans(n)[18, 2]):,} of {n:,} tokens, rank ")
+    assert by_run["standard-25"][4] == "-", "no profile was recorded"
+    assert "retrieval in 2" in by_run["demo"][4]
+    assert by_run["qwen2.5-coder-0.5b-50"][4] == "no such head: 24 x 2"
+
+
+def test_the_runs_panel_follows_the_selected_head() -> None:
+    state = State(plan=make_plan())
+    panel = AcrossPanel(state, Across([RUNS / "demo"]))
+    assert "Layer 0, KV head 0" in panel.head.value
+    state.set(layer=18, kv_head=2)
+    assert "Layer 18, KV head 2" in panel.head.value
+    assert "retrieval in 2" in panel.head.value

@@ -23,7 +23,7 @@ from moa_lab.workbench.budget import Budget
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.heads import INFLUENCE, SPAN, Heads
 from moa_lab.workbench.state import State
-from tests.workbench.hands import said, within
+from tests.workbench.hands import drawn, said, within
 from tests.workbench.lab import CHROMIUM, Page, add_notebook, chromium, copy_project, jupyterlab, opened
 from tests.workbench.slider import NOTEBOOK, slider_ms, slowness
 
@@ -157,6 +157,21 @@ def test_a_large_models_map_is_recoloured_in_place_and_its_rows_follow_the_order
     assert (panel.state.layer, panel.state.kv_head) == (31, 30)
     panel.find.value = "L32 H0"
     assert "layers are 0 to 31" in said(panel)
+
+
+def test_a_slider_recolours_its_map_and_draws_nothing_else_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    panel = BudgetPanel(State(table=lifelike_table(quick=True)))
+    titles = drawn(panel.canvas, monkeypatch)
+    for order in ("number", SPAN):
+        panel.order.value = order
+        titles.clear()
+        panel.number.value = 0.3 if order == SPAN else 0.4
+        answer, heat = panel.budget.answer(), panel.canvas.widget.data[0]
+        assert titles == []
+        rows = None if order == "number" else figures.largest_first(answer.spans)
+        whole = figures.span_map(answer.plan, panel.budget.n_tokens, order=rows, by=order)
+        assert np.array_equal(np.asarray(heat.z), np.asarray(whole.data[0].z))
+        assert np.allclose(np.asarray(heat.customdata), np.asarray(whole.data[0].customdata))
 
 
 @pytest.mark.alone
