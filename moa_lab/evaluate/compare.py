@@ -107,6 +107,13 @@ def _spearman(x: np.ndarray, y: np.ndarray) -> float:
     return float(np.corrcoef(a, b)[0, 1])
 
 
+def answers_way(rows: Iterable[Measurement], plan: str, uniform: str, length: int) -> Interval:
+    """How far a plan's own answers stand from the dense model's (0) to those under uniform windows (1); see `share_of_the_way`."""
+    known = tuple(rows)
+    ours, dense, far = (row_of(known, name, "summaries", length) for name in (plan, "dense", uniform))
+    return share_of_the_way(ours, dense, far)
+
+
 def _pairs(row: Measurement, against: Measurement) -> tuple[list[float], list[float]]:
     ours, theirs = (list(one.detail.get("per_sample", ())) for one in (row, against))
     which = {one.detail["samples"] for one in (row, against) if "samples" in one.detail}

@@ -89,6 +89,32 @@ def gains(rows: Sequence[Measurement], pairs: Iterable[tuple[str, str]], lengths
     return [gain(rows, plan, against, task, group) for plan, against in pairs for task in tasks for group in groups]
 
 
+def gains_by_density(
+    rows: Sequence[Measurement], plan: str, against: str, task: str, lengths: Iterable[Sequence[int]], densities: Iterable[float]
+) -> dict[str, Gain]:
+    """The gains of PLAN-25 over AGAINST-25 and so on, by "25%", or "25%, 1,024 tokens" where one length is compared alone."""
+    found = [(f"{p:g}", gain(rows, f"{plan}-{p:g}", f"{against}-{p:g}", task, group)) for p in densities for group in lengths]
+    return {f"{p}%" + (f", {one.lengths[0]:,} tokens" if len(one.lengths) == 1 else ""): one for p, one in found}
+
+
+def verdicts(rows: Sequence[Measurement], plan: str, against: str, tasks: Iterable[str], lengths: Sequence[int]) -> list[str]:
+    """The verdict of `plan` against `against` on every task."""
+    return [gain(rows, plan, against, task, lengths).verdict for task in tasks]
+
+
+def side(found: Measurement) -> str:
+    """Of a row that is a difference: better or worse where its whole interval is on one side of 0, else "?"."""
+    low, high = (-np.inf if found.low is None else found.low), (np.inf if found.high is None else found.high)
+    return "better" if low > 0 else "worse" if high < 0 else "?"
+
+
+def marked(found: Interval | Measurement) -> str:
+    """A difference with its interval, and a star where that leaves out 0: `+0.031 [+0.010, +0.052] *`."""
+    if found.low is None or found.high is None:
+        return f"{found.value:+.3f}"
+    return f"{found.value:+.3f} [{found.low:+.3f}, {found.high:+.3f}]{'' if found.low <= 0 <= found.high else ' *'}"
+
+
 def pooled(rows: Sequence[Measurement]) -> Measurement:
     """Rows of one plan and task as one: their samples one after the other, the mean density."""
     samples = [value for row in rows for value in row.detail["per_sample"]]

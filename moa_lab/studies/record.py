@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from moa_lab.bench.record import Goal
 from moa_lab.evaluate.intervals import Interval
@@ -67,6 +70,17 @@ class StudyRecord:
     def select(self, **wanted: Any) -> tuple[Measurement, ...]:
         """Rows whose fields equal `wanted`, for instance `select(plan="moa-25", length=2048)`."""
         return Measurements(self.rows).select(**wanted)
+
+    def mean_score(self, plan: str, task: str, metric: str, lengths: Sequence[int]) -> float:
+        """The mean over all samples of `lengths`. Raises ValueError where nothing was measured."""
+        rows = [row for row in self.select(plan=plan, task=task, metric=metric) if row.length in lengths]
+        if not rows:
+            raise ValueError(f"{self.name} measured no {metric} of {plan} on {task} at {', '.join(map(str, lengths))} tokens")
+        return float(np.mean([value for row in rows for value in row.detail["per_sample"]]))
+
+    def over_all(self, metric: str, task: str) -> dict[str, Measurement]:
+        """Differences over all lengths together, by "PLAN over OTHER"."""
+        return {f"{row.plan} over {row.detail['against']}": row for row in self.select(metric=metric, task=task, length=0)}
 
     def save(self, path: str | Path) -> Path:
         """Write one JSON file."""

@@ -49,7 +49,7 @@ def read_head_scores(path: str | Path, geometry: ModelGeometry) -> HeadScores:
         raise ValueError(f"{file}: scores are of {' x '.join(map(str, found.shape))} heads, the model has {expected[0]} x {expected[1]}")
     if not np.isfinite(found).all():
         raise ValueError(f"{file}: scores must be finite numbers")
-    return HeadScores(file.parent.name if file.name == DUO_FILE else file.stem, method, found)
+    return HeadScores(file.resolve().parent.name if file.name == DUO_FILE else file.stem, method, found)
 
 
 def _table(file: Path) -> np.ndarray:

@@ -58,6 +58,20 @@ def transfer(run: Run, scale: Scale) -> StudyRecord:
     )  # fmt: skip
 
 
+def against_own(record: StudyRecord, metric: str, task: str) -> list[list[float]]:
+    """Gained against the plan of the text's own domain, over all lengths: a row for a plan's domain, a column for a text's."""
+    domains = record.settings["domains"]
+    cells = {(row.plan, row.task): row.value for row in record.select(metric=metric, length=0)}
+    return [[0.0 if plan == text else cells[f"{plan}-25", f"{text}/{task}"] for text in domains] for plan in domains]
+
+
+def between_domains(record: StudyRecord, task: str) -> list[list[float]]:
+    """How alike two domains rank the heads, by their span effects on `task`; on the diagonal two halves of one domain's own samples."""
+    domains = record.settings["domains"]
+    rows = {tuple(row.task.split("/")): row.value for row in record.select(plan=f"{task}, span", metric=CORRELATION)}
+    return [[rows[a, b] if (a, b) in rows else rows[b, a] for b in domains] for a in domains]
+
+
 def domain_profile(run: Run, domain: str, documents: Sequence[Document]) -> InfluenceProfile:
     """The profile of questions, own summaries and plain text of a domain, at the run's lengths; saved as `transfer/DOMAIN.safetensors`."""
     folder, sizes = run.folder / "transfer" / domain, _sizes(run)

@@ -43,7 +43,7 @@ def retrieval(run: Run, scale: Scale) -> StudyRecord:
     tasks = (NEEDLES, LINES)
     rows = [*dense_and_uniform(run, plans.values(), tasks=tasks), *run.measure(list(plans.values()), tasks=tasks)]
     rows += eviction_rows(run, plans, tasks=tasks)
-    reach = {name: _reach(name, rows) for name in dict.fromkeys(row.plan for row in rows) if name != "dense"}
+    reach = {name: effective_context(name, rows) for name in dict.fromkeys(row.plan for row in rows) if name != "dense"}
     answer = retrieval_answer(reach) + _peers(rows)
     return record_of(
         run, "retrieval", "How much can be dropped before what lies far back is not found any more?", answer, rows,
@@ -52,7 +52,7 @@ def retrieval(run: Run, scale: Scale) -> StudyRecord:
 
 
 def retrieval_goals(rows: Sequence[Measurement], reach: Mapping[str, tuple[int, float]]) -> list[StudyGoal]:
-    """The goals that `rows` have measurements for. reach: see `_reach`."""
+    """The goals that `rows` have measurements for. reach: see `effective_context`."""
     half = [row for row in rows if (row.plan, row.task) == (name_of("moa", HALF), NEEDLES) and row.length <= LONGEST_OF_GOALS]
     found = [ratio(row, row_of(rows, "dense", NEEDLES, row.length)) for row in half]
     goals = []
@@ -61,7 +61,7 @@ def retrieval_goals(rows: Sequence[Measurement], reach: Mapping[str, tuple[int, 
     searched = {name: found[1] for name, found in reach.items() if name.startswith("moa")}
     if searched:
         # Low: the whole interval is above the threshold; high: some of it is.
-        low, high = (max(_reach(name, rows, end)[1] for name in searched) for end in ("low", "high"))
+        low, high = (max(effective_context(name, rows, end)[1] for name in searched) for end in ("low", "high"))
         count = min(row.n for row in rows if row.task == NEEDLES and row.plan in searched)
         named = "effective context over mean span, best density"
         goals.append(StudyGoal(named, max(searched.values()), PUBLISHED_REACH, low=low, high=high, n=count))
@@ -69,7 +69,7 @@ def retrieval_goals(rows: Sequence[Measurement], reach: Mapping[str, tuple[int, 
 
 
 def retrieval_answer(reach: Mapping[str, tuple[int, float]]) -> str:
-    """A sentence. reach: see `_reach`."""
+    """A sentence. reach: see `effective_context`."""
     searched = {name: found for name, found in reach.items() if name.startswith("moa")}
     if not searched:
         return "No density was feasible."
@@ -145,7 +145,7 @@ def _agreement(rows: Sequence[Measurement], length: int) -> str:
     return f" Of the dense model's own answers at {length:,} tokens the same next token is likeliest for {', '.join(told)}." if told else ""
 
 
-def _reach(plan: str, rows: Sequence[Measurement], end: Literal["low", "value", "high"] = "value") -> tuple[int, float]:
+def effective_context(plan: str, rows: Sequence[Measurement], end: Literal["low", "value", "high"] = "value") -> tuple[int, float]:
     """The longest length up to which retrieval is effective at every tested one, and that length over the mean span; zeros for none.
 
     end: what is compared with the threshold, the score or an end of its interval.

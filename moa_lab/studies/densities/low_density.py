@@ -190,3 +190,10 @@ def _ranked_and_learned(
 def _cuts(run: Run, plan: Plan) -> list[Measurement]:
     samples = run.samples().select(task=QUESTIONS) or run.samples().samples
     return cut_changes(plan, samples, lambda one, asked: loss_rows(one, asked, score_samples(run.model, one, asked)))
+
+
+def variant_text(row: Measurement) -> str:
+    """What a ranked plan varies, and whether it was compared at one length alone: `15%: sink 4`, `8%: floor 192, 4,096 tokens only`."""
+    density, floor, sink = row.plan.split("-")[1::2]
+    varied = f"floor {floor}" if sink == f"{SINK_TOKENS}" else f"sink {sink}"
+    return f"{density}%: {varied}" + (f", {row.length:,} tokens only" if row.length else "")

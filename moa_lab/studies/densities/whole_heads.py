@@ -121,3 +121,13 @@ def cut_changes(plan: Plan, samples: Sequence[Sample], losses: Callable[[Plan, S
         detail = {"layer": layer, "kv_head": head, "per_sample": without.detail["per_sample"], "uncut": here.detail["per_sample"]}
         rows.append(Measurement(plan.name, "loss_change", f"layer {layer} head {head}", 0, value, n, low, high, here.density, detail))
     return rows
+
+
+def whole_count(row: Measurement) -> int | None:
+    """How many whole heads a plan of the cliff has, by its name; None for the dense model."""
+    return None if row.plan == "dense" else int(row.plan.split("-")[1])
+
+
+def floor_text(row: Measurement) -> str:
+    """The floor of a plan of the cliff in words."""
+    return "dense" if row.plan == "dense" else f"floor of {row.plan.split('-')[3]} tokens"

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from moa_lab.evaluate.compare import difference, excess_over_dense, ratio, row_of, share_of_the_way, worst
+from moa_lab.evaluate.compare import answers_way, difference, excess_over_dense, ratio, row_of, worst
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan
@@ -98,8 +98,7 @@ def _nothing_lost(name: str, lost: Interval) -> StudyGoal:
 
 
 def _half_way(rows: Sequence[Measurement], plan: str, density: float, length: int) -> Interval:
-    dense, uniform, ours = (row_of(rows, name, SUMMARIES, length) for name in ("dense", name_of("uniform", density), plan))
-    return share_of_the_way(ours, dense, uniform)
+    return answers_way(rows, plan, name_of("uniform", density), length)
 
 
 def _lost_needles(rows: Sequence[Measurement], plan: str, length: int) -> Interval:
