@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import sys
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing.util import Finalize
@@ -67,6 +68,18 @@ def _painter() -> ProcessPoolExecutor:
 def _without_words() -> None:
     # The browser driver's messages at its end would show in the notebook; errors are raised with the picture.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def refused(ask: Callable[[], object]) -> None:
+    """Show in a notebook why something is refused. Raises AssertionError where it is not."""
+    try:
+        ask()
+    except ValueError as error:
+        from IPython.display import display
+
+        display({"text/plain": str(error)}, raw=True)
+        return
+    raise AssertionError("it was not refused")
 
 
 def execute(path: Path) -> nbformat.NotebookNode:
