@@ -60,9 +60,12 @@ class OnGpu:
         if not ours.batch:
             return [(f"on {gpu.name}", f"not one sequence of {n:,} tokens fits beside the weights")]
         times = f", {ours.tokens_s / dense.tokens_s:.1f} times dense" if dense.batch else ", where dense does not fit"
+        longest = plan.geometry.max_length
+        beyond = [("note", f"the model takes {longest:,} tokens at most")] if n > longest else []
         return [
             (f"sequences on {gpu.name}", f"{ours.batch:,} of {n:,} tokens (dense {dense.batch:,})"),
             ("tokens/s, foretold", f"{ours.tokens_s:,.0f}{times}"),
+            *beyond,
         ]
 
     def _read(self) -> None:

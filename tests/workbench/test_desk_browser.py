@@ -134,6 +134,28 @@ def test_kinds_and_published_scores_are_shown_beside_ours(page: Page) -> None:
     assert layers == 30
 
 
+def test_a_density_that_is_dragged_to_answers_with_its_plan_and_bytes(page: Page) -> None:
+    page.tab("Budget")
+    before = page.text("moa-budget-facts")
+    handle = page.page.locator(".moa-density .noUi-handle").first.bounding_box()
+    track = page.page.locator(".moa-density .noUi-base").first.bounding_box()
+    assert handle
+    assert track
+    x, y = handle["x"] + handle["width"] / 2, handle["y"] + handle["height"] / 2
+    page.page.mouse.move(x, y)
+    page.page.mouse.down()
+    for step in range(1, 9):
+        page.page.mouse.move(x - step * track["width"] / 40, y)
+        page.page.wait_for_timeout(60)
+    page.page.mouse.up()
+    # A fifth of the track to the left of half: about .33 of .12 to 1.
+    page.until("moa-budget-facts", r"density\s+3[0-6]\.\d% of the bytes")
+    assert page.text("moa-budget-facts") != before
+    page.fill("moa-density-number", 0.5)
+    page.until("moa-budget-facts", r"density\s+(49|50)")
+    page.tab("Heads")
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 1920, 2560])
 def test_nothing_is_wider_than_its_screen_and_figures_follow_the_theme(page: Page, width: int, dark: bool) -> None:

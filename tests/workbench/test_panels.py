@@ -85,7 +85,9 @@ def test_the_gpu_of_choice_tells_what_it_holds_and_how_fast(table: LossTable) ->
     assert "estimated" in panel.served.note.value
     panel.served.tokens.value = 4 * n
     assert f"of {4 * n:,} tokens" in panel.facts.value
+    assert f"takes {plan.geometry.max_length:,} tokens at most" in panel.facts.value
     panel.served.tokens.value = n
+    assert "tokens at most" not in panel.facts.value
     panel.state.set(weights_bytes=5 * 10**9)
     assert (panel.served.weights.value, panel.served.note.value) == (5.0, "of this model, in 16 bits")
     panel.served.weights.value = 0.0
