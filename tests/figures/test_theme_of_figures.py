@@ -8,6 +8,7 @@ from figure_records import DIFFERENCES, SPEEDS, make_baselines, make_front, make
 from moa_lab import figures
 from moa_lab.bench import BenchRecord
 from moa_lab.figures import theme
+from moa_lab.records import head_patterns
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "data" / "benchmarks"
 FIGURES = (
@@ -31,6 +32,9 @@ FIGURES = (
     "differences",
     "predicted_vs_measured",
     "matrix",
+    "kind_map",
+    "score_map",
+    "ranks_compared",
 )
 LABELLED = ("kv_bytes_bars", "differences")
 """Figures whose y axis carries names, not a quantity."""
@@ -40,7 +44,12 @@ LABELLED = ("kv_bytes_bars", "differences")
 def all_figures() -> dict[str, go.Figure]:
     plan, profile, front = make_plan(), make_profile(lengths=(512,), samples=2), make_front()
     measured = make_measurements(front=front)
+    kinds = head_patterns(profile, "questions", 512).kinds
+    ours, theirs = (figures.long_range_influence(profile, task, 512, pool="sum") for task in ("questions", "summaries"))
     return {
+        "kind_map": figures.kind_map(kinds),
+        "score_map": figures.score_map(theirs, "DuoAttention: mine"),
+        "ranks_compared": figures.ranks_compared(ours, theirs, "ours", "theirs", kinds),
         "span_map": figures.span_map(plan, 2048),
         "mask_preview": figures.mask_preview(plan, 3, 1, 2048),
         "influence_map": figures.influence_map(profile, "questions", 512),
