@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from moa_lab.evaluate.compare import spearman
+from moa_lab.evaluate.compare import rank_agreement
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.figures import long_range_influence
 from moa_lab.records import KINDS, InfluenceProfile, Patterns, ProfileKey, head_patterns
@@ -115,8 +115,7 @@ class Biography:
 
     def agreement(self, scores: str, name: str, key: ProfileKey) -> Interval:
         """Rank correlation of published scores with this profile's long-range influence, over the heads, with a 95% interval."""
-        theirs, ours = self.scores[scores].values, self.influence(name, key)
-        return spearman(ours.ravel().tolist(), theirs.ravel().tolist())
+        return rank_agreement(self.influence(name, key), self.scores[scores].values)
 
     def add_scores(self, scores: HeadScores) -> str:
         """One more overlay; returns the name it goes by. Raises ValueError where that name is taken."""

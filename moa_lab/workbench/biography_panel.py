@@ -7,7 +7,7 @@ from typing import Any
 
 import ipywidgets as w
 
-from moa_lab.evaluate.compare import spearman
+from moa_lab.evaluate.compare import rank_agreement
 from moa_lab.figures import ranks_compared
 from moa_lab.text import interval_text
 from moa_lab.workbench.biography import Biography
@@ -93,7 +93,7 @@ class BiographyPanel:
             for head, x, y in zip(trace.customdata, trace.x, trace.y, strict=True)
         }
         self.ranks.draw(fig, self.state.dark)
-        found = spearman(ours.ravel().tolist(), theirs.ravel().tolist())
+        found = rank_agreement(ours, theirs)
         counted = ", ".join(f"{count} {kind}" for kind, count in self.biography.counts(OWN, key).items())
         said = [
             f"Rank correlation with the ranks {html.escape(title)}: <b>{found.value:+.2f}</b> "

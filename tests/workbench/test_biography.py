@@ -10,7 +10,7 @@ import pytest
 import torch
 from figure_records import SMOL, make_plan, make_profile
 
-from moa_lab.evaluate.compare import spearman
+from moa_lab.evaluate.compare import rank_agreement, spearman
 from moa_lab.figures import kind_map, long_range_influence, ranks_compared, score_map
 from moa_lab.geometry import ModelGeometry
 from moa_lab.records import KINDS, head_patterns
@@ -85,12 +85,25 @@ def test_scores_of_duoattention_are_read_as_published_and_held_against_ours(tmp_
         assert (scores.values.min(), scores.values.max()) == (0.0, 1.0)
     biography.add_scores(scores)
     found = biography.agreement("lr=0.02", "this profile", KEY)
-    assert found == spearman(ours.ravel().tolist(), scores.values.ravel().tolist())
+    assert found == rank_agreement(ours, scores.values)
     assert found.value > 0.9
     assert biography.table(3, 1)[1][-1][:5] == ["lr=0.02", "DuoAttention", "-", "-", "1"]
     assert biography.told(3, 1).endswith("; DuoAttention (lr=0.02) 1.00.")
     with pytest.raises(ValueError, match="there already"):
         biography.add_scores(scores)
+
+
+def test_the_interval_of_a_rank_correlation_is_that_of_resampling_without_resampling() -> None:
+    random = np.random.default_rng(0)
+    for n, share in ((90, 0.9), (90, 0.3), (1000, 0.6)):
+        ours = random.normal(size=n)
+        theirs = share * ours + (1 - share) * random.normal(size=n)
+        found, slow = rank_agreement(ours, theirs), spearman(ours.tolist(), theirs.tolist())
+        assert found.value == pytest.approx(slow.value)
+        assert (found.low, found.high) == (pytest.approx(slow.low, abs=0.07), pytest.approx(slow.high, abs=0.07))
+    assert rank_agreement(ours, np.ones_like(ours)).value == 0
+    with pytest.raises(ValueError, match="equally large"):
+        rank_agreement(ours, ours[:-1])
 
 
 def test_scores_of_kvzip_are_read_without_running_what_is_in_the_file(tmp_path: Path) -> None:
@@ -143,7 +156,7 @@ def test_the_panel_shows_kinds_and_scores_as_maps_whose_clicks_choose_kv_heads(t
     assert said(panel) == ""
     assert panel.biography.versus.value == ("mine", None)
     assert np.allclose(np.asarray(panel.map.widget.data[0].z).T, values)
-    expected = spearman(panel.biography.biography.influence("this profile", KEY).ravel().tolist(), values.ravel().tolist())
+    expected = rank_agreement(panel.biography.biography.influence("this profile", KEY), values)
     assert f"<b>{expected.value:+.2f}</b>" in panel.biography.counts.value
     assert f"<td>{values[11, 2]:.3g}</td>" in panel.biography.table.value
     panel.view.value = "influence"
