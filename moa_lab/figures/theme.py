@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import plotly.graph_objects as go
@@ -91,7 +91,13 @@ def series_styles(names: Iterable[str]) -> dict[str, Style]:
     # Without "moa", the first other name is the subject of the figure and gets the main colour.
     free = (*_OTHER_STYLES,) if "moa" in unique else (MAIN_STYLE, *_OTHER_STYLES)
     others = [name for name in unique if name not in fixed]
-    return {**{name: fixed[name] for name in unique if name in fixed}, **{name: free[i % len(free)] for i, name in enumerate(others)}}
+    return {**{name: fixed[name] for name in unique if name in fixed}, **{name: _style_of(free, i) for i, name in enumerate(others)}}
+
+
+def _style_of(free: tuple[Style, ...], index: int) -> Style:
+    """The styles in turn; when all are taken they come again with open symbols."""
+    style = free[index % len(free)]
+    return replace(style, symbol=f"{style.symbol}-open") if index // len(free) % 2 else style
 
 
 def template(dark: bool | None = None) -> go.layout.Template:

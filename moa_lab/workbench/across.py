@@ -44,7 +44,9 @@ def read_run(folder: str | Path) -> RunScores:
     if scores is None and not front:
         raise ValueError(f"{folder} holds neither measurements of a plan nor a front: name the folder of a run")
     origins = [record.provenance for record in (scores, plan, front) if record is not None]
-    model = next((origin.model for origin in origins if origin.model), "a model without a name")
+    named_as = next((origin.model for origin in origins if origin.model), "a model without a name")
+    # A file by its name alone, wherever it lay.
+    model = Path(named_as).stem if named_as.endswith(".gguf") else named_as
     weights = next((origin.weights for origin in origins if origin.weights), None)
     file = given / "profile.safetensors"
     profile = InfluenceProfile.load(file) if file.is_file() else None

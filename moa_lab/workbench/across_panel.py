@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 
 import ipywidgets as w
+import plotly.graph_objects as go
 
 from moa_lab.evaluate.recommend import TEXTS
 from moa_lab.figures import fronts_over, score_by
 from moa_lab.figures.front import goal_text
 from moa_lab.workbench.across import Across
-from moa_lab.workbench.canvas import WIDE, Canvas
+from moa_lab.workbench.canvas import WIDE, Canvas, with_legend
 from moa_lab.workbench.opening import known_runs, named
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import Errors, button, choice, grid, row, side_by_side
@@ -94,9 +95,9 @@ class AcrossPanel:
             rows = self.across.scores(*place, every=self.every.value)
             what = f"{TEXTS.get(place[0], place[0])}, {place[1]:,} tokens"
             title = "density (% of the dense KV cache)"
-            self.scores.draw(score_by(rows, lambda row: 100 * row.density, title, series="line", what=what), self.state.dark)
+            self.scores.draw(_two_a_line(score_by(rows, lambda row: 100 * row.density, title, series="line", what=what)), self.state.dark)
         if fronts and self.x.value:
-            self.fronts.draw(fronts_over(fronts, self.x.value, self.y.value), self.state.dark)
+            self.fronts.draw(_two_a_line(fronts_over(fronts, self.x.value, self.y.value)), self.state.dark)
 
     def _add_all(self) -> None:
         for path in known_runs():
@@ -108,3 +109,8 @@ class AcrossPanel:
     def _remove(self, path: str) -> None:
         self.across.close(path)
         self.load()
+
+
+def _two_a_line(fig: go.Figure) -> go.Figure:
+    """The figure with a legend of two names per line, which are as long as a model's and a run's."""
+    return with_legend(fig).update_layout(legend={"entrywidth": WIDE // 2 - 80, "entrywidthmode": "pixels"})

@@ -69,7 +69,7 @@ class BudgetPanel:
         self.rules = whole("rules per layer (0: any)", 0, 0, len(state.table.rules), "max-rules", "230px")
         full, to_span = button("Pin to full", "pin-full"), button("Pin to span", "pin-to-span")
         release, release_all = button("Release", "release"), button("Release all", "release-all")
-        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(flex="0 1 440px", min_width="330px"))
+        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(flex="1 1 330px", max_width="440px"))
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
         self.canvas = Canvas(

@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 
 from moa_lab.figures import template
-from moa_lab.figures.theme import OUTLINE
+from moa_lab.figures.theme import OUTLINE, TITLE_HEIGHT
 from moa_lab.workbench.page import Figure
 
 WIDE, HALF = 840, 520
@@ -185,6 +185,12 @@ def _with_none(grid: Any) -> Any:
     told = numbers.astype(object)
     told[~np.isfinite(numbers)] = None
     return told
+
+
+def with_legend(fig: go.Figure) -> go.Figure:
+    """The figure with room for its legend, which has two names per line."""
+    lines = -(-sum(trace.showlegend is not False for trace in fig.data) // 2)
+    return fig.update_layout(margin_t=TITLE_HEIGHT + 20 * lines, height=360 + 20 * lines)
 
 
 def ring(x: float, y: float) -> dict[str, Any]:

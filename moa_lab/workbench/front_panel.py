@@ -13,9 +13,8 @@ import plotly.graph_objects as go
 
 from moa_lab.figures import archive_scatter, front_scatter, hypervolume_curve, measured_front, parallel_goals, span_map
 from moa_lab.figures.front import goal_text
-from moa_lab.figures.theme import TITLE_HEIGHT
 from moa_lab.records import Front
-from moa_lab.workbench.canvas import HALF, WIDE, Canvas, ring
+from moa_lab.workbench.canvas import HALF, WIDE, Canvas, ring, with_legend
 from moa_lab.workbench.choosing import SOLVERS, Choosing, Generation, Ranges
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
@@ -110,7 +109,7 @@ class FrontPanel:
         picked = self.choosing.picked
         known = self.choosing.references()
         fig = front_scatter(front, self.x.value, self.y.value, picked[-1].plan if picked else None, known)
-        self.scatter.draw(_dimmed(_with_legend(fig), {point.plan.name for point in (*self.choosing.kept(), *known)}), self.state.dark)
+        self.scatter.draw(_dimmed(with_legend(fig), {point.plan.name for point in (*self.choosing.kept(), *known)}), self.state.dark)
         self._compare()
         self._list()
 
@@ -139,7 +138,7 @@ class FrontPanel:
         is_measured = self.choosing.is_measured
         self.measured.box.layout.display = self.won.layout.display = "" if is_measured else "none"
         if is_measured and self.state.validation is not None:
-            self.measured.draw(_with_legend(measured_front(self.state.validation)), self.state.dark)
+            self.measured.draw(with_legend(measured_front(self.state.validation)), self.state.dark)
             told = f"{self.choosing.won()} Measured on validation samples; lower left is better. Click a marker to choose its plan."
             self.won.value = f'<div class="moa-facts">{html.escape(told.strip())}</div>'
 
@@ -219,12 +218,6 @@ class FrontPanel:
         volume = self.choosing.keep(front)
         self.volume.value = "" if volume is None else f"{len(front)} plans, hypervolume {volume:.4f}"
         self._watch()
-
-
-def _with_legend(fig: go.Figure) -> go.Figure:
-    """The figure with room for its legend, which has two names per line."""
-    lines = -(-sum(trace.showlegend is not False for trace in fig.data) // 2)
-    return fig.update_layout(margin_t=TITLE_HEIGHT + 20 * lines, height=360 + 20 * lines)
 
 
 def _dimmed(fig: go.Figure, kept: set[str]) -> go.Figure:

@@ -185,7 +185,7 @@ def test_runs_of_two_models_are_drawn_over_each_other(measured: Page) -> None:
     told = measured.until("moa-across-table", "qwen2.5-coder-0.5b-50")
     assert "standard-25" in told
     names = measured.until("moa-across-scores", "smollm2, uniform")
-    assert "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf, moa, n = 512" in names
+    assert "qwen2.5-coder-0.5b-instruct-q4_k_m, moa, n = 512" in names
     measured.until("moa-across-fronts", "standard-50")
     measured.picture("runs")
 
