@@ -97,7 +97,9 @@ class AcrossPanel:
             title = "density (% of the dense KV cache)"
             self.scores.draw(_two_a_line(score_by(rows, lambda row: 100 * row.density, title, series="line", what=what)), self.state.dark)
         if fronts and self.x.value:
-            self.fronts.draw(_two_a_line(fronts_over(fronts, self.x.value, self.y.value)), self.state.dark)
+            fig = with_legend(fronts_over(fronts, self.x.value, self.y.value), per_line=1)
+            # A model's and a run's name are too long for two on a line.
+            self.fronts.draw(fig.update_layout(legend={"orientation": "v", "tracegroupgap": 0}), self.state.dark)
 
     def _add_all(self) -> None:
         for path in known_runs():

@@ -187,9 +187,9 @@ def _with_none(grid: Any) -> Any:
     return told
 
 
-def with_legend(fig: go.Figure) -> go.Figure:
-    """The figure with room for its legend, which has two names per line."""
-    lines = -(-sum(trace.showlegend is not False for trace in fig.data) // 2)
+def with_legend(fig: go.Figure, per_line: int = 2) -> go.Figure:
+    """The figure with room for its legend, which has so many names per line."""
+    lines = -(-sum(trace.showlegend is not False for trace in fig.data) // per_line)
     return fig.update_layout(margin_t=TITLE_HEIGHT + 20 * lines, height=360 + 20 * lines)
 
 
