@@ -8,7 +8,9 @@ from ring_attends import DEVICE
 from ring_oracle import HEAD_DIM, Chunk, Sequences
 
 from moa_lab.cache import LayerLayout
-from moa_lab.serving import PageLayout
+from moa_lab.plan.bits import UNTOUCHED, Bits
+from moa_lab.serving import PageLayout, RequestPages
+from moa_lab.serving.page_pool import PagePool, page_bytes
 from moa_lab.serving.paged import PagedLayer, paged_attention
 from moa_lab.serving.step import Scoring, Step
 
@@ -16,23 +18,37 @@ CAPACITY = 400
 
 
 class Pages:
-    """A pool, and the pages that rows took from it; pages that nobody has hold NaN."""
+    """A pool, and the pages that rows took from it; pages that nobody has hold NaN. others: layouts of requests of other lengths, which
+    have lower buckets."""
 
-    def __init__(self, layout: LayerLayout, page_tokens: int, rows: int, seed: int = 0, sample: torch.Tensor | None = None) -> None:
+    def __init__(
+        self, layout: LayerLayout, page_tokens: int, rows: int, seed: int = 0, sample: torch.Tensor | None = None,
+        bits: Bits = (UNTOUCHED, UNTOUCHED), others: tuple[LayerLayout, ...] = (),
+    ) -> None:  # fmt: skip
         # A second layer, whose pages lie between.
-        self.layout = PageLayout((LayerLayout(2, (9, 500), None, CAPACITY), layout), page_tokens)
-        self.layer = PagedLayer(self.layout, 1, torch.device(DEVICE))
-        columns = self.layout.pages_for(CAPACITY)
+        layouts = tuple(PageLayout((LayerLayout(2, (9, 500)[: len(layout.windows)], None, CAPACITY), each), page_tokens) for each in (*others, layout))
+        self.pages = RequestPages(tuple(range(CAPACITY - len(others), CAPACITY + 1)), layouts)
+        self.layer = PagedLayer(self.pages, 1, torch.device(DEVICE))
+        self.buckets = [len(others)] * rows
+        columns = self.pages.most_pages(CAPACITY)
         self.free = (1 + torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))).tolist()
         head_dim, dtype = (HEAD_DIM, torch.float32) if sample is None else (sample.shape[-1], sample.dtype)
-        self.pool = torch.full((1 + rows * columns, 2, page_tokens, head_dim), float("nan"), dtype=dtype, device=DEVICE)
-        self.pool[0] = 0
+        # All bits set is NaN, as a number and as a grid.
+        raw = torch.full((1 + rows * columns, page_bytes(page_tokens, head_dim, dtype, bits)), -1, dtype=torch.int8, device=DEVICE)
+        raw[0] = 0
+        self.pool = PagePool(raw, page_tokens, head_dim, dtype, bits)
         self.table = torch.zeros(rows, columns, dtype=torch.int32, device=DEVICE)
         self.taken = [0] * rows
 
+    def leave(self, row: int) -> None:
+        """A row ends, NaN in all that it had."""
+        self.free += self.table[row, : self.taken[row]].tolist()
+        self.pool.raw[self.table[row, : self.taken[row]].long()] = -1
+        self.taken[row] = 0
+
     def grow(self, lengths: list[int]) -> None:
         for row, length in enumerate(lengths):
-            wanted = self.layout.pages_for(length)
+            wanted = self.pages.layouts[self.buckets[row]].pages_for(length)
             for column in range(self.taken[row], wanted):
                 self.table[row, column] = self.free.pop()
             self.taken[row] = max(self.taken[row], wanted)
@@ -45,7 +61,7 @@ def by_pages(rows: Sequences, pages: Pages, chunk: Chunk) -> torch.Tensor:
     has = [row for row, count in enumerate(counts) if count]
     flat = [torch.cat([x[row, :, -counts[row] :].transpose(0, 1) for row in has]) for x in (chunk.query, chunk.key, chunk.value)]
     firsts = torch.tensor([0, *np.cumsum([counts[row] for row in has])], device=DEVICE)
-    step = Step(pages.table[has], chunk.lengths[has].long(), firsts)
+    step = Step(pages.table[has], torch.tensor(pages.buckets, device=DEVICE)[has], chunk.lengths[has].long(), firsts)
     found = paged_attention(pages.layer, pages.pool, *flat, step, Scoring(rows.scale, rows.softcap, rows.sink_logits))
     output = torch.zeros_like(chunk.query)
     for at, row in enumerate(has):
@@ -55,9 +71,9 @@ def by_pages(rows: Sequences, pages: Pages, chunk: Chunk) -> torch.Tensor:
 
 def check(layout: LayerLayout, page_tokens: int, steps: list[list[int]], **settings: object) -> None:
     rows = Sequences(layout, len(steps[0]), device=DEVICE, **settings)  # type: ignore[arg-type]
-    pages = Pages(layout, page_tokens, len(steps[0]), sample=rows.ring.sample)
+    pages = Pages(layout, page_tokens, len(steps[0]), sample=rows.ring.sample, bits=(settings.get("bits") or [(UNTOUCHED, UNTOUCHED)])[0])
     close = 2e-5 if pages.pool.dtype == torch.float32 else 5e-3
     for counts in steps:
         chunk = rows.chunk(counts)
-        torch.testing.assert_close(by_pages(rows, pages, chunk), rows.expected(chunk).to(pages.pool), atol=close, rtol=close)
-    assert pages.pool[0].eq(0).all()
+        torch.testing.assert_close(by_pages(rows, pages, chunk), rows.expected(chunk).to(pages.pool.dtype), atol=close, rtol=close)
+    assert pages.pool.raw[0].eq(0).all()

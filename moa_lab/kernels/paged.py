@@ -21,8 +21,9 @@ SPLIT = 512
 
 @dataclass(frozen=True)
 class PagedHeads:
-    """What the kernels know of a layer. heads: int32 (kv_heads, 5): sink, ring, window, slots and rank of every head. steps: int32
-    (steps + 1,), of `moa_lab.serving.page_layout`. most_slots: of the head with the most. reach: 0 for none."""
+    """What the kernels know of a layer. heads: int32 (buckets, kv_heads, 5): sink, ring, window, slots and rank of every head, in requests
+    of every bucket. steps: int32 (buckets, steps + 1), of `moa_lab.serving.page_layout`. most_slots: of the head with the most. reach: 0
+    for none."""
 
     heads: torch.Tensor
     steps: torch.Tensor
@@ -34,13 +35,15 @@ class PagedHeads:
 
 @dataclass(frozen=True)
 class Pass:
-    """The requests of one pass of the model, int32 each. table: (rows, columns), the block tables. lengths: (rows,), tokens with the new
-    ones. firsts: (rows + 1,), the first new token of every row, then the number of all. rows: (tokens,), the row of every new token."""
+    """The requests of one pass of the model, int32 each. table: (rows, columns), the pages of the block tables. lengths: (rows,), tokens
+    with the new ones. firsts: (rows + 1,), the first new token of every row, then the number of all. rows: (tokens,), the row of every new
+    token. buckets: (rows,)."""
 
     table: torch.Tensor
     lengths: torch.Tensor
     firsts: torch.Tensor
     rows: torch.Tensor
+    buckets: torch.Tensor
 
 
 def paged_write(layer: PagedHeads, pool: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Pass) -> None:
@@ -49,7 +52,8 @@ def paged_write(layer: PagedHeads, pool: torch.Tensor, key: torch.Tensor, value:
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
     block = max(1, min(triton.next_power_of_2(tokens), 2048 // padded_dim))
     paged_write_kernel[(triton.cdiv(tokens, block), kv_heads)](
-        key, value, pool, step.table, step.lengths, step.firsts, step.rows, layer.heads, layer.steps, step.table.stride(0),
+        key, value, pool, step.table, step.lengths, step.firsts, step.rows, step.buckets, layer.heads, layer.steps, step.table.stride(0),
+        layer.steps.stride(0), kv_heads,
         *key.stride()[:2], *value.stride()[:2], tokens,
         HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PAGE=layer.page_tokens, BLOCK=block, num_warps=4,
     )  # fmt: skip
@@ -71,7 +75,7 @@ def paged_decode(
     `moa_lab.kernels.decode.decode_attention`. Sums are in float32, in a fixed order.
     """
     query_heads, head_dim = query.shape[1:]
-    rows, kv_heads = len(step.lengths), len(layer.heads)
+    rows, kv_heads = len(step.lengths), layer.heads.shape[1]
     group = query_heads // kv_heads
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
     splits, tile = triton.cdiv(layer.most_slots, SPLIT), tile_of(head_dim, query.itemsize)
@@ -79,15 +83,15 @@ def paged_decode(
     part_output = torch.empty(parts, group, padded_dim, dtype=torch.float32, device=query.device)
     part_max, part_sum = torch.empty(2, parts, group, dtype=torch.float32, device=query.device)
     paged_decode_kernel[(rows * kv_heads, splits)](
-        query, pool, step.table, step.lengths, step.firsts, layer.heads, layer.steps, part_output, part_max, part_sum,
-        step.table.stride(0), *query.stride()[:2], kv_heads, layer.sink_tokens, layer.reach, scale, softcap or 1.0,
+        query, pool, step.table, step.lengths, step.firsts, step.buckets, layer.heads, layer.steps, part_output, part_max, part_sum,
+        step.table.stride(0), layer.steps.stride(0), *query.stride()[:2], kv_heads, layer.sink_tokens, layer.reach, scale, softcap or 1.0,
         GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
         TILE=tile, SPLIT=SPLIT, CAPPED=softcap is not None, REACHES=layer.reach != 0,
         PRECISION=precision(query), PAGE=layer.page_tokens,
         num_warps=4, num_stages=stages(query, tile, UNTOUCHED),
     )  # fmt: skip
     paged_merge_kernel[(rows * query_heads,)](
-        part_output, part_max, part_sum, step.lengths, step.firsts, layer.heads,
+        part_output, part_max, part_sum, step.lengths, step.firsts, step.buckets, layer.heads,
         part_max if sink_logits is None else sink_logits.contiguous(), output, *output.stride()[:2], query_heads, splits,
         GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, SPLIT=SPLIT, BLOCK=16, SINK_LOGITS=sink_logits is not None, num_warps=4,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Plans in serving engines: which pages of a paged KV cache every head takes, attention over them, and the plugin for vLLM."""
 
-from moa_lab.serving.page_layout import PAGE_TOKENS, PageLayout, page_layout
+from moa_lab.serving.page_layout import PAGE_TOKENS, PageLayout, RequestPages, page_layout, request_pages
 from moa_lab.serving.settings import PLAN_LENGTH_VARIABLE, PLAN_VARIABLE, ServedPlan, check_served, served_plan
 
 __all__ = [
@@ -8,8 +8,10 @@ __all__ = [
     "PLAN_LENGTH_VARIABLE",
     "PLAN_VARIABLE",
     "PageLayout",
+    "RequestPages",
     "ServedPlan",
     "check_served",
     "page_layout",
+    "request_pages",
     "served_plan",
 ]

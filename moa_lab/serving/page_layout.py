@@ -5,10 +5,14 @@ one pool. A head has the slots of `moa_lab.cache.LayerLayout`: first the sink, t
 their order, and a head takes a page when the first token comes to lie in it; a head whose ring is full takes no more. So what a request
 holds depends only on its number of tokens, and its block table is written once, from front to back: step j of the table has the
 page j of every head that has one.
+
+Where spans grow with the length, requests of other lengths have other windows. Lengths are taken in buckets: all that share a bucket have
+the windows of its greatest length, and the first column of a block table, before the pages, is the bucket of the request.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +23,8 @@ from moa_lab.plan import Plan
 
 PAGE_TOKENS = 64
 """Tokens of a page unless the engine is told otherwise: spans are mostly multiples of it."""
+BUCKETS = 64
+"""Most lengths that a server keeps layouts for."""
 
 
 @dataclass(frozen=True)
@@ -70,3 +76,46 @@ class PageLayout:
 def page_layout(plan: Plan, n_tokens: int, max_tokens: int, page_tokens: int = PAGE_TOKENS) -> PageLayout:
     """The pages of requests of up to `max_tokens`, under the windows that `plan` has at length N = `n_tokens`."""
     return PageLayout(tuple(layer_layouts(plan, n_tokens, max_tokens)), page_tokens)
+
+
+@dataclass(frozen=True)
+class RequestPages:
+    """The pages of requests of any length. lengths: the greatest of every bucket, rising; layouts: of every bucket, of one page size."""
+
+    lengths: tuple[int, ...]
+    layouts: tuple[PageLayout, ...]
+
+    def __post_init__(self) -> None:
+        if not self.lengths or len(self.lengths) != len(self.layouts) or list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError(f"buckets need rising lengths and a layout for each, got {self.lengths} and {len(self.layouts)} layouts")
+
+    @property
+    def page_tokens(self) -> int:
+        """Slots per page."""
+        return self.layouts[0].page_tokens
+
+    @cached_property
+    def steps(self) -> np.ndarray:
+        """`PageLayout.steps` of every bucket, the last one repeated up to the longest: int64 (buckets, steps + 1)."""
+        most = max(len(each.steps) for each in self.layouts)
+        return np.stack([np.pad(each.steps, (0, most - len(each.steps)), mode="edge") for each in self.layouts])
+
+    def bucket(self, n_tokens: int) -> int:
+        """The bucket of a request that will have `n_tokens`: the first that is no shorter, or the last."""
+        return min(bisect_left(self.lengths, n_tokens), len(self.lengths) - 1)
+
+    def most_pages(self, max_tokens: int) -> int:
+        """Pages that a request takes at most, when requests have up to `max_tokens`."""
+        greatest = [min(length, max_tokens) for length in self.lengths[:-1]] + [max_tokens]
+        return max(layout.pages_for(length) for layout, length in zip(self.layouts, greatest, strict=True))
+
+
+def bucket_lengths(max_tokens: int, page_tokens: int = PAGE_TOKENS) -> tuple[int, ...]:
+    """The greatest lengths of at most `BUCKETS` buckets for requests of up to `max_tokens`: whole pages apart, the last of `max_tokens`."""
+    step = -(-max_tokens // (BUCKETS * page_tokens)) * page_tokens
+    return (*range(step, max_tokens, step), max_tokens)
+
+
+def request_pages(plan: Plan, lengths: tuple[int, ...], max_tokens: int, page_tokens: int = PAGE_TOKENS) -> RequestPages:
+    """The pages of requests of up to `max_tokens`, under the windows that `plan` has at the length of their bucket."""
+    return RequestPages(lengths, tuple(page_layout(plan, n_tokens, max_tokens, page_tokens) for n_tokens in lengths))

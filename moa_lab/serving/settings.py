@@ -9,40 +9,49 @@ from typing import Any
 
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan
+from moa_lab.serving.page_layout import PAGE_TOKENS, bucket_lengths
+from moa_lab.serving.page_pool import page_bits
 
 PLAN_VARIABLE = "MOA_LAB_PLAN"
 """Path of the config card that all requests are served under."""
 PLAN_LENGTH_VARIABLE = "MOA_LAB_PLAN_LENGTH"
-"""The length N in tokens at which elastic rules are evaluated; unless given, the longest request that the server takes."""
+"""The length N in tokens at which the rules of all requests are evaluated; unless given, a request's own."""
 
 
 @dataclass(frozen=True)
 class ServedPlan:
-    """A plan, and the length N at which its windows are fixed (None: the longest request)."""
+    """A plan, and the length N at which the windows of all requests are fixed (None: that of each request)."""
 
     plan: Plan
     n_tokens: int | None = None
 
-    def length(self, max_tokens: int) -> int:
-        """The length N of the windows, where requests have up to `max_tokens`."""
-        return self.n_tokens or max_tokens
+    def lengths(self, max_tokens: int, page_tokens: int = PAGE_TOKENS) -> tuple[int, ...]:
+        """The lengths N, rising, that windows are taken at where requests have up to `max_tokens`: each takes the next that holds it."""
+        return (self.n_tokens,) if self.n_tokens else bucket_lengths(max_tokens, page_tokens)
 
-    def told(self, max_tokens: int) -> str:
-        """A line for the log: the plan, and what it keeps."""
-        n = self.length(max_tokens)
-        return f"plan {self.plan.name!r} ({self.plan.identity()}), windows as at {n:,} tokens: keeps {self.plan.density(n):.1%} there"
+    def told(self, max_tokens: int, page_tokens: int = PAGE_TOKENS) -> str:
+        """A line for the log: the plan, what it keeps, and which length a request's windows are taken at."""
+        lengths = self.lengths(max_tokens, page_tokens)
+        kept = f"keeps {self.plan.density(lengths[-1]):.1%} of {lengths[-1]:,} tokens"
+        at = f"windows as at {lengths[0]:,} tokens" if self.n_tokens else _at_lengths(lengths)
+        return f"plan {self.plan.name!r} ({self.plan.identity()}), {at}: {kept}"
+
+
+def _at_lengths(lengths: tuple[int, ...]) -> str:
+    return f"windows as at the length of each request (prompt and max_tokens), rounded up to a multiple of {lengths[0]:,} tokens"
 
 
 def served_plan(environment: Mapping[str, str] = os.environ) -> ServedPlan | None:
     """The plan that the environment names; None where it names none.
 
-    Raises ValueError for a file that is no config card, for stored bits, and for a length that is no whole number from 1 on.
+    Raises ValueError for a file that is no config card, for heads stored in different bits, and for a length that is no whole number from
+    1 on.
     """
     path = environment.get(PLAN_VARIABLE)
     if not path:
         return None
     plan = Plan.load(path)
-    plan.check_untouched("serving")
+    page_bits(plan)
     text = environment.get(PLAN_LENGTH_VARIABLE)
     if not text:
         return ServedPlan(plan)

@@ -12,18 +12,26 @@ import torch
 class Step:
     """The requests of one pass of the model, a row each, whose new tokens lie one after the other.
 
-    table: integers (rows, columns), the block tables. lengths: int64 (rows,), tokens of each row with the new ones. firsts: int64
-    (rows + 1,), the first new token of each row, then the number of all.
+    table: integers (rows, columns), the pages of the block tables. buckets: integers (rows,), of `RequestPages`. lengths: int64 (rows,), tokens of each row with the new ones. firsts: int64
+    (rows + 1,), the first new token of each row, then the number of all. on_host: `firsts` and `lengths`, where the host knows them.
     """
 
     table: torch.Tensor
+    buckets: torch.Tensor
     lengths: torch.Tensor
     firsts: torch.Tensor
+    on_host: tuple[list[int], list[int]] | None = None
 
     @cached_property
     def told(self) -> tuple[list[int], list[int]]:
-        """`firsts` and `lengths` on the host: asked for once a pass, since the host waits for them."""
-        return self.firsts.tolist(), self.lengths.tolist()
+        """`firsts` and `lengths` on the host, which may have to wait for them: once a pass."""
+        return self.on_host or (self.firsts.tolist(), self.lengths.tolist())
+
+    @cached_property
+    def told_buckets(self) -> list[int]:
+        """`buckets` on the host, which waits for them: only rows of several new tokens need that."""
+        found: list[int] = self.buckets.tolist()
+        return found
 
     @cached_property
     def new(self) -> torch.Tensor:
@@ -36,9 +44,9 @@ class Step:
         return torch.repeat_interleave(self.new, output_size=self.told[0][-1])
 
     @cached_property
-    def narrow(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`lengths`, `firsts` and `rows` in int32, as kernels read them in every layer."""
-        return self.lengths.int(), self.firsts.int(), self.rows.int()
+    def narrow(self) -> tuple[torch.Tensor, ...]:
+        """`lengths`, `firsts`, `rows` and `buckets` in int32, as kernels read them in every layer."""
+        return self.lengths.int(), self.firsts.int(), self.rows.int(), self.buckets.int().contiguous()
 
     @cached_property
     def positions(self) -> torch.Tensor:

@@ -7,7 +7,8 @@ import pytest
 
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import DENSE, Plan, SpanRule, dense_plan
-from moa_lab.serving import PageLayout, page_layout
+from moa_lab.serving import PageLayout, RequestPages, page_layout, request_pages
+from moa_lab.serving.page_layout import BUCKETS, bucket_lengths
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,3 +63,32 @@ def test_as_many_requests_fit_as_the_density_of_a_recorded_plan_says(name: str, 
 def test_a_page_has_a_token_at_least() -> None:
     with pytest.raises(ValueError, match="at least 1 token per page"):
         PageLayout(page_layout(HARD, 64, 64).layers, 0)
+
+
+@pytest.mark.parametrize("longest", [1, 63, 64, 65, 256, 2048, 4096, 4097, 131072])
+@pytest.mark.parametrize("page_tokens", [16, 64])
+def test_lengths_are_whole_pages_apart_and_reach_the_longest_request(longest: int, page_tokens: int) -> None:
+    lengths = bucket_lengths(longest, page_tokens)
+    assert len(lengths) <= BUCKETS
+    assert lengths[-1] == longest
+    steps = np.diff([0, *lengths])
+    assert set(steps[:-1]) <= {lengths[0]}
+    assert 0 < steps[-1] <= lengths[0]
+    assert len(lengths) == 1 or lengths[0] % page_tokens == 0
+
+
+def test_a_request_takes_the_windows_of_the_next_length_that_holds_it() -> None:
+    geometry = ModelGeometry(1, 2, 1, 8, 4096)
+    plan = Plan(geometry=geometry, rules=((SpanRule(0.0, 0.5),),), sink_tokens=4, min_span=8)
+    pages = request_pages(plan, (64, 128, 192, 250), 250, 16)
+    assert [pages.bucket(n) for n in (1, 64, 65, 128, 200, 250, 999)] == [0, 0, 1, 1, 3, 3, 3]
+    # Half of the length: 32, 64, 96, 125 tokens.
+    assert [layout.pages_for(250) for layout in pages.layouts] == [2, 4, 6, 8]
+    assert pages.most_pages(250) == 8
+    assert pages.steps.tolist()[0][-1] == 2
+
+
+def test_lengths_that_do_not_rise_are_refused() -> None:
+    layout = page_layout(HARD, 64, 64)
+    with pytest.raises(ValueError, match="rising lengths"):
+        RequestPages((64, 64), (layout, layout))

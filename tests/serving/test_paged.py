@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from pages_oracle import CAPACITY, Pages, by_pages, check
@@ -9,6 +11,7 @@ from ring_oracle import Sequences
 from moa_lab.cache import LayerLayout
 from moa_lab.kernels import paged as paged_launch
 from moa_lab.serving import paged
+from moa_lab.serving.page_pool import page_bytes
 
 STEPS = [[70, 3, 1], [1, 40, 1], [1, 1, 0], [33, 0, 64], [1, 1, 1], [2, 90, 1], [1, 1, 1], [64, 1, 65]]
 
@@ -43,10 +46,8 @@ def test_a_page_that_another_request_left_is_read_no_further_than_it_was_written
     layout = LayerLayout(4, (20, 1000), None, CAPACITY)
     rows, pages = Sequences(layout, 2, device=DEVICE), Pages(layout, 16, 2)
     by_pages(rows, pages, rows.chunk([50, 17]))
-    # Row 0 ends, NaN in all that it had, and a new request takes its pages.
-    pages.free += pages.table[0, : pages.taken[0]].tolist()
-    pages.pool[pages.table[0, : pages.taken[0]].long()] = float("nan")
-    pages.taken[0] = 0
+    # A new request takes the pages of row 0.
+    pages.leave(0)
     fresh = Sequences(layout, 2, seed=1, device=DEVICE)
     fresh.chunk([0, 17])
     chunk = fresh.chunk([21, 0])
@@ -60,3 +61,29 @@ def test_a_heads_slots_are_divided_among_programs(dtype: torch.dtype, head_dim: 
     monkeypatch.setattr(paged_launch, "SPLIT", 64)
     steps = [[200, 3, 1], [1, 64, 1], [1, 1, 1], [1, 1, 64]]
     check(LayerLayout(4, (90, 1000), None, CAPACITY), 16, steps, dtype=dtype, head_dim=head_dim, group=group)
+
+
+def test_rows_of_other_lengths_have_windows_of_their_own() -> None:
+    """A batch of two buckets: every row sees the windows of its own, and its pages lie where its own layout says."""
+    layouts = LayerLayout(4, (20, 300), None, CAPACITY), LayerLayout(4, (60, 1000), None, CAPACITY)
+    rows = [Sequences(layout, 2, seed=seed, device=DEVICE) for seed, layout in enumerate(layouts)]
+    pages = Pages(layouts[1], 16, 2, others=layouts[:1])
+    pages.buckets = [0, 1]
+    for counts in ([70, 3], [1, 90], [1, 1], [33, 1], [1, 1], [64, 64], [1, 1]):
+        first, second = (each.chunk(counts) for each in rows)
+        chunk = replace(first, **{name: torch.stack([getattr(first, name)[0], getattr(second, name)[1]]) for name in ("query", "key", "value")})
+        expected = torch.stack([rows[0].expected(first)[0], rows[1].expected(second)[1]])
+        torch.testing.assert_close(by_pages(rows[0], pages, chunk), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("bits", [(8, 8), (8, 4), (16, 4), (4, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_pages_of_codes_hold_what_a_packed_ring_does(bits: tuple[int, int], dtype: torch.dtype) -> None:
+    layout = LayerLayout(4, (28, 1000), None, CAPACITY)
+    check(layout, 16, STEPS, bits=[bits, bits], dtype=dtype, head_dim=24)
+
+
+def test_a_page_takes_what_the_plan_says_of_its_bits() -> None:
+    assert page_bytes(64, 128, torch.bfloat16) == 2 * 64 * 128 * 2
+    assert page_bytes(64, 128, torch.bfloat16, (8, 8)) == 2 * 64 * (128 + 4)
+    assert page_bytes(64, 128, torch.bfloat16, (8, 4)) == 64 * (128 + 4 + 64 + 4)

@@ -8,13 +8,14 @@ import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, CommonAttentionMetadata
-from vllm.v1.kv_cache_layout import KVCacheLayout
 
-from moa_lab.serving.page_layout import page_layout
+from moa_lab.plan.bits import UNTOUCHED, Bits
+from moa_lab.serving.page_layout import request_pages
+from moa_lab.serving.page_pool import PagePool, page_bits, page_bytes
 from moa_lab.serving.paged import PagedLayer, paged_attention
-from moa_lab.serving.settings import ServedPlan
+from moa_lab.serving.settings import ServedPlan, served_plan
 from moa_lab.serving.step import Scoring, Step
-from moa_lab.serving.vllm.specs import HeadPagesSpec
+from moa_lab.serving.vllm.specs import BUCKET_COLUMNS, HeadPagesSpec
 
 
 class PlanBackend(AttentionBackend):
@@ -38,24 +39,34 @@ class PlanBackend(AttentionBackend):
         return PlanStepBuilder
 
     @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """The one in which a page is contiguous."""
+    def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
+        """The one in which a page is contiguous. Asked by vLLM 0.32."""
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+
         return (KVCacheLayout.LBHNC,)
+
+    @staticmethod
+    def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *others: Any, **more: Any) -> tuple[int, ...]:
+        """Of the pool, contiguous. Asked by vLLM 0.26."""
+        return num_blocks, num_kv_heads, block_size, 2 * head_size
 
 
 def pool_spec(served: ServedPlan, layer: Any, vllm_config: VllmConfig) -> HeadPagesSpec:
     """The pool of all layers: the KV cache of the layer that owns it, and of no other."""
     page_tokens, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
-    pages = page_layout(served.plan, served.length(longest), longest, page_tokens)
-    return HeadPagesSpec(block_size=page_tokens, num_kv_heads=1, head_size=layer.head_size, dtype=layer.kv_cache_torch_dtype, pages=pages)
+    pages = request_pages(served.plan, served.lengths(longest, page_tokens), longest, page_tokens)
+    head_size, dtype, bits = layer.head_size, layer.kv_cache_torch_dtype, page_bits(served.plan)
+    if min(bits) < UNTOUCHED:
+        # K and V of a token together, in bytes.
+        head_size, dtype = page_bytes(1, head_size, dtype, bits) // 2, torch.int8
+    return HeadPagesSpec(block_size=page_tokens, num_kv_heads=1, head_size=head_size, dtype=dtype, pages=pages)
 
 
 class PlanStep:
-    """The requests of one pass, and where each layer's heads have their slots."""
+    """The requests of one pass, and where each layer's heads have their slots. bits: of all pages."""
 
-    def __init__(self, step: Step, layers: list[PagedLayer]) -> None:
-        self.step = step
-        self.layers = layers
+    def __init__(self, step: Step, layers: list[PagedLayer], bits: Bits) -> None:
+        self.step, self.layers, self.bits = step, layers, bits
 
 
 class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
@@ -63,14 +74,22 @@ class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
 
     def __init__(self, kv_cache_spec: HeadPagesSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._layers = [PagedLayer(kv_cache_spec.pages, layer, device) for layer in range(len(kv_cache_spec.pages.layers))]
+        served = served_plan()
+        assert served is not None
+        pages, self._bits = kv_cache_spec.pages, page_bits(served.plan)
+        self._layers = [PagedLayer(pages, layer, device) for layer in range(len(pages.layouts[0].layers))]
+        self._last_bucket = len(pages.lengths) - 1
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> PlanStep:
         """Of the requests that are scheduled."""
-        common = common_attn_metadata
-        rows = common.num_reqs
-        lengths, firsts = common.seq_lens[:rows].long(), common.query_start_loc[: rows + 1].long()
-        return PlanStep(Step(common.block_table_tensor[:rows], lengths, firsts), self._layers)
+        common, rows = common_attn_metadata, common_attn_metadata.num_reqs
+        lengths, firsts, table = common.seq_lens[:rows].long(), common.query_start_loc[: rows + 1].long(), common.block_table_tensor[:rows]
+        # vLLM warms up over block tables of its own, whose first column is no bucket.
+        buckets = table[:, 0].long().clamp(0, self._last_bucket)
+        told = common.seq_lens_cpu_upper_bound
+        # Without speculative decoding the bound is exact, and the host need not wait for the device.
+        on_host = None if told is None else (common.query_start_loc_cpu[: rows + 1].tolist(), told[:rows].tolist())
+        return PlanStep(Step(table[:, BUCKET_COLUMNS:], buckets, lengths, firsts, on_host), self._layers, self._bits)
 
 
 class PlanAttention(AttentionImpl[PlanStep]):
@@ -111,13 +130,13 @@ class PlanAttention(AttentionImpl[PlanStep]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query: (tokens, query_heads, head_dim); key, value: (tokens, kv_heads, head_dim); kv_cache: (pages, 1, page_tokens,
-        2 * head_dim), the pool; output: as query. Passes that only measure memory have no metadata."""
+        """query: (tokens, query_heads, head_dim); key, value: (tokens, kv_heads, head_dim); kv_cache: the pool, a page a
+        row; output: as query. Passes that only measure memory have no metadata."""
         if attn_metadata is None:
             return output.zero_()
         step = attn_metadata.step
         tokens = step.told[0][-1]
         paged = attn_metadata.layers[extract_layer_index(layer.layer_name)]
-        pool = kv_cache.view(len(kv_cache), 2, -1, self.head_size)
+        pool = PagePool(kv_cache, paged.page_tokens, self.head_size, key.dtype, attn_metadata.bits)
         output[:tokens] = paged_attention(paged, pool, query[:tokens], key[:tokens], value[:tokens], step, self._scoring)
         return output

@@ -42,5 +42,5 @@ def check_engine(served: ServedPlan, config: Any) -> None:
         if is_so:
             raise ValueError(f"{what} cannot be combined with a plan yet")
     check_served(served, model.hf_config, model.max_model_len)
-    logger.warning("serving under %s", served.told(model.max_model_len))
+    logger.warning("serving under %s", served.told(model.max_model_len, cache.block_size))
     logger.warning("prefix caching is off under a plan; pages hold %d tokens of one head", cache.block_size)

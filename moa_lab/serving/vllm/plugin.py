@@ -15,8 +15,8 @@ from moa_lab.text import one_line
 
 COMMANDS = ("vllm", "api_server.py")
 """Programs that serve: `vllm serve`, and `python -m vllm.entrypoints.openai.api_server`."""
-SEEN_TO_WORK = "0.32."
-"""What the versions of vLLM that this was tested with begin with."""
+SEEN_TO_WORK = ("0.26.", "0.32.")
+"""What the versions of vLLM that this was tested with begin with: both on a CPU."""
 
 
 def register() -> None:
@@ -35,13 +35,16 @@ def _register() -> None:
     import vllm
 
     if not vllm.__version__.startswith(SEEN_TO_WORK):
-        raise ValueError(f"{PLAN_VARIABLE}: plans are served by vLLM {SEEN_TO_WORK}x, and this is {vllm.__version__}")
+        known = " and ".join(f"{each}x" for each in SEEN_TO_WORK)
+        raise ValueError(f"{PLAN_VARIABLE}: plans are served by vLLM {known}, which were seen to work, and this is {vllm.__version__}")
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     from moa_lab.serving.vllm.specs import register_specs
 
     register_specs()
+    _replace(KVCacheManager, "allocate_slots", _allocate_slots)
     _replace(EngineArgs, "create_engine_config", _create_engine_config)
     _replace(Attention, "__init__", _make_layer)
     _replace(Attention, "get_kv_cache_spec", _kv_cache_spec)
@@ -103,3 +106,11 @@ def _kv_cache_spec(own: Callable[..., Any], served: ServedPlan, self: Any, vllm_
     from moa_lab.serving.vllm.attention import pool_spec
 
     return pool_spec(served, self, vllm_config)
+
+
+def _allocate_slots(own: Callable[..., Any], served: ServedPlan, self: Any, request: Any, *arguments: Any, **settings: Any) -> Any:
+    """Tell our manager how long a request may become: its windows are those of that length."""
+    n_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
+    for manager in self.coordinator.single_type_managers:
+        manager.expect(request.request_id, n_tokens)
+    return own(self, request, *arguments, **settings)

@@ -7,29 +7,34 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm.config import VllmConfig
+from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from moa_lab.serving.page_layout import PageLayout
+from moa_lab.serving.page_layout import RequestPages
+
+BUCKET_COLUMNS = 1
+"""Columns of a block table before its pages: the bucket of the request, which tells the attention its windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadPagesSpec(AttentionSpec):
     """Pages of one KV head each, which all layers take from the pool of the first one.
 
-    pages: the layout; it travels from the worker to the scheduler with the spec.
+    pages: the layouts; they travel from the worker to the scheduler with the spec. num_kv_heads, head_size, dtype: of a page, whose
+    codes are bytes.
     """
 
-    pages: PageLayout
+    pages: RequestPages
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """Columns of the block table."""
-        return self.pages.pages_for(max_len)
+        """Columns of the block table. vLLM 0.26 makes a slot mapping from it that nobody reads, and wants a column for every page of tokens."""
+        return max(BUCKET_COLUMNS + self.pages.most_pages(max_len), -(-max_len // self.block_size))
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         """Bytes of the longest request."""
-        return self.pages.pages_for(vllm_config.model_config.max_model_len) * self.page_size_bytes
+        return self.pages.most_pages(vllm_config.model_config.max_model_len) * self.page_size_bytes
 
     @property
     def block_table_token_alignment(self) -> int | None:
@@ -50,19 +55,35 @@ class HeadPagesSpec(AttentionSpec):
 class HeadPagesManager(SingleTypeKVCacheManager):
     """Gives a request the pages of its number of tokens, and takes none back before it ends."""
 
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._buckets: dict[str, int] = {}
+
+    def expect(self, request_id: str, n_tokens: int) -> None:
+        """Told before a request gets its first page: it will have up to `n_tokens`."""
+        if request_id not in self._buckets:
+            self._buckets[request_id] = self.kv_cache_spec.pages.bucket(n_tokens)
+
     def get_num_blocks_to_allocate(self, request_id: str, num_tokens: int, *arguments: Any, **settings: Any) -> int:
         """Pages that a request of `num_tokens` lacks."""
-        return max(self._pages(num_tokens) - len(self.req_to_blocks.get(request_id, ())), 0)
+        held = len(self.req_to_blocks.get(request_id, ()))
+        return max(self._pages(request_id, num_tokens) - max(held - BUCKET_COLUMNS, 0), 0)
 
     def allocate_new_blocks(self, request_id: str, num_tokens: int, num_tokens_main_model: int) -> list[Any]:
-        """The pages that a request of `num_tokens` lacks, in the order of its block table."""
+        """The pages that a request of `num_tokens` lacks, in the order of its block table, which begins with the request's bucket."""
         held = self.req_to_blocks[request_id]
-        lacking = self._pages(num_tokens) - len(held)
-        if lacking <= 0:
-            return []
-        new: list[Any] = self.block_pool.get_new_blocks(lacking)
+        new: list[Any] = [] if held else [KVCacheBlock(self._buckets[request_id], is_null=True)]
+        lacking = self._pages(request_id, num_tokens) + BUCKET_COLUMNS - len(held) - len(new)
+        if lacking > 0:
+            new += self.block_pool.get_new_blocks(lacking)
         held.extend(new)
         return new
+
+    def pop_blocks_for_free(self, request_id: str) -> list[Any]:
+        """The pages of a request that has ended, or will be computed again."""
+        self._buckets.pop(request_id, None)
+        found: list[Any] = super().pop_blocks_for_free(request_id)
+        return found[BUCKET_COLUMNS:]
 
     @classmethod
     def find_longest_cache_hit(
@@ -71,8 +92,12 @@ class HeadPagesManager(SingleTypeKVCacheManager):
         """Nothing: see `HeadPagesSpec.prefix_cacheable`."""
         return tuple([] for _ in kv_cache_group_ids), 0
 
-    def _pages(self, num_tokens: int) -> int:
-        return int(self.kv_cache_spec.pages.pages_for(num_tokens))
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        """None: requests share no pages."""
+        return 0
+
+    def _pages(self, request_id: str, num_tokens: int) -> int:
+        return int(self.kv_cache_spec.pages.layouts[self._buckets[request_id]].pages_for(num_tokens))
 
 
 def register_specs() -> None:
