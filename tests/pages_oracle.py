@@ -26,7 +26,9 @@ class Pages:
         bits: Bits = (UNTOUCHED, UNTOUCHED), others: tuple[LayerLayout, ...] = (),
     ) -> None:  # fmt: skip
         # A second layer, whose pages lie between.
-        layouts = tuple(PageLayout((LayerLayout(2, (9, 500)[: len(layout.windows)], None, CAPACITY), each), page_tokens) for each in (*others, layout))
+        layouts = tuple(
+            PageLayout((LayerLayout(2, (9, 500)[: len(layout.windows)], None, CAPACITY), each), page_tokens) for each in (*others, layout)
+        )
         self.pages = RequestPages(tuple(range(CAPACITY - len(others), CAPACITY + 1)), layouts)
         self.layer = PagedLayer(self.pages, 1, torch.device(DEVICE))
         self.buckets = [len(others)] * rows

@@ -18,10 +18,11 @@ from moa_lab.commands.engines import engines
 from moa_lab.commands.harness import harness
 from moa_lab.commands.learn import learn
 from moa_lab.commands.page import page
+from moa_lab.commands.parity import parity
 from moa_lab.commands.presses import app as presses_app
 from moa_lab.commands.recommend import recommend
 from moa_lab.commands.serve import PASSED_ON, serve
-from moa_lab.commands.stages import calibrate, evaluate, parity, profile, refine, search, validate
+from moa_lab.commands.stages import calibrate, evaluate, profile, refine, search, validate
 from moa_lab.commands.study import study
 from moa_lab.commands.terminal import (
     Bars,

@@ -1,4 +1,4 @@
-"""moa-lab calibrate, profile, search, refine, validate, evaluate, parity: one stage each, record in, record out."""
+"""moa-lab calibrate, profile, search, refine, validate, evaluate: one stage each, record in, record out."""
 
 from __future__ import annotations
 
@@ -222,39 +222,3 @@ def evaluate(
     found.plus(more).save(out)
     for row in (*found, *more):
         typer.echo(f"{row.metric} {row.task}@{row.length}: {row.value:.3f} {interval_text(row.low, row.high)} (n = {row.n})")
-
-
-def parity(
-    plan: Annotated[Path, typer.Option("--plan", help="config card")],
-    model: ModelOption = "smollm2",
-    n_tokens: Annotated[
-        int | None, typer.Option("--n-tokens", help="length of the longest texts; default as long as the plan needs")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="float32 (the sharp test), float16 or bfloat16; default bfloat16 on a GPU that has it, else float32"),
-    ] = None,
-    needles: Annotated[int, typer.Option("--needles", min=0, help="needles to ask for as well, in texts of --n-tokens")] = 0,
-    out: Annotated[Path | None, typer.Option("--out", help="record of the comparison (.json)")] = None,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
-    plain_prompts: PlainOption = False,
-    force: ForceOption = False,
-) -> None:
-    """Hold the ring cache and the kernels against masks written out in full; exits with code 1 when a case fails."""
-    from moa_lab.evaluate.parity import parity as compare
-    from moa_lab.evaluate.parity import table
-    from moa_lab.models import dtype_of, load_model
-    from moa_lab.plan import Plan
-
-    if out is not None:
-        free(out, force)
-    wanted = dtype_of(dtype)
-    card = Plan.load(plan)
-    loaded, tokenizer = load_model(model, dtype=wanted, plain_prompts=plain_prompts)
-    with Bars() as bars:
-        found = compare(loaded, tokenizer, card, n_tokens=n_tokens, needles=needles, seed=seed, progress=bars.steps("parity"))
-    if out is not None:
-        found.save(out)
-    typer.echo(table(found))
-    if not found.passed:
-        raise typer.Exit(1)

@@ -17,6 +17,9 @@ PLAN_VARIABLE = "MOA_LAB_PLAN"
 PLAN_LENGTH_VARIABLE = "MOA_LAB_PLAN_LENGTH"
 """The length N in tokens at which the rules of all requests are evaluated; unless given, a request's own."""
 
+GPU_VARIABLE = "MOA_LAB_SERVE_ON_GPU"
+"""Set to 1 to serve on an NVIDIA GPU, with kernels that no GPU has run within an engine yet."""
+
 
 @dataclass(frozen=True)
 class ServedPlan:
@@ -68,3 +71,15 @@ def check_served(served: ServedPlan, config: Any, max_tokens: int) -> None:
     served.plan.check_model(ModelGeometry.from_config(config))
     if served.n_tokens is not None and served.n_tokens > max_tokens:
         raise ValueError(f"{PLAN_LENGTH_VARIABLE} is {served.n_tokens}, and the server takes requests of at most {max_tokens} tokens")
+
+
+def check_device(served: ServedPlan, device: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ValueError where requests cannot be served under the plan on a device of this type ("cpu", "cuda")."""
+    if device == "cpu":
+        return
+    if device != "cuda":
+        raise ValueError(f"a device of type {device} cannot be combined with a plan yet, only cpu and, on trial, cuda")
+    if environment.get(GPU_VARIABLE) != "1":
+        raise ValueError(f"on a GPU plans were not served yet, and their kernels not tried within an engine; {GPU_VARIABLE}=1 tries them")
+    if served.plan.bits:
+        raise ValueError(f"stored bits are served on a CPU alone yet, and plan {served.plan.name!r} has some: pass plan.with_bits(16)")

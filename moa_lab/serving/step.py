@@ -12,8 +12,9 @@ import torch
 class Step:
     """The requests of one pass of the model, a row each, whose new tokens lie one after the other.
 
-    table: integers (rows, columns), the pages of the block tables. buckets: integers (rows,), of `RequestPages`. lengths: int64 (rows,), tokens of each row with the new ones. firsts: int64
-    (rows + 1,), the first new token of each row, then the number of all. on_host: `firsts` and `lengths`, where the host knows them.
+    table: integers (rows, columns), the pages of the block tables. buckets: integers (rows,), of `RequestPages`. lengths: int64 (rows,),
+    tokens of each row with the new ones. firsts: int64 (rows + 1,), the first new token of each row, then the number of all. on_host:
+    `firsts` and `lengths`, where the host knows them.
     """
 
     table: torch.Tensor

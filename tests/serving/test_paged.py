@@ -71,7 +71,9 @@ def test_rows_of_other_lengths_have_windows_of_their_own() -> None:
     pages.buckets = [0, 1]
     for counts in ([70, 3], [1, 90], [1, 1], [33, 1], [1, 1], [64, 64], [1, 1]):
         first, second = (each.chunk(counts) for each in rows)
-        chunk = replace(first, **{name: torch.stack([getattr(first, name)[0], getattr(second, name)[1]]) for name in ("query", "key", "value")})
+        chunk = replace(
+            first, **{name: torch.stack([getattr(first, name)[0], getattr(second, name)[1]]) for name in ("query", "key", "value")}
+        )
         expected = torch.stack([rows[0].expected(first)[0], rows[1].expected(second)[1]])
         torch.testing.assert_close(by_pages(rows[0], pages, chunk), expected, atol=2e-5, rtol=2e-5)
 

@@ -5,11 +5,19 @@ from pathlib import Path
 
 import pytest
 from tiny import tiny_model
-from tiny_plans import small_plan
+from tiny_plans import small_plan, stored_plan
 from transformers import PreTrainedModel
 
 from moa_lab.plan import Plan
-from moa_lab.serving import PLAN_LENGTH_VARIABLE, PLAN_VARIABLE, ServedPlan, check_served, served_plan
+from moa_lab.serving import (
+    GPU_VARIABLE,
+    PLAN_LENGTH_VARIABLE,
+    PLAN_VARIABLE,
+    ServedPlan,
+    check_device,
+    check_served,
+    served_plan,
+)
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +40,11 @@ def test_the_environment_names_the_plan_and_the_length_of_its_windows(card: Path
     assert served_plan({PLAN_VARIABLE: str(card)}) == ServedPlan(plan)
     served = served_plan({PLAN_VARIABLE: str(card), PLAN_LENGTH_VARIABLE: "100"})
     assert served == ServedPlan(plan, 100)
-    assert served.length(400) == 100
-    assert ServedPlan(plan).length(400) == 400
+    assert served.lengths(400) == (100,)
+
+
+def test_windows_are_those_of_a_requests_own_length_in_steps_of_pages(card: Path) -> None:
+    assert ServedPlan(Plan.load(card)).lengths(400, 64) == (64, 128, 192, 256, 320, 384, 400)
 
 
 @pytest.mark.parametrize("length", ["0", "-3", "1.5", "long"])
@@ -55,10 +66,24 @@ def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
         served_plan({PLAN_VARIABLE: str(tmp_path / "none.json")})
 
 
-def test_stored_bits_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
-    path = small_plan(model).with_bits(8).save(tmp_path / "bits.json")
-    with pytest.raises(ValueError, match="serving knows no stored bits"):
+def test_heads_in_different_bits_are_refused(model: PreTrainedModel, tmp_path: Path) -> None:
+    same = small_plan(model).with_bits(8).save(tmp_path / "same.json")
+    assert served_plan({PLAN_VARIABLE: str(same)}) is not None
+    path = stored_plan(model).save(tmp_path / "bits.json")
+    with pytest.raises(ValueError, match=r"pages of one size, and plan .* stores heads in different bits: 2 heads store K in 4 bits"):
         served_plan({PLAN_VARIABLE: str(path)})
+
+
+def test_a_gpu_is_refused_until_it_is_asked_for_and_takes_no_stored_bits(model: PreTrainedModel) -> None:
+    served = ServedPlan(small_plan(model))
+    check_device(served, "cpu", {})
+    check_device(served, "cuda", {GPU_VARIABLE: "1"})
+    with pytest.raises(ValueError, match=f"{GPU_VARIABLE}=1 tries them"):
+        check_device(served, "cuda", {})
+    with pytest.raises(ValueError, match="type tpu cannot be combined with a plan"):
+        check_device(served, "tpu", {GPU_VARIABLE: "1"})
+    with pytest.raises(ValueError, match="stored bits are served on a CPU alone"):
+        check_device(ServedPlan(small_plan(model).with_bits(8)), "cuda", {GPU_VARIABLE: "1"})
 
 
 def test_a_model_of_another_geometry_is_refused_with_both(model: PreTrainedModel) -> None:
@@ -77,4 +102,6 @@ def test_the_log_says_what_is_kept(model: PreTrainedModel) -> None:
     plan = small_plan(model)
     told = ServedPlan(plan, 100).told(400)
     assert plan.identity() in told
-    assert f"windows as at 100 tokens: keeps {plan.density(100):.1%}" in told
+    assert f"windows as at 100 tokens: keeps {plan.density(100):.1%} of 100 tokens" in told
+    own = ServedPlan(plan).told(400)
+    assert f"rounded up to a multiple of 64 tokens: keeps {plan.density(400):.1%} of 400 tokens" in own

@@ -14,14 +14,16 @@ from moa_lab.evaluate.parity.answers import answered
 from moa_lab.evaluate.parity.bench import Bench
 from moa_lab.evaluate.parity.cases import ROWS, all_cases, ring_sizes
 from moa_lab.evaluate.parity.record import PARITY_SCHEMA, Parity, ParityRow, table
+from moa_lab.evaluate.parity.served import served_cases, served_length, served_row
 from moa_lab.evaluate.scoring import Progress
 from moa_lab.evaluate.testsets import needle_samples
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of, model_name, tokenizer_fingerprint, weights_fingerprint
 from moa_lab.plan import Plan, PlanOrPath, as_plan
 from moa_lab.provenance import Provenance, provenance
+from moa_lab.serving import Answers
 
-__all__ = ["PARITY_SCHEMA", "Parity", "ParityRow", "default_tokens", "parity", "table"]
+__all__ = ["PARITY_SCHEMA", "Parity", "ParityRow", "default_tokens", "parity", "served_parity", "table"]
 
 MIN_TOKENS = 32
 MOST_TOKENS = {"cpu": 1024, "cuda": 4096}
@@ -51,27 +53,66 @@ def parity(
     smaller errors show in float32 only.
     Raises ValueError for a plan of another geometry and for a length outside the model.
     """
-    model = plain_model(model)
-    plan = as_plan(plan)
-    geometry = geometry_of(model)
+    model, plan = _belonging(model, plan)
+    n = default_tokens(model, plan) if n_tokens is None else n_tokens
+    bench = _bench(model, tokenizer, plan, n, seed)
+    samples = needle_samples(tokenizer, n, needles, seed=seed) if needles else []
+    return _record(bench, tokenizer, plan, _rows(bench, samples, progress), seed)
+
+
+def served_parity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    plan: PlanOrPath,
+    answers: Answers,
+    *,
+    n_tokens: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Parity:
+    """Hold the greedy tokens of what serves `plan` against passes of `model` under full masks; see `parity`.
+
+    answers: a `moa_lab.serving.Server`, or another that tells its lengths. Its model is `model`, in the same dtype, from which tolerances
+    follow. n_tokens: of the longest requests, prompt and new tokens; taken up to the next length that windows are taken at. A case passes
+    where 99% of the positions agree at which the reference's best two are clearly apart.
+    """
+    model, plan = _belonging(model, plan)
+    n = served_length(answers, default_tokens(model, plan) if n_tokens is None else n_tokens)
+    bench, cases, found = _bench(model, tokenizer, plan, n, seed), served_cases(n, answers.lengths), []
+    for done, case in enumerate(cases, start=1):
+        found.append(served_row(bench, case, answers))
+        if progress:
+            progress(done, len(cases))
+    return _record(bench, tokenizer, plan, found, seed)
+
+
+def _belonging(model: PreTrainedModel, plan: PlanOrPath) -> tuple[PreTrainedModel, Plan]:
+    """The model itself, and a plan that belongs to it; raises ValueError for a plan of another geometry."""
+    model, plan = plain_model(model), as_plan(plan)
     # float16 rounds small weights, which changes the fingerprint.
     comparable = plan.provenance.weights and model.dtype != torch.float16
-    plan.check_model(geometry, weights_fingerprint(model) if comparable else None)
-    n = default_tokens(model, plan) if n_tokens is None else n_tokens
-    if not MIN_TOKENS <= n <= geometry.max_length:
-        raise ValueError(f"n_tokens must lie in {MIN_TOKENS}..{geometry.max_length} (the model's maximum length), got {n}")
-    samples = needle_samples(tokenizer, n, needles, seed=seed) if needles else []
+    plan.check_model(geometry_of(model), weights_fingerprint(model) if comparable else None)
+    return model, plan
+
+
+def _bench(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: Plan, n: int, seed: int) -> Bench:
+    longest = geometry_of(model).max_length
+    if not MIN_TOKENS <= n <= longest:
+        raise ValueError(f"n_tokens must lie in {MIN_TOKENS}..{longest} (the model's maximum length), got {n}")
     stream = TextStream(embedded_documents("test"), tokenizer, seed)
     texts = torch.tensor([stream.take(n) for _ in range(ROWS)], device=model.device)
     # Without its provenance: the weights were compared above.
-    bench = Bench(model, replace(plan, provenance=Provenance()), n, texts)
-    found = _rows(bench, samples, progress)
+    return Bench(model, replace(plan, provenance=Provenance()), n, texts)
+
+
+def _record(bench: Bench, tokenizer: PreTrainedTokenizerBase, plan: Plan, rows: Sequence[ParityRow], seed: int) -> Parity:
+    model = bench.model
     origin = provenance(
         model=model_name(model), weights=weights_fingerprint(model), tokenizer=tokenizer_fingerprint(tokenizer),
         seed=seed, device=str(model.device),
     )  # fmt: skip
     settings = {"plan": plan.name, "plan_identity": plan.identity(), "dtype": str(model.dtype).removeprefix("torch."), **bench.settings()}
-    return Parity(tuple(found), settings, origin)
+    return Parity(tuple(rows), settings, origin)
 
 
 def default_tokens(model: PreTrainedModel, plan: Plan) -> int:

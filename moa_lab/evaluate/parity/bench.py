@@ -111,12 +111,12 @@ class Bench:
         compared = f"{held} bytes, predicted {predicted}; {len(shares)} caches"
         return ParityRow("allocated bytes", compared, 0, max(shares), same / len(shares), len(shares), 0.0, same == len(shares))
 
-    def reference(self, tokens: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    def reference(self, tokens: torch.Tensor, at: torch.Tensor, n_tokens: int | None = None) -> torch.Tensor:
         """Logits (positions, vocabulary), float32, of one uncached pass over `tokens` (1, n) with a full mask for every head.
 
-        at: int64 (positions,).
+        at: int64 (positions,). n_tokens: as in `masked`.
         """
-        with self.masked():
+        with self.masked(n_tokens):
             logits: torch.Tensor = self.model(input_ids=tokens, use_cache=False, logits_to_keep=at).logits
         return logits[0].float()
 

@@ -13,8 +13,9 @@ from moa_lab.evaluate.parity.record import ParityRow
 class Tally:
     """The largest difference and the number of agreements in one case so far."""
 
-    def __init__(self, tolerance: float) -> None:
-        self._tolerance = tolerance
+    def __init__(self, tolerance: float, same: float = 1.0) -> None:
+        """same: share of the decided positions that must agree; below 1 these alone decide, not the largest difference."""
+        self._tolerance, self._same = tolerance, same
         self.difference = 0.0
         self._positions = self._decided = self._agreeing = 0
 
@@ -35,7 +36,8 @@ class Tally:
         """The verdict."""
         agreement = self._agreeing / self._decided if self._decided else None
         difference = self.difference if math.isfinite(self.difference) else None
-        passed = difference is not None and difference <= self._tolerance and self._agreeing == self._decided
+        close = difference is not None and (difference <= self._tolerance or self._same < 1)
+        passed = close and self._agreeing >= self._same * self._decided
         return ParityRow(name, compared, self._positions, difference, agreement, self._decided, self._tolerance, passed)
 
     def _largest(self, differences: torch.Tensor) -> None:

@@ -46,7 +46,9 @@ class PlanBackend(AttentionBackend):
         return (KVCacheLayout.LBHNC,)
 
     @staticmethod
-    def get_kv_cache_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *others: Any, **more: Any) -> tuple[int, ...]:
+    def get_kv_cache_shape(
+        num_blocks: int, block_size: int, num_kv_heads: int, head_size: int, *others: Any, **more: Any
+    ) -> tuple[int, ...]:
         """Of the pool, contiguous. Asked by vLLM 0.26."""
         return num_blocks, num_kv_heads, block_size, 2 * head_size
 

@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from moa_lab.serving.page_layout import PAGE_TOKENS
-from moa_lab.serving.settings import ServedPlan, check_served
+from moa_lab.serving.settings import ServedPlan, check_device, check_served
 
 logger = logging.getLogger("vllm.moa_lab")
 
@@ -36,11 +36,12 @@ def check_engine(served: ServedPlan, config: Any) -> None:
         "an encoder": model.is_encoder_decoder,
         "a pooling model": model.runner_type != "generate",
         "images or sound": model.is_multimodal_model,
-        "a device that is no CPU": config.device_config.device_type != "cpu",
+        "VLLM_USE_V2_MODEL_RUNNER=1": config.use_v2_model_runner,
     }
     for what, is_so in refused.items():
         if is_so:
             raise ValueError(f"{what} cannot be combined with a plan yet")
+    check_device(served, config.device_config.device_type)
     check_served(served, model.hf_config, model.max_model_len)
     logger.warning("serving under %s", served.told(model.max_model_len, cache.block_size))
     logger.warning("prefix caching is off under a plan; pages hold %d tokens of one head", cache.block_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -43,6 +44,8 @@ def _register() -> None:
 
     from moa_lab.serving.vllm.specs import register_specs
 
+    # The second model runner of 0.26 makes block tables of as many columns as a dense cache has; the first asks the spec.
+    os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     register_specs()
     _replace(KVCacheManager, "allocate_slots", _allocate_slots)
     _replace(EngineArgs, "create_engine_config", _create_engine_config)

@@ -29,7 +29,7 @@ class HeadPagesSpec(AttentionSpec):
     pages: RequestPages
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
-        """Columns of the block table. vLLM 0.26 makes a slot mapping from it that nobody reads, and wants a column for every page of tokens."""
+        """Columns of the block table: as many at least as a dense cache has, since vLLM 0.26 makes a slot mapping that nobody reads."""
         return max(BUCKET_COLUMNS + self.pages.most_pages(max_len), -(-max_len // self.block_size))
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
