@@ -1,25 +1,34 @@
-"""Decoding and prefill by vLLM with random weights, at its largest batch: the peer of rows E5 to E7, in a process of its own."""
+"""Decoding and prefill by vLLM with random weights, at its largest batch: the peer of rows E5 to E7, and plans that it serves."""
 
 from __future__ import annotations
 
 import importlib
 import tempfile
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from moa_lab.bench.models import LLAMA2_7B, ModelShape, config_of
+from moa_lab.bench.models import LLAMA2_7B, ModelShape, config_of, stretched_plan
 from moa_lab.clock import clock
+from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import Plan
 from moa_lab.provenance import provenance
+from moa_lab.serving import bucket_lengths, request_pages
+from moa_lab.serving.vllm.in_process import prepare
 
 ENGINE_SCHEMA = "moa-lab/engine/1"
 STORES = {"vLLM-bf16": "auto", "vLLM-fp8": "fp8"}
 """kv_cache_dtype of each peer."""
+SERVED = "vLLM-plan"
+"""The side that serves a plan."""
 MEMORY = 0.95
 """Share of the GPU's memory that the engine may use."""
 NEW_TOKENS = 192
+TINY_ENGINE = ModelShape("tiny", 2, 4, 2, 32, 96, 512)
+"""Heads of 32, the fewest that vLLM's own attention takes."""
 AT_MOST = 512
 """Sequences at once: more than fit at the shortest prompt."""
 
@@ -32,44 +41,69 @@ def bench_engine(
     memory: float = MEMORY,
     progress: Callable[[int, int], None] | None = None,
     engine: Any = None,
+    plan: Plan | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Tokens/s of `peer` (of `STORES`) for prompts of each length, as JSON data; vLLM must be installed.
+    """Tokens/s of `peer` (of `STORES`, or `SERVED`) for prompts of each length, as JSON data; vLLM must be installed.
 
     All requests of a batch start together, as many as the engine's cache holds. prefill_rate: prompt tokens/s until each has its first new
     token; rate: new tokens/s after that, from the difference between answers of `new_tokens` more tokens and of one. engine: the
-    module, None for vllm. Raises ValueError for another peer, ModuleNotFoundError without vLLM.
+    module, None for vllm. plan: what `SERVED` runs under, stretched to the shape. settings: more of vLLM's. The engine runs in this
+    process. Raises ValueError for another peer, and for a plan that is missing or too many, ModuleNotFoundError without vLLM.
     """
-    if peer not in STORES:
-        raise ValueError(f"peer must be among {', '.join(STORES)}, got {peer}")
+    if peer not in (*STORES, SERVED):
+        raise ValueError(f"peer must be among {', '.join((*STORES, SERVED))}, got {peer}")
+    if (peer == SERVED) != (plan is not None):
+        raise ValueError(f"a plan is for {SERVED}, which needs one")
     engine = engine or importlib.import_module("vllm")
     longest = max(prompts) + 1 + new_tokens
     config = config_of(shape, longest, architectures=["LlamaForCausalLM"], dtype="bfloat16")
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
+        served = None if plan is None else stretched_plan(plan, ModelGeometry.from_config(config), max(prompts))
+        prepare(None if served is None else served.save(Path(folder) / "plan.json"))
         llm = engine.LLM(
-            model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", kv_cache_dtype=STORES[peer],
-            max_model_len=longest, max_num_seqs=AT_MOST, gpu_memory_utilization=memory, enable_prefix_caching=False,
+            model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", kv_cache_dtype=STORES.get(peer, "auto"),
+            max_model_len=longest, max_num_seqs=AT_MOST, gpu_memory_utilization=memory, enable_prefix_caching=False, **settings,
         )  # fmt: skip
         cache = llm.llm_engine.vllm_config.cache_config
         rows = []
         for done, prompt in enumerate(prompts):
-            blocks = -(-(prompt + 1 + new_tokens) // cache.block_size)
-            batch = min(cache.num_gpu_blocks // blocks, AT_MOST)
-            rows.append({"prompt": prompt, "batch": batch, **_rates(engine, llm, shape, batch, prompt, new_tokens)})
+            blocks = _blocks(served, prompt + 1 + new_tokens, longest, cache.block_size)
+            # A block of the cache belongs to nobody.
+            batch = min((cache.num_gpu_blocks - 1) // blocks, AT_MOST)
+            density = {} if served is None else {"density": served.density(prompt)}
+            rows.append({"prompt": prompt, "batch": batch, **density, **_rates(engine, llm, shape, batch, prompt, new_tokens)})
             if progress is not None:
                 progress(done + 1, len(prompts))
+    # Of all heads: a block holds so many tokens of one, under a plan, and of every head without.
+    heads = 1 if served is None else shape.layers * shape.kv_heads
+    named = {} if plan is None else {"plan": plan.name, "plan_identity": plan.identity()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {
-        "schema": ENGINE_SCHEMA, "peer": peer, "model": shape.name, "vllm": engine.__version__,
-        "torch": torch.__version__, "device": device, "memory": memory, "cache_tokens": cache.num_gpu_blocks * cache.block_size,
+        "schema": ENGINE_SCHEMA, "peer": peer, **named, "model": shape.name, "vllm": engine.__version__,
+        "torch": torch.__version__, "device": device, "memory": memory, "cache_tokens": cache.num_gpu_blocks * cache.block_size // heads,
         "new_tokens": new_tokens, "rows": rows,
         "provenance": vars(provenance(device=device, seed=0)),
     }  # fmt: skip
 
 
+def quick_settings() -> dict[str, Any]:
+    """A tiny model, few tokens, and a cache of some megabytes: shows that everything runs."""
+    return {"shape": TINY_ENGINE, "new_tokens": 8, "enforce_eager": True, "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 1024}
+
+
 def told_by(record: dict[str, Any], rate: str = "rate") -> list[str]:
     """What `moa-lab bench generate` takes as --peer: NAME@PROMPT=TOKENS_PER_S. rate: "prefill_rate" for `moa-lab bench answering`."""
     return [f"{record['peer']}@{row['prompt']}={row[rate]:.1f}" for row in record["rows"]]
+
+
+def _blocks(served: Plan | None, total: int, longest: int, block_tokens: int) -> int:
+    """Blocks of the cache that a request of `total` tokens takes."""
+    if served is None:
+        return -(-total // block_tokens)
+    pages = request_pages(served, bucket_lengths(longest, block_tokens), longest, block_tokens)
+    return pages.layouts[pages.bucket(total)].pages_for(total)
 
 
 def _rates(engine: Any, llm: Any, shape: ModelShape, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:

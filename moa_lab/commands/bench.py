@@ -95,19 +95,45 @@ def answering(
 @app.command()
 def engine(
     out: Annotated[Path, typer.Option("--out", help="the record, JSON")],
-    peer: Annotated[str, typer.Option("--peer", help="vLLM-bf16 or vLLM-fp8: how K and V are stored")] = "vLLM-bf16",
+    peer: Annotated[
+        str, typer.Option("--peer", help="vLLM-bf16 or vLLM-fp8: how K and V are stored; vLLM-plan, with --plan")
+    ] = "vLLM-bf16",
     lengths: Annotated[str, typer.Option("--lengths", help="prompt lengths, separated by commas")] = "4096,8192,16384",
+    plan: Annotated[Path | None, typer.Option("--plan", help="for vLLM-plan: a config card, stretched to the geometry")] = None,
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", min=16, help="tokens of a page, where vLLM's default is not wanted")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="a tiny model: shows that everything runs, and no more")] = False,
     force: ForceOption = False,
 ) -> None:
     """Decoding and prefill of the 7B geometry by vLLM, which must be installed here: the peer of E5 to E7, for `bench generate --peer`."""
-    from moa_lab.bench.engine import bench_engine, told_by
+    from moa_lab.bench.engine import bench_engine, quick_settings, told_by
+    from moa_lab.plan import Plan
     from moa_lab.storage import write_json
 
     free(out, force)
+    settings = (quick_settings() if quick else {}) | ({"block_size": block_size} if block_size else {})
     with Bars() as bars:
-        record = bench_engine(peer, lengths_of(lengths) or (), progress=bars.steps("engine"))
+        card = None if plan is None else Plan.load(plan)
+        record = bench_engine(peer, lengths_of(lengths) or (), progress=bars.steps("engine"), plan=card, **settings)
     write_json(out, record)
     typer.echo("\n".join(told_by(record)))
+
+
+@app.command()
+def serving(
+    out: Annotated[Path, typer.Option("--out", help="the record, JSON; what it has is not measured again")],
+    plan: Annotated[list[Path], typer.Option("--plan", help="a config card, stretched to the geometry; may be given again")],
+    lengths: Annotated[str, typer.Option("--lengths", help="prompt lengths, separated by commas")] = "4096,16384",
+    block_size: Annotated[int | None, typer.Option("--block-size", min=16, help="tokens of a page of plans")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="a tiny model: shows that everything runs, and no more")] = False,
+) -> None:
+    """vLLM with its own cache in 16 and 8 bits and under plans, every side and length in a process of its own (`bench engine`)."""
+    from moa_lab.bench.serving import bench_serving, serving_table
+
+    with Bars() as bars:
+        record = bench_serving(out, plan, lengths_of(lengths) or (), block_size, quick, bars.steps("serving"))
+    typer.echo(serving_table(record))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,11 @@ from typer.testing import CliRunner
 
 from moa_lab.bench import engine
 from moa_lab.bench.engine import ENGINE_SCHEMA, bench_engine, told_by
-from moa_lab.bench.models import TINY
+from moa_lab.bench.models import TINY, ModelShape
 from moa_lab.bench.record import BenchRecord
 from moa_lab.commands.app import app
+from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import dense_plan, uniform_plan
 from moa_lab.storage import read_json, write_json
 
 
@@ -63,8 +66,28 @@ def test_answers_that_lack_tokens_are_no_measurement(monkeypatch: pytest.MonkeyP
 
 
 def test_another_peer_is_refused() -> None:
-    with pytest.raises(ValueError, match="among vLLM-bf16, vLLM-fp8, got vLLM"):
+    with pytest.raises(ValueError, match="among vLLM-bf16, vLLM-fp8, vLLM-plan, got vLLM"):
         bench_engine("vLLM", [40])
+
+
+def test_a_plan_is_served_at_as_many_requests_as_its_pages_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared: list[Path | None] = []
+    monkeypatch.setattr(engine, "prepare", prepared.append)
+    shape = ModelShape("tiny", 2, 4, 2, 16, 96, 512)
+    half = replace(uniform_plan(ModelGeometry(2, 4, 2, 16, 512), 0.5, sink_tokens=4, min_span=5), name="half")
+    record = bench_engine("vLLM-plan", [88], shape, new_tokens=7, engine=Counting(monkeypatch), plan=half, max_num_batched_tokens=64)
+    # 96 tokens; 4 heads keep 48 of them, 3 pages of 16 each, and a block of the 100 belongs to nobody.
+    assert [(row["batch"], row["density"]) for row in record["rows"]] == [(99 // 12, pytest.approx(0.5, abs=0.01))]
+    assert record["plan"] == "half"
+    assert record["cache_tokens"] == 100 * 16 // 4
+    assert prepared[0] is not None
+
+
+@pytest.mark.parametrize(("peer", "has"), [("vLLM-plan", False), ("vLLM-bf16", True)])
+def test_a_plan_is_for_the_side_that_serves_one(peer: str, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = dense_plan(ModelGeometry(2, 4, 2, 16, 512)) if has else None
+    with pytest.raises(ValueError, match="a plan is for vLLM-plan, which needs one"):
+        bench_engine(peer, [40], TINY, engine=Counting(monkeypatch), plan=plan)
 
 
 def test_its_record_is_a_peer_of_decoding_end_to_end(tmp_path: Path) -> None:

@@ -10,21 +10,26 @@ from typing import Any
 from moa_lab.serving.settings import PLAN_VARIABLE, served_plan
 
 
-def start(model: str, plan: str | Path | None, **settings: Any) -> Any:
-    """vLLM's `LLM` of a folder or hub id under the config card `plan` (None: vLLM's own cache). settings: vLLM's.
+def prepare(plan: str | Path | None) -> None:
+    """Let what vLLM starts here from now on run under the config card `plan` (None: as vLLM is), in this process.
 
-    The plugin is called here, so that moa_lab need not be installed as a package. Raises ValueError for what cannot be served.
+    The plugin is called, so that moa_lab need not be installed as a package. Raises ValueError for what cannot be served.
     """
     os.environ.pop(PLAN_VARIABLE, None)
-    if plan is not None:
-        os.environ[PLAN_VARIABLE] = str(Path(plan).absolute())
     # A process of its own would know nothing of a plugin that is not installed, and serve without the plan.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    if plan is not None:
+        os.environ[PLAN_VARIABLE] = str(Path(plan).absolute())
+        from moa_lab.serving.vllm.plugin import register
+
+        register()
+
+
+def start(model: str, plan: str | Path | None, **settings: Any) -> Any:
+    """vLLM's `LLM` of a folder or hub id, under `plan`; see `prepare`. settings: vLLM's."""
+    prepare(plan)
     from vllm import LLM
 
-    from moa_lab.serving.vllm.plugin import register
-
-    register()
     return LLM(model, **{"skip_tokenizer_init": True, "enable_prefix_caching": False, **settings})
 
 
