@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.plan import Plan
 from moa_lab.runtime import apply_plan, ring_cache
+from moa_lab.serving import bucket_lengths
 
 SETTINGS: dict[str, Any] = {
     "dtype": "float32", "enforce_eager": True, "skip_tokenizer_init": True, "max_model_len": 256, "max_num_seqs": 16, "block_size": 16,
@@ -54,6 +55,11 @@ class Engine:
         return float(self.llm.llm_engine.vllm_config.cache_config.kv_cache_max_concurrency)
 
     @property
+    def pages(self) -> int:
+        """Pages of the pool."""
+        return int(self.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks)
+
+    @property
     def caches_prefixes(self) -> bool:
         """Whether the scheduler looks for prefixes that it knows."""
         return bool(self.scheduler.kv_cache_manager.enable_caching)
@@ -83,12 +89,18 @@ def expected(model: PreTrainedModel, plan: Plan, prompt: list[int], new: int, n_
 
 
 def check_tokens(
-    model: PreTrainedModel, plan: Plan, prompts: Sequence[list[int]], found: Sequence[list[int]], n_tokens: int, tie: float = 1e-4
-) -> None:
-    """All tokens are those of the model under the plan; after a tie, which is told, a sequence is compared no further."""
+    model: PreTrainedModel, plan: Plan, prompts: Sequence[list[int]], found: Sequence[list[int]], n_tokens: int | None = None,
+    tie: float = 1e-4, page_tokens: int = SETTINGS["block_size"],
+) -> None:  # fmt: skip
+    """All tokens are those of the model under the plan; after a tie, which is told, a sequence is compared no further.
+
+    n_tokens: the length of the windows; None: of every request, as an engine of `SETTINGS` takes it.
+    """
     equal = ties = 0
     for prompt, tokens in zip(prompts, found, strict=True):
-        wanted, margins = expected(model, plan, prompt, len(tokens), n_tokens)
+        total = len(prompt) + len(tokens)
+        at = n_tokens or next(each for each in bucket_lengths(SETTINGS["max_model_len"], page_tokens) if each >= total)
+        wanted, margins = expected(model, plan, prompt, len(tokens), at)
         other = next((at for at, pair in enumerate(zip(tokens, wanted, strict=True)) if pair[0] != pair[1]), None)
         assert other is None or margins[other] < tie, f"prompt of {len(prompt)} tokens, new token {other}: {margins[other or 0]:.2e} ahead"
         ties += other is not None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -14,7 +14,7 @@ class Step:
 
     table: integers (rows, columns), the pages of the block tables. buckets: integers (rows,), of `RequestPages`. lengths: int64 (rows,),
     tokens of each row with the new ones. firsts: int64 (rows + 1,), the first new token of each row, then the number of all. on_host:
-    `firsts` and `lengths`, where the host knows them.
+    `firsts` and `lengths`, where the host knows them. worked_out: what layers share, by who made it.
     """
 
     table: torch.Tensor
@@ -22,6 +22,7 @@ class Step:
     lengths: torch.Tensor
     firsts: torch.Tensor
     on_host: tuple[list[int], list[int]] | None = None
+    worked_out: dict[object, object] = field(default_factory=dict, compare=False)
 
     @cached_property
     def told(self) -> tuple[list[int], list[int]]:

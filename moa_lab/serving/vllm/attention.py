@@ -12,7 +12,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, Attention
 from moa_lab.plan.bits import UNTOUCHED, Bits
 from moa_lab.serving.page_layout import request_pages
 from moa_lab.serving.page_pool import PagePool, page_bits, page_bytes
-from moa_lab.serving.paged import PagedLayer, paged_attention
+from moa_lab.serving.paged import PagedLayer, paged_attention, paged_layers
 from moa_lab.serving.settings import ServedPlan, served_plan
 from moa_lab.serving.step import Scoring, Step
 from moa_lab.serving.vllm.specs import BUCKET_COLUMNS, HeadPagesSpec
@@ -79,7 +79,7 @@ class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
         served = served_plan()
         assert served is not None
         pages, self._bits = kv_cache_spec.pages, page_bits(served.plan)
-        self._layers = [PagedLayer(pages, layer, device) for layer in range(len(pages.layouts[0].layers))]
+        self._layers = paged_layers(pages, device)
         self._last_bucket = len(pages.lengths) - 1
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> PlanStep:
@@ -139,6 +139,6 @@ class PlanAttention(AttentionImpl[PlanStep]):
         step = attn_metadata.step
         tokens = step.told[0][-1]
         paged = attn_metadata.layers[extract_layer_index(layer.layer_name)]
-        pool = PagePool(kv_cache, paged.page_tokens, self.head_size, key.dtype, attn_metadata.bits)
+        pool = PagePool(kv_cache, paged.slots.page_tokens, self.head_size, key.dtype, attn_metadata.bits)
         output[:tokens] = paged_attention(paged, pool, query[:tokens], key[:tokens], value[:tokens], step, self._scoring)
         return output

@@ -5,12 +5,13 @@ from pathlib import Path
 import pytest
 from served_engine import Engine, Start
 from tiny import random_tokens, tiny_model
-from tiny_plans import mixed_plan, small_plan
+from tiny_plans import mixed_plan, small_plan, stored_plan
 from transformers import PreTrainedModel
 
 from moa_lab.plan import Plan, full_or_floor_plan
 from moa_lab.serving import page_layout
 
+RUNS = Path(__file__).parents[3] / "data/runs"
 LENGTH = 512
 PAGE_TOKENS = HEAD_DIM = 32
 """The fewest that vLLM's own attention takes."""
@@ -59,6 +60,31 @@ def test_as_many_requests_run_at_once_as_the_plan_leaves_room_for(start: Start, 
     assert engine.most_running == 599 // page_layout(plan, LENGTH, LENGTH, PAGE_TOKENS).pages_for(LENGTH)
 
 
+@pytest.mark.parametrize("name", ["standard-50", "standard-25"])
+def test_requests_of_4k_run_at_once_as_the_density_of_a_recorded_plan_says(start: Start, name: str, dense_concurrency: list[float]) -> None:
+    """By the engine's own figures, on SmolLM2's geometry."""
+    model, plan = smollm2_geometry(), Plan.load(RUNS / name / "plan.json")
+    settings = {"max_model_len": 4096, "dtype": "bfloat16", "block_size": 64, "kv_cache_memory_bytes": 256 << 20, "load_format": "dummy"}
+    if not dense_concurrency:
+        dense_concurrency.append(start(model, None, **settings).concurrency)
+    found = start(model, plan, **settings).concurrency
+    print(f"{name}: {found:.2f} requests of 4,096 tokens, dense {dense_concurrency[0]:.2f}, density {plan.density(4096):.3f}")
+    assert found >= 0.9 / plan.density(4096) * dense_concurrency[0]
+
+
+@pytest.fixture(scope="module")
+def dense_concurrency() -> list[float]:
+    """Of vLLM's own cache, once it was asked."""
+    return []
+
+
+def smollm2_geometry() -> PreTrainedModel:
+    """Of SmolLM2-135M the attention alone: narrow elsewhere."""
+    return tiny_model(
+        "llama", layers=30, max_length=8192, num_attention_heads=9, num_key_value_heads=3, head_dim=64, hidden_size=72, vocab_size=128
+    )
+
+
 def test_what_a_request_leaves_serves_the_next(start: Start, llama: PreTrainedModel) -> None:
     plan = mixed_plan(llama)
     engine = start(llama, plan, max_num_seqs=2)
@@ -96,11 +122,11 @@ def test_settings_that_rule_a_plan_out_are_refused_by_name(
         start(llama, small_plan(llama), **settings)
 
 
-def test_stored_bits_and_broken_cards_are_refused(
+def test_heads_in_different_bits_and_broken_cards_are_refused(
     start: Start, llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="serving knows no stored bits"):
-        start(llama, small_plan(llama).with_bits(8))
+    with pytest.raises(ValueError, match="stores heads in different bits"):
+        start(llama, stored_plan(llama))
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     monkeypatch.setenv("MOA_LAB_PLAN", str(broken))
