@@ -2,6 +2,7 @@
 
 from moa_lab.figures.across import fronts_over
 from moa_lab.figures.benchmarks import goal_ratios
+from moa_lab.figures.capacity import requests_by_density
 from moa_lab.figures.comparisons import differences, matrix, predicted_vs_measured
 from moa_lab.figures.confidence import percentile_ranks, rank_confidence
 from moa_lab.figures.densities import loss_by_density, score_by, score_by_density
@@ -49,6 +50,7 @@ __all__ = [
     "predicted_vs_measured",
     "rank_confidence",
     "ranks_compared",
+    "requests_by_density",
     "retrieval_heatmap",
     "rule_curves",
     "score_bars",
