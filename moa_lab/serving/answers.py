@@ -53,10 +53,10 @@ class Server:
         asked = {"prompt": list(prompt), "max_tokens": new, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
         choice = json.loads(self._read("/v1/completions", {"model": self.model, **asked}))["choices"][0]
         found: list[int] | None = choice.get("token_ids")
-        if found is None or len(found) != new:
-            raise ValueError(
-                f"the server at {self.url} answered {new} tokens with {found and len(found)}: it must be vLLM, return_token_ids"
-            )
+        if found is None:
+            raise ValueError(f"the server at {self.url} tells no token ids: it is not vLLM, or one without return_token_ids")
+        if len(found) != new:
+            raise ValueError(f"the server at {self.url} gave {len(found)} of {new} tokens: it takes {self.max_tokens} in a request")
         return found
 
     def _page_tokens(self) -> int:
