@@ -77,4 +77,5 @@ def _answers(server: str, plan_length: int | None, model: str, plan: Path, dtype
 
     if plan_length:
         os.environ[PLAN_LENGTH_VARIABLE] = str(plan_length)
-    return InProcess(model_folder(model), plan, dtype=dtype, gpu_memory_utilization=0.5)
+    # Compiling takes longer than comparing.
+    return InProcess(model_folder(model), plan, dtype=dtype, gpu_memory_utilization=0.5, enforce_eager=True)

@@ -23,7 +23,8 @@ def serve(
     host: Annotated[str, typer.Option("--host", help="default this machine alone")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port")] = 8000,
     length: Annotated[
-        int | None, typer.Option("--plan-length", min=1, help="where spans grow with the length: fix them as at so many tokens")
+        int | None,
+        typer.Option("--plan-length", min=1, help="windows of all requests as at so many tokens; default each request's own length"),
     ] = None,
     max_length: Annotated[int | None, typer.Option("--max-model-len", min=1, help="tokens of the longest request")] = None,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,

@@ -12,6 +12,7 @@ from moa_lab.bench.record import BENCH_SCHEMA, BenchRecord
 from moa_lab.bench.record import table as bench_table
 from moa_lab.bench.search import ROW as SEARCH_ROW
 from moa_lab.bench.search import search_table
+from moa_lab.bench.serving import SERVING_SCHEMA, serving_table
 from moa_lab.calibration.samples import SAMPLES_SCHEMA, SampleSet
 from moa_lab.evaluate.parity import PARITY_SCHEMA, Parity
 from moa_lab.evaluate.parity import table as parity_table
@@ -211,6 +212,13 @@ def _engine(path: Path) -> str:
     return "\n".join([*lines, _origin(parse(Provenance, data["provenance"], path))])
 
 
+def _serving(path: Path) -> str:
+    data = read_json(path, SERVING_SCHEMA)
+    # Where every side failed, nothing is known of the session.
+    head = f"{data['model']} on {data['device']}, vllm {data['vllm']}" if "model" in data else "no side was measured"
+    return "\n".join([head, serving_table(data)])
+
+
 def _study(path: Path) -> str:
     found = StudyRecord.load(path)
     return "\n".join([f"study {found.name!r}", study_table(found), _origin(found.provenance)])
@@ -234,6 +242,7 @@ _DESCRIPTIONS: Mapping[str, Callable[[Path], str]] = {
     MEASUREMENTS_SCHEMA: _measurements,
     BENCH_SCHEMA: _bench,
     ENGINE_SCHEMA: _engine,
+    SERVING_SCHEMA: _serving,
     PARITY_SCHEMA: _parity,
     STUDY_SCHEMA: _study,
 }

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from moa_lab.bench import serving
 from moa_lab.bench.serving import bench_serving, serving_table
+from moa_lab.commands.app import app
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import uniform_plan
 
@@ -34,7 +36,7 @@ class Sides:
         if rate is None:
             return {"failed": "error: no room"}
         density = {} if plan is None else {"density": 0.5}
-        return {"batch": 8, "rate": rate, "ms": 8e3 / rate, **density, "session": {"device": "a GPU", "vllm": "0.26.0"}}
+        return {"batch": 8, "rate": rate, "ms": 8e3 / rate, **density, "session": {"device": "a GPU", "vllm": "0.26.0", "model": "tiny"}}
 
 
 def test_every_side_is_measured_once_and_a_second_call_measures_what_failed(
@@ -50,6 +52,8 @@ def test_every_side_is_measured_once_and_a_second_call_measures_what_failed(
     table = serving_table(bench_serving(out, [plan], [64, 128], block_size=32))
     assert sides.asked == [("vLLM-fp8", 64, None), ("vLLM-fp8", 128, None)]
     (line,) = [line for line in table.splitlines() if line.startswith("64 ") and "plan half" in line]
+    shown = CliRunner().invoke(app, ["show", str(out)])
+    assert table in shown.output
     assert line.split() == ["64", "plan", "half", "50%", "50.0%", "8", "190.0", "42.1", "1.90", "1.8"]
 
 
