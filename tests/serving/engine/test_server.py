@@ -28,7 +28,7 @@ from moa_lab.serving import Server
 
 STARTED_S = 240
 LENGTH = 512
-NEW = 24
+NEW = 16
 ALIKE = 64
 """Prompts and answers of the clients at once are of lengths that share a bucket with it."""
 
@@ -97,7 +97,7 @@ def test_parity_of_a_running_server_passes(
     running: Running, plan: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Prompts in chunks of at most 64 tokens, rings that wrap within them, and answers of many times the window."""
-    asked = ["parity", "--model", "smollm2", "--dtype", "float32", "--n-tokens", "112", "--server", running.url, "--plan", plan]
+    asked = ["parity", "--model", "smollm2", "--dtype", "float32", "--n-tokens", "80", "--server", running.url, "--plan", plan]
     assert exit_code(monkeypatch, *asked) == 0
     assert "all 4 cases passed" in capsys.readouterr().out
 
