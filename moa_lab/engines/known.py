@@ -1,7 +1,8 @@
 """Engines by name, as they were at a version: what their own documents and sources say, in their default settings.
 
 Only what decides how many tokens are allocated is modelled. Windows are fixed when an engine starts (`moa-lab-vllm` alone takes those of
-each request), so a plan whose spans grow with the length is held as it is at one length. Engines change: `dataclasses.replace(ENGINES["vllm"], block_tokens=32)` is another setting.
+each request), so a plan whose spans grow with the length is held as it is at one length. Engines change:
+`dataclasses.replace(ENGINES["vllm"], block_tokens=32)` is another setting.
 
 - `moa-lab`: this library's ring cache in transformers' `generate` (`moa_lab/cache/layout.py`): any window for any KV head.
 - `moa-lab-vllm`: this library's plugin for vLLM (`moa_lab/serving/DESIGNS.md`, vLLM 0.32): pages of one KV head x 64 tokens.

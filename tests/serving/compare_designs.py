@@ -26,8 +26,8 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
 from moa_lab.plan import Plan
-from moa_lab.serving import PAGE_TOKENS, page_layout
-from moa_lab.serving.vllm.specs import HeadPagesSpec, register_specs
+from moa_lab.serving import PAGE_TOKENS, request_pages
+from moa_lab.serving.vllm.specs import HeadPagesManager, HeadPagesSpec, register_specs
 
 MEMORY_BYTES = 512 << 20
 CHUNK = 2048
@@ -102,6 +102,9 @@ def measure(specs: dict[str, KVCacheSpec], n_tokens: int) -> str:
     held: list[Request] = []
     while True:
         one = Request(str(len(held)), prompt_token_ids=[1] * n_tokens, sampling_params=SamplingParams(max_tokens=1), pooling_params=None)
+        for each in manager.coordinator.single_type_managers:
+            if isinstance(each, HeadPagesManager):
+                each.expect(one.request_id, n_tokens)
         starts = range(0, n_tokens, CHUNK)
         if not all(_goes_on(manager, one, start, min(CHUNK, n_tokens - start)) for start in starts):
             break
@@ -137,7 +140,7 @@ def main() -> None:
             print("  dense        ", measure({f"layer {at}": dense for at in range(plan.geometry.layers)}, n_tokens))
             for classes in (4, 8, 90):
                 print(f"  A, {classes:2} windows", measure(per_head(plan, n_tokens, classes), n_tokens))
-            pool = HeadPagesSpec(num_kv_heads=1, pages=page_layout(plan, n_tokens, n_tokens), **shape)
+            pool = HeadPagesSpec(num_kv_heads=1, pages=request_pages(plan, (n_tokens,), n_tokens), **shape)
             print("  B            ", measure({"pool": pool}, n_tokens))
 
 
