@@ -28,6 +28,7 @@ from moa_lab.plan import WHOLE_BITS, Bits, Plan, dense_plan, mix_of, mixed_name,
 from moa_lab.profiling import profile, profiling_examiner
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements, candidates
+from moa_lab.records.keeping import kept_or_made
 from moa_lab.refinement import refine
 from moa_lab.report import save_report
 from moa_lab.run_inputs import RunInputs
@@ -302,30 +303,10 @@ class Run(RunInputs):
 
     def _stored(self, name: str, load: Callable[[Path], Record], make: Callable[[], Record], *, by_first: bool = False) -> Record:
         """The record `name`, made and saved first where it is missing or broken. by_first: the first process makes it alone."""
-        path = self.records.place(name)
-        found = processes.from_first(lambda: _kept(path, load))
-        if found is None:
-            with self._forecast.timing(name) if self._forecast else contextlib.nullcontext():
-                made = processes.from_first(make) if by_first else make()
-                found = processes.from_first(lambda: _saved(made, path, load))
+        timing = partial(self._forecast.timing, name) if self._forecast else contextlib.nullcontext
+        found = kept_or_made(self.records.place(name), load, make, by_first=by_first, timing=timing)
         processes.from_first(lambda: self.records.publish(name))
         return found
-
-
-def _kept(path: Path, load: Callable[[Path], Record]) -> Record | None:
-    """The record at `path`; None where it is missing or broken."""
-    if path.exists():
-        try:
-            return load(path)
-        except RecordError as error:
-            logger.warning("%s; making it again", error)
-    return None
-
-
-def _saved(made: Record, path: Path, load: Callable[[Path], Record]) -> Record:
-    """The record as it is read from then on."""
-    made.save(path)
-    return load(path)
 
 
 def _device(model: PreTrainedModel) -> str:

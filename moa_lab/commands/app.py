@@ -67,7 +67,7 @@ def main() -> None:
     """Run the command line; what the user can mend is one line on standard error and exit code 2."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     # What a run or a profile will need is shown before it starts.
-    for name in ("moa_lab.pipeline", "moa_lab.forecast", "moa_lab.profiling"):
+    for name in ("moa_lab.pipeline", "moa_lab.records", "moa_lab.forecast", "moa_lab.profiling"):
         logging.getLogger(name).setLevel(logging.INFO)
     # And what is fetched or unpacked once, which may take minutes and gigabytes.
     logging.getLogger("moa_lab.models").setLevel(logging.INFO)
