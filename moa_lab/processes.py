@@ -125,11 +125,9 @@ def from_first(make: Callable[[], Result]) -> Result:
 
 def first_then_others(make: Callable[[], Result]) -> Result:
     """`make()` of every process, of the first before the others, which find what it left on disk."""
-    if sharing() == 1:
-        return make()
-    made = make() if is_first() else None
-    from_first(lambda: None)
-    return made if made is not None else make()
+    made: list[Result] = []
+    from_first(lambda: made.append(make()))
+    return made[0] if made else make()
 
 
 def shared_out(
