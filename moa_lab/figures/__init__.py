@@ -12,7 +12,7 @@ from moa_lab.figures.influence import head_blocks, influence_by_distance
 from moa_lab.figures.kinds import kind_map, ranks_compared, score_map
 from moa_lab.figures.measured import measured_front
 from moa_lab.figures.measurements import kv_bytes_bars, pooled, retrieval_heatmap, score_bars
-from moa_lab.figures.order import largest_first
+from moa_lab.figures.order import alike_together, largest_first
 from moa_lab.figures.plan import mask_preview, rule_curves, span_map
 from moa_lab.figures.roofline import kernel_roofline
 from moa_lab.figures.search import archive_scatter, hypervolume_curve
@@ -24,6 +24,7 @@ from moa_lab.figures.traced import token_map
 __all__ = [
     "CONFIG",
     "HeadPool",
+    "alike_together",
     "archive_scatter",
     "difference_map",
     "differences",

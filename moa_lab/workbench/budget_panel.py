@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as w
@@ -21,6 +22,7 @@ from moa_lab.workbench.curves import MeasuredCurves
 from moa_lab.workbench.finding import find_head
 from moa_lab.workbench.heads import INFLUENCE, NUMBER, SPAN
 from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.measuring import Measuring
 from moa_lab.workbench.on_gpu import OnGpu
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, number, row, side_by_side, whole
@@ -35,9 +37,9 @@ BITS = [("16 bits", "16"), ("8 bits", "8"), ("K in 8, V in 4 bits", "8+4"), ("4 
 
 
 class BudgetPanel:
-    """Needs a loss table in the state; the plan it finds becomes the state's plan."""
+    """Needs a loss table in the state; the plan it finds becomes the state's plan. measuring: as in `MeasuredCurves`."""
 
-    def __init__(self, state: State, density: float = 0.5) -> None:
+    def __init__(self, state: State, density: float = 0.5, measuring: Callable[[], Measuring] | None = None) -> None:
         if state.table is None:
             raise ValueError("the budget needs a loss table: load a run, or make one with moa_lab.loss_table(profile)")
         self.state, self.errors = state, Errors("budget")
@@ -80,7 +82,7 @@ class BudgetPanel:
             keys=True,
         )
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
-        self.curves = MeasuredCurves(state, self.errors)
+        self.curves = MeasuredCurves(state, self.errors, measuring)
         self._look: tuple[object, ...] = ()
         self._moving = False
 
@@ -101,7 +103,7 @@ class BudgetPanel:
         release_all.on_click(self.errors.guard(lambda _: self._release(all_heads=True)))
         state.watch_in("Budget", ["layer", "kv_head"], self._select)
         self._redraw = state.watch_in("Budget", ["dark"], self._draw)
-        self.works = (self.exact, self._ahead)
+        self.works = (self.exact, self._ahead, self.curves.work)
         figures = side_by_side(self.canvas.box, self.curves.box)
         # One below the other on a laptop, side by side on a wide screen.
         figures.layout.flex = f"1 1 {HALF}px"

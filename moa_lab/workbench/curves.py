@@ -1,49 +1,103 @@
-"""Measured scores over density, of all runs of the state's model that are known, with the density of the budget marked."""
+"""Measured scores over density, of all runs of the state's model that are known and of what is measured now, with the density of the
+budget marked."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import ipywidgets as w
 
-from moa_lab.evaluate.recommend import TEXTS, Option, measured_at, scores_over_bytes
+from moa_lab.evaluate.recommend import NEEDLES, TEXTS, Option, measured_at, scores_over_bytes
 from moa_lab.figures.densities import score_by_density
 from moa_lab.figures.theme import OUTLINE
+from moa_lab.plan import Plan, dense_plan
+from moa_lab.records import Measurement
 from moa_lab.workbench.advising import Advising
 from moa_lab.workbench.canvas import HALF, Canvas
+from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.measuring import Entry, Measuring
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, choice
+from moa_lab.workbench.widgets import Errors, Work, choice, row, whole
+
+KINDS = {NEEDLES: "retrieval", "documents": "perplexity"}
+"""What measures a task here; own answers are measured by a run."""
+NOW = "measured now"
 
 
 class MeasuredCurves:
-    """Drawn where anything was measured; `mark` moves a line to a density."""
+    """Drawn where anything was measured; `mark` moves a line to a density.
 
-    def __init__(self, state: State, errors: Errors) -> None:
-        self.state, self._marked = state, 0.0
+    measuring: makes the controller that measures the state's plan, and with it loads the model, when that is first asked for; None:
+    nothing is measured here.
+    """
+
+    def __init__(self, state: State, errors: Errors, measuring: Callable[[], Measuring] | None = None) -> None:
+        self.state, self._marked, self._make = state, 0.0, measuring
+        self._measuring: Measuring | None = None
         self.options: tuple[Option, ...] = ()
-        self.places: list[tuple[str, int]] = []
-        try:
+        self.now: list[Measurement] = []
+        # Raised where no run of this model was measured yet.
+        with contextlib.suppress(ValueError):
             self.options = Advising(state).options()
-            self.places = measured_at(self.options)
-        except ValueError:
-            # No run of this model was measured yet: there is nothing to show.
-            pass
+        self.places = measured_at(self.options) or [(task, state.n_tokens) for task in KINDS if measuring is not None]
         names = [(f"{TEXTS.get(task, task)}, {length:,} tokens", (task, length)) for task, length in self.places]
         self.place = choice("measured", names or [("nothing yet", None)], "measured-place", "300px")
         self.canvas = Canvas("measured-curve", HALF)
         self.place.observe(errors.guard(lambda _: self.draw()), "value")
+        self.texts = whole("texts", 16, 1, 1024, "measured-texts", "130px")
+        self.work = Work("Measure this density", "measure-density", errors, self._begin, self._measured)
         state.watch_in("Budget", ["dark"], errors.guard(self.draw))
-        self.box = w.VBox([self.place, self.canvas.box], layout=w.Layout(display="" if self.places else "none"))
+        measures = [row(self.texts, self.work.box)] if measuring is not None else []
+        self.box = w.VBox([self.place, self.canvas.box, *measures], layout=w.Layout(display="" if self.places else "none"))
         self.draw()
 
     def draw(self) -> None:
         """Draw the chosen score."""
-        if not self.places:
-            return
-        self.canvas.draw(score_by_density(scores_over_bytes(self.options, *self.place.value), *self.place.value), self.state.dark)
-        self.mark(self._marked)
+        rows = self._rows()
+        self.canvas.box.layout.display = "" if rows else "none"
+        if rows:
+            self.canvas.draw(score_by_density(rows, *self.place.value), self.state.dark)
+            self.mark(self._marked)
 
     def mark(self, density: float) -> None:
         """Show where a density lies; nothing else is drawn anew."""
         self._marked = density
-        if self.places:
+        if self.places and self.canvas.box.layout.display == "":
             line = {"type": "line", "x0": 100 * density, "x1": 100 * density, "y0": 0, "y1": 1, "yref": "paper"}
             self.canvas.widget.layout.shapes = [{**line, "line": {"color": OUTLINE, "width": 2, "dash": "dot"}}]
+
+    def another_model(self) -> None:
+        """Load the model named now at the next measurement."""
+        self._measuring = None
+
+    def _rows(self) -> list[Measurement]:
+        if not self.places:
+            return []
+        task, length = self.place.value
+        told = [row for row in self.now if (row.task, row.length) == (task, length)]
+        return [*scores_over_bytes(self.options, task, length), *told]
+
+    def _begin(self) -> Callable[[Handle], list[Entry]]:
+        plan, (task, length), n = self.state.plan, self.place.value, self.texts.value
+        if task not in KINDS:
+            raise ValueError("own answers are measured by a run: choose needles or documents")
+        if plan is None:
+            raise ValueError("there is no plan to measure")
+        # Beside runs the dense model is drawn as they measured it.
+        plans: Sequence[Plan] = (plan,) if self.options else (dense_plan(plan.geometry), plan)
+        return lambda handle: self._controller().measure(plans, [KINDS[task]], length, n, 0, handle)
+
+    def _controller(self) -> Measuring:
+        if self._measuring is None:
+            assert self._make is not None, "the button is there only where something measures"
+            self._measuring = self._make()
+        return self._measuring
+
+    def _measured(self, entries: Sequence[Entry]) -> None:
+        for row_ in (entry.row for entry in entries):
+            # Rows of one plan and name are a line; the dense model has a line of its own.
+            named = row_.plan if row_.density >= 1 else f"{NOW}, n = {row_.n}-{100 * row_.density:.3g}"
+            self.now.append(replace(row_, plan=named))
+        self.draw()

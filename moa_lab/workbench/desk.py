@@ -129,7 +129,8 @@ class Workbench:
         self.worse.value = f'<div class="moa-error" role="note">{warned}</div>' if warned else ""
         self.worse.layout.display = "" if warned else "none"
         makes: list[tuple[str, Callable[[], Any]]] = [
-            ("Heads", lambda: HeadsPanel(state)), ("Budget", lambda: BudgetPanel(state)), ("Front", lambda: FrontPanel(state)),
+            ("Heads", lambda: HeadsPanel(state)),
+            ("Budget", lambda: BudgetPanel(state, measuring=lambda: Measuring(*self._loaded()))), ("Front", lambda: FrontPanel(state)),
             (WHICH, lambda: AdvicePanel(state)), (RUNS, lambda: AcrossPanel(state)),
             (TAB, lambda: TracePanel(state, lambda: Tracing(*self._loaded()), made.get("Budget"))),
             ("Apply & measure", lambda: MeasurePanel(state, lambda: Measuring(*self._loaded()), **self._sizes)),
@@ -160,6 +161,8 @@ class Workbench:
             self.state.set(weights_bytes=0)
             for title in (TAB, "Apply & measure"):
                 self.panels[title].another_model()
+            if "Budget" in self.panels:
+                self.panels["Budget"].curves.another_model()
 
     def _turned(self, index: int | None) -> None:
         titles = list(self.panels)

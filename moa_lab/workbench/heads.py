@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from moa_lab.figures import HeadPool, largest_first, long_range_influence
+from moa_lab.figures import HeadPool, alike_together, largest_first, long_range_influence
 from moa_lab.records import InfluenceProfile, ProfileKey
 from moa_lab.workbench.finding import find_head
 from moa_lab.workbench.state import State
 
 OWN = "this profile"
 NUMBER, SPAN, INFLUENCE = "number", "span, longest first", "influence, most first"
-ORDERS = (NUMBER, INFLUENCE, SPAN)
+ALIKE = "likeness, by distance"
+ORDERS = (NUMBER, INFLUENCE, SPAN, ALIKE)
 """In which the heads of a layer stand on a map."""
 Source = tuple[str, ProfileKey]
 """A profile by its name, and a (task, length) of it."""
@@ -40,8 +41,8 @@ class Heads:
     """The state's profile, and others of the same model to compare it with. query_head: the selected one, of the state's KV head.
 
     beyond: distance in tokens from which influence counts as long-range. pool: how the query heads of a KV head become one row; None:
-    one row each. order: one of `ORDERS`, by span where the state has a plan. against: the source compared with. Raises ValueError
-    without a profile.
+    one row each. order: one of `ORDERS`: by span where the state has a plan; by likeness, where heads that look equally far stand
+    together. against: the source compared with. Raises ValueError without a profile.
     """
 
     def __init__(self, state: State, others: dict[str, InfluenceProfile] | None = None) -> None:
@@ -113,6 +114,8 @@ class Heads:
         if self.order == SPAN and self.state.plan is not None:
             spans = self.state.plan.spans(self.state.n_tokens)
             return largest_first(spans if self.pool else np.repeat(spans, self._group, axis=1))
+        if self.order == ALIKE:
+            return alike_together(self._shares_by_distance())
         return None
 
     def follow(self) -> int:
@@ -208,6 +211,14 @@ class Heads:
         first = kv_head * self._group
         far = long_range_influence(self.profile, *self.key, self.beyond)
         return first + int(far[layer, first : first + self._group].argmax())
+
+    def _shares_by_distance(self) -> np.ndarray:
+        """The share of every row's influence at each distance: (layers, rows, blocks); 0 where a head has none."""
+        found = self.profile.distance(*self.key)
+        if self.pool:
+            found = found.reshape(len(found), -1, self._group, found.shape[-1]).sum(axis=2)
+        total = found.sum(axis=-1, keepdims=True)
+        return np.divide(found, total, out=np.zeros_like(found), where=total > 0)
 
     def _standing(self, far: np.ndarray, layer: int) -> str:
         return f"{far[layer, self.head()]:.3g} nats beyond {self.beyond:,} tokens, rank {self._rank(far, layer)} of {far.size}"

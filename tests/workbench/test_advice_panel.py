@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import pytest
 
 from moa_lab.bench.lifelike import lifelike_table
 from moa_lab.evaluate.recommend import Wish, scores_over_bytes
-from moa_lab.records import Measurements
+from moa_lab.plan import Plan
+from moa_lab.records import Measurement, Measurements
 from moa_lab.workbench.advice_panel import AdvicePanel
 from moa_lab.workbench.advising import Advising
 from moa_lab.workbench.budget_panel import BudgetPanel
+from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.measuring import Entry
 from moa_lab.workbench.opening import open_run
 from moa_lab.workbench.state import State
-from tests.workbench.hands import press, said
+from tests.workbench.hands import press, said, within
 
 RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
 HALF, QUARTER = RUNS / "standard-50", RUNS / "standard-25"
@@ -112,3 +116,38 @@ def test_without_measured_runs_the_budget_shows_no_empty_figure() -> None:
     assert panel.curves.box.layout.display == "none"
     panel.number.value = 0.4
     assert said(panel) == ""
+
+
+class FakeMeasuring:
+    """Tells a row a plan, as `Measuring` does."""
+
+    def measure(self, plans: Sequence[Plan], kinds: Sequence[str], length: int, n: int, seed: int, handle: Handle) -> list[Entry]:
+        assert kinds == ["retrieval"]
+        rows = [Measurement(plan.name, "retrieval", "needles", length, 0.5, n, 0.2, 0.8, plan.density(length)) for plan in plans]
+        return [Entry(row, "", "cpu", "tiny") for row in rows]
+
+
+def test_a_density_is_measured_beside_what_runs_measured() -> None:
+    state = replace(open_run(RUNS / "demo"))
+    panel = BudgetPanel(state, measuring=FakeMeasuring)
+    panel.curves.texts.value = 8
+    panel.number.value = 0.4
+    press(panel.curves, "Measure this density")
+    within(10, lambda: bool(panel.curves.now))
+    (row,) = panel.curves.now
+    assert row.plan == f"measured now, n = 8-{100 * row.density:.3g}"
+    assert row.density == pytest.approx(state.plan.density(row.length))
+    within(10, lambda: any("measured now" in trace.name for trace in panel.curves.canvas.widget.data))
+    panel.curves.place.value = next(place for place in panel.curves.places if place[0] == "summaries")
+    press(panel.curves, "Measure this density")
+    assert "measured by a run" in said(panel)
+
+
+def test_without_measured_runs_the_dense_model_is_measured_too() -> None:
+    panel = BudgetPanel(State(table=lifelike_table(quick=True)), measuring=FakeMeasuring)
+    assert panel.curves.box.layout.display == ""
+    assert panel.curves.canvas.box.layout.display == "none"
+    press(panel.curves, "Measure this density")
+    within(10, lambda: len(panel.curves.now) == 2)
+    assert {row.plan.partition(",")[0] for row in panel.curves.now} == {"dense", "measured now"}
+    within(10, lambda: panel.curves.canvas.box.layout.display == "")

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from figure_records import SMOL, make_plan, make_profile
 
-from moa_lab.figures import long_range_influence
+from moa_lab.figures import HeadPool, long_range_influence
 from moa_lab.geometry import ModelGeometry
 from moa_lab.records import InfluenceProfile
 from moa_lab.storage import RecordError
-from moa_lab.workbench.heads import OWN, Heads, rank_stability
+from moa_lab.workbench.heads import ALIKE, OWN, Heads, rank_stability
 from moa_lab.workbench.state import State
 
 PROFILE = make_profile(lengths=(512, 1024), samples=2)
@@ -166,3 +166,19 @@ def test_what_is_no_profile_of_this_model_is_refused_and_changes_nothing(heads: 
 def test_without_a_profile_there_are_no_heads() -> None:
     with pytest.raises(ValueError, match="load a run"):
         Heads(State())
+
+
+@pytest.mark.parametrize("pool", [None, "max"])
+def test_heads_that_look_equally_far_stand_together(heads: Heads, pool: HeadPool | None) -> None:
+    near, far = np.eye(16)[0], np.eye(16)[15]
+    geometry = ModelGeometry(2, 8, 4, 16, 4096)
+    # By KV head: near, far, near, far.
+    looks = np.stack([near, near, far, far, near, near, far, far])
+    distances = {("questions", 1024): np.broadcast_to(looks, (1, 2, 8, 16)).astype(np.float32)}
+    heads = Heads(State(profile=InfluenceProfile(geometry, 64, {}, distances, PROFILE.provenance)))
+    heads.pool, heads.order = pool, ALIKE
+    order = heads.ordered()
+    assert order is not None
+    kinds = [["near", "far"][(head if pool else head // 2) % 2] for head in order[0]]
+    assert kinds in (sorted(kinds), sorted(kinds, reverse=True))
+    assert sorted(order[1].tolist()) == list(range(len(kinds)))

@@ -64,6 +64,9 @@ def test_an_order_that_is_no_permutation_is_refused() -> None:
             figures.span_map(plan, 512, order=order)
     with pytest.raises(ValueError, match=r"\(layers, heads\)"):
         figures.largest_first(np.zeros(3))
+    with pytest.raises(ValueError, match="finite"):
+        figures.alike_together(np.full((2, 3, 4), np.nan))
+    assert figures.alike_together(np.zeros((2, 1, 4))).tolist() == [[0], [0]]
 
 
 def test_rows_of_the_heads_map_are_those_of_its_order_and_a_head_is_found_by_name() -> None:
