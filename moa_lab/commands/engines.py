@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.capacity import GPUS, gpu_of, kv_room
+from moa_lab.capacity import GPUS, kv_room
 from moa_lab.commands.terminal import lengths_of
 from moa_lab.engines import ENGINES, engine_of, engine_table
 from moa_lab.plan import Plan
@@ -22,10 +22,12 @@ def engines(
     ] = None,
     model: Annotated[str | None, typer.Option("--model", help="whose weights lie beside the cache, in 16 bits: for the requests")] = None,
     weights: Annotated[float | None, typer.Option("--weights-gb", min=1e-3, help="what the weights take, instead of --model")] = None,
-    gpu: Annotated[str, typer.Option("--gpu", help=f"one of {', '.join(GPUS)}")] = "h100",
+    gpu: Annotated[str, typer.Option("--gpu", help=f"one of {', '.join(GPUS)}, or here: this machine's, measured")] = "h100",
     memory: Annotated[float | None, typer.Option("--memory-gb", min=1e-3, help="of another GPU, in GB")] = None,
 ) -> None:
     """Show a plan under serving engines: rounded up to their windows or not, what they allocate, and how many requests that holds."""
+    from moa_lab.bench.here import gpu_named
+
     if model is not None and weights is not None:
         raise ValueError("say --model NAME or --weights-gb NUMBER, not both")
     card = Plan.load(plan / "plan.json" if plan.is_dir() else plan)
@@ -33,7 +35,7 @@ def engines(
     chosen = [engine_of(name) for name in once(engine or ENGINES, "engines")]
     room = None
     if model is not None or weights is not None:
-        room = kv_room(gpu_of(gpu, memory), _weight_bytes(model, weights))
+        room = kv_room(gpu_named(gpu, memory), _weight_bytes(model, weights))
     rows, refused = engine_table(card, chosen, lengths, room)
     typer.echo("\n".join(aligned(rows)))
     typer.echo()

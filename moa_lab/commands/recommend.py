@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from moa_lab.capacity import GPUS, gpu_of
+from moa_lab.capacity import GPUS
 from moa_lab.commands.terminal import lengths_of
 from moa_lab.text import aligned
 
@@ -23,20 +23,21 @@ def recommend(
     density: Annotated[float | None, typer.Option("--max-density", help="share of the dense cache's bytes to keep at most")] = None,
     tokens_s: Annotated[float | None, typer.Option("--tokens-s", help="tokens/s to be decoded at least, foretold (see --gpu)")] = None,
     lengths: Annotated[str | None, typer.Option("--lengths", help="where it must hold, in tokens; default wherever measured")] = None,
-    gpu: Annotated[str, typer.Option("--gpu", help=f"one of {', '.join(GPUS)}")] = "h100",
+    gpu: Annotated[str, typer.Option("--gpu", help=f"one of {', '.join(GPUS)}, or here: this machine's, measured")] = "h100",
     memory: Annotated[float | None, typer.Option("--memory-gb", min=1e-3, help="of another GPU, in GB")] = None,
     bandwidth: Annotated[float | None, typer.Option("--read-gb-s", min=1e-3, help="of another GPU: GB/s of a pure read")] = None,
     weights: Annotated[float | None, typer.Option("--weights-gb", min=1e-3, help="what the weights take, for --tokens-s")] = None,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="of a sequence, prompt and answer, for --tokens-s")] = 8192,
 ) -> None:
     """The measured plan of fewest bytes that meets a wish with 95% confidence, why, and what the next ones would cost."""
+    from moa_lab.bench.here import gpu_named
     from moa_lab.evaluate.recommend import Wish, advice_table, options_of
     from moa_lab.evaluate.recommend import recommend as advise
 
     if tokens_s is not None and weights is None:
         raise ValueError("--tokens-s needs --weights-gb: the weights take their part of the memory and of every step")
     wish = Wish(
-        density, needles, perplexity, tokens_s, lengths_of(lengths), gpu_of(gpu, memory, bandwidth),
+        density, needles, perplexity, tokens_s, lengths_of(lengths), gpu_named(gpu, memory, bandwidth),
         None if weights is None else int(weights * 1e9), tokens,
     )  # fmt: skip
     advice = advise(options_of(runs), wish)

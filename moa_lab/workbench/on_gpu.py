@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import ipywidgets as w
 
+from moa_lab.bench.here import HERE, gpu_named, is_here
 from moa_lab.capacity import GPUS, Gpu, capacity, estimated_weights_bytes
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.workbench.measuring import Plans
@@ -26,7 +27,10 @@ class OnGpu:
         self._setting = self._is_written = False
         geometry = Plans(state).geometry
         self._estimated = estimated_weights_bytes(geometry) if geometry is not None else 10**9
-        self.gpu = choice("on", [(gpu.name, key) for key, gpu in GPUS.items()], f"{name}-gpu", "200px")
+        own = [("this machine's", HERE)] if is_here() else []
+        self.gpu = choice("on", [*own, *((gpu.name, key) for key, gpu in GPUS.items())], f"{name}-gpu", "200px")
+        # Measured when it is asked for, not before the first paint.
+        self.gpu.value = next(iter(GPUS))
         self.weights = number("weights (GB)", 0.01, 0.0, 10_000.0, 0.1, f"{name}-weights", "170px")
         self.tokens = number("tokens a sequence", max(state.n_tokens, 1), 1, 10_000_000, 1024, f"{name}-tokens", "210px")
         self.note = w.HTML()
@@ -39,8 +43,8 @@ class OnGpu:
 
     @property
     def device(self) -> Gpu:
-        """The chosen GPU."""
-        return GPUS[self.gpu.value]
+        """The chosen GPU; this machine's is measured when it is asked for first, some seconds."""
+        return gpu_named(self.gpu.value)
 
     @property
     def weights_bytes(self) -> int:
