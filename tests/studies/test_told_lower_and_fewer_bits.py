@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moa_lab import Plan
 from moa_lab.evaluate.compare import answers_way, ratio, row_of
-from moa_lab.records import Measurements
+from moa_lab.records import Measurement, Measurements
 from moa_lab.studies import StudyRecord
 from moa_lab.studies.densities.low_density import variant_text
 from moa_lab.studies.gains import gain, gains_by_density
@@ -14,6 +14,15 @@ from moa_lab.studies.gains import gain, gains_by_density
 DATA = Path(__file__).resolve().parents[2] / "data"
 refine, low, weights = (StudyRecord.load(f"{DATA}/studies/{name}.json") for name in ("refine", "low_density", "weights"))
 standard = Measurements.load(f"{DATA}/runs/standard-25/measurements.json")
+
+
+def gained_over_ranked() -> dict[str, dict[str, Measurement]]:
+    """By task and by what it is compared with, what whole heads over a floor gain."""
+    gained = {"needles": {}, "documents": {}, "summaries": {}}
+    for row in (*low.select(metric="needles_gained"), *low.select(metric="nats_saved")):
+        if row.plan.startswith("ranked"):
+            gained[row.task][variant_text(row)] = row
+    return gained
 
 
 def test_records_are_of_the_devices_and_samples_that_are_named() -> None:
@@ -163,10 +172,7 @@ def test_needles_break_from_the_beginning_of_the_text_on() -> None:
 
 
 def test_floors_and_sinks_move_losses_between_needles_and_text() -> None:
-    gained = {"needles": {}, "documents": {}, "summaries": {}}
-    for row in (*low.select(metric="needles_gained"), *low.select(metric="nats_saved")):
-        if row.plan.startswith("ranked"):
-            gained[row.task][variant_text(row)] = row
+    gained = gained_over_ranked()
     text = {name: (row, gained["summaries"][name]) for name, row in gained["documents"].items()}
     assert all(row.high < 0 for name, pair in text.items() if "floor 96" in name for row in pair)
     assert {round(row.value, 1) for name, (row, _) in text.items() if "floor 96" in name} == {-0.1}
@@ -185,10 +191,7 @@ def test_floors_and_sinks_move_losses_between_needles_and_text() -> None:
 def test_one_head_makes_half_of_what_cutting_costs_and_learned_spans_help() -> None:
     better = "better"
     both = (2048, 4096)
-    gained = {"needles": {}, "documents": {}, "summaries": {}}
-    for row in (*low.select(metric="needles_gained"), *low.select(metric="nats_saved")):
-        if row.plan.startswith("ranked"):
-            gained[row.task][variant_text(row)] = row
+    gained = gained_over_ranked()
     ranks = {tuple(head): place for place, head in enumerate(low.settings["ranking"], start=1)}
     cuts = sorted(low.select(metric="loss_change", plan="ranked-15"), key=lambda row: -row.value)
     named = {f"{row.task}, rank {ranks[row.detail['layer'], row.detail['kv_head']]}": row for row in cuts}
@@ -257,10 +260,7 @@ def test_the_root_of_squares_chooses_better_bits_as_told() -> None:
     worse = "worse"
     open_ = "not decided"
     both = (2048, 4096)
-    gained = {"needles": {}, "documents": {}, "summaries": {}}
-    for row in (*low.select(metric="needles_gained"), *low.select(metric="nats_saved")):
-        if row.plan.startswith("ranked"):
-            gained[row.task][variant_text(row)] = row
+    gained = gained_over_ranked()
     squares = {
         (f"{kind} {bits} bits", task): gain(weights.rows, f"{kind} mixed {bits} bits", f"{kind} mixed {bits} bits, first order", task, both)
         for kind in ("kv", "weights")
@@ -283,10 +283,7 @@ def test_half_the_spans_in_fewer_bits_save_text_at_a_quarter_of_the_bytes() -> N
     worse = "worse"
     open_ = "not decided"
     both = (2048, 4096)
-    gained = {"needles": {}, "documents": {}, "summaries": {}}
-    for row in (*low.select(metric="needles_gained"), *low.select(metric="nats_saved")):
-        if row.plan.startswith("ranked"):
-            gained[row.task][variant_text(row)] = row
+    gained = gained_over_ranked()
     QUARTER = "25% spans in 16 bits"
     together = [QUARTER, "50% spans in 8 bits", "50% spans in mixed bits", "kv uniform 4 bits", "100% spans in mixed bits"]
     rows = [row for row in weights.rows if row.detail.get("against") == QUARTER]
@@ -308,10 +305,7 @@ def test_eight_bits_cost_next_to_nothing_and_hold_against_every_stage() -> None:
     open_ = "not decided"
     both = (2048, 4096)
     tasks = ("needles", "summaries", "documents")
-    gained = {"needles": {}, "documents": {}, "summaries": {}}
-    for row in (*low.select(metric="needles_gained"), *low.select(metric="nats_saved")):
-        if row.plan.startswith("ranked"):
-            gained[row.task][variant_text(row)] = row
+    gained = gained_over_ranked()
     QUARTER = "25% spans in 16 bits"
     EIGHT = "50% spans in 8 bits"
     rows = [*weights.rows, *(row for row in refine.rows if row.plan != "dense")]

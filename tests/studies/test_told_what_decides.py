@@ -19,6 +19,15 @@ calibration, space, rules, transfer, search = records = [
     StudyRecord.load(f"{DATA}/studies/{name}.json") for name in ("calibration", "space", "rules", "transfer", "search")
 ]
 both = calibration.settings["profiled_lengths"]
+objectives = ["span, sum", "all or nothing", "worst distance", "all or nothing + sum", "worst distance + sum", "ranked", "gates"]
+objectives += ["learned", "learned-words", "uniform"]
+gained = {
+    task: {name: gain(search.rows, name, "element, sum", task, both).found for name in objectives}
+    for task in ("needles", "documents", "summaries")
+}
+words = "learned-words"
+default = "all or nothing + sum"
+solvers = {row.plan: row for row in search.select(metric="hypervolume")}
 
 
 def test_all_records_are_of_one_device_and_of_test_samples_that_no_setting_was_chosen_by() -> None:
@@ -139,14 +148,6 @@ def test_objectives_were_profiled_at_both_lengths() -> None:
 
 
 def test_objectives_beat_the_papers_in_what_is_said() -> None:
-    objectives = ["span, sum", "all or nothing", "worst distance", "all or nothing + sum", "worst distance + sum", "ranked", "gates"]
-    objectives += ["learned", "learned-words", "uniform"]
-    gained = {
-        task: {name: gain(search.rows, name, "element, sum", task, both).found for name in objectives}
-        for task in ("needles", "documents", "summaries")
-    }
-    words = "learned-words"
-    default = "all or nothing + sum"
     others = ["element, sum", *objectives[:-3], "uniform"]
     assert [name for name, one in gained["needles"].items() if one.low <= 0] == ["uniform"]
     throughout = [name for name in objectives if verdicts(search.rows, name, "element, sum", gained, both) == ["better"] * 3]
@@ -168,15 +169,6 @@ def test_objectives_beat_the_papers_in_what_is_said() -> None:
 
 
 def test_learned_plans_find_and_pay_what_is_told() -> None:
-    objectives = ["span, sum", "all or nothing", "worst distance", "all or nothing + sum", "worst distance + sum", "ranked", "gates"]
-    objectives += ["learned", "learned-words", "uniform"]
-    gained = {
-        task: {name: gain(search.rows, name, "element, sum", task, both).found for name in objectives}
-        for task in ("needles", "documents", "summaries")
-    }
-    words = "learned-words"
-    default = "all or nothing + sum"
-    solvers = {row.plan: row for row in search.select(metric="hypervolume")}
     needles = {name: search.mean_score(name, "needles", "retrieval", both) for name in ("dense", *objectives, *solvers)}
     assert [round(needles[name], 3) for name in (default, "ranked", words, "learned", "dense")] == [0.788, 0.786, 0.842, 0.915, 0.925]
     assert {default, "ranked"} == set(sorted(objectives[:-3], key=needles.get)[-2:])
@@ -193,15 +185,6 @@ def test_learned_plans_find_and_pay_what_is_told() -> None:
 
 
 def test_a_larger_front_is_not_a_better_plan() -> None:
-    objectives = ["span, sum", "all or nothing", "worst distance", "all or nothing + sum", "worst distance + sum", "ranked", "gates"]
-    objectives += ["learned", "learned-words", "uniform"]
-    gained = {
-        task: {name: gain(search.rows, name, "element, sum", task, both).found for name in objectives}
-        for task in ("needles", "documents", "summaries")
-    }
-    words = "learned-words"
-    default = "all or nothing + sum"
-    solvers = {row.plan: row for row in search.select(metric="hypervolume")}
     assert sorted(solvers, key=lambda name: solvers[name].value) == ["search", "epsilon", "pymoo", "budget"]
     against = {name: verdicts(search.rows, name, default, gained, both) for name in solvers}
     assert against["epsilon"] == against["budget"] == ["worse"] * 3
@@ -256,14 +239,6 @@ def test_slopes_rank_random_plans_as_told_and_everything_else_does_worse() -> No
 
 
 def test_better_predictors_go_with_better_plans_as_far_as_is_told() -> None:
-    objectives = ["span, sum", "all or nothing", "worst distance", "all or nothing + sum", "worst distance + sum", "ranked", "gates"]
-    objectives += ["learned", "learned-words", "uniform"]
-    gained = {
-        task: {name: gain(search.rows, name, "element, sum", task, both).found for name in objectives}
-        for task in ("needles", "documents", "summaries")
-    }
-    words = "learned-words"
-    default = "all or nothing + sum"
     ranks = {(row.plan, row.task.split()[-1]): row for row in search.select(metric="rank_correlation")}
     best = "slopes under drawn plans"
     plans = {

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
+import pytest
 
 from moa_lab.commands.doctor import find_chromium
 from moa_lab.workbench import launch
@@ -23,6 +24,13 @@ PROJECT = Path(__file__).resolve().parents[2]
 CHROMIUM = find_chromium()
 PICTURES = PROJECT / "build" / "screenshots"
 RUN_MS = 240_000
+IN_BROWSER = [
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+    pytest.mark.timeout(900),
+]
+"""Marks of tests that drive a browser."""
 
 
 def copy_project(folder: Path) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from moa_lab.bench.record import BenchRecord, BenchRow
 from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile
-from tests.workbench.lab import CHROMIUM, PROJECT, Page, add_notebook, chromium, copy_project, jupyterlab, opened
+from tests.workbench.lab import IN_BROWSER, PROJECT, Page, add_notebook, chromium, copy_project, jupyterlab, opened
 from tests.workbench.slider import LIMIT_MS, NOTEBOOK, run_of, slider_row, slowness
 
 DEMO = PROJECT / "data" / "runs" / "demo"
@@ -24,12 +24,7 @@ SHOWN = f"{max(InfluenceProfile.load(DEMO / 'profile.safetensors').lengths):,} t
 HALF = r"density\s+(49\.[5-9]|50)"
 """What a budget of half keeps: within a hundredth below it."""
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.alone,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-    pytest.mark.timeout(900),
-]
+pytestmark = IN_BROWSER
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moa_lab.records import InfluenceProfile
-from tests.workbench.lab import CHROMIUM, PROJECT, Page, add_notebook, chromium, copy_project, jupyterlab, opened
+from tests.workbench.lab import CHROMIUM, IN_BROWSER, PROJECT, Page, add_notebook, chromium, copy_project, jupyterlab, opened
 from tests.workbench.slider import slowness
 
 DEMO = PROJECT / "data" / "runs" / "demo"
@@ -28,12 +28,7 @@ AGAIN = """(() => {
   window.jupyterapp.commands.execute('notebook:run-cell');
 })()"""
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.alone,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-    pytest.mark.timeout(900),
-]
+pytestmark = IN_BROWSER
 
 
 @pytest.fixture(scope="module")

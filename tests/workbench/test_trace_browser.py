@@ -10,18 +10,12 @@ from typing import Any
 import pytest
 
 from moa_lab.models import is_cached
-from tests.workbench.lab import CHROMIUM, Page, add_notebook, chromium, copy_project, jupyterlab, opened
+from tests.workbench.lab import IN_BROWSER, Page, add_notebook, chromium, copy_project, jupyterlab, opened
 
 CELL = 'from moa_lab.workbench import Workbench\n\nWorkbench.open("../data/runs/demo")'
 ENDED = "done|failed|cancelled"
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.alone,
-    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
-    pytest.mark.skipif(not is_cached("smollm2"), reason="SmolLM2 is not on this machine"),
-    pytest.mark.timeout(900),
-]
+pytestmark = [*IN_BROWSER, pytest.mark.skipif(not is_cached("smollm2"), reason="SmolLM2 is not on this machine")]
 
 
 @pytest.fixture(scope="module")
