@@ -57,11 +57,15 @@ def gpu_of(name: str, memory_gb: float | None = None, read_gb_s: float | None = 
     """
     if name not in GPUS:
         raise ValueError(f"--gpu must be one of {', '.join(GPUS)}, got {name!r}; or say --memory-gb and --read-gb-s of another")
-    known = GPUS[name]
+    return altered(GPUS[name], memory_gb, read_gb_s)
+
+
+def altered(gpu: Gpu, memory_gb: float | None = None, read_gb_s: float | None = None) -> Gpu:
+    """`gpu`, or another one of so many GB that reads so many GB/s where either is given."""
     if memory_gb is None and read_gb_s is None:
-        return known
-    memory = known.memory_bytes if memory_gb is None else int(memory_gb * 1e9)
-    return Gpu("another GPU", memory, known.read_bytes_s if read_gb_s is None else read_gb_s * 1e9, known.matmul_flops_s)
+        return gpu
+    memory = gpu.memory_bytes if memory_gb is None else int(memory_gb * 1e9)
+    return Gpu("another GPU", memory, gpu.read_bytes_s if read_gb_s is None else read_gb_s * 1e9, gpu.matmul_flops_s)
 
 
 @dataclass(frozen=True)

@@ -192,9 +192,9 @@ class Run(RunInputs):
         return summary
 
     def _searched(self) -> Front:
-        front = self._stored("front-search.json", Front.load, self._search, by_first=True)
+        front = self._found()
         if self.preset.learning_steps:
-            learned = self.learned(front)
+            learned = self.learned()
             front = replace(front, points=(*front.points, *learned), settings={**front.settings, "learning": learned.settings})
         if not self.preset.refine_rounds:
             return front
@@ -210,6 +210,10 @@ class Run(RunInputs):
         )  # fmt: skip
         return replace(front, points=(*front.points, *refined), settings={**front.settings, "refine_rounds": self.preset.refine_rounds})
 
+    def _found(self) -> Front:
+        """Stage search alone."""
+        return self._stored("front-search.json", Front.load, self._search, by_first=True)
+
     def _search(self) -> Front:
         return search(
             self.profile(), self.limits, max_rules_per_layer=self.settings.max_rules_per_layer, min_span=self.settings.min_span,
@@ -218,29 +222,25 @@ class Run(RunInputs):
             progress=lambda done, total, message: self.progress("search", done, total),
         )  # fmt: skip
 
-    def learned(self, searched: Front | None = None) -> Front:
-        """Stage learn: the plans of two descents, `QUESTIONS_FIRST` and `WORDS_FIRST`; none where the preset learns nothing.
-
-        searched: decides between several mixes of bits; None: what the search found.
-        """
+    def learned(self) -> Front:
+        """Stage learn: the plans of two descents, `QUESTIONS_FIRST` and `WORDS_FIRST`; none where the preset learns nothing."""
         steps = self.preset.learning_steps
         if not steps:
             return Front((), ())
-        mix = self._learned_mix(searched)
+        mix = self._learned_mix()
         asked = self._descended("learned", steps, QUESTIONS_FIRST, mix)
         words = self._descended("learned-words", max(1, steps // 2), WORDS_FIRST, mix)
         return replace(asked, points=(*asked.points, *words.points), settings={"learned": asked.settings, "learned-words": words.settings})
 
-    def _learned_mix(self, searched: Front | None) -> Bits:
+    def _learned_mix(self) -> Bits:
         """The mix to learn in: of several that of the plan which loses least in validation, needles and words alike, before any is learned.
 
         A descent takes minutes in each, and what the plans lose tells mixes apart sooner than what spans they have.
         """
         if len(self.mixes) == 1:
             return self.mixes[0]
-        front = searched or self._stored("front-search.json", Front.load, self._search, by_first=True)
         found = choose(
-            self.model, front, self.suites.validation, name="mix", store=self.score_store, progress=self._steps("validate mixes")
+            self.model, self._found(), self.suites.validation, name="mix", store=self.score_store, progress=self._steps("validate mixes")
         )
         mix = mix_of(found.best)
         logger.info(

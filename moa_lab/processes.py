@@ -165,19 +165,18 @@ def shared_out(
 
 def _exchanged(mine: Any, count: int, first_only: bool) -> list[Any] | None:
     """Of every process, what it has; None where the first alone is told."""
-    failed: list[Any] = [None] * count
-    _talk(lambda: dist.all_gather_object(failed, mine.error if isinstance(mine, _Failure) else None))
-    for error in failed:
-        if error is not None:
-            if is_first():
-                raise error
-            _leave()
     told: list[Any] = [None] * count
-    if not first_only:
-        _talk(lambda: dist.all_gather_object(told, mine))
-        return told
-    _talk(lambda: dist.gather_object(mine, told if is_first() else None, 0))
-    return told if is_first() else None
+    # All hear of a failure; of what is large, the first alone.
+    heard = mine if isinstance(mine, _Failure) or not first_only else None
+    _talk(lambda: dist.all_gather_object(told, heard))
+    for each in told:
+        if isinstance(each, _Failure):
+            if is_first():
+                raise each.error
+            _leave()
+    if first_only:
+        _talk(lambda: dist.gather_object(mine, told if is_first() else None, 0))
+    return told if is_first() or not first_only else None
 
 
 def _talk(exchange: Callable[[], None]) -> None:

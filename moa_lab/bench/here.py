@@ -7,7 +7,7 @@ from functools import cache
 import torch
 
 from moa_lab.bench.timing import matmul_rate, read_rate
-from moa_lab.capacity import Gpu, gpu_of
+from moa_lab.capacity import Gpu, altered, gpu_of
 
 HERE = "here"
 """The name that stands for this machine's GPU."""
@@ -30,8 +30,4 @@ def this_gpu() -> Gpu:
 
 def gpu_named(name: str, memory_gb: float | None = None, read_gb_s: float | None = None) -> Gpu:
     """As `gpu_of`; `HERE` is this machine's, with the memory and reading that are given instead of its own."""
-    if name != HERE:
-        return gpu_of(name, memory_gb, read_gb_s)
-    found = this_gpu()
-    memory = found.memory_bytes if memory_gb is None else int(memory_gb * 1e9)
-    return Gpu(found.name, memory, found.read_bytes_s if read_gb_s is None else read_gb_s * 1e9, found.matmul_flops_s, measured=True)
+    return altered(this_gpu(), memory_gb, read_gb_s) if name == HERE else gpu_of(name, memory_gb, read_gb_s)

@@ -85,7 +85,12 @@ def main() -> None:
 
 
 def _check_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and sys.argv[1:2] != ["run"]:
+    if "WORLD_SIZE" not in os.environ or sys.argv[1:2] == ["run"]:
+        return
+    # Imported here, since torch comes with it.
+    from moa_lab.processes import asked_for
+
+    if asked_for() > 1:
         raise ValueError("of what torchrun starts, only `moa-lab run` is shared out among processes: start other commands without it")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from moa_lab.cache.storage import pack, places, unpack, values_at
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, mix_of
 from moa_lab.plan.bits import UNTOUCHED, Bits, code_words, vector_bytes
 
 
@@ -79,9 +79,9 @@ def page_bytes(page_tokens: int, head_dim: int, dtype: torch.dtype, bits: Bits =
 
 def page_bits(plan: Plan) -> Bits:
     """The bits of all heads' K and V. Raises ValueError where heads differ: pages that all heads take are of one size."""
-    found = {pair for row in plan.bits for pair in row} or {(UNTOUCHED, UNTOUCHED)}
-    if len(found) > 1:
+    try:
+        return mix_of(plan)
+    except ValueError:
         raise ValueError(
             f"all heads take pages of one size, and plan {plan.name!r} stores heads in different bits: {', '.join(plan.stored_text())}"
-        )
-    return found.pop()
+        ) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +11,7 @@ from moa_lab.evaluate.compare import rank_agreement
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.figures import long_range_influence
 from moa_lab.records import KINDS, InfluenceProfile, Patterns, ProfileKey, head_patterns
+from moa_lab.text import from_to
 from moa_lab.workbench.published_scores import HeadScores
 
 
@@ -88,8 +89,8 @@ class Biography:
         found = ", ".join(f"{kind} in {count}" for count, kind in sorted(counted, key=lambda pair: -pair[0]))
         where = "" if len(chapters) == 1 else f" of {len(chapters)} tasks and lengths"
         of = chapters[0].of
-        ranks = f"rank {_between(one.rank for one in chapters)} of {of} by influence"
-        lost = f"{_between(one.lost_rank for one in chapters)} by the loss without its far past"
+        ranks = f"rank {from_to(one.rank for one in chapters)} of {of} by influence"
+        lost = f"{from_to(one.lost_rank for one in chapters)} by the loss without its far past"
         given = "".join(f"; {one.method} ({name}) {one.values[layer, kv_head]:.2f}" for name, one in self.scores.items())
         return f"Layer {layer}, KV head {kv_head}: {kinds[0] if len(chapters) == 1 else found}{where}; {ranks}, {lost}{given}."
 
@@ -127,8 +128,3 @@ class Biography:
 
 def _rank(values: np.ndarray, at: tuple[int, int]) -> int:
     return int((values > values[at]).sum()) + 1
-
-
-def _between(ranks: Iterable[int]) -> str:
-    found = list(ranks)
-    return str(found[0]) if min(found) == max(found) else f"{min(found)} to {max(found)}"

@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from moa_lab.plan import BITS_FIELDS, Plan, uniform_plan
@@ -79,12 +80,10 @@ def export(
             if record is not None:
                 named.check_model(record.geometry)
     Path(folder).mkdir(parents=True, exist_ok=True)
+    writers: dict[str, Callable[[Plan, Path, Sources], None]] = {**_WRITERS, "desk page": partial(_desk_page, progress=progress)}
     for done, (kind, path) in enumerate(paths.items()):
         progress(done, len(paths))
-        if kind == "desk page":
-            _desk_page(named, path, found, progress)
-        else:
-            _WRITERS[kind](named, path, found)
+        writers[kind](named, path, found)
     return list(paths.values())
 
 

@@ -10,6 +10,7 @@ from scipy.stats import spearmanr
 
 from moa_lab.figures import HeadPool, alike_together, largest_first, long_range_influence
 from moa_lab.records import InfluenceProfile, ProfileKey
+from moa_lab.text import from_to
 from moa_lab.workbench.finding import find_head
 from moa_lab.workbench.state import State
 
@@ -232,12 +233,8 @@ class Heads:
         alone = [replace(self.profile, distances={self.key: samples[index : index + 1]}) for index in range(len(samples))]
         ranks = [self._rank(long_range_influence(one, *self.key, self.beyond, self.pool), layer) for one in alone]
         others = [self._rank(self.influence(source), layer) for source in self.sources]
-        told = [f"rank {_between(ranks)} in {len(ranks)} samples, one by one"] if len(ranks) > 1 else []
-        return "; ".join([*told, f"{_between(others)} in {len(others)} tasks and lengths"])
-
-
-def _between(ranks: list[int]) -> str:
-    return f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else str(ranks[0])
+        told = [f"rank {from_to(ranks)} in {len(ranks)} samples, one by one"] if len(ranks) > 1 else []
+        return "; ".join([*told, f"{from_to(others)} in {len(others)} tasks and lengths"])
 
 
 def described(source: Source) -> str:
