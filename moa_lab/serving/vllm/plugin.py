@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from moa_lab.serving.settings import PLAN_VARIABLE, ServedPlan, served_plan
+from moa_lab.serving.settings import PLAN_LENGTH_VARIABLE, PLAN_VARIABLE, ServedPlan, served_plan
 from moa_lab.text import one_line
 
 COMMANDS = ("vllm", "api_server.py")
 """Programs that serve: `vllm serve`, and `python -m vllm.entrypoints.openai.api_server`."""
 SEEN_TO_WORK = ("0.26.", "0.32.")
-"""What the versions of vLLM that this was tested with begin with: both on a CPU."""
+"""What the versions of vLLM that this was tested with begin with: both on a CPU, the first on a GPU too."""
 
 
 def register() -> None:
@@ -30,8 +30,19 @@ def register() -> None:
         _register()
 
 
+def _served() -> ServedPlan | None:
+    """The plan that the environment names, read once after `register`: vLLM asks for every request of every step."""
+    return _read(os.environ.get(PLAN_VARIABLE), os.environ.get(PLAN_LENGTH_VARIABLE))
+
+
+@functools.cache
+def _read(path: str | None, length: str | None) -> ServedPlan | None:
+    return served_plan({PLAN_VARIABLE: path or "", PLAN_LENGTH_VARIABLE: length or ""})
+
+
 def _register() -> None:
-    if served_plan() is None:
+    _read.cache_clear()
+    if _served() is None:
         return
     import vllm
 
@@ -72,7 +83,7 @@ def _replace(owner: type, name: str, ours: Callable[..., Any]) -> None:
 
     @functools.wraps(own)
     def method(self: Any, *arguments: Any, **settings: Any) -> Any:
-        served = served_plan()
+        served = _served()
         return own(self, *arguments, **settings) if served is None else ours(own, served, self, *arguments, **settings)
 
     setattr(owner, name, method)
