@@ -38,8 +38,8 @@ def _fold(
 
 @triton.jit
 def paged_places(pages, steps, rank, slots, held, PAGE: tl.constexpr):
-    """Where the keys of `slots` of a head lie in a pool of pages, in vectors: int64 (TILE,); values lie PAGE behind. pages: the row's
-    block table. steps, rank: of `moa_lab.serving.page_layout`, of the head."""
+    """Where the keys of `slots` of a head lie in a pool of pages, in vectors, int64; values lie PAGE behind. slots: one, or several; held:
+    those that there are. pages: the row's block table. steps, rank: of `moa_lab.serving.page_layout`, of the head."""
     column = tl.load(steps + slots // PAGE, mask=held, other=0) + rank
     return tl.load(pages + column, mask=held, other=0).to(tl.int64) * (2 * PAGE) + slots % PAGE
 
@@ -55,7 +55,8 @@ def attend(
     """The query heads of one KV head over its slots from `low` to `high`: their output before division, greatest score and sum.
 
     query: of the first of these heads. key, value: of the head's first slot, numbers or codes; key_grids, value_grids: its grid.
-    PAGE: 0, or slots lie in pages of so many: key, value are then of the first page, and pages, steps, rank are as in `paged_places`.
+    PAGE: 0, or slots lie in pages of so many, a multiple of TILE, and so is `low`: key, value are then of the first page, and pages,
+    steps, rank are as in `paged_places`.
     """
     DTYPE: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16
     rows = tl.arange(0, ROWS)
@@ -74,12 +75,18 @@ def attend(
     output = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     if VALUE_BITS < 16:
         shift = tl.zeros([ROWS], tl.float32)
+    start = tl.zeros([], tl.int64)
+    if PAGE > 0:
+        start = paged_places(pages, steps, rank, low, low < high, PAGE)
     for at in range(low, high, TILE):
         slots = at + tl.arange(0, TILE)
         held = slots < high
         places = slots
         if PAGE > 0:
-            places = paged_places(pages, steps, rank, slots, held, PAGE)
+            # A tile lies in one page, so that its vectors follow one another. Where the next one lies is looked up a turn
+            # ahead: in the turn that reads it, the lookup would take a stage of the pipeline. Two turns ahead there is no pipeline.
+            places = start + tl.arange(0, TILE)
+            start = paged_places(pages, steps, rank, at + TILE, at + TILE < high, PAGE)
         near = vectors(key, places, held, HEAD_DIM, PADDED_DIM, KEY_BITS, DTYPE)
         scores = tl.dot(asked, tl.trans(near), input_precision=PRECISION)
         if KEY_BITS == 16:

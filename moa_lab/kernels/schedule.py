@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -50,3 +51,9 @@ def decode_schedule(slots: np.ndarray, batch: int, tile: int, programs: int, dev
     firsts = np.searchsorted(owner, np.arange(len(tiles) + 1))
     on_device = [torch.from_numpy(x.astype(np.int32)).to(device) for x in (segments, bounds, firsts)]
     return DecodeSchedule(on_device[0], on_device[1], on_device[2], tile)
+
+
+@cache
+def cores_of(device: torch.device) -> int:
+    """Number of streaming multiprocessors; few in the interpreter, so that tests are fast."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

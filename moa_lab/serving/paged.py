@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from moa_lab.serving.paged_kernels import PagedKernels
 
 
+LEAST_TILE = 16
+"""Pages of a multiple of so many tokens are read by kernels: the fewest keys that they multiply with."""
+
+
 class PagedLayer:
     """Where the heads of one layer have their slots, in requests of every bucket. slots: of several layers, this one the `index`-th."""
 
@@ -60,7 +64,7 @@ def paged_attention(
 
     query: (tokens, query_heads, head_dim); key, value: (tokens, kv_heads, head_dim). A token is seen as it is stored.
     """
-    if pool.is_untouched and kernel_applies(query, key, value):
+    if pool.is_untouched and pool.page_tokens % LEAST_TILE == 0 and kernel_applies(query, key, value):
         return layer.kernels.attend(pool.numbers, query, key, value, step, scoring)
     output = torch.empty_like(query)
     # Before they are written: in a full ring they take the place of tokens that the first of them still see.

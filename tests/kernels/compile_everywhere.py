@@ -33,6 +33,7 @@ from moa_lab.cache import LayerLayout
 from moa_lab.kernels import decode, devices, drawn, prefill
 from moa_lab.kernels.devices import SPARE
 from moa_lab.serving import paged
+from moa_lab.serving.page_layout import PAGE_TOKENS
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -102,7 +103,7 @@ def _drawn(dtype: torch.dtype, head_dim: int) -> None:
 
 def _pages(dtype: torch.dtype, head_dim: int) -> None:
     rows = Sequences(LayerLayout(4, (60, 300), None, 1000), 2, dtype=dtype, head_dim=head_dim)
-    pages = Pages(rows.layout, 16, 2, sample=rows.ring.sample)
+    pages = Pages(rows.layout, PAGE_TOKENS, 2, sample=rows.ring.sample)
     for counts in ([1, 1], [1, 1]):
         by_pages(rows, pages, rows.chunk(counts))
 
