@@ -66,6 +66,12 @@ class KeyMask:
         return self.hides_the_future_alone and self.n_queries == self.n_keys
 
     @cached_property
+    def is_plain(self) -> bool:
+        """`is_causal`, also where a mask was given that hides no token of any row."""
+        pads_nothing = self.real is None or bool(self.real.all())
+        return self.explicit is None and self.reach is None and self.n_queries == self.n_keys and pads_nothing
+
+    @cached_property
     def first(self) -> torch.Tensor | None:
         """Index of each row's first token under left padding, int32 (batch,); None for other padding or an explicit mask."""
         if self.explicit is not None:

@@ -137,6 +137,13 @@ def flash4_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     return lambda: flash_prefill(query, key, value, spans.windows, spans.sink_tokens, query.shape[-1] ** -0.5)
 
 
+def triton_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans) -> Attend:
+    """Our own kernel, as a peer of one that is chosen before it."""
+    from moa_lab.kernels.prefill import prefill_attention
+
+    return lambda: prefill_attention(query, key, value, spans.windows, spans.sink_tokens, query.shape[-1] ** -0.5)
+
+
 def _flex(compiled: bool) -> Callable[..., torch.Tensor]:
     if not compiled:
         return flex_attention

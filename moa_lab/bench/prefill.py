@@ -10,13 +10,15 @@ import numpy as np
 import torch
 
 from moa_lab.bench.lab import Lab, timing_detail
-from moa_lab.bench.peers import Inputs, flash4_prefill, flex_prefill, measured, sdpa_prefill
+from moa_lab.bench.peers import Inputs, flash4_prefill, flex_prefill, measured, sdpa_prefill, triton_prefill
 from moa_lab.bench.record import GOALS, BenchRow, errors, judged
 from moa_lab.bench.shapes import Shape, Spans, dense_flops, described, prefill_flops
 from moa_lab.bench.timing import copies_past_cache, time_calls
+from moa_lab.kernels.dispatch import HAS_FLASH
 from moa_lab.kernels.reference import windowed_attention
 
 TERA = 1e12
+TRITON = "our Triton kernel"
 
 
 def prefill_rows(shape: Shape, lab: Lab, rows: Collection[str]) -> list[BenchRow]:
@@ -27,6 +29,8 @@ def prefill_rows(shape: Shape, lab: Lab, rows: Collection[str]) -> list[BenchRow
     ours, trusted = _ours(shape, spans, inputs, expected, lab)
     peers = _dense_peers(shape, inputs, lab)
     peers["FlashAttention-4"] = measured("FlashAttention-4", lambda: [flash4_prefill(*each, spans) for each in inputs], work, lab, expected)
+    if ours["kernel"] != TRITON:
+        peers[TRITON] = measured(TRITON, lambda: [triton_prefill(*each, spans) for each in inputs], work, lab, expected)
     if shape.flex and "P1" in rows:
         peers["FlexAttention"] = measured("FlexAttention", lambda: [flex_prefill(*each, spans) for each in inputs[:1]], work, lab, expected)
     detail = {**ours, "useful_flops": prefill_flops(shape, spans), "peers": peers}
@@ -58,18 +62,23 @@ def _all_inputs(shape: Shape, lab: Lab) -> list[Inputs]:
 
 
 def _ours(shape: Shape, spans: Spans, inputs: list[Inputs], expected: torch.Tensor, lab: Lab) -> tuple[dict[str, Any], bool]:
-    """Our kernel's time, rate and errors, and whether rows may meet their goals (`Lab.trusts`)."""
+    """What a prompt takes: its time, rate and errors, by which kernel, and whether rows may meet their goals (`Lab.trusts`)."""
     # Imported here: Triton may be missing.
-    from moa_lab.kernels import prefill
+    from moa_lab.kernels import flash, prefill
+
+    taken = HAS_FLASH and flash.flash_applies(*inputs[0][:2])
+    kernel: Any = flash.prompt_attention if taken else prefill.prefill_attention
 
     def attend(each: Inputs) -> torch.Tensor:
-        return prefill.prefill_attention(*each, spans.windows, spans.sink_tokens, shape.scale)
+        found: torch.Tensor = kernel(*each, spans.windows, spans.sink_tokens, shape.scale)
+        return found
 
     found = errors(attend(inputs[0]), expected)
     lab.release()
     timing = time_calls([partial(attend, each) for each in inputs], lab.device)
     rate = timing.rate(prefill_flops(shape, spans) / TERA)
-    return {**timing_detail(timing), "rate": rate, **found}, lab.trusts(found)
+    named = {"kernel": "FlashAttention-4" if taken else TRITON}
+    return {**timing_detail(timing), "rate": rate, **named, **found}, lab.trusts(found)
 
 
 def _dense_peers(shape: Shape, inputs: list[Inputs], lab: Lab) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,7 +15,7 @@ from moa_lab.kernels.blockwise import blockwise_attention
 from moa_lab.kernels.mixture import mixed_windows
 from moa_lab.kernels.reference import windowed_attention
 from moa_lab.kernels.ring_reference import chunk_attention, newest_attention
-from moa_lab.kernels.schedule import DecodeSchedule, decode_schedule
+from moa_lab.kernels.schedule import DecodeSchedule, cores_of, decode_schedule
 from moa_lab.masks import KeyMask
 
 MAX_HEAD_DIM = 256
@@ -31,6 +32,16 @@ def _finds(module: str) -> bool:
 
 # Checked once, at import: torch.compile cannot trace a search for modules.
 HAS_TRITON = _finds("triton")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return bool(metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+HAS_FLASH = _is_installed("flash-attn-4")
 
 
 def kernel_applies(query: torch.Tensor, *others: torch.Tensor) -> bool:
@@ -68,6 +79,10 @@ def span_attention(
     """
     if kernel_applies(query, key, value) and mask.first is not None:
         # Imported here, since Triton may be missing.
+        if HAS_FLASH and mask.is_plain and softcap is None and sink_logits is None:
+            from moa_lab.kernels.flash import prompt_attention
+
+            return prompt_attention(query, key, value, [int(window) for window in windows], sink_tokens, scale)
         from moa_lab.kernels.prefill import prefill_attention
 
         return prefill_attention(
@@ -166,9 +181,4 @@ def new_schedule(ring: RingLayer, batch: int) -> DecodeSchedule | None:
 
     tile = tile_slots(ring)
     tiles = batch * int((-(-ring.layout.slots // tile)).sum())
-    return decode_schedule(ring.layout.slots, batch, tile, programs_for(ring, tiles, _cores(sample.device)), sample.device)
-
-
-def _cores(device: torch.device) -> int:
-    """Number of streaming multiprocessors; few in the interpreter, so that tests are fast."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return decode_schedule(ring.layout.slots, batch, tile, programs_for(ring, tiles, cores_of(sample.device)), sample.device)

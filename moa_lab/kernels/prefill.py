@@ -115,7 +115,7 @@ def _prefill(
     batch, query_heads, n_queries, head_dim = query.shape
     kv_heads, n_keys = key.shape[1], key.shape[2]
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    output = _like(query)
+    output = empty_like(query)
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
     over_ring = ring_keys is not None
     block_m, block_n, warps, stages = _tiles(padded_dim, query, over_ring)
@@ -138,10 +138,10 @@ def _prefill(
 
 @_prefill.register_fake
 def _(query: torch.Tensor, *_: object) -> torch.Tensor:
-    return _like(query)
+    return empty_like(query)
 
 
-def _like(query: torch.Tensor) -> torch.Tensor:
+def empty_like(query: torch.Tensor) -> torch.Tensor:
     """An empty output, in memory as transformers expects: (batch, tokens, heads, head_dim)."""
     batch, query_heads, n_queries, head_dim = query.shape
     return query.new_empty(batch, n_queries, query_heads, head_dim).transpose(1, 2)

@@ -111,3 +111,59 @@ def test_the_kernel_is_for_gpus_and_for_inference() -> None:
         assert not dispatch.kernel_applies(query.cuda().requires_grad_())
         assert not dispatch.kernel_applies(query.cuda(), query.cuda(), query.cuda().requires_grad_())
         assert not dispatch.kernel_applies(query.cuda().double())
+
+
+@pytest.fixture
+def flash(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """FlashAttention-4 as if it were installed and faster from 200 tokens on: the lengths of the prompts that it takes."""
+    from moa_lab.kernels import flash as module
+
+    taken: list[int] = []
+
+    def attend(query: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        taken.append(query.shape[2])
+        return prefill.prefill_attention(query, *arguments)
+
+    monkeypatch.setattr(module, "flash_applies", lambda query, key: query.shape[2] == key.shape[2] >= 200)
+    monkeypatch.setattr(module, "flash_prefill", attend)
+    monkeypatch.setattr(dispatch, "HAS_FLASH", True)
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("family", "padding", "taken"), [("llama", 0, 3), ("llama", 90, 0), ("mistral", 0, 0), ("gemma2", 0, 0), ("gpt_oss", 0, 0)]
+)
+def test_a_library_takes_whole_prompts_that_nothing_is_special_about(
+    family: str, padding: int, taken: int, counted: Callable[[bool], list[int]], flash: list[int]
+) -> None:
+    model = tiny_model(family, layers=3).to(DEVICE)
+    tokens = random_tokens(2, N).to(DEVICE)
+    mask = torch.ones_like(tokens)
+    mask[0, :padding] = 0
+    counted(False)
+    expected = logits(model, tokens, attention_mask=mask)
+    counted(True)
+    found = logits(model, tokens, attention_mask=mask)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=2e-4, rtol=1e-4)
+    assert flash == [N] * taken
+
+
+def test_a_library_that_cannot_run_is_told_of_and_not_taken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    from moa_lab.kernels import flash as module
+
+    query, key = torch.zeros(1, 4, 8192, 128, dtype=torch.float16), torch.zeros(1, 2, 8192, 128, dtype=torch.float16)
+    monkeypatch.setattr(module, "nvidia_capability", lambda _: (9, 0))
+    module.works.cache_clear()
+    assert not module.flash_applies(query, key)
+    assert not module.flash_applies(query, key)
+    (told,) = caplog.messages
+    assert "flash_attn" in told
+    assert "our own kernel" in told
+    monkeypatch.setattr(module, "works", lambda *_: True)
+    assert module.flash_applies(query, key)
+    assert not module.flash_applies(query[:, :, :4096], key)
+    assert not module.flash_applies(query[:, :, :4096], key[:, :, :4096])
+    assert not module.flash_applies(query.float(), key.float())
+    assert not module.flash_applies(query[..., :64], key[..., :64])
+    monkeypatch.setattr(module, "nvidia_capability", lambda _: (10, 0))
+    assert not module.flash_applies(query, key)
