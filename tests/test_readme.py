@@ -293,3 +293,23 @@ def test_the_readme_claims_of_low_densities_and_bits_follow_from_the_records() -
         "power": ["worse", "better", "better"],
         "logarithmic": ["worse", "worse", "not decided"],
     }
+
+
+def test_the_readme_quotes_the_record_of_serving() -> None:
+    record = json.loads((ROOT / "data/benchmarks/serving.json").read_text(encoding="utf-8"))
+    (base,) = (row["rate"] for row in record["rows"] if row["side"] == "vLLM-bf16")
+    for row in record["rows"]:
+        cells = [row["side"], row["batch"], f"{row['rate']:.0f}", f"{row['ms']:.1f}", f"{row['rate'] / base:.2f}"]
+        assert f"| {' | '.join(map(str, cells))} |" in README
+    parity = json.loads((ROOT / "data/parity/served-gpu.json").read_text(encoding="utf-8"))["rows"]
+    assert all(row["agreement"] == 1.0 for row in parity)
+    assert f"{sum(row['decided'] for row in parity):,} positions" in README
+
+
+def test_the_readme_quotes_the_record_of_answering() -> None:
+    rows = json.loads((ROOT / "data/benchmarks/answering.json").read_text(encoding="utf-8"))["rows"]
+    of = {row["shape"]["plan"]: row for row in rows if row["shape"]["batch"] == 8}
+    quarter, half, dense = (of[plan] for plan in ("standard-25", "standard-50", "dense"))
+    assert f"{quarter['ours']:,.0f} tokens/s at 25% and {half['ours']:,.0f} at 50%" in README
+    assert f"{quarter['ratio']:.2f} and {half['ratio']:.2f}\ntimes vLLM's rate" in README
+    assert f"the dense model, {dense['ratio']:.2f}" in README

@@ -11,6 +11,7 @@ from typing import Any
 
 from moa_lab.bench.engine import ENGINE_SCHEMA, SERVED, STORES
 from moa_lab.plan import Plan
+from moa_lab.provenance import provenance
 from moa_lab.storage import RecordError, read_json, write_json
 from moa_lab.text import aligned
 
@@ -47,7 +48,8 @@ def bench_serving(
             others = [row for row in record["rows"] if (row["side"], row["prompt"]) != (name, prompt)]
             found = _measured(peer, path, prompt, block_size if path else None, quick)
             told = found.pop("session", {})
-            record |= {key: told[key] for key in ("model", "device", "vllm", "torch", "new_tokens", "provenance") if key in told}
+            record |= {key: told[key] for key in ("model", "device", "vllm", "torch", "new_tokens") if key in told}
+            record["provenance"] = vars(provenance(seed=0, device=told.get("device")))
             record["rows"] = [*others, {"side": name, "prompt": prompt, **found}]
             write_json(out, record)
         if progress is not None:

@@ -18,7 +18,9 @@ PLAN_LENGTH_VARIABLE = "MOA_LAB_PLAN_LENGTH"
 """The length N in tokens at which the rules of all requests are evaluated; unless given, a request's own."""
 
 GPU_VARIABLE = "MOA_LAB_SERVE_ON_GPU"
-"""Set to 1 to serve on an NVIDIA GPU, with kernels that no GPU has run within an engine yet."""
+"""Set to 1 to serve on an NVIDIA GPU with a version of vLLM that was not seen to work there."""
+SEEN_ON_GPU = "0.26."
+"""What the versions of vLLM that served plans on an NVIDIA GPU (H200) begin with."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,13 @@ def check_served(served: ServedPlan, config: Any, max_tokens: int) -> None:
         raise ValueError(f"{PLAN_LENGTH_VARIABLE} is {served.n_tokens}, and the server takes requests of at most {max_tokens} tokens")
 
 
-def check_device(served: ServedPlan, device: str, environment: Mapping[str, str] = os.environ) -> None:
-    """Raise ValueError where requests cannot be served under the plan on a device of this type ("cpu", "cuda")."""
+def check_device(served: ServedPlan, device: str, version: str, environment: Mapping[str, str] = os.environ) -> None:
+    """Raise ValueError where requests cannot be served under the plan on a device of this type ("cpu", "cuda"), by this version of vLLM."""
     if device == "cpu":
         return
     if device != "cuda":
-        raise ValueError(f"a device of type {device} cannot be combined with a plan yet, only cpu and, on trial, cuda")
-    if environment.get(GPU_VARIABLE) != "1":
-        raise ValueError(f"on a GPU plans were not served yet, and their kernels not tried within an engine; {GPU_VARIABLE}=1 tries them")
+        raise ValueError(f"a device of type {device} cannot be combined with a plan yet, only cpu and cuda")
+    if not version.startswith(SEEN_ON_GPU) and environment.get(GPU_VARIABLE) != "1":
+        raise ValueError(f"on a GPU plans were seen to be served by vLLM {SEEN_ON_GPU}x, and this is {version}; {GPU_VARIABLE}=1 tries it")
     if served.plan.bits:
         raise ValueError(f"stored bits are served on a CPU alone yet, and plan {served.plan.name!r} has some: pass plan.with_bits(16)")

@@ -22,6 +22,8 @@ def prepare_engine(arguments: Any) -> None:
 
 def check_engine(served: ServedPlan, config: Any) -> None:
     """Raise ValueError where a setting or the model rules a plan out; tell what is served. config: vLLM's VllmConfig."""
+    import vllm
+
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     refused = {
         "tensor parallelism": parallel.tensor_parallel_size > 1,
@@ -41,7 +43,7 @@ def check_engine(served: ServedPlan, config: Any) -> None:
     for what, is_so in refused.items():
         if is_so:
             raise ValueError(f"{what} cannot be combined with a plan yet")
-    check_device(served, config.device_config.device_type)
+    check_device(served, config.device_config.device_type, vllm.__version__)
     check_served(served, model.hf_config, model.max_model_len)
     logger.warning("serving under %s", served.told(model.max_model_len, cache.block_size))
     logger.warning("prefix caching is off under a plan; pages hold %d tokens of one head", cache.block_size)
