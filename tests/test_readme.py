@@ -313,3 +313,17 @@ def test_the_readme_quotes_the_record_of_answering() -> None:
     assert f"{quarter['ours']:,.0f} tokens/s at 25% and {half['ours']:,.0f} at 50%" in README
     assert f"{quarter['ratio']:.2f} and {half['ratio']:.2f}\ntimes vLLM's rate" in README
     assert f"the dense model, {dense['ratio']:.2f}" in README
+
+
+def test_the_readme_quotes_the_records_of_ruler() -> None:
+    found: dict[str, dict[tuple[str, int], float]] = {}
+    for name in ("dense", "moa-50", "uniform-50", "moa-25", "uniform-25"):
+        rows = json.loads((ROOT / f"data/ruler/qwen2.5-coder-0.5b/{name}.json").read_text(encoding="utf-8"))["rows"]
+        assert {row["n"] for row in rows} == {64}
+        found[name] = {(row["task"], row["length"]): row["value"] for row in rows}
+    tasks = list(dict.fromkeys(task for task, _ in found["dense"]))
+    lengths = (4096, 8192)
+    for task in tasks:
+        assert " | ".join([f"| {task}", *(" / ".join(f"{of[task, n]:.3f}" for n in lengths) for of in found.values())]) + " |" in README
+    means = [" / ".join(f"{sum(of[task, n] for task in tasks) / len(tasks):.3f}" for n in lengths) for of in found.values()]
+    assert f"| mean | {' | '.join(means)} |" in README
