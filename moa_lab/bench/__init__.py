@@ -13,6 +13,7 @@ import torch
 from moa_lab.bench.decode import decode_row, heterogeneity_row
 from moa_lab.bench.lab import INTERPRETER, Lab, open_lab
 from moa_lab.bench.memory import memory_row
+from moa_lab.bench.paged import paged_row
 from moa_lab.bench.prefill import prefill_rows
 from moa_lab.bench.record import BENCH_SCHEMA, GOALS, TOLERANCE, BenchRecord, BenchRow, table
 from moa_lab.bench.shapes import SHAPES, Shape, shapes_of
@@ -35,7 +36,7 @@ def bench_kernels(
     out: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchRecord:
-    """Measure the rows named, of D1, D2, D3, P1, P2, M1 and, of stored bits, B1, B2 and B3; a few minutes on a GPU.
+    """Measure the rows named, of D1, D2, D3, D4, P1, P2, M1 and, of stored bits, B1, B2 and B3; a few minutes on a GPU.
 
     quick: tiny shapes, to test that everything runs; also without a GPU under TRITON_INTERPRET=1 (set before Triton is imported),
     where no row meets its goal. plan: a plan or config card whose spans are stretched to the shapes; default: the recorded ones of
@@ -81,9 +82,8 @@ def _tasks(rows: Collection[str], quick: bool, lab: Lab) -> list[Callable[[], li
 
 
 def _one(row: str, shape: Shape, lab: Lab) -> list[BenchRow]:
-    if row == "D2":
-        return [heterogeneity_row(shape, lab)]
-    return [memory_row(shape, lab) if row == "M1" else decode_row(row, shape, lab)]
+    alone: dict[str, Callable[[Shape, Lab], BenchRow]] = {"D2": heterogeneity_row, "D4": paged_row, "M1": memory_row}
+    return [alone[row](shape, lab) if row in alone else decode_row(row, shape, lab)]
 
 
 def _settings(lab: Lab, quick: bool) -> dict[str, Any]:

@@ -41,6 +41,7 @@ GOALS = {
     "D1": Goal(0.90),
     "D2": Goal(1.05, at_most=True),
     "D3": Goal(0.80),
+    "D4": Goal(0.90),
     "P1 cuDNN": Goal(0.77),
     "P1 FlexAttention": Goal(1.25),
     "P2": Goal(0.75, at_most=True),

@@ -159,6 +159,13 @@ PREFILL = (
     Shape(32, 8, 128, 1, 16384, flex=True),
     Shape(32, 8, 128, 1, 32768),
 )
+# D4: as many requests as fit in an H200 beside the weights of 7 billion parameters, and few.
+PAGED = (
+    Shape(32, 32, 128, 110, 4096),
+    Shape(32, 32, 128, 215, 4096, "standard-25"),
+    Shape(32, 8, 128, 64, 16384),
+    Shape(32, 32, 128, 8, 4096),
+)
 WALL_CLOCK_LENGTHS = (16384, 32768)
 MEMORY = (Shape(32, 8, 128, 4, 16384), Shape(32, 32, 128, 1, 16384, "standard-25"))
 MEMORY_LAYERS = 32
@@ -167,6 +174,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "D1": DECODE,
     "D2": HETEROGENEOUS,
     "D3": SINGLE,
+    "D4": PAGED,
     "P1": PREFILL,
     "P2": tuple(shape for shape in PREFILL if shape.n_tokens in WALL_CLOCK_LENGTHS),
     "M1": MEMORY,
@@ -180,6 +188,7 @@ QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {
     "D1": (replace(_TINY, kv_heads=4), replace(_TINY, batch=2, plan="standard-25")),
     "D2": (_TINY,),
     "D3": (_TINY,),
+    "D4": (replace(_TINY, batch=2),),
     "P1": (_TINY,),
     "P2": (_TINY,),
     "M1": (_TINY,),

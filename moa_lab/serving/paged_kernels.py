@@ -24,7 +24,7 @@ class PagedKernels:
             np.stack([*layout.table().T[1:], layout.slots, each.ranks[layer]], axis=1)
             for layout, each in zip(self._layouts, pages.layouts, strict=True)
         ]
-        self._heads = PagedHeads(
+        self.heads = PagedHeads(
             torch.from_numpy(np.stack(table).astype(np.int32)).to(device), torch.from_numpy(pages.steps.astype(np.int32)).to(device),
             max(int(layout.slots.max()) for layout in self._layouts), self._layouts[0].sink_tokens, self._layouts[0].reach or 0,
             pages.page_tokens,
@@ -43,9 +43,9 @@ class PagedKernels:
         for row in step.several:
             part = slice(*step.told[0][row : row + 2])
             output[part] = self._chunk(pool, query[part], key[part], value[part], step, row, scoring)
-        paged_write(self._heads, pool, key, value, found)
+        paged_write(self.heads, pool, key, value, found)
         if len(step.several) < len(step.told[1]):
-            paged_decode(self._heads, pool, query, output, found, scoring.scale, scoring.softcap, scoring.sink_logits)
+            paged_decode(self.heads, pool, query, output, found, scoring.scale, scoring.softcap, scoring.sink_logits)
         return output
 
     def _chunk(
@@ -55,11 +55,11 @@ class PagedKernels:
         table, length, bucket = step.table[row], step.told[1][row], step.told_buckets[row]
         past = length - len(query)
         ring, starts = self._held(bucket, max(16, 1 << max(past - 1, 0).bit_length()))
-        columns, within = self._places(bucket, starts, ring.layout.total)
-        ring, vectors, page = copy.copy(ring), pool.view(-1, pool.shape[-1]), 2 * self._heads.page_tokens
+        columns, within = self.places(bucket, starts, ring.layout.total)
+        ring, vectors, page = copy.copy(ring), pool.view(-1, pool.shape[-1]), 2 * self.heads.page_tokens
         # Places that the row does not hold yet are page 0, and are not read.
         places = table[columns.clamp(max=len(table) - 1)].long() * page + within
-        ring.keys, ring.values = (vectors.index_select(0, places + part)[None] for part in (0, self._heads.page_tokens))
+        ring.keys, ring.values = (vectors.index_select(0, places + part)[None] for part in (0, self.heads.page_tokens))
         lengths = torch.full((1,), length, dtype=torch.int32, device=self._device)
         asked, new_key, new_value = (x.transpose(0, 1)[None] for x in (query, key, value))
         found = chunk_attention(
@@ -74,9 +74,9 @@ class PagedKernels:
         ring = RingLayer(layout, 0, 1, torch.float32, self._device)
         return ring, torch.from_numpy(layout.starts).to(self._device)
 
-    def _places(self, bucket: int, starts: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def places(self, bucket: int, starts: torch.Tensor, total: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the slots of all heads: the column of the block table, and the place in the page. Not kept: long sequences have many."""
         heads = torch.arange(len(starts) - 1, device=self._device).repeat_interleave(starts.diff(), output_size=total)
         slots = torch.arange(total, device=self._device) - starts[heads]
-        columns = self._heads.steps[bucket, slots // self._heads.page_tokens] + self._heads.heads[bucket, heads, 4]
-        return columns, slots % self._heads.page_tokens
+        columns = self.heads.steps[bucket, slots // self.heads.page_tokens] + self.heads.heads[bucket, heads, 4]
+        return columns, slots % self.heads.page_tokens
