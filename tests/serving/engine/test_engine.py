@@ -94,6 +94,17 @@ def test_what_a_request_leaves_serves_the_next(start: Start, llama: PreTrainedMo
     assert [engine.tokens([prompt], 20)[0] for prompt in prompts] == together
 
 
+def test_the_card_is_read_at_the_start_and_not_in_every_step(start: Start, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[object] = []
+    load = Plan.load
+    monkeypatch.setattr(Plan, "load", lambda path: (read.append(path), load(path))[1])
+    engine = start(llama, small_plan(llama), max_model_len=256)
+    at_start = len(read)
+    assert at_start
+    engine.tokens([random_tokens(1, 40, seed=seed)[0].tolist() for seed in range(3)], 20)
+    assert len(read) == at_start
+
+
 def test_prefix_caching_is_off_also_where_it_is_asked_for(start: Start, llama: PreTrainedModel) -> None:
     engine = start(llama, mixed_plan(llama), enable_prefix_caching=True)
     prompt = random_tokens(1, 100)[0].tolist()
