@@ -125,12 +125,15 @@ class PackedRing(RingLayer):
         return found
 
     def _sides(self) -> torch.Tensor:
-        found = torch.zeros(len(self.bits), 2, 3, dtype=torch.int64)
-        for (head, part), place in self._places.items():
-            bits = self.bits[head][part]
-            first = place["plain" if bits == UNTOUCHED else "codes"][0]
-            found[head, part] = torch.tensor([bits, first, place["grids"][0] if "grids" in place else 0])
-        return found.to(self.table.device)
+        # One tensor from lists: a tensor for every head would take most of a slider's move.
+        return torch.tensor(
+            [[self._side(bits, self._places[head, part]) for part, bits in enumerate(widths)] for head, widths in enumerate(self.bits)],
+            dtype=torch.int64, device=self.table.device,
+        )  # fmt: skip
+
+    @staticmethod
+    def _side(bits: int, place: Place) -> list[int]:
+        return [bits, place["plain" if bits == UNTOUCHED else "codes"][0], place["grids"][0] if "grids" in place else 0]
 
     def _empty(self, places: dict[Side, Place], batch: int) -> Buffers:
         sizes = dict.fromkeys(self._dtypes, 0)
