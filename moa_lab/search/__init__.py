@@ -17,7 +17,6 @@ from moa_lab.search.losses import loss_table
 from moa_lab.search.milp import MilpAnswer, solve_milp
 from moa_lab.search.problem import InfeasibleError, NoPlanError, feasible, limit_lengths, used_lengths
 from moa_lab.search.ranked import WholeHeads, head_scores, ranked_plan
-from moa_lab.search.slider import SliderSolver
 from moa_lab.search.space import paper_grid, rule_grid
 
 __all__ = [
@@ -30,7 +29,6 @@ __all__ = [
     "MilpAnswer",
     "NoPlanError",
     "PlanProblem",
-    "SliderSolver",
     "WholeHeads",
     "baseline_plan",
     "default_goals",

@@ -24,7 +24,7 @@ from moa_lab.search.problem import (
     terms,
 )
 from moa_lab.search.reduction import few_windows, weighted_cost
-from moa_lab.search.relaxation import Relaxation, relative_gap, relax
+from moa_lab.search.relaxation import PricedRows, Relaxation, relative_gap, relax
 from moa_lab.search.windows import windows_of
 
 FILLED_SHARES = (1.0, 0.9, 0.8, 0.65, 0.5, 0.35)
@@ -54,6 +54,7 @@ class BudgetSolver:
         self.lengths = limit_lengths(table, lengths)
         self._terms = terms(table, goal)
         self._usage = Usage(table, self.lengths)
+        self._rows = PricedRows.of(self._terms, self._usage.usage)
 
     def solve(self, density: Density, pinned: Pinned | None = None, mix: Bits = WHOLE_BITS) -> BudgetAnswer:
         """The best plan found at `density`; a mapping limits its own lengths instead. `pinned`: {(layer, kv_head): rule index}. mix: the
@@ -65,12 +66,13 @@ class BudgetSolver:
         began = time.perf_counter()
         asked = densities(self.table, density, None if isinstance(density, Mapping) else self.lengths)
         targets = tokens_bought(asked, mix, self.table.geometry)
-        limits = (self._usage if tuple(targets) == self.lengths else Usage(self.table, targets)).limits(targets)
+        known = tuple(targets) == self.lengths
+        limits = (self._usage if known else Usage(self.table, targets)).limits(targets)
         check_feasible(self.table, limits, pinned, price=token_price(mix, self.table.geometry))
         problem = Instance(
             self._terms, limits, (), allowed_rules(self.table, pinned), self.table.geometry.layers, None, windows_of(self.table, targets),
         )  # fmt: skip
-        relaxed = relax(self._terms, limits, problem.allowed, start=self._start(max(targets.values())))
+        relaxed = relax(self._terms, limits, problem.allowed, rows=self._rows if known else None)
         best = _of_few_windows(problem, relaxed)
         if best is None:
             raise InfeasibleError(f"no plan found keeps density {density} at all of {limits.lengths}; raise density or drop a length")
@@ -79,10 +81,6 @@ class BudgetSolver:
             choice=choice, value=value, bound=relaxed.bound, gap=relative_gap(value, relaxed.bound),
             density={n: self.table.density(choice, n) for n in targets}, seconds=time.perf_counter() - began,
         )  # fmt: skip
-
-    def _start(self, density: float) -> list[np.ndarray] | None:
-        """Weights of worst terms to start from near a density; None: from nothing."""
-        return None
 
 
 def solve_budget(

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.optimize import linprog
 
-from moa_lab.search.lagrange import Dual, Relaxed
+from moa_lab.search.lagrange import Dual, Group, Relaxed
 
 ROUNDS = 120
 TOLERANCE = 1e-6
 
 
-def polish(relaxed: Relaxed, start: np.ndarray, groups: Sequence[tuple[slice, float]] = (), ceiling: float = np.inf) -> Dual:
+def polish(relaxed: Relaxed, start: np.ndarray, ceiling: float = np.inf) -> Dual:
     """Maximise a dual function from the multipliers `start` (K,).
 
-    `groups`: slices of multipliers that must sum to a given weight (the rows of a worst term; their limit is 0). Every
-    evaluation gives a plane above the concave dual; the next point maximises the minimum of the planes near the best point.
+    Every evaluation gives a plane above the concave dual; the next point maximises the minimum of the planes near the best point.
     Stops once the bound exceeds `ceiling`: with infeasible limits the dual has no maximum.
     """
     best = relaxed.dual(start)
@@ -26,7 +25,7 @@ def polish(relaxed: Relaxed, start: np.ndarray, groups: Sequence[tuple[slice, fl
     for _ in range(ROUNDS):
         if best.bound > ceiling:
             break
-        found = _master(np.array(points), np.array(values), np.array(slopes), best.multipliers, radius, groups)
+        found = _master(np.array(points), np.array(values), np.array(slopes), best.multipliers, radius, relaxed.groups)
         if found is None:
             break
         trial, promised = found
@@ -47,7 +46,7 @@ def _slope(relaxed: Relaxed, dual: Dual) -> np.ndarray:
 
 
 def _master(
-    points: np.ndarray, values: np.ndarray, slopes: np.ndarray, centre: np.ndarray, radius: float, groups: Sequence[tuple[slice, float]]
+    points: np.ndarray, values: np.ndarray, slopes: np.ndarray, centre: np.ndarray, radius: float, groups: Sequence[Group]
 ) -> tuple[np.ndarray, float] | None:
     """The point within `radius` (relative) of the centre that maximises the minimum of the planes, and that minimum."""
     count = len(centre)

@@ -1,22 +1,37 @@
-"""Lagrangian relaxation of `min sum cost[h, x_h]` under K budget rows: a proven lower bound and a good feasible choice.
+"""Lagrangian relaxation of `min sum cost[h, x_h]` under budget rows: a proven lower bound.
 
 Pricing the budgets with multipliers lambda >= 0 makes the heads independent: every head takes the rule of the least
 reduced cost `cost + lambda . usage`, and `g(lambda) = sum_h min_r reduced - lambda . limit` never exceeds the optimum.
-g is concave but has kinks; its soft minimum (temperature tau) is smooth, so a few Newton steps per temperature climb it.
+A worst term, `weight * max_i rows_i`, is priced alike: its rows are rows of limit 0, whose multipliers sum to the weight.
+g is concave but has kinks; its soft minimum (temperature tau) is smooth, and Newton steps climb it while tau falls.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+from scipy.sparse import csr_array
 
-TEMPERATURES = 8
-NEWTON_STEPS = 4
-GAIN = 2e-4
-MOVES = 2048
-REPAIRS = 128
-IMPROVEMENTS = 128
+STEPS = 32
+"""Newton steps at most."""
+HOT = 0.1
+"""The first temperature at most, as a share of the bound per head."""
+COOLED = 0.3
+"""Factor of the temperature after a step that was not cut short."""
+BARRIER = 5.0
+"""Weight of the logarithms that keep multipliers above 0, in temperatures."""
+WIDE = 4.0
+"""Curvature is that at a temperature so many times higher, where more than the two best rules of a head count."""
+REACH = 10.0
+"""Rules behind the best one by so many temperatures are left out: exp(-10) is negligible."""
+GAP = 6e-3
+"""Gap of the shared choice at which the ascent ends."""
+
+Group = tuple[slice, float]
+"""Multipliers that must sum to a weight: the rows of one worst term."""
 
 
 @dataclass(frozen=True)
@@ -27,83 +42,28 @@ class Dual:
     bound: float
     reduced: np.ndarray
 
-
-def ascend(cost: np.ndarray, usage: np.ndarray, limit: np.ndarray, start: np.ndarray | None = None) -> Dual:
-    """Maximise the dual bound. cost (heads, R), infinite where a rule is not allowed; usage (K, heads, R); limit (K,).
-
-    `start`: multipliers of a problem nearby. The budget must be feasible, or the multipliers have no maximum.
-    """
-    relaxed = Relaxed(cost, usage, limit)
-    free = relaxed.dual(np.zeros(len(limit)))
-    if (relaxed.used(free.reduced) <= limit).all():
-        return free
-    best = relaxed.dual(_ray(relaxed, np.ones(len(limit)) if start is None or not start.any() else start))
-    multipliers, tau = best.multipliers, _first_temperature(best.reduced)
-    for _ in range(TEMPERATURES):
-        before = best.bound
-        multipliers, best = _climb(relaxed, multipliers, tau, best)
-        if 0 < best.bound - before < GAIN * abs(best.bound):
-            break
-        tau *= 0.3
-    return best
-
-
-def fit(dual: Dual, cost: np.ndarray, usage: np.ndarray, limit: np.ndarray, slack: np.ndarray, effort: int = 1) -> list[np.ndarray]:
-    """Feasible choices (heads,) near a dual: one filled up from just below the budget, one repaired from just above it.
-
-    Greedy single-head moves: those nearest to optimal by reduced cost (more with more `effort`), all of them when these find
-    no feasible choice. Empty when the limits cannot be met this way.
-    """
-    relaxed = Relaxed(cost, usage, limit)
-    starts = _around(relaxed, dual.multipliers, limit + slack)
-    excess = (dual.reduced - dual.reduced.min(axis=1, keepdims=True)).ravel()
-    moves = effort * MOVES
-    near = np.argpartition(excess, moves)[:moves] if excess.size > moves else np.arange(excess.size)
-    found = []
-    everything = np.flatnonzero(np.isfinite(cost))
-    # Repairs may get stuck where limits conflict: as a last resort start from the shortest rules.
-    shortest = np.where(np.isfinite(cost), usage.max(axis=0), np.inf).argmin(axis=1)
-    for entries, around in ((near, starts), (everything, starts), (everything, [shortest])):
-        for start in around:
-            moved = _Moves(entries, start, cost, usage, limit, slack)
-            if moved.repair(effort * REPAIRS):
-                moved.improve(effort * IMPROVEMENTS)
-                found.append(moved.choice)
-        if found:
-            break
-    return found
-
-
-def _around(relaxed: Relaxed, multipliers: np.ndarray, limit: np.ndarray) -> list[np.ndarray]:
-    """The cheapest choices at the multipliers raised until they keep the limits, and those at the step before.
-
-    Multipliers of 0 are raised as well, so that of rules of equal reduced cost the shorter ones win.
-    """
-    before: list[np.ndarray] = []
-    common = max(float(multipliers.mean()), 1e-12)
-    for raised in (0.0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 4.0, 32.0, 1e3, 1e6):
-        choice = relaxed.reduced((1 + raised) * multipliers + raised * common).argmin(axis=1)
-        if (relaxed.usage[:, np.arange(len(choice)), choice].sum(axis=1) <= limit).all():
-            return [choice, *before]
-        before = [choice]
-    return before
+    @cached_property
+    def lead(self) -> np.ndarray:
+        """By how much every choice costs more than its head's cheapest (heads, R)."""
+        return np.asarray(self.reduced - self.reduced.min(axis=1, keepdims=True))
 
 
 class Relaxed:
-    """The dual function of one problem."""
+    """The dual function of one problem. cost (heads, R), infinite where a rule is not allowed; rows (heads, R, K), what every choice adds
+    to each row; limit (K,); groups: see `Group`."""
 
-    def __init__(self, cost: np.ndarray, usage: np.ndarray, limit: np.ndarray) -> None:
-        self.cost, self.usage, self.limit = cost, usage, limit
-        self.flat = usage.reshape(len(usage), -1)
+    def __init__(self, cost: np.ndarray, rows: np.ndarray, limit: np.ndarray, groups: Sequence[Group] = ()) -> None:
+        self.cost, self.rows, self.limit, self.groups = cost, rows, limit, groups
+        self.flat = np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
         self._heads = np.arange(len(cost))
 
     def reduced(self, multipliers: np.ndarray) -> np.ndarray:
         """Reduced cost of every choice (heads, R)."""
-        return self.cost + (multipliers @ self.flat).reshape(self.cost.shape)
+        return self.cost + (self.flat @ multipliers.astype(self.flat.dtype)).reshape(self.cost.shape)
 
     def used(self, reduced: np.ndarray) -> np.ndarray:
-        """What the cheapest choices use (K,)."""
-        return self.usage[:, self._heads, reduced.argmin(axis=1)].sum(axis=1)
+        """What the cheapest choices add to each row (K,)."""
+        return self.rows[self._heads, reduced.argmin(axis=1)].sum(axis=0)
 
     def dual(self, multipliers: np.ndarray) -> Dual:
         """The bound that the multipliers prove."""
@@ -116,57 +76,130 @@ class Relaxed:
         rounding = 1e-14 * (float(np.abs(low).sum()) + paid)
         return Dual(multipliers, float(low.sum()) - paid - rounding, reduced)
 
-    def soft(self, multipliers: np.ndarray, tau: float) -> tuple[float, np.ndarray, np.ndarray, Dual]:
-        """Value, gradient and (negative) curvature of the softened dual, and the true dual at the same multipliers."""
-        reduced = self.reduced(multipliers)
-        low = reduced.min(axis=1)
-        paid = float(multipliers @ self.limit)
-        # Clipped, as subnormal exponentials are ten times slower; exp(-40) is negligible.
-        share = np.exp(np.maximum((low[:, None] - reduced) / tau, -40.0))
-        total = share.sum(axis=1)
-        share /= total[:, None]
-        shared = self.usage * share
-        mean = np.einsum("khr->kh", shared)
-        second = shared.reshape(self.flat.shape) @ self.flat.T
-        value = float((low - tau * np.log(total)).sum()) - paid
-        curvature = (second - mean @ mean.T) / tau
-        return value, mean.sum(axis=1) - self.limit, curvature, self._proven(multipliers, reduced, low)
 
+def ascend(relaxed: Relaxed, gap: float = GAP) -> Dual:
+    """Maximise the dual bound, until the gap of the shared choice (see `_Soft`) is below `gap`, relatively.
 
-def _climb(relaxed: Relaxed, start: np.ndarray, tau: float, best: Dual) -> tuple[np.ndarray, Dual]:
-    """Projected Newton steps at one temperature; a step that does not raise the softened bound is halved."""
-    here = start
-    value, gradient, curvature, dual = relaxed.soft(here, tau)
-    best = max(best, dual, key=lambda d: d.bound)
-    for _ in range(NEWTON_STEPS):
-        step = _newton(here, gradient, curvature)
-        if not step.any():
+    The limits must be feasible, or the multipliers have no maximum.
+    """
+    best = relaxed.dual(_free(relaxed))
+    if not relaxed.groups and (relaxed.used(best.reduced) <= relaxed.limit).all():
+        return best
+    here = relaxed.dual(_start(relaxed, best))
+    best = max(best, here, key=lambda dual: dual.bound)
+    tau = _first_temperature(here)
+    slack = BARRIER * tau / here.multipliers
+    for _ in range(STEPS):
+        soft = _Soft(relaxed, here, tau)
+        if soft.gap < gap * abs(here.bound):
             break
-        for scale in (1.0, 0.25, 0.0625):
-            trial = np.maximum(here + scale * step, 0.0)
-            found = relaxed.soft(trial, tau)
-            best = max(best, found[3], key=lambda d: d.bound)
-            if found[0] > value:
-                break
-        else:
-            break
-        gained = found[0] - value
-        here, (value, gradient, curvature, _) = trial, found
-        if gained < 1e-6 * abs(value):
-            break
-    return here, best
+        step, change = _newton(soft, slack)
+        here, share = _moved(soft, step)
+        best = max(best, here, key=lambda dual: dual.bound)
+        # A step that was cut short was not in the range where the softened dual is nearly quadratic.
+        tau *= COOLED if share >= 0.5 else 0.8 if share >= 0.1 else 1.5
+        slack = slack + _longest(slack, change) * change
+        slack = np.clip(slack, 0.01 * BARRIER * tau / here.multipliers, 100.0 * BARRIER * tau / here.multipliers)
+    return best
 
 
-def _newton(here: np.ndarray, gradient: np.ndarray, curvature: np.ndarray) -> np.ndarray:
-    """Newton direction in the multipliers that are positive or have a positive gradient."""
-    step = np.zeros_like(here)
-    free = (here > 0) | (gradient > 0)
-    if free.any():
-        block = curvature[np.ix_(free, free)]
-        # Lengths with proportional spans make the curvature singular; a ridge, scaled per limit, bounds the step.
-        ridge = 1e-6 * np.diag(block) + 1e-12
-        step[free] = np.linalg.solve(block + np.diag(ridge), gradient[free])
-    return step
+class _Soft:
+    """The softened dual at the multipliers of `dual`, plus `BARRIER` tau times the sum of their logarithms.
+
+    gap: how far the shared choice, of every head's softmin, is from proving the bound: what it costs more, the limits that it exceeds or
+    leaves unused, at their price, and the rows of worst terms that stay behind the highest.
+    """
+
+    def __init__(self, relaxed: Relaxed, dual: Dual, tau: float) -> None:
+        self.relaxed, self.dual, self.tau = relaxed, dual, tau
+        entries = np.flatnonzero(dual.lead < REACH * tau)
+        heads = entries // dual.lead.shape[1]
+        first = np.searchsorted(heads, np.arange(len(dual.lead) + 1))
+        lead, rows = dual.lead.ravel()[entries] / tau, relaxed.flat.take(entries, axis=0)
+        share, total = _softmin(lead, heads, first)
+        self.value = _value(dual, total, tau)
+        self.gradient = share @ rows - relaxed.limit
+        self.gap = tau * float(share @ lead) + _unbalanced(relaxed, dual.multipliers, self.gradient)
+        share, _ = _softmin(lead / WIDE, heads, first)
+        mean = csr_array((share, np.arange(len(share)), first)) @ rows
+        rows *= np.sqrt(share)[:, None]
+        self.curvature = (rows.T @ rows - mean.T @ mean) / (WIDE * tau)
+
+
+def _unbalanced(relaxed: Relaxed, multipliers: np.ndarray, gradient: np.ndarray) -> float:
+    """The parts of the gap that belong to rows."""
+    each = multipliers * np.abs(gradient)
+    for members, _ in relaxed.groups:
+        each[members] = multipliers[members] * (gradient[members].max() - gradient[members])
+    return float(each.sum())
+
+
+def _softmin(lead: np.ndarray, heads: np.ndarray, first: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Shares of the entries of each head, which begin at `first`, and the sum of exponentials by which they were divided."""
+    share = np.exp(-lead)
+    total = np.add.reduceat(share, first[:-1])
+    return np.asarray(share / total[heads]), total
+
+
+def _value(dual: Dual, total: np.ndarray, tau: float) -> float:
+    """The softened dual with its barrier."""
+    return dual.bound - tau * float(np.log(total).sum()) + BARRIER * tau * float(np.log(dual.multipliers).sum())
+
+
+def _softened(dual: Dual, tau: float) -> float:
+    """The softened dual with its barrier."""
+    entries = np.flatnonzero(dual.lead < REACH * tau)
+    first = np.searchsorted(entries, dual.lead.shape[1] * np.arange(len(dual.lead)))
+    return _value(dual, np.add.reduceat(np.exp(-dual.lead.ravel()[entries] / tau), first), tau)
+
+
+def _newton(soft: _Soft, slack: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Primal-dual Newton steps (K,) of the multipliers, whose groups keep their sums, and of their slacks, which the barrier pulls to
+    `BARRIER` tau / multiplier (Wright, Primal-dual interior-point methods, 1997)."""
+    here, target = soft.dual.multipliers, BARRIER * soft.tau / soft.dual.multipliers
+    # Lengths with proportional spans make the curvature singular; a ridge, scaled per row, bounds the step.
+    ridge = 1e-9 * np.diag(soft.curvature) + np.maximum(slack, 0.1 * target) / here
+    sums = np.zeros((len(here), len(soft.relaxed.groups)))
+    for group, (members, _) in enumerate(soft.relaxed.groups):
+        sums[members, group] = 1.0
+    solved = np.linalg.solve(soft.curvature + np.diag(ridge), np.column_stack([soft.gradient + target, sums]))
+    step, along = solved[:, 0], solved[:, 1:]
+    if len(sums[0]):
+        step = step - along @ np.linalg.solve(sums.T @ along, sums.T @ step)
+    return step, target - slack - slack / here * step
+
+
+def _moved(soft: _Soft, step: np.ndarray) -> tuple[Dual, float]:
+    """The dual after a share of a step, and that share: the largest that keeps multipliers above 0, none growing more than fourfold, and
+    does not lower the softened dual."""
+    here = soft.dual.multipliers
+    share = min(_longest(here, step), 3.0 / max(float((step / here).max()), 3.0))
+    for _ in range(5):
+        found = soft.relaxed.dual(here + share * step)
+        if _softened(found, soft.tau) >= soft.value - 1e-12 * abs(soft.value):
+            break
+        share *= 0.25
+    return found, share
+
+
+def _longest(here: np.ndarray, step: np.ndarray) -> float:
+    """The share of a step, at most 1, that takes no component nearer to 0 than a twentieth of it."""
+    return min(1.0, 0.95 / max(float((-step / here).max()), 0.95))
+
+
+def _free(relaxed: Relaxed) -> np.ndarray:
+    """Multipliers of 0, and equal ones in every group."""
+    multipliers = np.zeros(len(relaxed.limit))
+    for members, weight in relaxed.groups:
+        multipliers[members] = weight / len(multipliers[members])
+    return multipliers
+
+
+def _start(relaxed: Relaxed, free: Dual) -> np.ndarray:
+    """The multipliers of `free`, but for the limits the multiple of 1 with the best bound."""
+    priced = free.multipliers == 0
+    limits = Relaxed(free.reduced, relaxed.rows[..., priced], relaxed.limit[priced])
+    return np.where(priced, _ray(limits, np.ones(len(limits.limit)))[0], free.multipliers)
 
 
 def _ray(relaxed: Relaxed, direction: np.ndarray) -> np.ndarray:
@@ -184,58 +217,13 @@ def _ray(relaxed: Relaxed, direction: np.ndarray) -> np.ndarray:
     return scale * direction
 
 
-def _first_temperature(reduced: np.ndarray) -> float:
-    """Ten times the typical lead of a head's best rule over its second: at this temperature most heads mix several rules."""
-    if reduced.shape[1] < 2:
+def _first_temperature(dual: Dual) -> float:
+    """Ten times the typical lead of a head's best rule over its second, at which most heads mix several rules; at most `HOT` of the bound
+    per head."""
+    if dual.reduced.shape[1] < 2:
         return 1e-9
-    two = np.partition(reduced, 1, axis=1)
+    two = np.partition(dual.reduced, 1, axis=1)
     lead = two[:, 1] - two[:, 0]
     lead = lead[np.isfinite(lead) & (lead > 0)]
-    return max(10 * float(np.median(lead)), 1e-12) if len(lead) else 1e-9
-
-
-class _Moves:
-    """Greedy single-head moves towards (head, rule) entries, given by their flat index."""
-
-    def __init__(
-        self, entries: np.ndarray, choice: np.ndarray, cost: np.ndarray, usage: np.ndarray, limit: np.ndarray, slack: np.ndarray
-    ) -> None:
-        self.choice = choice.copy()
-        self._limit, self._slack = limit, slack
-        self._heads, self._rules = np.divmod(entries, cost.shape[1])
-        self._cost, self._usage = cost[self._heads, self._rules], usage[:, self._heads, self._rules]
-        index = np.arange(len(choice))
-        self._cost_now, self._usage_now = cost[index, choice], usage[:, index, choice]
-
-    def repair(self, steps: int) -> bool:
-        for _ in range(steps):
-            over = np.maximum(self._usage_now.sum(axis=1) - self._limit - self._slack, 0.0)
-            if not over.any():
-                return True
-            change = self._usage - self._usage_now[:, self._heads]
-            # Relief beyond what is needed does not count; exceeding another limit counts against a move.
-            room = self._limit + self._slack - self._usage_now.sum(axis=1)
-            relief = (over[:, None] - np.maximum(change - room[:, None], 0.0)).sum(axis=0)
-            price = np.where(relief > 0, np.maximum(self._cost - self._cost_now[self._heads], 0.0) / np.maximum(relief, 1e-300), np.inf)
-            # Of moves that cost nothing, the one with the most relief: ties cannot loop.
-            best = int(np.lexsort((-relief, price))[0]) if (price == 0).any() else int(price.argmin())
-            if not np.isfinite(price[best]):
-                return False
-            self._take(best)
-        return False
-
-    def improve(self, steps: int) -> None:
-        for _ in range(steps):
-            room = self._limit + self._slack - self._usage_now.sum(axis=1)
-            change = self._usage - self._usage_now[:, self._heads]
-            gain = np.where((change <= room[:, None]).all(axis=0), self._cost_now[self._heads] - self._cost, 0.0)
-            best = int(gain.argmax())
-            if gain[best] <= 1e-15:
-                return
-            self._take(best)
-
-    def _take(self, entry: int) -> None:
-        head = self._heads[entry]
-        self.choice[head] = self._rules[entry]
-        self._cost_now[head] = self._cost[entry]
-        self._usage_now[:, head] = self._usage[:, entry]
+    most = HOT * dual.bound / len(dual.reduced) if dual.bound > 0 else np.inf
+    return float(np.clip(10 * np.median(lead), 1e-12, most)) if len(lead) else 1e-9

@@ -13,8 +13,8 @@ EXACT = 2
 class LayerRelaxed(Relaxed):
     """The dual function when every layer has at most `most` (1 or 2) distinct rules; heads are grouped by layer."""
 
-    def __init__(self, cost: np.ndarray, usage: np.ndarray, limit: np.ndarray, layers: int, most: int) -> None:
-        super().__init__(cost, usage, limit)
+    def __init__(self, cost: np.ndarray, rows: np.ndarray, limit: np.ndarray, layers: int, most: int) -> None:
+        super().__init__(cost, rows, limit)
         self._layers, self._most = layers, most
 
     def dual(self, multipliers: np.ndarray) -> Dual:

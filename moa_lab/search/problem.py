@@ -186,14 +186,14 @@ class Usage:
         self.lengths = tuple(lengths)
         self._dense = np.array([table.dense_tokens(n) for n in self.lengths], dtype=np.float64)
         slots = np.stack([np.repeat(table.slot_tokens(n), table.geometry.kv_heads, axis=0) for n in self.lengths])
-        self._usage = slots / self._dense[:, None, None]
+        self.usage = slots / self._dense[:, None, None]
 
     def limits(self, targets: Mapping[int, float]) -> Limits:
         """The limits of `densities`, whose lengths must be these."""
         asked = np.array([targets[n] for n in self.lengths])
         # Whole tokens: a limit of 0.5 of an odd total must not be exceeded by half a token. 1e-6 for floating-point rounding.
         tokens = np.floor(asked * self._dense + 1e-6)
-        return Limits(self.lengths, asked, self._usage, tokens / self._dense, 0.5 / self._dense)
+        return Limits(self.lengths, asked, self.usage, tokens / self._dense, 0.5 / self._dense)
 
 
 def rules_in_a_layer(table: LossTable, most: int | None) -> int | None:

@@ -21,7 +21,7 @@ ENOUGH = 5
 
 def promising(relaxed: Relaxation, heads: int) -> np.ndarray:
     """The entries of least reduced-cost excess, `CORE_PER_HEAD` per head on average, every head's best among them."""
-    excess = relaxed.dual.reduced - relaxed.dual.reduced.min(axis=1, keepdims=True)
+    excess = relaxed.dual.lead
     return excess <= np.partition(excess, CORE_PER_HEAD * heads, axis=None)[CORE_PER_HEAD * heads]
 
 
@@ -29,7 +29,8 @@ def few_rules(problem: Instance, limits: Limits, relaxed: Relaxation, ceiling: f
     """With few rules per layer: the best dual, and feasible choices within each layer's best rules at multiples of its multipliers."""
     most = problem.max_rules or 1
     cost = weighted_cost(problem, relaxed)
-    dual = polish(LayerRelaxed(cost, limits.usage, limits.limit, problem.layers, most), relaxed.dual.multipliers, ceiling=ceiling)
+    rows = np.moveaxis(limits.usage, 0, -1)
+    dual = polish(LayerRelaxed(cost, rows, limits.limit, problem.layers, most), relaxed.dual.multipliers, ceiling)
     found: list[np.ndarray] = []
     heads = len(cost) // problem.layers
     for price in PRICES:
@@ -79,8 +80,7 @@ def worth_keeping(problem: Instance, relaxed: Relaxation, shared: Dual | None, v
     keep = problem.allowed.copy()
     most = value * (1 + 1e-9) + 1e-12
     if np.isfinite(value):
-        reduced = relaxed.dual.reduced
-        keep &= relaxed.dual.bound + reduced - reduced.min(axis=1, keepdims=True) <= most
+        keep &= relaxed.dual.bound + relaxed.dual.lead <= most
     if problem.max_rules is None and problem.windows is None:
         return keep & ~_dominated(problem, keep)
     # A dominated rule may still be the one that a layer or the model shares.

@@ -12,7 +12,7 @@ import numpy as np
 from moa_lab.cache import allocated_kv_bytes
 from moa_lab.plan import Bits, Plan, check_density, dense_plan, read_mix, share_bought, stored_plan, token_price, told_bits
 from moa_lab.records import LossTable
-from moa_lab.search import BudgetAnswer, Goal, SliderSolver, default_goals, mean_goal, solve_milp
+from moa_lab.search import BudgetAnswer, BudgetSolver, Goal, default_goals, mean_goal, solve_milp
 
 STEP = 0.005
 """Step of the density slider."""
@@ -68,7 +68,7 @@ class Budget:
         self.density = check_density(density)
         self.pinned: dict[tuple[int, int], int] = {}
         self.max_rules: int | None = None
-        self._solver = SliderSolver(table, self.goal)
+        self._solver = BudgetSolver(table, self.goal)
         self._known: OrderedDict[Key, BudgetAnswer] = OrderedDict()
         self.dense_bytes = dense_plan(table.geometry).kv_bytes(self.n_tokens)
         cheapest = np.zeros((table.geometry.layers, table.geometry.kv_heads), dtype=np.int64)

@@ -62,7 +62,8 @@ def greedy_answer(table: LossTable, goal: Goal) -> BudgetAnswer:
 
 def test_a_quick_run_has_every_row_right_and_none_meets(record: BenchRecord) -> None:
     asked = [row.shape["asked"] for row in record]
-    assert asked == ["slider, median", "slider, worst"] * 2 + ["exact"] * 6 + ["front"]
+    assert asked == ["slider, first", "slider, median", "slider, worst"] * 4 + ["exact"] * 12 + ["front"]
+    assert [row.shape["goal"] for row in record][:12:3] == ["mean", "paper", "worst-questions", "worst-others"]
     assert {row.id for row in record} == {"S1"}
     assert all(row.detail["right"] for row in record)
     assert not any(row.meets for row in record)
@@ -126,7 +127,7 @@ def test_right_answers_meet_their_goals(monkeypatch: pytest.MonkeyPatch, trustin
     monkeypatch.setattr(bench, "LEAST_PLANS", 1)
     monkeypatch.setattr(bench, "search", lambda *_: front)
     slider = slider_rows(trusting, goal)
-    assert [row.meets for row in (exact, *slider, front_row(trusting))] == [True] * 4
+    assert [row.meets for row in (exact, *slider, front_row(trusting))] == [True] * 5
 
 
 def test_a_slider_whose_gap_is_too_wide_does_not_meet(monkeypatch: pytest.MonkeyPatch, trusting: SearchBench) -> None:
@@ -141,7 +142,7 @@ def test_a_slider_that_ignores_the_budget_never_meets(monkeypatch: pytest.Monkey
     exact_row(trusting, goal, DENSITY)
     monkeypatch.setattr(BudgetSolver, "solve", lambda *_: greedy_answer(trusting.table, goal))
     rows = slider_rows(trusting, goal)
-    assert [(row.meets, row.detail["right"]) for row in rows] == [(False, False)] * 2
+    assert [(row.meets, row.detail["right"]) for row in rows] == [(False, False)] * 3
     assert all(row.ratio is not None and row.ratio < 1 for row in rows)
 
 

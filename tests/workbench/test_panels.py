@@ -15,7 +15,7 @@ from moa_lab.capacity import estimated_weights_bytes
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan, uniform_plan
 from moa_lab.records import LossTable, Measurements
-from moa_lab.search import SliderSolver
+from moa_lab.search import BudgetSolver
 from moa_lab.workbench import Workbench
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.export_panel import ExportPanel
@@ -266,14 +266,14 @@ def test_an_export_goes_on_beside_its_panel_and_can_be_cancelled(table: LossTabl
     panel = ExportPanel(State(table=table, plan=plan, n_tokens=1024), tmp_path)
     for box in panel.formats:
         box.value = box.description in ("config card", "desk page")
-    entered, gate, solve = threading.Event(), threading.Event(), SliderSolver.solve
+    entered, gate, solve = threading.Event(), threading.Event(), BudgetSolver.solve
 
-    def slow(self: SliderSolver, *given: object) -> object:
+    def slow(self: BudgetSolver, *given: object) -> object:
         entered.set()
         assert gate.wait(30)
         return solve(self, *given)
 
-    monkeypatch.setattr(SliderSolver, "solve", slow)
+    monkeypatch.setattr(BudgetSolver, "solve", slow)
     press(panel, "Export")
     assert entered.wait(30)
     panel.state.set(plan=uniform_plan(table.geometry, 0.25))

@@ -10,7 +10,7 @@ import numpy as np
 from moa_lab.evaluate.recommend import Option
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Front, LossTable, Measurement
-from moa_lab.search import SliderSolver, default_goals, mean_goal
+from moa_lab.search import BudgetSolver, default_goals, mean_goal
 from moa_lab.search.problem import limit_lengths
 
 STEP = 0.025
@@ -45,7 +45,7 @@ def budget_stops(table: LossTable, step: float = STEP, progress: Progress = _sil
     """
     if not 0 < step <= 0.5:
         raise ValueError(f"step must be a share above 0 and at most 0.5, got {step}")
-    solver = SliderSolver(table, mean_goal(default_goals(table)))
+    solver = BudgetSolver(table, mean_goal(default_goals(table)))
     lengths = limit_lengths(table)
     shortest = np.zeros((table.geometry.layers, table.geometry.kv_heads), dtype=np.int64)
     shortest += np.argmin(table.span_tokens(max(lengths)).sum(axis=0))
