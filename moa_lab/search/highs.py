@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, hstack
 
 IN_PROCESS_S = 1.0
 """A cancellable model first runs this long in this process: most finish, and starting a child takes as long."""
@@ -24,7 +24,7 @@ IN_PROCESS_ENTRIES = 50_000
 @dataclass(frozen=True)
 class Model:
     """Minimise `objective . x` with `low <= matrix x <= high`; the first `binaries` variables are 0 or 1, all others at least 0, and the
-    next `integers` whole."""
+    next `integers` whole. offset: added to the objective."""
 
     objective: np.ndarray
     binaries: int
@@ -32,6 +32,7 @@ class Model:
     low: np.ndarray
     high: np.ndarray
     integers: int = 0
+    offset: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -72,27 +73,30 @@ def _solve_here(model: Model, time_limit_s: float, mip_gap: float) -> Outcome:
 
 def _call(model: Model, time_limit_s: float, mip_gap: float, presolve: bool) -> Outcome:
     """One call of HiGHS; status "trouble" where the solver itself failed."""
-    variables = len(model.objective)
-    upper = np.where(np.arange(variables) < model.binaries, 1.0, np.inf)
+    # scipy passes no offset, to which a relative gap must refer too: the last variable is 1.
+    index = np.arange(len(model.objective) + 1)
+    last = index == len(model.objective)
+    upper = np.where((index < model.binaries) | last, 1.0, np.inf)
     result = milp(
-        model.objective,
-        integrality=(np.arange(variables) < model.binaries + model.integers).astype(int),
-        bounds=Bounds(0.0, upper),
-        constraints=LinearConstraint(model.matrix, model.low, model.high),
+        np.append(model.objective, model.offset),
+        integrality=(index < model.binaries + model.integers).astype(int),
+        bounds=Bounds(last.astype(float), upper),
+        constraints=LinearConstraint(hstack([model.matrix, csr_array((len(model.low), 1))], format="csr"), model.low, model.high),
         options={"time_limit": time_limit_s, "mip_rel_gap": mip_gap, "presolve": presolve},
     )
     # scipy: 0 optimal, 1 iteration or time limit, 2 infeasible, 3 unbounded, 4 other.
     status = {0: "optimal", 1: "time_limit", 2: "infeasible"}.get(result.status, "trouble")
     bound = getattr(result, "mip_dual_bound", None)
-    return Outcome(status, result.x, float(bound) if bound is not None and np.isfinite(bound) else -np.inf)
+    x = None if result.x is None else result.x[:-1]
+    return Outcome(status, x, float(bound) if bound is not None and np.isfinite(bound) else -np.inf)
 
 
 def _solve_apart(model: Model, time_limit_s: float, mip_gap: float, cancel: threading.Event) -> Outcome:
     with tempfile.TemporaryDirectory(prefix="moa-lab-") as folder:
         question, answer = Path(folder, "model.npz"), Path(folder, "outcome.npz")
         np.savez(
-            question, objective=model.objective, binaries=model.binaries, integers=model.integers, low=model.low, high=model.high,
-            data=model.matrix.data, indices=model.matrix.indices, indptr=model.matrix.indptr,
+            question, objective=model.objective, binaries=model.binaries, integers=model.integers, offset=model.offset,
+            low=model.low, high=model.high, data=model.matrix.data, indices=model.matrix.indices, indptr=model.matrix.indptr,
             time_limit_s=time_limit_s, mip_gap=mip_gap,
         )  # fmt: skip
         # Not multiprocessing: its spawn imports the caller's script again, which fails without a main guard.
@@ -131,7 +135,8 @@ def answer(question: str, target: str) -> None:
     with np.load(question, allow_pickle=False) as data:
         shape = (len(data["low"]), len(data["objective"]))
         matrix = csr_array((data["data"], data["indices"], data["indptr"]), shape=shape)
-        model = Model(data["objective"], int(data["binaries"]), matrix, data["low"], data["high"], int(data["integers"]))
+        whole, offset = (int(data["binaries"]), int(data["integers"])), float(data["offset"])
+        model = Model(data["objective"], whole[0], matrix, data["low"], data["high"], whole[1], offset)
         outcome = _solve_here(model, float(data["time_limit_s"]), float(data["mip_gap"]))
     x = np.array([]) if outcome.x is None else outcome.x
     np.savez(target, x=x, status=outcome.status, bound=outcome.bound)

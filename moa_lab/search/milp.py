@@ -11,6 +11,7 @@ import numpy as np
 
 from moa_lab.records import LossTable
 from moa_lab.search import highs
+from moa_lab.search.exchange import exchange
 from moa_lab.search.goals import Goal
 from moa_lab.search.instance import Cap, Instance, highest_value, limit_pairs, what_binds, with_caps
 from moa_lab.search.lagrange import Dual
@@ -27,9 +28,9 @@ from moa_lab.search.problem import (
     rules_in_a_layer,
     terms,
 )
-from moa_lab.search.program import decode, program
+from moa_lab.search.program import condensed, decode, program
 from moa_lab.search.reduction import CORE_PER_HEAD, few_rules, few_windows, promising, weighted_cost, worth_keeping
-from moa_lab.search.relaxation import relative_gap, relax
+from moa_lab.search.relaxation import THOROUGH, Relaxation, relative_gap, relax
 from moa_lab.search.windows import windows_of
 
 EFFORT = 2
@@ -125,32 +126,58 @@ def _solve(
     if relative_gap(value, bound) <= mip_gap and known is not None:
         return "optimal", known, bound
     keep = worth_keeping(problem, relaxed, shared, value)
-    scale = 10 / (value if np.isfinite(value) else max(bound, 1e-6))
-    if near.any() or (problem.max_rules is None and problem.windows is None and keep.sum() > CORE_PER_HEAD * len(keep)):
+    scale = 10 / max(value if np.isfinite(value) else bound, 1e-6)
+    free = problem.max_rules is None and problem.windows is None
+    if near.any() or (free and keep.sum() > CORE_PER_HEAD * len(keep)):
         # The most promising entries are solved first: a better known choice rules out more of the full program.
         core = keep & (near if near.any() else promising(relaxed, len(keep)))
-        model, entries = program(problem, core, scale)
         left = time_limit_s - (time.perf_counter() - began)
-        outcome = highs.solve(model, time_limit_s=max(left / 3, 0.1), mip_gap=mip_gap, cancel=cancel)
-        known = _improved(problem, known, outcome.x, entries)
+        outcome = _program(problem, core, scale, relaxed, max(left / 3, 0.1), mip_gap, cancel)
+        known = _improved(problem, known, outcome.choice)
+        if free and known is not None:
+            known = _improved(problem, known, exchange(problem.goal, within, relaxed.relaxed, relaxed.dual, known, THOROUGH))
+            # A choice with another entry costs that entry's lead more than the bound at least.
+            bound = max(bound, min(outcome.bound, relaxed.dual.bound + relaxed.dual.lead[keep & ~core].min(initial=np.inf)))
         value = problem.goal.value(known) if known is not None else np.inf
         if outcome.status == "cancelled" or (known is not None and relative_gap(value, bound) <= mip_gap):
             return ("cancelled" if outcome.status == "cancelled" else "optimal"), known, bound
         keep = worth_keeping(problem, relaxed, shared, value)
-    model, entries = program(problem, keep, scale)
     left = max(time_limit_s - (time.perf_counter() - began), 0.1)
-    outcome = highs.solve(model, time_limit_s=left, mip_gap=mip_gap, cancel=cancel)
+    outcome = _program(problem, keep, scale, relaxed, left, mip_gap, cancel)
     if outcome.status == "infeasible":
         # Reduced-cost fixing keeps every choice better than the known one: when none is left, the known one is optimal.
         return ("infeasible", None, bound) if known is None else ("optimal", known, value)
-    bound = max(bound, min(outcome.bound / scale, value))
-    return outcome.status, _improved(problem, known, outcome.x, entries), bound
+    bound = max(bound, min(outcome.bound, value))
+    return outcome.status, _improved(problem, known, outcome.choice), bound
 
 
-def _improved(problem: Instance, known: np.ndarray | None, x: np.ndarray | None, entries: np.ndarray) -> np.ndarray | None:
-    """The solver's choice where it is feasible and better than the known one."""
-    if x is None:
+@dataclass(frozen=True)
+class _Outcome:
+    """`highs.Outcome` with the choice (heads,), feasible or not, and the bound of the goal's value."""
+
+    status: str
+    choice: np.ndarray | None
+    bound: float
+
+
+def _program(
+    problem: Instance, keep: np.ndarray, scale: float, relaxed: Relaxation, seconds: float, mip_gap: float, cancel: threading.Event | None
+) -> _Outcome:
+    """What HiGHS finds among the entries `keep`."""
+    model, entries = program(problem, keep, scale)
+    if problem.max_rules is None and problem.windows is None:
+        short = condensed(model, entries, relaxed.dual.lead)
+        outcome = highs.solve(short.model, time_limit_s=seconds, mip_gap=mip_gap, cancel=cancel)
+        x = short.whole(outcome.x)
+    else:
+        outcome = highs.solve(model, time_limit_s=seconds, mip_gap=mip_gap, cancel=cancel)
+        x = outcome.x
+    return _Outcome(outcome.status, None if x is None else decode(x, entries, problem.allowed.shape), outcome.bound / scale)
+
+
+def _improved(problem: Instance, known: np.ndarray | None, found: np.ndarray | None) -> np.ndarray | None:
+    """The choice `found` where it is feasible and better than the known one."""
+    if found is None:
         return known
-    found = decode(x, entries, problem.allowed.shape)
     better = known is None or problem.goal.value(found) < problem.goal.value(known)
     return found if better and problem.met_by(found) else known

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, vstack
 
 from moa_lab.search import highs
 from moa_lab.search.instance import Instance
@@ -61,6 +63,44 @@ def program(problem: Instance, keep: np.ndarray, scale: float) -> tuple[highs.Mo
         objective[top[term.objective]] = term.weight
     matrix, low, high = rows.build()
     return highs.Model(objective, binaries, matrix, low, high, integers), np.stack([heads, rules])
+
+
+@dataclass(frozen=True)
+class Condensed:
+    """A program without a variable for one entry of every head, which is what the others leave: fewer columns, and a row only for heads
+    with several others. The whole program's variables are `first + others @ y`."""
+
+    model: highs.Model
+    first: np.ndarray
+    others: csr_array
+
+    def whole(self, y: np.ndarray | None) -> np.ndarray | None:
+        """The whole program's variables for those of the condensed one."""
+        return None if y is None else np.asarray(self.first + self.others @ y)
+
+
+def condensed(model: highs.Model, entries: np.ndarray, lead: np.ndarray) -> Condensed:
+    """The program with every head's entry of the smallest `lead` (heads, R) left out; its first rows must be those that give every head one
+    entry, and it must have no limit on rules or windows."""
+    heads, rules = entries
+    order = np.lexsort((lead[heads, rules], heads))
+    left = order[np.searchsorted(heads[order], np.arange(len(lead)))]
+    kept = np.setdiff1d(np.arange(len(model.objective)), left)
+    chosen = kept[: len(heads) - len(left)]
+    place = np.arange(len(kept))
+    rows = np.append(kept, left[heads[chosen]])
+    values = np.append(np.ones(len(kept)), -np.ones(len(chosen)))
+    others = csr_array((values, (rows, np.append(place, place[: len(chosen)]))), shape=(len(model.objective), len(kept)))
+    first = np.zeros(len(model.objective))
+    first[left] = 1.0
+    several = model.matrix[: len(lead)][:, kept]
+    several = several[np.diff(several.indptr) > 1]
+    matrix = vstack([(model.matrix @ others)[len(lead) :], several], format="csr")
+    base = (model.matrix @ first)[len(lead) :]
+    low = np.append(model.low[len(lead) :] - base, np.zeros(several.shape[0]))
+    high = np.append(model.high[len(lead) :] - base, np.ones(several.shape[0]))
+    shorter = highs.Model(others.T @ model.objective, len(chosen), matrix, low, high, offset=float(model.objective @ first))
+    return Condensed(shorter, first, others)
 
 
 def _add_windows(
