@@ -12,7 +12,7 @@ from moa_lab.search.problem import Limits
 from moa_lab.search.relaxation import Relaxation, relax, weighted
 from moa_lab.search.windows import best_classes
 
-CORE_PER_HEAD = 4
+CORE_PER_HEAD = 2
 PRICES = (0.97, 1.0, 1.03, 1.1, 1.25, 1.6, 2.5, 8.0, 64.0, 1e4)
 """Multiples of a dual's multipliers at which shared rules are chosen: at the highest the shortest rules win."""
 ENOUGH = 5

@@ -14,8 +14,10 @@ from moa_lab.search.rounding import fit
 
 CLOSE = 1e-4
 """As `GAP`, where the dual is polished afterwards."""
-THOROUGH = 8
+THOROUGH = 4
 """Effort of exchanges where no slider waits."""
+STARTS = (1, 2, 4)
+"""Efforts of the greedy moves whose choices are all exchanged then, as none is better in general."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def relax(goal: Terms, limits: Limits, allowed: np.ndarray, effort: int = 1, row
         single = Relaxed(relaxed.cost.astype(np.float32), rows.single, limit, groups)
         return _rounded(goal, limits, relaxed, relaxed.dual(ascend(single).multipliers), effort)
     dual = ascend(relaxed, CLOSE)
-    found = _rounded(goal, limits, relaxed, dual, effort)
+    found = _rounded(goal, limits, relaxed, dual, 1)
     if found.bound >= found.value:
         return found
     later = _rounded(goal, limits, relaxed, polish(relaxed, dual.multipliers), effort)
@@ -81,9 +83,12 @@ def _rounded(goal: Terms, limits: Limits, relaxed: Relaxed, joint: Dual, effort:
     dual = Dual(joint.multipliers[:count], joint.bound, joint.reduced)
     weights = [joint.multipliers[members] / weight for members, weight in relaxed.groups]
     cost = dual.reduced - np.tensordot(dual.multipliers, limits.usage, axes=1)
-    choice = min(fit(dual, cost, limits.usage, limits.limit, limits.slack, effort), key=goal.value, default=None)
-    if choice is not None:
-        choice = exchange(goal, limits, relaxed, joint, choice, 1 if effort == 1 else THOROUGH)
+    moved = STARTS if effort > 1 else (1,)
+    choices = [choice for moves in moved for choice in fit(dual, cost, limits.usage, limits.limit, limits.slack, moves)]
+    if effort == 1:
+        choices = sorted(choices, key=goal.value)[:1]
+    choices = [exchange(goal, limits, relaxed, dual, choice, 1 if effort == 1 else THOROUGH) for choice in choices]
+    choice = min(choices, key=goal.value, default=None)
     value = np.inf if choice is None else goal.value(choice)
     # A bound above the value is rounding error.
     return Relaxation(choice, value, min(dual.bound, value), dual, weights, relaxed)
