@@ -8,13 +8,12 @@ from pathlib import Path
 
 import ipywidgets as w
 
-from moa_lab.engines import ENGINES as KNOWN
-from moa_lab.engines import engine_table
+from moa_lab.engines import ENGINES, engine_table
 from moa_lab.plan import Plan
 from moa_lab.workbench.desk_page import desk_records
 from moa_lab.workbench.exporting import FORMATS, Sources, export, known_of
 from moa_lab.workbench.jobs import Handle
-from moa_lab.workbench.launching import ENGINES, launch
+from moa_lab.workbench.launching import LAUNCHERS, launch
 from moa_lab.workbench.state import State
 from moa_lab.workbench.tracing import Tracing
 from moa_lab.workbench.widgets import Errors, Work, button, choice, grid, row
@@ -29,7 +28,7 @@ class ExportPanel:
         self.name = w.Text("my_plan", description="name")
         self.folder.add_class("moa-export-folder")
         self.name.add_class("moa-export-name")
-        self.engine = choice("to run with", list(ENGINES), "export-engine", "260px")
+        self.engine = choice("to run with", list(LAUNCHERS), "export-engine", "260px")
         self.formats = [
             w.Checkbox(kind == "config card", description=kind, indent=False, layout=w.Layout(width="auto")) for kind in FORMATS
         ]
@@ -82,7 +81,7 @@ class ExportPanel:
         """Tell what known engines allocate for the plan."""
         if self.state.plan is None:
             raise ValueError("no plan is chosen: move the density, or click a plan of the front")
-        (header, *rows), refused = engine_table(self.state.plan, KNOWN.values(), [self.state.n_tokens])
+        (header, *rows), refused = engine_table(self.state.plan, ENGINES.values(), [self.state.n_tokens])
         told = "".join(f"<div>{html.escape(name)} does not hold it: {html.escape(why)}</div>" for name, why in refused.items())
         note = "rounded: its heads keep more than the plan says; <code>moa-lab run --engine NAME</code> finds plans of which none does."
         self.engines.value = f"{grid(header, rows)}{told}<div>{note}</div>"
@@ -90,7 +89,7 @@ class ExportPanel:
     def _choose_engine(self) -> None:
         """Tick the files that the engine reads."""
         for kind, box in zip(FORMATS, self.formats, strict=True):
-            if kind in ENGINES[self.engine.value].needs:
+            if kind in LAUNCHERS[self.engine.value].needs:
                 box.value = True
         self._tell()
 
@@ -107,7 +106,7 @@ class ExportPanel:
 
     def _launched(self, plan: Plan) -> str:
         """How the chosen engine runs the exported plan, or why it does not take it."""
-        engine = ENGINES[self.engine.value]
+        engine = LAUNCHERS[self.engine.value]
         try:
             command = launch(self.engine.value, plan, Path(self.folder.value) / f"{self.name.value}.json", self.state.n_tokens)
         except ValueError as error:

@@ -14,7 +14,7 @@ MODEL = "smollm2"
 
 
 @dataclass(frozen=True)
-class Engine:
+class Launcher:
     """needs: formats of `moa_lab.workbench.exporting.FORMATS`. note: what to know, in a sentence. launch: from the plan, the config card's
     path and a length in tokens to a shell command. check: raises ValueError for a plan that the engine does not take.
     """
@@ -40,15 +40,15 @@ def _published(plan: Plan, card: Path, n_tokens: int) -> str:
     return f"moa-lab show {shlex.quote(str(card.with_suffix('.published.json')))}"
 
 
-ENGINES = {
-    "transformers": Engine(
+LAUNCHERS = {
+    "transformers": Launcher(
         ("config card", "Python snippet"), "The snippet loads the model and generates over the ring cache.", _python, lambda plan: None
     ),
-    "vLLM": Engine(
+    "vLLM": Launcher(
         ("config card",), 'An OpenAI-compatible server, in an environment with pip install "moa-lab[serve]"; on a CPU so far.', _served,
         lambda plan: plan.check_untouched("serving"),
     ),
-    "the authors' code": Engine(
+    "the authors' code": Launcher(
         ("published {alphas, betas}",), "Their format holds a rule per query head; the command says what is in the file.", _published,
         lambda plan: plan.to_published(),
     ),
@@ -62,7 +62,7 @@ def launch(engine: str, plan: Plan, card: str | Path, n_tokens: int) -> str:
     n_tokens: the length at which a server fixes spans that grow. Raises ValueError for an unknown engine, and for a plan that it does not
     take.
     """
-    if engine not in ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
-    ENGINES[engine].check(plan)
-    return ENGINES[engine].launch(plan, Path(card), n_tokens)
+    if engine not in LAUNCHERS:
+        raise ValueError(f"engine must be one of {', '.join(LAUNCHERS)}, got {engine!r}")
+    LAUNCHERS[engine].check(plan)
+    return LAUNCHERS[engine].launch(plan, Path(card), n_tokens)

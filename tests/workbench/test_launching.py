@@ -15,13 +15,13 @@ from moa_lab.plan import SpanRule, dense_plan, uniform_plan
 from moa_lab.provenance import Provenance
 from moa_lab.workbench.export_panel import ExportPanel
 from moa_lab.workbench.exporting import FORMATS
-from moa_lab.workbench.launching import ENGINES, launch
+from moa_lab.workbench.launching import LAUNCHERS, launch
 from moa_lab.workbench.state import State
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", LAUNCHERS)
 def test_an_engine_reads_formats_that_are_written_and_its_command_is_one_that_there_is(engine: str) -> None:
-    assert set(ENGINES[engine].needs) <= set(FORMATS)
+    assert set(LAUNCHERS[engine].needs) <= set(FORMATS)
     words = shlex.split(launch(engine, make_plan(), Path("out") / "my_plan.json", 2048))
     if words[0] != "moa-lab":
         assert words == ["cd", "out", "&&", "python", "my_plan.py"]
