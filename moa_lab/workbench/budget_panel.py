@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import ipywidgets as w
 import numpy as np
 
-from moa_lab.figures import largest_first, long_range_influence, span_map
-from moa_lab.figures.order import in_order
-from moa_lab.figures.plan import span_details
-from moa_lab.figures.theme import OUTLINE
 from moa_lab.plan import Plan
 from moa_lab.search import limit_lengths
 from moa_lab.workbench.ahead import Ahead
 from moa_lab.workbench.budget import STEP, Answer, Budget
 from moa_lab.workbench.budget_facts import kept, predicted
-from moa_lab.workbench.canvas import HALF, Canvas, ring
+from moa_lab.workbench.canvas import HALF
 from moa_lab.workbench.curves import MeasuredCurves
-from moa_lab.workbench.finding import find_head
-from moa_lab.workbench.heads import INFLUENCE, NUMBER, SPAN
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measuring import Measuring
 from moa_lab.workbench.on_gpu import OnGpu
+from moa_lab.workbench.spans_map import SpansMap, is_large
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, number, row, side_by_side, whole
 
 MIB = 2**20
-LARGE = 1000
-"""Heads of a model from which on the slider takes steps of `LARGE_STEP`, and densities are solved before it gets there."""
 LARGE_STEP = 0.01
-LARGE_MAP = 660
-"""Pixels across of its map."""
+"""The slider's step for a large model, of which densities are solved before the slider gets there."""
 BITS = [("16 bits", "16"), ("8 bits", "8"), ("K in 8, V in 4 bits", "8+4"), ("4 bits", "4")]
 
 
@@ -46,7 +37,7 @@ class BudgetPanel:
         lengths = limit_lengths(state.table)
         self.budget = Budget(state.table, density, state.n_tokens if state.n_tokens in lengths else None)
         geometry = state.table.geometry
-        self._is_large = geometry.layers * geometry.kv_heads >= LARGE
+        self._is_large = is_large(geometry)
         self._step = LARGE_STEP if self._is_large else STEP
         self._ahead = Ahead(lambda density: self.budget.solve(density))
         self.slider = w.FloatSlider(
@@ -61,29 +52,18 @@ class BudgetPanel:
         self.bits = choice("stored in", BITS, "budget-bits", "230px")
         self._answer: Answer | None = None
         self.served = OnGpu(state, "budget", self.errors.guard(self._tell))
-        orders = [NUMBER, SPAN, *([INFLUENCE] if state.profile is not None else [])]
-        self.order = choice("heads by", orders, "budget-order", "230px")
-        self.find = w.Text(placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="170px"))
-        self.find.add_class("moa-budget-find")
+        self.map = SpansMap(state, geometry, self.errors, "spans", find="budget-find", order="budget-order")
         self.layer = whole("layer", state.layer, 0, geometry.layers - 1, "layer", "120px")
         self.head = whole("KV head", state.kv_head, 0, geometry.kv_heads - 1, "kv-head", "130px")
         self.span = whole("span (tokens)", self.budget.n_tokens // 2, 1, max(lengths), "pin-span", "180px")
         self.rules = whole("rules per layer (0: any)", 0, 0, len(state.table.rules), "max-rules", "230px")
         full, to_span = button("Pin to full", "pin-full"), button("Pin to span", "pin-to-span")
         release, release_all = button("Release", "release"), button("Release all", "release-all")
-        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(flex="1 1 330px", max_width="440px"))
+        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(flex="0 1 372px"))
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
-        self.canvas = Canvas(
-            "spans",
-            LARGE_MAP if self._is_large else HALF,
-            self.errors.guard(self._clicked),
-            on_hover=self.errors.guard(self._hovered),
-            keys=True,
-        )
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
         self.curves = MeasuredCurves(state, self.errors, measuring)
-        self._look: tuple[object, ...] = ()
         self._moving = False
 
         self.slider.observe(self.errors.guard(lambda change: self.solve(change["new"])), "value")
@@ -94,27 +74,27 @@ class BudgetPanel:
         self.layer.observe(self.errors.guard(lambda change: state.set(layer=change["new"])), "value")
         self.head.observe(self.errors.guard(lambda change: state.set(kv_head=change["new"])), "value")
         self.bits.observe(self.errors.guard(self._new_bits), "value")
-        self.order.observe(self.errors.guard(lambda _: self._draw()), "value")
-        self.find.observe(self.errors.guard(lambda change: self._find(change["new"])), "value")
         self.rules.observe(self.errors.guard(self._new_rules), "value")
         full.on_click(self.errors.guard(lambda _: self._pin(None)))
         to_span.on_click(self.errors.guard(lambda _: self._pin(self.span.value)))
         release.on_click(self.errors.guard(lambda _: self._release(all_heads=False)))
         release_all.on_click(self.errors.guard(lambda _: self._release(all_heads=True)))
         state.watch_in("Budget", ["layer", "kv_head"], self._select)
-        self._redraw = state.watch_in("Budget", ["dark"], self._draw)
+        self._redraw = state.watch_in("Budget", ["dark"], self.map.draw)
         self.works = (self.exact, self._ahead, self.curves.work)
-        figures = side_by_side(self.canvas.box, self.curves.box)
-        # One below the other on a laptop, side by side on a wide screen.
+        pinning = row(self.layer, self.head, full, self.span, to_span, release, release_all)
+        mapped = w.VBox([self.map.canvas.box, pinning, self.pins], layout=w.Layout(width=self.map.canvas.box.layout.width))
+        figures = side_by_side(mapped, self.curves.box)
+        # Side by side on a wide screen, one below the other on a laptop; all that the facts leave is theirs.
         figures.layout.flex = f"1 1 {HALF}px"
+        looked_at = side_by_side(figures, self.facts)
+        looked_at.add_class("moa-budget")
         self.box = w.VBox(
             [
                 self.slider,
-                row(self.number, self.mib, self.mean, self.length, self.bits, self.order, self.find),
+                row(self.number, self.mib, self.mean, self.length, self.bits, self.map.order, self.map.find),
                 self.errors.box,
-                side_by_side(figures, self.facts),
-                row(self.layer, self.head, full, self.span, to_span, release, release_all),
-                self.pins,
+                looked_at,
                 self.served.box,
                 row(self.rules, self.exact.box),
             ]
@@ -142,16 +122,15 @@ class BudgetPanel:
         self._tell()
         pins = [f"layer {layer}, KV head {head}: {self._span(rule, layer):,} tokens" for (layer, head), rule in self.budget.pinned.items()]
         self.pins.value = f"pinned: {'; '.join(pins)}" if pins else "no head is pinned"
+        self.map.show(answer.plan, answer.spans, self.budget.n_tokens, self.budget.pinned)
         self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
         self._redraw()
         # After the map: the page draws in this order.
         self.curves.mark(answer.density)
 
     def step(self, layers: int, rows: int) -> None:
-        """Choose the head so many layers to the right and rows down on the map, or the last one on the way."""
-        geometry, order = self.budget.table.geometry, None if self._answer is None else self._order(self._answer)
-        row = min(max(_row(order, self.state.layer, self.state.kv_head) + rows, 0), geometry.kv_heads - 1)
-        self._clicked((row, min(max(self.state.layer + layers, 0), geometry.layers - 1)))
+        """As `SpansMap.step`."""
+        self.map.step(layers, rows)
 
     def toggle_pin(self) -> None:
         """Pin the selected head to everything, or release it where it is pinned."""
@@ -180,59 +159,6 @@ class BudgetPanel:
             known = answer.kv_bytes if self.served.n_tokens == self.budget.n_tokens else None
             self.facts.value = facts([*kept(answer, self.budget), *self.served.told(answer.plan, known), *predicted(answer)])
 
-    def _draw(self) -> None:
-        if self._answer is None:
-            return
-        order, n = self._order(self._answer), self.budget.n_tokens
-        pinned = list(self.budget.pinned)
-        places = [
-            {"x": [layer for layer, _ in pinned], "y": [_row(order, *head) for head in pinned]},
-            {"x": [self.state.layer], "y": [_row(order, self.state.layer, self.state.kv_head)]},
-        ]
-        look = (n, self.order.value, self.state.dark)
-        if look == self._look:
-            grids = {"z": in_order(self._answer.spans, order).T}
-            if not self._is_large:
-                grids["customdata"] = span_details(self._answer.plan, self._answer.spans, n, order)
-            elif order is not None:
-                grids["customdata"] = order.T
-            self.canvas.recolour(grids, places)
-            return
-        fig = span_map(self._answer.plan, n, order=order, by=self.order.value, detailed=not self._is_large)
-        fig.update_layout(title_text=f"Span of every KV head at {n:,} tokens", showlegend=False)
-        cross = {"symbol": "x-thin-open", "size": 11, "color": OUTLINE, "line": {"width": 2, "color": OUTLINE}}
-        fig.add_scatter(**places[0], mode="markers", name="pinned", marker=cross, hoverinfo="skip")
-        fig.add_scatter(**{**ring(0, 0), **places[1]})
-        self.canvas.draw(fig, self.state.dark)
-        self._look = look
-
-    def _clicked(self, place: Any) -> None:
-        layer, kv_head = self._head_at(place)
-        self.state.set(layer=layer, kv_head=kv_head)
-
-    def _hovered(self, place: Any) -> None:
-        self.state.set(hovered=None if place is None else self._head_at(place))
-
-    def _head_at(self, place: Any) -> tuple[int, int]:
-        """The head of a (row, layer) of the map."""
-        row, layer = (int(index) for index in place)
-        order = None if self._answer is None else self._order(self._answer)
-        return layer, row if order is None else int(order[layer, row])
-
-    def _order(self, answer: Answer) -> np.ndarray | None:
-        """The heads of every layer from the first row of the map to the last, (layers, kv_heads); None: by number."""
-        if self.order.value == NUMBER:
-            return None
-        if self.order.value == INFLUENCE and self.state.profile is not None:
-            return largest_first(long_range_influence(self.state.profile, self.state.task, self.state.length, pool="sum"))
-        return largest_first(answer.spans)
-
-    def _find(self, text: str) -> None:
-        if text.strip():
-            geometry = self.budget.table.geometry
-            layer, kv_head = find_head(text, geometry.layers, geometry.kv_heads)
-            self.state.set(layer=layer, kv_head=kv_head)
-
     def _solve_ahead(self) -> None:
         """Of a large model, where solving takes longer than a slider may: the slider's other steps, the nearest first."""
         if self._is_large:
@@ -246,7 +172,7 @@ class BudgetPanel:
 
     def _select(self) -> None:
         self.layer.value, self.head.value = self.state.layer, self.state.kv_head
-        self._draw()
+        self.map.draw()
 
     def _pin(self, tokens: int | None) -> None:
         self.budget.pin(self.state.layer, self.state.kv_head, tokens)
@@ -293,8 +219,3 @@ class BudgetPanel:
     @property
     def _dense_mib(self) -> float:
         return self.budget.dense_bytes / MIB
-
-
-def _row(order: np.ndarray | None, layer: int, kv_head: int) -> int:
-    """The row of the map that shows a head."""
-    return kv_head if order is None else int(np.flatnonzero(order[layer] == kv_head)[0])

@@ -48,7 +48,7 @@ class Workbench:
         self.dark = w.ToggleButton(description="dark figures", value=state.dark, layout=w.Layout(width="auto"))
         self.run = w.Combobox(
             value=str(run or ""), options=[named(path) for path in known_runs()], description="run", placeholder="a run's folder",
-            layout=w.Layout(width="420px"), style={"description_width": "initial"},
+            layout=w.Layout(width="380px"), style={"description_width": "initial"},
         )  # fmt: skip
         self.run.add_class("moa-run")
         self.model = w.Text(

@@ -15,11 +15,19 @@ from moa_lab.workbench.jobs import Handle, Job
 P = ParamSpec("P")
 
 STYLE = """<style>
-.moa-bench { max-width: 1780px; }
+.moa-bench { max-width: 1780px; container-type: inline-size; }
 .moa-bench .widget-tab > .lm-TabBar .lm-TabBar-tab { flex: 0 1 auto; }
-.moa-head-line { line-height: 1.4; min-height: 2.9em; }
-.moa-head-line .widget-html-content { white-space: normal; }
-.moa-keys:focus-visible { outline: 2px solid #ff5c39; outline-offset: 1px; }
+.moa-head-line { min-height: 2.9em; }
+.moa-head-line .widget-html-content { white-space: normal; line-height: 1.4; }
+/* Where nothing fits beside the map, what a density keeps and loses comes right below it, and not a screen further down. */
+@container (max-width: 920px) {
+  .moa-budget > .widget-hbox { display: contents; }
+  .moa-budget > .widget-hbox > :last-child { order: 1; }
+  .moa-budget > .moa-budget-facts { flex-basis: 100% !important; }
+}
+.moa-budget-facts th { white-space: nowrap; }
+.moa-pins .widget-html-content { white-space: normal; line-height: 1.4; }
+.moa-keys:focus-visible { outline: 2px solid #ff5c39; outline-offset: -2px; }
 .moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }
 .moa-worse p { margin: 0; max-width: 860px; line-height: 1.4; }
 .moa-facts table, .moa-history table { border-collapse: collapse; font-variant-numeric: tabular-nums; }

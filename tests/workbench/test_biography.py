@@ -206,7 +206,7 @@ def test_keys_move_the_selected_head_on_the_map_in_front_and_space_pins_it() -> 
     bench.press("right")
     assert (bench.state.layer, heads.heads.row()) == (2, before), "rows are those that are shown"
     bench.show("Budget")
-    budget.order.value = "span, longest first"
+    budget.map.order.value = "span, longest first"
     bench.state.set(layer=29, kv_head=int(budget._answer.spans[29].argmax()))
     bench.press("right")
     assert bench.state.layer == 29, "the last layer"

@@ -143,33 +143,33 @@ def test_a_large_models_map_is_recoloured_in_place_and_its_rows_follow_the_order
     panel = BudgetPanel(State(table=lifelike_table()))
     assert panel.slider.step == 0.01
     for order in (SPAN, "number"):
-        panel.order.value = order
+        panel.map.order.value = order
         panel.number.value = 0.3
         panel.number.value = 0.4
         answer = panel.budget.answer()
-        heat = panel.canvas.widget.data[0]
+        heat = panel.map.canvas.widget.data[0]
         shown = -np.sort(-answer.spans.T, axis=0) if order == SPAN else answer.spans.T
         assert np.array_equal(np.asarray(heat.z), shown)
         heads = np.asarray(heat.customdata)
         assert np.array_equal(np.take_along_axis(answer.spans.T, heads, axis=0), shown)
-    panel.order.value = SPAN
-    panel._clicked((0, 7))
+    panel.map.order.value = SPAN
+    panel.map.choose((0, 7))
     assert panel.state.kv_head == answer.spans[7].argmax()
-    assert list(panel.canvas.widget.data[2].y) == [0]
-    panel.find.value = "L31 H30"
+    assert list(panel.map.canvas.widget.data[2].y) == [0]
+    panel.map.find.value = "L31 H30"
     assert (panel.state.layer, panel.state.kv_head) == (31, 30)
-    panel.find.value = "L32 H0"
+    panel.map.find.value = "L32 H0"
     assert "layers are 0 to 31" in said(panel)
 
 
 def test_a_slider_recolours_its_map_and_draws_nothing_else_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     panel = BudgetPanel(State(table=lifelike_table(quick=True)))
-    titles = drawn(panel.canvas, monkeypatch)
+    titles = drawn(panel.map.canvas, monkeypatch)
     for order in ("number", SPAN):
-        panel.order.value = order
+        panel.map.order.value = order
         titles.clear()
         panel.number.value = 0.3 if order == SPAN else 0.4
-        answer, heat = panel.budget.answer(), panel.canvas.widget.data[0]
+        answer, heat = panel.budget.answer(), panel.map.canvas.widget.data[0]
         assert titles == []
         rows = None if order == "number" else figures.largest_first(answer.spans)
         whole = figures.span_map(answer.plan, panel.budget.n_tokens, order=rows, by=order)

@@ -134,11 +134,11 @@ def test_a_figure_reaches_the_page_filled_and_only_when_its_panel_is_in_front() 
     bench = Workbench.open()
     budget, heads, front = (bench.panels[title] for title in ("Budget", "Heads", "Front"))
     assert len(heads.map.box.children) == 1
-    assert [canvas.box.children for canvas in (budget.canvas, front.scatter, front.parallel)] == [(), (), ()]
+    assert [canvas.box.children for canvas in (budget.map.canvas, front.scatter, front.parallel)] == [(), (), ()]
     with pytest.raises(ValueError, match="nothing was drawn"):
-        assert budget.canvas.widget
+        assert budget.map.canvas.widget
     bench.show("Budget")
-    found = budget.canvas.widget.get_state()
+    found = budget.map.canvas.widget.get_state()
     assert found["_widget_data"][0]["type"] == "heatmap"
     assert found["_widget_layout"]["width"] > 0
     assert found["_config"]["showSendToCloud"] is False

@@ -49,7 +49,7 @@ def test_the_density_box_moves_the_slider_the_plan_and_the_bytes(table: LossTabl
     assert panel.slider.value == pytest.approx(0.4, abs=0.001)
     assert panel.mean.value == round(state.plan.spans(state.n_tokens).mean())
     assert all(f"predicted loss at {n:,}" in panel.facts.value for n in table.lengths)
-    assert np.array_equal(panel.canvas.widget.data[0].z, state.plan.spans(state.n_tokens).T)
+    assert np.array_equal(panel.map.canvas.widget.data[0].z, state.plan.spans(state.n_tokens).T)
 
 
 def test_a_density_that_cannot_be_had_is_told_and_the_next_that_can_takes_it_away(table: LossTable) -> None:
@@ -127,7 +127,7 @@ def test_a_pinned_head_is_told_drawn_and_released(table: LossTable) -> None:
     n = panel.budget.n_tokens
     assert f"layer 2, KV head 3: {n:,} tokens" in panel.pins.value
     assert panel.state.plan.spans(n)[2, 3] == n
-    crosses = next(trace for trace in panel.canvas.widget.data if trace.name == "pinned")
+    crosses = next(trace for trace in panel.map.canvas.widget.data if trace.name == "pinned")
     assert (list(crosses.x), list(crosses.y)) == ([2], [3])
     panel.length.value = max(panel.budget.lengths)
     assert panel.state.n_tokens == max(panel.budget.lengths)
@@ -157,7 +157,7 @@ def test_a_head_chosen_elsewhere_is_the_one_that_a_pin_is_for(table: LossTable) 
     panel = BudgetPanel(State(table=table))
     panel.state.set(layer=1, kv_head=2)
     assert (panel.layer.value, panel.head.value) == (1, 2)
-    ring = next(trace for trace in panel.canvas.widget.data if trace.name == "selected")
+    ring = next(trace for trace in panel.map.canvas.widget.data if trace.name == "selected")
     assert (ring.x[0], ring.y[0]) == (1, 2)
 
 
