@@ -77,3 +77,16 @@ def test_a_profile_of_single_values_goes_by_the_influence_of_far_keys() -> None:
     assert set(np.unique(found.kinds)) <= set(KINDS)
     with pytest.raises(ValueError, match="no 'poems' at 512 tokens"):
         head_patterns(plain, "poems", 512)
+
+
+def test_without_blocks_retrieval_heads_are_known_and_where_others_look_is_not() -> None:
+    lost = np.zeros((2, 4))
+    lost[1, 0] = 0.5
+    whole = profile_of(even(0.1, 0.7, 0.2), lost)
+    found = head_patterns(replace(whole, blocks={}), *KEY)
+    assert found.kinds.tolist() == [["unknown", "unknown"], ["retrieval", "unknown"]]
+    assert np.isnan([found.near, found.first, found.far]).all()
+    assert np.array_equal(found.lost, head_patterns(whole, *KEY).lost)
+    assert not replace(whole, blocks={KEY: np.zeros((2, 4, 0, 0))}).has_blocks(*KEY)
+    with pytest.raises(ValueError, match="has no 'questions' at 1024"):
+        head_patterns(whole, "questions", 1024)

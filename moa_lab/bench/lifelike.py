@@ -33,7 +33,7 @@ def lifelike_profile(geometry: ModelGeometry, seed: int = SEED) -> InfluenceProf
     heads = (geometry.layers, geometry.query_heads)
     common, far = random.normal(size=heads), random.lognormal(0.0, 1.2, heads)
     place, width = random.random(heads), 0.05 + 0.3 * random.random(heads)
-    blocks, distances = {}, {}
+    distances = {}
     for task, deviation in zip(TASKS, (1.3, 0.95), strict=True):
         strength = deviation * (0.9 * common + 0.44 * random.normal(size=heads))
         for length in LENGTHS:
@@ -43,6 +43,5 @@ def lifelike_profile(geometry: ModelGeometry, seed: int = SEED) -> InfluenceProf
             near = np.exp(-back / 4) + 0.3 / (1 + back)
             curve = np.exp(strength + 0.25 * random.normal(size=heads))[..., None] * (near + 4 * far[..., None] * bump)
             distances[task, length] = (curve * random.lognormal(0.0, 0.3, (*heads, bins)))[None].astype(np.float32)
-            # A loss table reads distances only.
-            blocks[task, length] = np.zeros((*heads, 0, 0), dtype=np.float32)
-    return InfluenceProfile(geometry, SINK_TOKENS, blocks, distances)
+    # A loss table reads distances only.
+    return InfluenceProfile(geometry, SINK_TOKENS, {}, distances)

@@ -70,10 +70,14 @@ def influence_by_distance(
 
 
 def head_blocks(profile: InfluenceProfile, task: str, length: int, layer: int, head: int, plan: PlanOrPath | None = None) -> go.Figure:
-    """Influence of one query head per block of (query, key) positions (nats, log colours), with what it sees under `plan` outlined."""
+    """Influence of one query head per block of (query, key) positions (nats, log colours), with what it sees under `plan` outlined.
+
+    Raises ValueError for what was not profiled, for a head that there is not, and where the profile keeps no blocks.
+    """
     plan = None if plan is None else as_plan(plan)
-    if (task, length) not in profile.blocks:
-        raise ValueError(_unknown(profile, task, length))
+    samples_of(profile, task, length)
+    if not profile.has_blocks(task, length):
+        raise ValueError(f"the profile keeps no blocks of {task!r} at {length} tokens: where its heads look is not known")
     _check(profile, layer, head)
     blocks, tokens = _coarsened(profile.blocks[task, length][layer, head].astype(np.float64), BLOCK_TOKENS)
     top = float(blocks.max()) or 1e-12

@@ -7,30 +7,32 @@ import plotly.graph_objects as go
 from scipy.stats import rankdata
 
 from moa_lab.figures import theme
-from moa_lab.records import KINDS
+from moa_lab.records import KINDS, UNKNOWN
 
 _COLORS = (theme.MAIN_STYLE.color, theme.UNIFORM_STYLE.color, theme.DENSE_STYLE.color, "rgba(128,128,128,0.18)")
+_NO_COLOR = "rgba(128,128,128,0.06)"
 LETTERED = 2048
 """Heads up to which a cell bears the first letter of its kind."""
 
 
 def kind_map(kinds: np.ndarray, title: str = "Kinds of heads") -> go.Figure:
-    """Heat-map of kinds: `z[kv_head, layer]`, an index into `records.KINDS`, `customdata` its name. kinds: (layers, kv_heads) of names.
+    """Heat-map of kinds: `z[kv_head, layer]`, an index into `records.KINDS`, one further for `records.UNKNOWN`; `customdata` its name.
 
-    Raises ValueError for another name.
+    kinds: (layers, kv_heads) of names. Raises ValueError for another name.
     """
-    unknown = sorted(set(np.unique(kinds)) - set(KINDS))
-    if unknown:
-        raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {unknown[0]!r}")
-    index = np.vectorize(KINDS.index)(kinds)
-    steps = [each for number, color in enumerate(_COLORS) for each in ((number / len(KINDS), color), ((number + 1) / len(KINDS), color))]
+    others = sorted(set(np.unique(kinds)) - {*KINDS, UNKNOWN})
+    if others:
+        raise ValueError(f"kinds must be among {', '.join(KINDS)}, got {others[0]!r}")
+    named, colors = ((*KINDS, UNKNOWN), (*_COLORS, _NO_COLOR)) if UNKNOWN in kinds else (KINDS, _COLORS)
+    index = np.vectorize(named.index)(kinds)
+    steps = [each for number, color in enumerate(colors) for each in ((number / len(named), color), ((number + 1) / len(named), color))]
     layers, heads = kinds.shape
     heat = go.Heatmap(
         z=index.T,
         zmin=-0.5,
-        zmax=len(KINDS) - 0.5,
+        zmax=len(named) - 0.5,
         colorscale=steps,
-        colorbar=theme.bar_above("kind of head", tickvals=list(range(len(KINDS))), ticktext=list(KINDS)),
+        colorbar=theme.bar_above("kind of head", tickvals=list(range(len(named))), ticktext=list(named)),
         xgap=theme.cell_gap(heads, layers),
         ygap=theme.cell_gap(heads, layers),
         customdata=kinds.T,
@@ -63,19 +65,20 @@ def score_map(values: np.ndarray, title: str, unit: str = "score") -> go.Figure:
 def ranks_compared(ours: np.ndarray, theirs: np.ndarray, ours_title: str, theirs_title: str, kinds: np.ndarray | None = None) -> go.Figure:
     """A marker for every KV head, by its rank in two rankings: lower left is first in both. `customdata[i]` = (layer, KV head).
 
-    ours, theirs: (layers, kv_heads), the larger the earlier; equal ones share a rank. kinds: names of `records.KINDS`, a series each.
+    ours, theirs: (layers, kv_heads), the larger the earlier; equal ones share a rank. kinds: names of `records.KINDS`, or
+    `records.UNKNOWN`, a series each.
     Raises ValueError for arrays of different shapes.
     """
     if ours.shape != theirs.shape:
         raise ValueError(f"both must be of the same heads, got {ours.shape} and {theirs.shape}")
     across, up = (rankdata(-values).reshape(values.shape) for values in (ours, theirs))
     shown = np.full(ours.shape, "") if kinds is None else kinds
-    symbols = ("star", "square", "circle", "circle-open")
+    symbols = ("circle", "star", "square", "circle", "circle-open", "x-thin-open")
     traces = []
-    for kind, color, symbol in zip(("", *KINDS), (theme.MAIN_STYLE.color, *_COLORS), ("circle", *symbols), strict=True):
+    for kind, color, symbol in zip(("", *KINDS, UNKNOWN), (theme.MAIN_STYLE.color, *_COLORS, _NO_COLOR), symbols, strict=True):
         where = shown == kind
         if where.any():
-            solid = theme.DENSE_STYLE.color if kind == KINDS[-1] else color
+            solid = theme.DENSE_STYLE.color if kind in (KINDS[-1], UNKNOWN) else color
             traces.append(
                 go.Scatter(
                     x=across[where],

@@ -4,7 +4,7 @@ from moa_lab.records.candidates import Candidate, candidates, kind_text
 from moa_lab.records.front import FRONT_SCHEMA, Front, FrontPoint
 from moa_lab.records.loss_table import FORMS, TABLE_SCHEMA, Form, LossTable, Objective
 from moa_lab.records.measurements import ALLOCATED, EXACT, MEASUREMENTS_SCHEMA, Measurement, Measurements
-from moa_lab.records.patterns import KINDS, LOCAL, MIXED, RETRIEVAL, SINK, Patterns, head_patterns
+from moa_lab.records.patterns import KINDS, LOCAL, MIXED, RETRIEVAL, SINK, UNKNOWN, Patterns, head_patterns
 from moa_lab.records.profile import BLOCK_TOKENS, PROFILE_SCHEMA, InfluenceProfile, ProfileKey
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "RETRIEVAL",
     "SINK",
     "TABLE_SCHEMA",
+    "UNKNOWN",
     "Candidate",
     "Form",
     "Front",

@@ -8,7 +8,8 @@ A KV head is, by the first line that holds:
 - `local`: at least `MOST` of its influence is on the nearest tokens;
 - `mixed`: none of these.
 
-Retrieval comes first: a head that brings facts from afar reads the sink or its neighbours at all other tokens.
+Retrieval comes first: a head that brings facts from afar reads the sink or its neighbours at all other tokens. Where a profile keeps no
+blocks, it is not known where influence goes: what is no retrieval head is `unknown`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from moa_lab.records.profile import InfluenceProfile
 
 RETRIEVAL, SINK, LOCAL, MIXED = "retrieval", "sink", "local", "mixed"
 KINDS = (RETRIEVAL, SINK, LOCAL, MIXED)
+UNKNOWN = "unknown"
 NEAR_BLOCKS = 2
 """Blocks of 64 tokens that are near: the query's own and the one before it."""
 MANY, MOST = 2.0, 0.5
@@ -33,7 +35,8 @@ class Patterns:
 
     near, first, far: shares of its |influence| on keys of the query's block of 64 tokens or the one before, on the first 64 positions
     beyond these, and on all others. lost: nats that the loss rises by without all keys 128 tokens back and more, but for the sink.
-    sure: whether the 95% interval of that lies above 0 (with one sample: whether it is above 0). kinds: of `KINDS`.
+    sure: whether the 95% interval of that lies above 0 (with one sample: whether it is above 0). kinds: of `KINDS`, or `UNKNOWN`.
+    near, first and far are NaN where the profile keeps no blocks.
     """
 
     near: np.ndarray
@@ -50,9 +53,22 @@ def head_patterns(profile: InfluenceProfile, task: str, length: int) -> Patterns
     A profile without span effects tells what is lost by the influence of the far keys instead, which is never below 0. Raises ValueError
     for what was not profiled.
     """
-    if (task, length) not in profile.blocks:
+    if (task, length) not in profile.distances:
         known = ", ".join(f"{name!r} at {size}" for name, size in profile.keys)
         raise ValueError(f"the profile has no {task!r} at {length} tokens; it has {known}")
+    lost, sure = _lost(profile, task, length)
+    even = np.maximum(lost, 0).mean()
+    brings = sure & (lost > 0) & (lost >= MANY * even)
+    if not profile.has_blocks(task, length):
+        nowhere = np.full(lost.shape, np.nan)
+        return Patterns(nowhere, nowhere, nowhere, lost, sure, np.where(brings, RETRIEVAL, UNKNOWN))
+    near, first, far = _shares(profile, task, length)
+    kinds = np.select([brings, first >= MOST, near >= MOST], [RETRIEVAL, SINK, LOCAL], MIXED)
+    return Patterns(near, first, far, lost, sure, kinds)
+
+
+def _shares(profile: InfluenceProfile, task: str, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every KV head (layers, kv_heads): the shares of its influence on near keys, on the first block beyond these, and on all others."""
     blocks = _by_kv_head(profile, profile.blocks[task, length], axis=1)
     lag = np.subtract(*np.indices(blocks.shape[2:]))
     at_start = np.indices(blocks.shape[2:])[1] == 0
@@ -60,11 +76,7 @@ def head_patterns(profile: InfluenceProfile, task: str, length: int) -> Patterns
     sums = [blocks[..., where].sum(axis=-1) for where in (near, ~near & at_start, ~near & ~at_start)]
     total = np.maximum(sum(sums), np.finfo(np.float64).tiny)
     nearest, first, far = (part / total for part in sums)
-    lost, sure = _lost(profile, task, length)
-    even = np.maximum(lost, 0).mean()
-    brings = sure & (lost > 0) & (lost >= MANY * even)
-    kinds = np.select([brings, first >= MOST, nearest >= MOST], [RETRIEVAL, SINK, LOCAL], MIXED)
-    return Patterns(nearest, first, far, lost, sure, kinds)
+    return nearest, first, far
 
 
 def _lost(profile: InfluenceProfile, task: str, length: int) -> tuple[np.ndarray, np.ndarray]:

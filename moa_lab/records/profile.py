@@ -52,6 +52,10 @@ class InfluenceProfile:
         """The calibration tasks, sorted."""
         return tuple(sorted({task for task, _ in self.distances}))
 
+    def has_blocks(self, task: str, length: int) -> bool:
+        """Whether it keeps where heads look there, block by block: a part of a profile, or a drawn one, may not."""
+        return bool(self.blocks.get((task, length), np.empty(0)).size)
+
     def distance(self, task: str, length: int) -> np.ndarray:
         """Mean histogram over samples: float64 (layers, query_heads, length/64)."""
         return self.distances[task, length].astype(np.float64).mean(axis=0)

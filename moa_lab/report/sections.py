@@ -167,7 +167,7 @@ def _two_heads(facts: Facts, profile: InfluenceProfile, task: str, length: int, 
         alt = f"Influence by distance on a log scale; {fig.layout.annotations[0].text}."
         caption = f"{where} Shaded: what the plan cuts off." if fig.layout.shapes else where
         curves.append(panel(fig, f"Looks back {word}: layer {layer}, query head {head}", alt, caption))
-        if (task, length) in profile.blocks:
+        if profile.has_blocks(task, length):
             fig = figures.head_blocks(profile, task, length, layer, head, facts.plan)
             alt = f"Influence of layer {layer}, query head {head} by query and key position; what the plan lets it see is outlined."
             blocks.append(panel(fig, f"Where it looks: layer {layer}, query head {head}", alt, "Outlined: what the plan lets it see."))
