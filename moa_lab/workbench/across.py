@@ -146,7 +146,9 @@ class Across:
                     [path, self.model(run), "-", "-", "-" if geometry is None else f"no such head: {geometry.layers} x {geometry.kv_heads}"]
                 )
                 continue
-            told = "-" if run.profile is None else Biography({run.name: run.profile}).told(layer, kv_head).partition(": ")[2]
+            told = "the run keeps no profile"
+            if run.profile is not None:
+                told = Biography({run.name: run.profile}).told(layer, kv_head).partition(": ")[2]
             rows.append([path, self.model(run), *(_kept(plan, layer, kv_head) if plan is not None else ("-", "-")), told])
         return ["run", "model", "density", "what its plan keeps", "kind and ranks"], rows
 

@@ -10,7 +10,7 @@ import numpy as np
 from moa_lab.evaluate.compare import rank_agreement
 from moa_lab.evaluate.intervals import Interval
 from moa_lab.figures import long_range_influence
-from moa_lab.records import KINDS, InfluenceProfile, Patterns, ProfileKey, head_patterns
+from moa_lab.records import KINDS, UNKNOWN, InfluenceProfile, Patterns, ProfileKey, head_patterns
 from moa_lab.text import from_to
 from moa_lab.workbench.published_scores import HeadScores
 
@@ -20,7 +20,8 @@ class Chapter:
     """A KV head in one profile (of a run, or of a domain's texts), task and length in tokens.
 
     influence: nats beyond the biography's distance, summed over its query heads; rank: by that, 1 the most influential of `of`. lost:
-    nats of the loss without its far past, with the rank by that. near, first, far: where its influence goes, and kind, as in `Patterns`.
+    nats of the loss without its far past, with the rank by that. near, first, far: where its influence goes, and kind, as in `Patterns`:
+    NaN, and `UNKNOWN` but for retrieval heads, where the profile keeps no blocks.
     """
 
     profile: str
@@ -38,7 +39,8 @@ class Chapter:
 
 
 class Biography:
-    """profiles: by name, of one model; more may be added to the mapping later. beyond: tokens back from which influence is long-range.
+    """profiles: by name, of one model, none for a run that keeps none; more may be added to the mapping later. beyond: tokens back from
+    which influence is long-range.
 
     scores: published ones, by name.
     """
@@ -83,23 +85,25 @@ class Biography:
 
     def told(self, layer: int, kv_head: int) -> str:
         """The head in one sentence."""
-        chapters = self.chapters(layer, kv_head)
+        chapters, name = self.chapters(layer, kv_head), f"Layer {layer}, KV head {kv_head}"
+        given = "".join(f"; {one.method} ({source}) {one.values[layer, kv_head]:.2f}" for source, one in self.scores.items())
+        if not chapters:
+            return f"{name}{given}."
         kinds = [one.kind for one in chapters]
-        counted = [(kinds.count(kind), kind) for kind in KINDS if kind in kinds]
+        counted = [(kinds.count(kind), kind) for kind in (*KINDS, UNKNOWN) if kind in kinds]
         found = ", ".join(f"{kind} in {count}" for count, kind in sorted(counted, key=lambda pair: -pair[0]))
         where = "" if len(chapters) == 1 else f" of {len(chapters)} tasks and lengths"
         of = chapters[0].of
         ranks = f"rank {from_to(one.rank for one in chapters)} of {of} by influence"
         lost = f"{from_to(one.lost_rank for one in chapters)} by the loss without its far past"
-        given = "".join(f"; {one.method} ({name}) {one.values[layer, kv_head]:.2f}" for name, one in self.scores.items())
-        return f"Layer {layer}, KV head {kv_head}: {kinds[0] if len(chapters) == 1 else found}{where}; {ranks}, {lost}{given}."
+        return f"{name}: {kinds[0] if len(chapters) == 1 else found}{where}; {ranks}, {lost}{given}."
 
     def table(self, layer: int, kv_head: int) -> tuple[list[str], list[list[str]]]:
         """The chapters in words: a head and a row each, and a row for every published score."""
         rows = [
             [
                 one.profile, one.task, f"{one.length:,}", one.kind, f"{one.influence:.3g}", f"{one.rank} of {one.of}",
-                f"{one.lost:+.4f}", f"{one.lost_rank} of {one.of}", f"{one.near:.0%} / {one.first:.0%} / {one.far:.0%}",
+                f"{one.lost:+.4f}", f"{one.lost_rank} of {one.of}", _shares(one),
             ]
             for one in self.chapters(layer, kv_head)
         ]  # fmt: skip
@@ -112,7 +116,7 @@ class Biography:
     def counts(self, name: str, key: ProfileKey) -> dict[str, int]:
         """How many heads are of each kind."""
         kinds = self.patterns(name, key).kinds
-        return {kind: int((kinds == kind).sum()) for kind in KINDS}
+        return {kind: int((kinds == kind).sum()) for kind in (*KINDS, UNKNOWN) if kind != UNKNOWN or kind in kinds}
 
     def agreement(self, scores: str, name: str, key: ProfileKey) -> Interval:
         """Rank correlation of published scores with this profile's long-range influence, over the heads, with a 95% interval."""
@@ -124,6 +128,10 @@ class Biography:
             raise ValueError(f"{scores.name!r} is there already")
         self.scores[scores.name] = scores
         return scores.name
+
+
+def _shares(one: Chapter) -> str:
+    return "-" if np.isnan(one.near) else f"{one.near:.0%} / {one.first:.0%} / {one.far:.0%}"
 
 
 def _rank(values: np.ndarray, at: tuple[int, int]) -> int:

@@ -7,20 +7,18 @@ from typing import Any
 
 import ipywidgets as w
 
-from moa_lab.evaluate.compare import rank_agreement
-from moa_lab.figures import ranks_compared
-from moa_lab.text import interval_text
 from moa_lab.workbench.biography import Biography
-from moa_lab.workbench.canvas import HALF, Canvas
 from moa_lab.workbench.heads import OWN, Heads, described
 from moa_lab.workbench.published_scores import HeadScores, read_head_scores
+from moa_lab.workbench.ranks_view import RanksView, scores_path
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, button, choice, grid, row, side_by_side
+from moa_lab.workbench.widgets import Errors, choice, grid, row, side_by_side
 
 RULE = (
     "Retrieval: without its far past (128 tokens back and more) the loss rises by at least twice the mean of all heads, surely above 0. "
     "Sink or local: half or more of its influence is on the first 64 positions, or within about 128 tokens. Mixed: none of these."
 )
+NO_BLOCKS = "This profile does not keep where its heads look, block by block: sink, local and mixed heads cannot be told apart in it."
 
 
 class BiographyPanel:
@@ -30,23 +28,15 @@ class BiographyPanel:
         self.state, self.heads, self.errors = state, heads, errors
         self.biography = Biography(heads.profiles)
         self._shown: tuple[Any, ...] = ()
-        self._places: dict[tuple[int, int], tuple[float, float]] = {}
-        self.path = w.Text(
-            placeholder="full_attention_heads.tsv, or KVzip's .pt", description="scores of DuoAttention or KVzip",
-            layout=w.Layout(width="480px"), style={"description_width": "initial"},
-        )  # fmt: skip
-        self.path.add_class("moa-scores-path")
-        load = button("Load scores", "load-scores", "what another method says of the heads of this model, from its own file")
+        self.path, load = scores_path(errors, self.load)
         self.versus = choice("ranks against", self._sources(), "ranks-against", "380px")
         self.table = w.HTML()
         self.table.add_class("moa-biography-table")
-        self.ranks = Canvas("ranks", HALF, errors.guard(self._clicked), on_hover=errors.guard(self._hovered))
-        load.on_click(errors.guard(lambda _: self.load(self.path.value)))
-        state.watch_in("Heads", ["hovered"], self._spot)
+        self.ranks = RanksView(state, "Heads", errors)
         self.counts = w.HTML(layout=w.Layout(width="330px"))
         self.counts.add_class("moa-kind-counts")
         title = w.HTML("<b>Biography of the selected head</b>")
-        compared = side_by_side(self.ranks.box, self.counts)
+        compared = side_by_side(self.ranks.canvas.box, self.counts)
         self.box = w.VBox([title, self.table, row(self.versus, self.path, load), compared])
 
     def draw(self) -> None:
@@ -86,36 +76,14 @@ class BiographyPanel:
             theirs, title = self.biography.scores[name].values, f"by {self.biography.scores[name].method}, {name}"
         else:
             theirs, title = self.biography.influence(name, other), f"by influence, {described((name, other))}"
-        fig = ranks_compared(ours, theirs, ours_title, title, kinds)
-        self._places = {
-            (int(head[0]), int(head[1])): (float(x), float(y))
-            for trace in fig.data
-            for head, x, y in zip(trace.customdata, trace.x, trace.y, strict=True)
-        }
-        self.ranks.draw(fig, self.state.dark)
-        found = rank_agreement(ours, theirs)
+        agreed = self.ranks.draw(ours, theirs, ours_title, title, kinds)
         counted = ", ".join(f"{count} {kind}" for kind, count in self.biography.counts(OWN, key).items())
-        said = [
-            f"Rank correlation with the ranks {html.escape(title)}: <b>{found.value:+.2f}</b> "
-            f"{interval_text(found.low, found.high, '.2f')}, n = {found.n:,} KV heads.",
-            f"Kinds at {html.escape(key[0])}, {key[1]:,} tokens: {counted}.",
-            RULE,
-        ]
+        said = [agreed, f"Kinds at {html.escape(key[0])}, {key[1]:,} tokens: {counted}.", RULE]
+        if not self.heads.profile.has_blocks(*key):
+            said.append(NO_BLOCKS)
         self.counts.value = f'<div class="moa-facts">{"".join(f"<p>{line}</p>" for line in said)}</div>'
         self._shown = shown
 
     def _sources(self) -> list[tuple[str, Any]]:
         known = [(described(source), source) for source in self.heads.sources]
         return [*known, *((f"{one.method}: {name}", (name, None)) for name, one in self.biography.scores.items())]
-
-    def _clicked(self, head: Any) -> None:
-        layer, kv_head = (int(index) for index in head)
-        self.state.set(layer=layer, kv_head=kv_head)
-
-    def _hovered(self, head: Any) -> None:
-        self.state.set(hovered=None if head is None else (int(head[0]), int(head[1])))
-
-    def _spot(self) -> None:
-        """Mark the head that the pointer is over elsewhere."""
-        head = self.state.hovered
-        self.ranks.spot(None if head is None else self._places.get(head))

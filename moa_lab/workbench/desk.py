@@ -23,9 +23,10 @@ from moa_lab.workbench.heads_panel import HeadsPanel
 from moa_lab.workbench.jobs import Job
 from moa_lab.workbench.loaded import Loaded, Pair
 from moa_lab.workbench.measure_panel import MeasurePanel
-from moa_lab.workbench.measuring import Measuring
+from moa_lab.workbench.measuring import Measuring, Plans
 from moa_lab.workbench.opening import default_run, known_runs, model_of, named, open_run
 from moa_lab.workbench.page import Keys, PageTheme
+from moa_lab.workbench.plan_heads_panel import PlanHeadsPanel
 from moa_lab.workbench.state import State
 from moa_lab.workbench.told import Told
 from moa_lab.workbench.trace_panel import TAB, TracePanel
@@ -129,14 +130,14 @@ class Workbench:
         self.worse.value = f'<div class="moa-error" role="note">{warned}</div>' if warned else ""
         self.worse.layout.display = "" if warned else "none"
         makes: list[tuple[str, Callable[[], Any]]] = [
-            ("Heads", lambda: HeadsPanel(state)),
+            ("Heads", lambda: HeadsPanel(state) if state.profile is not None else PlanHeadsPanel(state)),
             ("Budget", lambda: BudgetPanel(state, measuring=lambda: Measuring(*self._loaded()))), ("Front", lambda: FrontPanel(state)),
             (WHICH, lambda: AdvicePanel(state)), (RUNS, lambda: AcrossPanel(state)),
             (TAB, lambda: TracePanel(state, lambda: Tracing(*self._loaded()), made.get("Budget"))),
             ("Apply & measure", lambda: MeasurePanel(state, lambda: Measuring(*self._loaded()), **self._sizes)),
             ("Export", lambda: ExportPanel(state, tracing=lambda: made[TAB].tracing)),
         ]  # fmt: skip
-        needed = {"Heads": state.profile, "Budget": state.table}
+        needed = {"Heads": Plans(state).geometry, "Budget": state.table}
         titles = [title for title, _ in makes if needed.get(title, state) is not None]
         # Set before the panels are made: hidden panels draw only when they are selected.
         state.set(tab=titles[0])
@@ -148,8 +149,7 @@ class Workbench:
                 made[title] = make()
         self.panels = {title: made[title] for title in titles}
         heads, budget = made.get("Heads"), made.get("Budget")
-        biography = heads.biography.biography if heads is not None else None
-        self.line = HeadLine(state, biography, lambda: budget.budget.pinned if budget is not None else ())
+        self.line = HeadLine(state, None if heads is None else heads.known, lambda: budget.budget.pinned if budget is not None else ())
         self.head.children = (self.line.box,)
         self.tabs.children, self.tabs.titles = [panel.box for panel in self.panels.values()], list(self.panels)
         self.tabs.selected_index, self._open = 0, True

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from moa_lab.figures import HeadPool, alike_together, largest_first, long_range_influence
+from moa_lab.plan import Plan
 from moa_lab.records import InfluenceProfile, ProfileKey
 from moa_lab.text import from_to
 from moa_lab.workbench.finding import find_head
@@ -163,9 +164,7 @@ class Heads:
         plan = self.state.plan
         if plan is not None:
             plan.check_model(self.profile.geometry)
-            rule, n = plan.rules[layer][kv_head], self.state.n_tokens
-            grown = "everything" if rule.keeps_everything else f"{rule.alpha:,.0f} tokens" + (f" + {rule.beta:.3g} N" if rule.beta else "")
-            rows.append(("rule", f"{grown}; at N = {n:,} it keeps {int(plan.spans(n)[layer, kv_head]):,} of {n:,} tokens"))
+            rows.append(("rule", rule_text(plan, layer, kv_head, self.state.n_tokens)))
         return rows
 
     def compare(self, source: Source) -> None:
@@ -241,3 +240,11 @@ def described(source: Source) -> str:
     """A source in words."""
     name, (task, length) = source
     return f"{name}: {task}, {length:,} tokens"
+
+
+def rule_text(plan: Plan, layer: int, kv_head: int, n_tokens: int) -> str:
+    """A head's rule in words, and what it keeps of `n_tokens`."""
+    rule = plan.rules[layer][kv_head]
+    parts = [*([f"{rule.alpha:,.0f} tokens"] if rule.alpha or not rule.beta else []), *([f"{rule.beta:.3g} N"] if rule.beta else [])]
+    grown = "everything" if rule.keeps_everything else " + ".join(parts)
+    return f"{grown}; at N = {n_tokens:,} it keeps {int(plan.spans(n_tokens)[layer, kv_head]):,} of {n_tokens:,} tokens"

@@ -9,6 +9,7 @@ import ipywidgets as w
 
 from moa_lab.figures import difference_map, head_blocks, influence_by_distance, influence_map, kind_map, score_map
 from moa_lab.records import InfluenceProfile
+from moa_lab.workbench.biography import Biography
 from moa_lab.workbench.biography_panel import BiographyPanel
 from moa_lab.workbench.canvas import WIDE, Canvas, ring
 from moa_lab.workbench.heads import NUMBER, ORDERS, OWN, SPAN, Heads, described
@@ -91,9 +92,12 @@ class HeadsPanel:
             self._mapped = mapped
         task, length = heads.key
         where = f"Layer {state.layer}, head {head}"
-        blocks = head_blocks(heads.profile, task, length, state.layer, head, state.plan)
-        # A shorter title: the full one, with task and length, is wider than the figure.
-        self.blocks.draw(blocks.update_layout(title_text=f"{where}; outlined: seen" if state.plan else where), state.dark)
+        has_blocks = heads.profile.has_blocks(task, length)
+        self.blocks.box.layout.display = "" if has_blocks else "none"
+        if has_blocks:
+            blocks = head_blocks(heads.profile, task, length, state.layer, head, state.plan)
+            # A shorter title: the full one, with task and length, is wider than the figure.
+            self.blocks.draw(blocks.update_layout(title_text=f"{where}; outlined: seen" if state.plan else where), state.dark)
         curve = influence_by_distance(heads.profile, task, length, state.layer, head, state.plan)
         self.curve.draw(curve.update_layout(title_text="Influence by distance"), state.dark)
         self.facts.value = facts(heads.facts())
@@ -108,6 +112,11 @@ class HeadsPanel:
         self.against.value = against
         self.biography.offer()
         self.draw()
+
+    @property
+    def known(self) -> Biography:
+        """What is known of every head."""
+        return self.biography.biography
 
     def step(self, layers: int, rows: int) -> None:
         """Choose the head so many layers to the right and rows down on the map, or the last one on the way."""

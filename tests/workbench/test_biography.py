@@ -170,14 +170,14 @@ def test_the_head_under_the_pointer_is_marked_in_the_other_figures_and_told() ->
     panel.map._hovered(panel.map.widget.data[0], type("Points", (), {"point_inds": [(7, 20)]})(), None)
     assert panel.state.hovered == (20, 2)
     assert len(panel.map.widget.layout.shapes) == base, "the figure itself shows what is under the pointer"
-    (mark,) = panel.biography.ranks.widget.layout.shapes
-    place = panel.biography._places[20, 2]
+    (mark,) = panel.biography.ranks.canvas.widget.layout.shapes
+    place = panel.biography.ranks._places[20, 2]
     assert (mark.xanchor, mark.yanchor) == place
     panel.map._hovered(None, None, None)
     assert panel.state.hovered is None
-    assert len(panel.biography.ranks.widget.layout.shapes) == 0
-    trace = panel.biography.ranks.widget.data[0]
-    panel.biography.ranks._hovered(trace, type("Points", (), {"point_inds": [0]})(), None)
+    assert len(panel.biography.ranks.canvas.widget.layout.shapes) == 0
+    trace = panel.biography.ranks.canvas.widget.data[0]
+    panel.biography.ranks.canvas._hovered(trace, type("Points", (), {"point_inds": [0]})(), None)
     layer, kv_head = (int(index) for index in trace.customdata[0])
     assert panel.state.hovered == (layer, kv_head)
     assert panel.map.widget.layout.shapes[-1].xanchor == layer

@@ -89,13 +89,13 @@ def test_another_run_is_opened_in_place_of_the_first_with_the_panels_that_it_has
     bench.run.value = str(STANDARD)
     press(bench, "Open run")
     assert said(bench) == ""
-    assert list(bench.tabs.titles) == ["Front", "Which one", "Runs", "Trace", "Apply & measure", "Export"]
+    assert list(bench.tabs.titles) == ["Heads", "Front", "Which one", "Runs", "Trace", "Apply & measure", "Export"]
     assert bench.state.dark
-    assert (bench.state.tab, bench.state.plan.name) == ("Front", "moa")
+    assert (bench.state.tab, bench.state.plan.name) == ("Heads", "moa")
     bench.show("Apply & measure")
     assert "moa (" in bench.panels["Apply & measure"].plans.options[0][0]
-    with pytest.raises(ValueError, match="no panel 'Heads'"):
-        bench.show("Heads")
+    with pytest.raises(ValueError, match="no panel 'Budget'"):
+        bench.show("Budget")
     bench.reopen(DEMO)
     assert list(bench.tabs.titles) == ["Heads", "Budget", "Front", "Which one", "Runs", "Trace", "Apply & measure", "Export"]
 

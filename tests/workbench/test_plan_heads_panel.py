@@ -1,0 +1,96 @@
+"""Heads of runs that keep no profile: what is not known is said, spans and published scores are shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from figure_records import SMOL, make_front, make_plan, make_profile
+
+from moa_lab.bench.lifelike import lifelike_profile
+from moa_lab.evaluate.compare import rank_agreement
+from moa_lab.geometry import ModelGeometry
+from moa_lab.shipped import data_folder
+from moa_lab.workbench.desk import Workbench
+from moa_lab.workbench.heads import SPAN
+from moa_lab.workbench.heads_panel import HeadsPanel
+from moa_lab.workbench.plan_heads_panel import PlanHeadsPanel
+from moa_lab.workbench.state import State
+from tests.workbench.hands import press, said
+
+QWEN = data_folder("runs") / "qwen2.5-coder-0.5b-25"
+
+
+def duo(folder: Path, values: np.ndarray) -> str:
+    folder.mkdir()
+    np.savetxt(folder / "full_attention_heads.tsv", values, delimiter="\t")
+    return str(folder)
+
+
+def test_a_run_without_a_profile_shows_what_its_plan_keeps_of_every_head_and_says_what_is_not_known() -> None:
+    bench = Workbench.open(QWEN)
+    panel, plan, n = bench.panels["Heads"], bench.state.plan, bench.state.n_tokens
+    assert "keeps no profile" in panel.note.value
+    spans = plan.spans(n)
+    assert np.array_equal(panel.map.canvas.widget.data[0].z, spans.T)
+    panel.map.order.value = SPAN
+    assert np.array_equal(panel.map.canvas.widget.data[0].z, -np.sort(-spans.T, axis=0))
+    panel.map.find.value = "L5 H1"
+    assert (bench.state.layer, bench.state.kv_head) == (5, 1)
+    assert f"it keeps {spans[5, 1]:,} of {n:,} tokens" in panel.facts.value
+    bench.press("right")
+    assert bench.state.layer == 6
+    assert "Layer 6, KV head" in bench.line.box.value
+
+
+def test_published_scores_are_held_against_the_spans_of_the_plan(tmp_path: Path) -> None:
+    plan, n = make_plan(), 1024
+    panel = PlanHeadsPanel(State(plan=plan, n_tokens=n))
+    assert panel.compared.layout.display == "none"
+    values = plan.spans(n) / n + np.random.default_rng(0).normal(0, 0.01, (SMOL.layers, SMOL.kv_heads))
+    panel.path.value = duo(tmp_path / "gates", np.clip(values, 0, 1))
+    press(panel, "Load scores")
+    assert said(panel) == ""
+    assert np.allclose(np.asarray(panel.scores.widget.data[0].z).T, np.clip(values, 0, 1))
+    expected = rank_agreement(plan.spans(n), np.clip(values, 0, 1))
+    assert f"<b>{expected.value:+.2f}</b>" in panel.agreed.value
+    panel.scores._on_click((2, 11))
+    assert (panel.state.layer, panel.state.kv_head) == (11, 2)
+    assert f"{np.clip(values, 0, 1)[11, 2]:.3g}, rank" in panel.facts.value
+    assert "DuoAttention (gates)" in panel.known.told(11, 2)
+    panel.state.set(hovered=(4, 1))
+    marks = [canvas.widget.layout.shapes[-1] for canvas in (panel.map.canvas, panel.scores)]
+    assert [(mark.xanchor, mark.yanchor) for mark in marks] == [(4, 1), (4, 1)]
+    panel.path.value = duo(tmp_path / "wrong", np.ones((2, 2)))
+    press(panel, "Load scores")
+    assert "the model has 30 x 3" in said(panel)
+
+
+def test_without_a_plan_too_the_panel_says_where_to_choose_one() -> None:
+    bench = Workbench(State(front=make_front()))
+    panel = bench.panels["Heads"]
+    assert "click one in Front" in panel.note.value
+    assert panel.spans.layout.display == "none"
+    point = next(iter(bench.state.front))
+    bench.state.set(plan=point.plan)
+    assert "click one in Front" not in panel.note.value
+    assert panel.spans.layout.display == ""
+    with pytest.raises(ValueError, match="no record tells"):
+        PlanHeadsPanel(State())
+
+
+def test_a_profile_that_does_not_keep_where_heads_look_is_shown_without_that_and_says_so() -> None:
+    panel = HeadsPanel(State(profile=lifelike_profile(ModelGeometry(6, 8, 4, 64, 8192))))
+    assert said(panel) == ""
+    assert panel.blocks.box.layout.display == "none"
+    assert len(panel.curve.widget.data) > 0
+    assert "cannot be told apart" in panel.biography.counts.value
+    assert "unknown" in panel.biography.table.value
+    panel.view.value = "kind of head"
+    assert said(panel) == ""
+    assert set(np.unique(panel.map.widget.data[0].customdata)) <= {"retrieval", "unknown"}
+    whole = HeadsPanel(State(profile=make_profile()))
+    assert whole.blocks.box.layout.display == ""
+    assert "cannot be told apart" not in whole.biography.counts.value
+    assert "unknown" not in whole.biography.counts.value
