@@ -49,7 +49,9 @@ class HeadsPanel:
         self.stability, self.facts = w.HTML(), w.HTML()
         self.stability.add_class("moa-stability")
         self.facts.add_class("moa-head-facts")
-        self.map = Canvas("influence", WIDE, self.errors.guard(self._clicked), on_hover=self.errors.guard(self._hovered), keys=True)
+        self.map = Canvas(
+            "influence", WIDE, self.errors.guard(self._clicked), on_hover=self.errors.guard(self._hovered, keep=True), keys=True
+        )
         self.biography = BiographyPanel(state, self.heads, self.errors)
         self.blocks, self.curve = Canvas("blocks", WIDE // 2), Canvas("curve", WIDE // 2)
         self._mapped: tuple[Any, ...] = ()

@@ -95,6 +95,39 @@ class Keys(anywidget.AnyWidget):
     """
 
 
+class Pointed(anywidget.AnyWidget):
+    """Which button of the chips beside it (a box of class `moa-chips`) the pointer or the focus is on, as messages {"over": its number},
+    or None when it leaves. Invisible.
+    """
+
+    _esm = """
+    export default { render({ model, el }) {
+      let box = null, waiting = 0, at = null;
+      const tell = (over) => {
+        if (over === at) return;
+        at = over;
+        model.send({ over });
+      };
+      const over = (event) => {
+        const chip = event.target instanceof Element ? event.target.closest(".moa-chip") : null;
+        tell(chip ? [...box.querySelectorAll(".moa-chip")].indexOf(chip) : null);
+      };
+      const gone = () => tell(null);
+      const heard = [["pointerover", over], ["focusin", over], ["pointerleave", gone], ["focusout", gone]];
+      const find = () => {
+        box = el.parentElement?.querySelector(".moa-chips") ?? null;
+        if (!box) { waiting = requestAnimationFrame(find); return; }
+        for (const [name, listener] of heard) box.addEventListener(name, listener);
+      };
+      find();
+      return () => {
+        cancelAnimationFrame(waiting);
+        for (const [name, listener] of heard) box?.removeEventListener(name, listener);
+      };
+    } };
+    """
+
+
 class Bundle(anywidget.AnyWidget):
     """Sends plotly's five megabytes to a page once; plotly's own figure widget sends them with every figure."""
 

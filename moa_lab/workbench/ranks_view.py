@@ -23,7 +23,7 @@ class RanksView:
     def __init__(self, state: State, tab: str, errors: Errors) -> None:
         self.state = state
         self._places: dict[tuple[int, int], tuple[float, float]] = {}
-        self.canvas = Canvas("ranks", HALF, errors.guard(self._clicked), on_hover=errors.guard(self._hovered))
+        self.canvas = Canvas("ranks", HALF, errors.guard(self._clicked), on_hover=errors.guard(self._hovered, keep=True))
         state.watch_in(tab, ["hovered"], self._spot)
 
     def draw(self, ours: np.ndarray, theirs: np.ndarray, by_ours: str, by_theirs: str, kinds: np.ndarray | None = None) -> str:

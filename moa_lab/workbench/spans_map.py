@@ -54,7 +54,7 @@ class SpansMap:
         self.find = w.Text(placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="170px"))
         self.find.add_class(f"moa-{find}")
         width = LARGE_MAP if self._is_large else HALF
-        self.canvas = Canvas(name, width, errors.guard(self.choose), on_hover=errors.guard(self._hovered), keys=True)
+        self.canvas = Canvas(name, width, errors.guard(self.choose), on_hover=errors.guard(self._hovered, keep=True), keys=True)
         self._shown: Shown | None = None
         self._look: tuple[object, ...] = ()
         self.order.observe(errors.guard(lambda _: self.draw()), "value")

@@ -9,15 +9,15 @@ from typing import Any
 import ipywidgets as w
 
 from moa_lab.plan import Plan, uniform_plan
-from moa_lab.trace import TokenTrace, culprit, label
-from moa_lab.workbench import trace_text, trace_views
+from moa_lab.trace import TokenTrace, culprit
+from moa_lab.workbench import trace_views
 from moa_lab.workbench.budget_panel import BudgetPanel
-from moa_lab.workbench.canvas import HALF, Canvas, ring
 from moa_lab.workbench.chips import Chips
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measure_panel import PROMPT, TEXT_TOKENS
 from moa_lab.workbench.measuring import Plans
 from moa_lab.workbench.state import State
+from moa_lab.workbench.token_heads import TokenHeads
 from moa_lab.workbench.tracing import Tracing, given
 from moa_lab.workbench.what_if import WhatIf
 from moa_lab.workbench.widgets import Errors, Work, button, choice, row, whole
@@ -28,8 +28,6 @@ KINDS = [
     ("a needle", NEEDLE), ("a needle that the plan loses", LOST), ("your own prompt", OWN), ("a line of a register", LINE),
     ("a line that the plan loses", LOST_LINE),
 ]  # fmt: skip
-BROUGHT, REGAINED = "brought", "regained"
-MAPS = [("what each head brought, dense", BROUGHT), ("what the token would regain", REGAINED)]
 
 Todo = Callable[[Tracing, Handle], object]
 
@@ -62,29 +60,13 @@ class TracePanel:
         self.tokens = Chips("tokens", self.errors.guard(self.look))
         self.room = button("Give that head the room", "trace-room", "pin the head to the span that shows it what it lost, and answer again")
         self.rooms = button("Give room until the answer is back", "trace-rooms", "to all heads that lost it, at the cost of density")
-        self.what = choice("map", MAPS, "trace-map", "330px")
-        self.map = Canvas("token-map", HALF, self.errors.guard(self._clicked), on_hover=self.errors.guard(state.hover), keys=True)
-        self.heads = Chips("share", self.errors.guard(self._choose), stacked=True)
-        self.where, self.reach, self.read = w.HTML(), w.HTML(), w.HTML()
-        self.read.add_class("moa-trace-text")
+        self.token = TokenHeads(state, self.errors, TAB)
         self.what_if = WhatIf(state, self.errors, self._change, self._again, longest)
         self.works = (self.work,)
         self.kind.observe(lambda _: self._offer(), "value")
-        self.what.observe(self.errors.guard(lambda _: self.draw()), "value")
         self.room.on_click(self.errors.guard(lambda _: self.give_room()))
         self.rooms.on_click(self.errors.guard(lambda _: self._step(lambda tracing, handle: tracing.rescue(handle))))
-        columns = w.HTML(f'<div class="moa-columns">{trace_views.COLUMNS}</div>')
-        listed = w.VBox(
-            [w.HTML(trace_views.heading("Heads", trace_views.HEADS_HINT)), columns, self.heads.box], layout=w.Layout(max_width="600px")
-        )
-        mapped = w.VBox([self.what, self.map.box])
-        self.behind = w.VBox(
-            [
-                row(self.why), row(self.room, self.rooms),
-                w.HBox([mapped, listed], layout=w.Layout(flex_flow="row wrap", grid_gap="6px 18px")),
-                self.where, self.reach, self.read, self.what_if.box,
-            ]
-        )  # fmt: skip
+        self.behind = w.VBox([row(self.why), row(self.room, self.rooms), self.token.box, self.what_if.box])
         asked = row(self.kind, self.test, self.own)
         answered = [self.work.box, self.errors.box, self.said, self.hint, self.tokens.box]
         self.box = w.VBox([w.HTML(trace_views.STYLE), asked, *answered, self.behind])
@@ -147,23 +129,15 @@ class TracePanel:
         self.draw()
 
     def draw(self) -> None:
-        """Draw what is behind the token: the sentence, the map, the heads, and the text as the selected head saw it."""
-        tracing, trace, state = self._tracing, self._trace(), self.state
+        """Draw what is behind the token: the sentence, the heads, and the text as one of them read it."""
+        tracing, trace = self._tracing, self._trace()
         if tracing is None or trace is None:
             return
         self.what_if.show(tracing.trials)
         self.why.value = f'<div class="moa-why" role="status">{html.escape(tracing.why())}</div>'
         self.room.disabled = culprit(trace) is None
         self.rooms.disabled = tracing.trials.current is None or tracing.trials.current.is_same
-        fig = trace_views.map_of(trace, label(tracing.piece(trace.position)), regained=self.what.value == REGAINED)
-        self.map.draw(fig.add_scatter(**ring(state.layer, state.kv_head)), state.dark)
-        self.heads.show(trace_views.head_chips(trace, (state.layer, state.kv_head)))
-        share = trace.share(state.layer, state.kv_head)
-        self.where.value = trace_views.heading(
-            f"What layer {share.layer}, KV head {share.kv_head} read", "The text before the token, folded far from sources."
-        )
-        self.reach.value = trace_text.reach_html(trace, share)
-        self.read.value = trace_text.text_html(tracing, trace, share)
+        self.token.show(tracing, trace)
 
     def _offer(self) -> None:
         own = self.kind.value == OWN
@@ -255,16 +229,6 @@ class TracePanel:
         trace = self._trace()
         if wanted is not None and trace is not None and trace.index != wanted:
             self.look(wanted)
-
-    def _clicked(self, place: Any) -> None:
-        kv_head, layer = place
-        self.state.set(layer=int(layer), kv_head=int(kv_head))
-
-    def _choose(self, number: int) -> None:
-        trace = self._trace()
-        if trace is not None:
-            share = trace_views.shown_shares(trace, (self.state.layer, self.state.kv_head))[number]
-            self.state.set(layer=share.layer, kv_head=share.kv_head)
 
     def _trace(self) -> TokenTrace | None:
         """What is shown: the trace of a token under the current trial's plan, or none."""

@@ -18,7 +18,8 @@ STYLE = """<style>
 .moa-chips .moa-chip { white-space: pre; line-height: 1.3; padding: 3px 8px; margin: 2px; text-align: left; overflow: visible;
   border: 1px solid var(--jp-border-color1, #bbb); border-radius: 4px; background: transparent; color: var(--jp-ui-font-color1, inherit);
   font-size: 13px; flex: 0 0 auto; }
-.moa-chips .moa-chip:hover, .moa-chips .moa-chip:focus-visible { border-color: #1a80c4; box-shadow: 0 0 0 1px #1a80c4; }
+.moa-chips .moa-chip:hover, .moa-chips .moa-chip:focus-visible, .moa-chips .moa-chip.pointed { border-color: #1a80c4;
+  box-shadow: 0 0 0 1px #1a80c4; }
 .moa-tokens .moa-chip { text-align: center; border-bottom: 4px solid rgba(128, 128, 128, 0.35); min-width: 46px; }
 .moa-tokens .moa-chip.worse { border-bottom-color: rgba(213, 94, 0, 0.55); }
 .moa-tokens .moa-chip.much-worse { border-bottom-color: #d55e00; background: rgba(213, 94, 0, 0.14); }
@@ -103,9 +104,10 @@ def _token_chip(row: TokenRow, selected: bool) -> Chip:
 COLUMNS = "layer  KV head  brought  regained   back   span  misses by"
 
 
-def head_chips(trace: TokenTrace, selected: tuple[int, int]) -> list[Chip]:
-    """The heads that have most to do with a token, in columns under `COLUMNS`."""
-    return [_head_chip(share, (share.layer, share.kv_head) == selected) for share in shown_shares(trace, selected)]
+def head_chips(trace: TokenTrace, selected: tuple[int, int], pointed: tuple[int, int] | None = None) -> list[Chip]:
+    """The heads that have most to do with a token, in columns under `COLUMNS`; pointed: the one that the pointer is over somewhere."""
+    marks = {pointed: "pointed", selected: "selected"}
+    return [_head_chip(share, marks.get((share.layer, share.kv_head))) for share in shown_shares(trace, selected)]
 
 
 def shown_shares(trace: TokenTrace, selected: tuple[int, int]) -> list[HeadShare]:
@@ -129,11 +131,11 @@ def map_of(trace: TokenTrace, word: str, *, regained: bool) -> go.Figure:
     return token_map(values, spans, misses, plain(title), "nats of log-odds")
 
 
-def _head_chip(share: HeadShare, selected: bool) -> Chip:
+def _head_chip(share: HeadShare, mark: str | None) -> Chip:
     back = f"{share.distance:,}" if share.source >= 0 else "-"
     misses = f"{share.misses:,}" if share.is_cut else "seen" if share.source >= 0 else "-"
     text = f"{share.layer:>5}  {share.kv_head:>7}  {share.brought:>+7.2f}  {share.regained:>+8.2f}  {back:>5}  {share.span:>5}  {misses:>9}"
-    classes = ("cut" if share.is_cut else "sees", *(("selected",) if selected else ()))
+    classes = ("cut" if share.is_cut else "sees", *((mark,) if mark else ()))
     return Chip(text, f"show layer {share.layer}, KV head {share.kv_head}", classes)
 
 

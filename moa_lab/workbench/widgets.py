@@ -54,13 +54,17 @@ class Errors:
         """Show `message`; "" for none."""
         self.box.value = f'<div class="moa-error" role="alert">{html.escape(message)}</div>' if message else ""
 
-    def guard(self, callback: Callable[P, object]) -> Callable[P, None]:
-        """`callback` with its errors shown; an error raised in a widget's callback would go unnoticed."""
+    def guard(self, callback: Callable[P, object], *, keep: bool = False) -> Callable[P, None]:
+        """`callback` with its errors shown; an error raised in a widget's callback would go unnoticed.
+
+        keep: what is shown stays until another error: for what a pointer does on its way.
+        """
 
         @wraps(callback)
         def guarded(*args: P.args, **settings: P.kwargs) -> None:
             # Cleared before the call, not after it: messages of watchers and jobs that it starts must stay.
-            self.show("")
+            if not keep:
+                self.show("")
             try:
                 callback(*args, **settings)
             # Any error.

@@ -76,6 +76,30 @@ def test_a_click_on_a_token_shows_its_heads_and_a_click_on_a_head_its_text(page:
     ended(page)
 
 
+def test_the_head_under_the_pointer_is_linked_between_list_map_and_the_line_above(page: Page) -> None:
+    page.page.mouse.move(5, 5)
+    page.until("moa-head-line", "selected: Layer")
+    marked = page.page.locator(".moa-token-map .shapelayer path").count()
+    row = page.page.locator(".moa-share .moa-chip").nth(2)
+    layer, kv_head = row.inner_text().split()[:2]
+    row.hover()
+    page.until("moa-head-line", f"under the pointer: Layer {layer}, KV head {kv_head}[:;. ]")
+    page.until("moa-trace-where", f"What layer {layer}, KV head {kv_head} read")
+    page.page.wait_for_timeout(300)
+    assert page.page.locator(".moa-token-map .shapelayer path").count() == marked + 1
+    page.picture("trace_pointed")
+    page.page.mouse.move(5, 5)
+    page.until("moa-head-line", "selected: Layer")
+    plot = page.page.locator(".moa-token-map .nsewdrag").bounding_box()
+    assert plot
+    place = (plot["x"] + plot["width"] * (int(layer) + 0.5) / 30, plot["y"] + plot["height"] * (int(kv_head) + 0.5) / 3)
+    page.page.mouse.move(*place, steps=4)
+    page.until("moa-head-line", f"under the pointer: Layer {layer}, KV head {kv_head}[:;. ]")
+    assert page.page.locator(".moa-share .moa-chip.pointed").inner_text().split()[:2] == [layer, kv_head]
+    page.page.mouse.move(5, 5)
+    page.until("moa-head-line", "selected: Layer")
+
+
 def test_room_for_the_head_changes_the_answer_and_undo_takes_it_back(page: Page) -> None:
     last = page.page.locator(".moa-tokens .moa-chip", has_text="▲")
     last.click()

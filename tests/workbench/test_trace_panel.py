@@ -53,12 +53,38 @@ def test_a_prompt_is_answered_and_a_click_on_a_token_shows_its_heads(family: str
     assert "selected" in panel.tokens.box.children[4]._dom_classes
     assert plain(panel.why.value)
     geometry = geometry_of(panel._tracing.model)
-    assert panel.map.widget.data[0].z.shape == (geometry.kv_heads, geometry.layers)
-    assert 0 < len(panel.heads.box.children) <= min(9, geometry.layers * geometry.kv_heads)
-    panel.heads.box.children[-1].click()
-    assert f"What layer {panel.state.layer}, KV head {panel.state.kv_head} read" in panel.where.value
-    assert "<svg" in panel.reach.value
-    assert "moa-text" in panel.read.value
+    assert panel.token.map.widget.data[0].z.shape == (geometry.kv_heads, geometry.layers)
+    assert 0 < len(panel.token.heads.box.children) <= min(9, geometry.layers * geometry.kv_heads)
+    panel.token.heads.box.children[-1].click()
+    assert f"What layer {panel.state.layer}, KV head {panel.state.kv_head} read" in panel.token.where.value
+    assert "<svg" in panel.token.reach.value
+    assert "moa-text" in panel.token.read.value
+
+
+def test_the_head_under_the_pointer_is_the_same_in_the_list_on_the_map_and_in_what_it_read() -> None:
+    panel = asked()
+    token, state = panel.token, panel.state
+    rows = token.heads.box.children
+    number = next(index for index, row in enumerate(rows) if "selected" not in row._dom_classes)
+    base, before = len(token.map.widget.layout.shapes), token.where.value
+    panel.errors.show("an error that was not read yet")
+    token.heads.pointed._handle_custom_msg({"over": number}, [])
+    layer, kv_head = state.hovered
+    assert rows[number].description.split()[:2] == [str(layer), str(kv_head)]
+    assert "pointed" in rows[number]._dom_classes
+    assert f"What layer {layer}, KV head {kv_head} read" in token.where.value
+    assert f"layer {layer}, KV head {kv_head}:" in token.reach.value
+    mark = token.map.widget.layout.shapes[base]
+    assert (mark.xanchor, mark.yanchor) == (layer, kv_head)
+    token.heads.pointed._handle_custom_msg({"over": None}, [])
+    assert state.hovered is None
+    assert (token.where.value, len(token.map.widget.layout.shapes)) == (before, base)
+    assert not any("pointed" in row._dom_classes for row in rows)
+    token.map._hovered(token.map.widget.data[0], type("Points", (), {"point_inds": [(kv_head, layer)]})(), None)
+    assert "pointed" in rows[number]._dom_classes
+    token.heads.pointed._handle_custom_msg({"over": 99}, [])
+    assert state.hovered is None, "a row that is gone"
+    assert said(panel) == "an error that was not read yet", "a pointer on its way clears nothing"
 
 
 def test_a_change_answers_again_and_undo_takes_it_back() -> None:
@@ -167,7 +193,7 @@ def test_what_is_shown_is_text_and_no_markup() -> None:
     panel.state.plan = replace(panel.state.plan, name="<i>plan</i>")
     press(panel, "Answer")
     ended(panel.work)
-    for shown in (panel.said.value, panel.read.value, panel.reach.value, panel.why.value):
+    for shown in (panel.said.value, panel.token.read.value, panel.token.reach.value, panel.why.value):
         assert "<script>" not in shown
         assert "<i>plan" not in shown
         assert "<b>bold" not in shown
