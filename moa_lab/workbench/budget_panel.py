@@ -28,15 +28,18 @@ BITS = [("16 bits", "16"), ("8 bits", "8"), ("K in 8, V in 4 bits", "8+4"), ("4 
 
 
 class BudgetPanel:
-    """Needs a loss table in the state; the plan it finds becomes the state's plan. measuring: as in `MeasuredCurves`."""
+    """Needs a loss table in the state; the plan it finds becomes the state's plan. measuring: as in `MeasuredCurves`.
 
-    def __init__(self, state: State, density: float = 0.5, measuring: Callable[[], Measuring] | None = None) -> None:
-        if state.table is None:
-            raise ValueError("the budget needs a loss table: load a run, or make one with moa_lab.loss_table(profile)")
+    budget: one that found its plan already: it is shown, and the state keeps the plan that it has. None: one of `density`.
+    """
+
+    def __init__(
+        self, state: State, density: float = 0.5, measuring: Callable[[], Measuring] | None = None, budget: Budget | None = None
+    ) -> None:
         self.state, self.errors = state, Errors("budget")
-        lengths = limit_lengths(state.table)
-        self.budget = Budget(state.table, density, state.n_tokens if state.n_tokens in lengths else None)
-        geometry = state.table.geometry
+        self.budget = budget or budget_of(state, density)
+        density, table = self.budget.density, self.budget.table
+        lengths, geometry = limit_lengths(table), table.geometry
         self._is_large = is_large(geometry)
         self._step = LARGE_STEP if self._is_large else STEP
         self._ahead = Ahead(lambda density: self.budget.solve(density))
@@ -56,7 +59,7 @@ class BudgetPanel:
         self.layer = whole("layer", state.layer, 0, geometry.layers - 1, "layer", "120px")
         self.head = whole("KV head", state.kv_head, 0, geometry.kv_heads - 1, "kv-head", "130px")
         self.span = whole("span (tokens)", self.budget.n_tokens // 2, 1, max(lengths), "pin-span", "180px")
-        self.rules = whole("rules per layer (0: any)", 0, 0, len(state.table.rules), "max-rules", "230px")
+        self.rules = whole("rules per layer (0: any)", 0, 0, len(table.rules), "max-rules", "230px")
         full, to_span = button("Pin to full", "pin-full"), button("Pin to span", "pin-to-span")
         release, release_all = button("Release", "release"), button("Release all", "release-all")
         self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(flex="0 1 372px"))
@@ -99,7 +102,12 @@ class BudgetPanel:
                 row(self.rules, self.exact.box),
             ]
         )
-        self.solve(density)
+        if budget is None:
+            self.solve(density)
+        else:
+            self._look_at(self.budget.answer())
+            self._draw()
+            self._solve_ahead()
 
     def solve(self, density: float) -> None:
         """Solve for a density, and update the slider and the boxes."""
@@ -110,6 +118,12 @@ class BudgetPanel:
 
     def show(self, answer: Answer) -> None:
         """Show an answer, and make its plan the state's."""
+        self._look_at(answer)
+        self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
+        self._draw()
+
+    def _look_at(self, answer: Answer) -> None:
+        """What is shown of an answer, but for what is drawn."""
         self._answer, self._moving = answer, True
         try:
             self.slider.value, self.number.value = self.budget.density, round(self.budget.density, 4)
@@ -123,10 +137,6 @@ class BudgetPanel:
         pins = [f"layer {layer}, KV head {head}: {self._span(rule, layer):,} tokens" for (layer, head), rule in self.budget.pinned.items()]
         self.pins.value = f"pinned: {'; '.join(pins)}" if pins else "no head is pinned"
         self.map.show(answer.plan, answer.spans, self.budget.n_tokens, self.budget.pinned)
-        self.state.set(plan=answer.plan, n_tokens=self.budget.n_tokens)
-        self._redraw()
-        # After the map: the page draws in this order.
-        self.curves.mark(answer.density)
 
     def step(self, layers: int, rows: int) -> None:
         """As `SpansMap.step`."""
@@ -152,6 +162,11 @@ class BudgetPanel:
         answer = self.budget.answer()
         self.show(answer)
         return answer.plan
+
+    def _draw(self) -> None:
+        self._redraw()
+        # After the map: the page draws in this order.
+        self.curves.mark(0.0 if self._answer is None else self._answer.density)
 
     def _tell(self) -> None:
         answer = self._answer
@@ -219,3 +234,10 @@ class BudgetPanel:
     @property
     def _dense_mib(self) -> float:
         return self.budget.dense_bytes / MIB
+
+
+def budget_of(state: State, density: float = 0.5) -> Budget:
+    """A budget over the state's loss table, at its length where the table keeps densities there. Raises ValueError without a table."""
+    if state.table is None:
+        raise ValueError("the budget needs a loss table: load a run, or make one with moa_lab.loss_table(profile)")
+    return Budget(state.table, density, state.n_tokens if state.n_tokens in limit_lengths(state.table) else None)

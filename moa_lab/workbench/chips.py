@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 import ipywidgets as w
 
-from moa_lab.workbench.page import Pointed
-
 
 @dataclass(frozen=True)
 class Chip:
@@ -22,17 +20,11 @@ class Chip:
 class Chips:
     """As many buttons as there are to show; a click calls `on_click` with the button's number. Buttons are used again, not made anew.
 
-    stacked: one below the other, instead of side by side. on_hover: called with the number of the button that the pointer or the focus is
-    on, and with None when it leaves; it needs `pointed` beside `box` on the page.
+    stacked: one below the other, instead of side by side.
     """
 
-    def __init__(
-        self, name: str, on_click: Callable[[int], object], stacked: bool = False, on_hover: Callable[[int | None], object] | None = None
-    ) -> None:
+    def __init__(self, name: str, on_click: Callable[[int], object], stacked: bool = False) -> None:
         self._on_click = on_click
-        self.pointed = Pointed()
-        if on_hover is not None:
-            self.pointed.on_msg(lambda _, content, __: on_hover(content["over"]))
         self._made: list[w.Button] = []
         layout = w.Layout(flex_flow="column" if stacked else "row wrap", overflow="auto", max_height="300px")
         self.box = w.Box([], layout=layout)

@@ -15,7 +15,7 @@ from moa_lab.workbench.across_panel import TAB as RUNS
 from moa_lab.workbench.across_panel import AcrossPanel
 from moa_lab.workbench.advice_panel import TAB as WHICH
 from moa_lab.workbench.advice_panel import AdvicePanel
-from moa_lab.workbench.budget_panel import BudgetPanel
+from moa_lab.workbench.budget_panel import BudgetPanel, budget_of
 from moa_lab.workbench.export_panel import ExportPanel
 from moa_lab.workbench.front_panel import FrontPanel
 from moa_lab.workbench.head_line import HeadLine
@@ -26,6 +26,7 @@ from moa_lab.workbench.measure_panel import MeasurePanel
 from moa_lab.workbench.measuring import Measuring, Plans
 from moa_lab.workbench.opening import default_run, known_runs, model_of, named, open_run
 from moa_lab.workbench.page import Keys, PageTheme
+from moa_lab.workbench.panels import Panels
 from moa_lab.workbench.plan_heads_panel import PlanHeadsPanel
 from moa_lab.workbench.state import State
 from moa_lab.workbench.told import Told
@@ -35,7 +36,7 @@ from moa_lab.workbench.widgets import STYLE, Errors, button, row
 
 
 class Workbench:
-    """Panels over `state`. In a notebook the last line of a cell shows it. panels: by the title of their tab.
+    """Panels over `state`. In a notebook the last line of a cell shows it. panels: by the title of their tab, each made at the first look.
 
     model: what `load_model` takes, loaded at the first measurement; None: the one that the records name. Opening another run replaces
     `state` and `panels`.
@@ -64,7 +65,7 @@ class Workbench:
         theme = PageTheme(dark=state.dark)
         theme.observe(lambda change: setattr(self.dark, "value", change["new"]), "dark")
         self.dark.observe(lambda change: self.state.set(dark=change["new"]), "value")
-        self.tabs.observe(lambda change: self._turned(change["new"]), "selected_index")
+        self.tabs.observe(self.errors.guard(lambda change: self._turned(change["new"])), "selected_index")
         self.keys, self.head = Keys(), w.VBox([])
         self.keys.on_msg(self.errors.guard(lambda _, content, __: self.press(content["key"])))
         self._look_at(state, model)
@@ -90,7 +91,7 @@ class Workbench:
             raise ValueError("name the folder of a run")
         state = open_run(run)
         state.dark = self.state.dark
-        for panel in self.panels.values():
+        for panel in self.panels.made.values():
             for work in getattr(panel, "works", ()):
                 work.stop()
         self.run.value = str(run)
@@ -129,29 +130,30 @@ class Workbench:
         warned = "".join(f"<p>{html.escape(line)}</p>" for line in state.worse)
         self.worse.value = f'<div class="moa-error" role="note">{warned}</div>' if warned else ""
         self.worse.layout.display = "" if warned else "none"
-        makes: list[tuple[str, Callable[[], Any]]] = [
-            ("Heads", lambda: HeadsPanel(state) if state.profile is not None else PlanHeadsPanel(state)),
-            ("Budget", lambda: BudgetPanel(state, measuring=lambda: Measuring(*self._loaded()))), ("Front", lambda: FrontPanel(state)),
-            (WHICH, lambda: AdvicePanel(state)), (RUNS, lambda: AcrossPanel(state)),
-            (TAB, lambda: TracePanel(state, lambda: Tracing(*self._loaded()), made.get("Budget"))),
-            ("Apply & measure", lambda: MeasurePanel(state, lambda: Measuring(*self._loaded()), **self._sizes)),
-            ("Export", lambda: ExportPanel(state, tracing=lambda: made[TAB].tracing)),
-        ]  # fmt: skip
+        makes: dict[str, Callable[[], Any]] = {
+            "Heads": lambda: HeadsPanel(state) if state.profile is not None else PlanHeadsPanel(state),
+            "Budget": lambda: BudgetPanel(state, measuring=lambda: Measuring(*self._loaded()), budget=budget),
+            "Front": lambda: FrontPanel(state),
+            WHICH: lambda: AdvicePanel(state),
+            RUNS: lambda: AcrossPanel(state),
+            TAB: lambda: TracePanel(state, lambda: Tracing(*self._loaded()), lambda: panels.get("Budget")),
+            "Apply & measure": lambda: MeasurePanel(state, lambda: Measuring(*self._loaded()), **self._sizes),
+            "Export": lambda: ExportPanel(state, tracing=lambda: panels.made[TAB].tracing if TAB in panels.made else None),
+        }
         needed = {"Heads": Plans(state).geometry, "Budget": state.table}
-        titles = [title for title, _ in makes if needed.get(title, state) is not None]
+        panels = self.panels = Panels({title: make for title, make in makes.items() if needed.get(title, state) is not None})
         # Set before the panels are made: hidden panels draw only when they are selected.
-        state.set(tab=titles[0])
-        # The budget first: it chooses the plan that the others show.
-        order = sorted(makes, key=lambda made: made[0] != "Budget")
-        made: dict[str, Any] = {}
-        for title, make in order:
-            if title in titles:
-                made[title] = make()
-        self.panels = {title: made[title] for title in titles}
-        heads, budget = made.get("Heads"), made.get("Budget")
-        self.line = HeadLine(state, None if heads is None else heads.known, lambda: budget.budget.pinned if budget is not None else ())
+        state.set(tab=next(iter(panels)))
+        # The budget first: it chooses the plan that the panels show.
+        budget = None if state.table is None else budget_of(state)
+        if budget is not None:
+            state.set(plan=budget.answer().plan, n_tokens=budget.n_tokens)
+        heads = panels.get("Heads")
+        self.line = HeadLine(
+            state, None if heads is None else heads.known, lambda: panels["Budget"].budget.pinned if "Budget" in panels.made else ()
+        )
         self.head.children = (self.line.box,)
-        self.tabs.children, self.tabs.titles = [panel.box for panel in self.panels.values()], list(self.panels)
+        self.tabs.children, self.tabs.titles = list(panels.boxes.values()), list(panels)
         self.tabs.selected_index, self._open = 0, True
         self._turned(0)
 
@@ -159,14 +161,17 @@ class Workbench:
         if self._open:
             self._counting = None
             self.state.set(weights_bytes=0)
-            for title in (TAB, "Apply & measure"):
+            for title in {TAB, "Apply & measure"} & set(self.panels.made):
                 self.panels[title].another_model()
-            if "Budget" in self.panels:
+            if "Budget" in self.panels.made:
                 self.panels["Budget"].curves.another_model()
 
     def _turned(self, index: int | None) -> None:
         titles = list(self.panels)
-        self.state.set(tab=titles[index if index is not None and index < len(titles) else 0])
+        title = titles[index if index is not None and index < len(titles) else 0]
+        self.state.set(tab=title)
+        # Made now, if this is the first look at it.
+        self.panels[title]
         if self.state.tab in ("Budget", WHICH) and self._counting is None:
             self._count_weights()
 

@@ -129,9 +129,12 @@ class Pointed(anywidget.AnyWidget):
 
 
 class Bundle(anywidget.AnyWidget):
-    """Sends plotly's five megabytes to a page once; plotly's own figure widget sends them with every figure."""
+    """Sends plotly's five megabytes to a page once; plotly's own figure widget sends them with every figure.
 
-    source = traitlets.Unicode().tag(sync=True)
+    As bytes, which nobody on the way reads: text would be quoted, parsed and unquoted by the kernel, the server and the page.
+    """
+
+    source = traitlets.Bytes().tag(sync=True)
     _esm = (
         _SHARED
         + """
@@ -198,4 +201,4 @@ class Figure(go.FigureWidget):
 
 @cache
 def _bundle() -> Bundle:
-    return Bundle(source=BUNDLE.read_text(encoding="utf-8"))
+    return Bundle(source=BUNDLE.read_bytes())

@@ -10,6 +10,7 @@ from moa_lab.trace import TokenTrace, label
 from moa_lab.workbench import trace_text, trace_views
 from moa_lab.workbench.canvas import HALF, Canvas, ring
 from moa_lab.workbench.chips import Chips
+from moa_lab.workbench.page import Pointed
 from moa_lab.workbench.state import State
 from moa_lab.workbench.tracing import Tracing
 from moa_lab.workbench.widgets import Errors, choice
@@ -29,14 +30,16 @@ class TokenHeads:
         self._trace: TokenTrace | None = None
         self.what = choice("map", MAPS, "trace-map", "330px")
         self.map = Canvas("token-map", HALF, errors.guard(self._clicked), on_hover=errors.guard(state.hover, keep=True), keys=True)
-        self.heads = Chips("share", errors.guard(self._choose), stacked=True, on_hover=errors.guard(self._pointed, keep=True))
+        self.heads = Chips("share", errors.guard(self._choose), stacked=True)
+        self.pointed = Pointed()
+        self.pointed.on_msg(errors.guard(lambda _, content, __: self._over(content["over"]), keep=True))
         self.where, self.reach, self.read = w.HTML(), w.HTML(), w.HTML()
         self.where.add_class("moa-trace-where")
         self.read.add_class("moa-trace-text")
         self.what.observe(errors.guard(lambda _: self.draw()), "value")
         columns = w.HTML(f'<div class="moa-columns">{trace_views.COLUMNS}</div>')
         hint = w.HTML(trace_views.heading("Heads", trace_views.HEADS_HINT))
-        listed = w.VBox([hint, columns, self.heads.box, self.heads.pointed], layout=w.Layout(max_width="490px"))
+        listed = w.VBox([hint, columns, self.heads.box, self.pointed], layout=w.Layout(max_width="490px"))
         mapped = w.VBox([self.what, self.map.box])
         both = w.HBox([mapped, listed], layout=w.Layout(flex_flow="row wrap", grid_gap="6px 18px"))
         self.box = w.VBox([both, self.where, self.reach, self.read])
@@ -79,7 +82,7 @@ class TokenHeads:
         if head is not None:
             self.state.set(layer=head[0], kv_head=head[1])
 
-    def _pointed(self, number: int | None) -> None:
+    def _over(self, number: int | None) -> None:
         self.state.set(hovered=None if number is None else self._listed(number))
 
     def _listed(self, number: int) -> tuple[int, int] | None:

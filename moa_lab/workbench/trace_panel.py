@@ -33,11 +33,13 @@ Todo = Callable[[Tracing, Handle], object]
 
 
 class TracePanel:
-    """tracing: makes the controller, and with it loads the model, when it is first needed. budget: where heads that get room are pinned,
-    if the plan is that panel's; None: the head alone is changed.
+    """tracing: makes the controller, and with it loads the model, when it is first needed. budget: tells where heads that get room are
+    pinned, if the plan is that panel's; None: the head alone is changed.
     """
 
-    def __init__(self, state: State, tracing: Callable[[], Tracing], budget: BudgetPanel | None = None, length: int = 1024) -> None:
+    def __init__(
+        self, state: State, tracing: Callable[[], Tracing], budget: Callable[[], BudgetPanel | None] = lambda: None, length: int = 1024
+    ) -> None:
         self.state, self.errors, self._make, self._budget = state, Errors("trace"), tracing, budget
         self._tracing: Tracing | None = None
         self._todo: Todo | None = None
@@ -95,11 +97,12 @@ class TracePanel:
         layer, kv_head, tokens = tracing.room()
         self._check_idle()
         self.state.set(layer=layer, kv_head=kv_head)
-        if self._budget is None or tracing.case is None or not self._budget.holds(self._plan(tracing)):
+        budget = self._budget()
+        if budget is None or tracing.case is None or not budget.holds(self._plan(tracing)):
             return self._step(lambda tracing, handle: tracing.change(layer, kv_head, tokens, handle))
         self._giving = True
         try:
-            plan = self._budget.give(layer, kv_head, tokens, tracing.case.n_tokens)
+            plan = budget.give(layer, kv_head, tokens, tracing.case.n_tokens)
         finally:
             self._giving = False
         self._try(plan, f"{given([(layer, kv_head, tokens)])}, the rest solved again")

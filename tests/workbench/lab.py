@@ -97,7 +97,7 @@ def opened(browser: Any, address: str, name: str) -> Page:
 
 
 class Page:
-    """A notebook that was run from first to last cell, and what the console said."""
+    """A notebook, and what the console said."""
 
     def __init__(self, page: object) -> None:
         from playwright.sync_api import Page as Browsed
@@ -107,13 +107,18 @@ class Page:
         page.on("console", lambda message: self.said.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: self.said.append(str(error)))
 
-    def run(self, address: str) -> None:
+    def open(self, address: str) -> None:
+        """Show a notebook, and wait for its kernel."""
         self.page.goto(address)
         self.page.wait_for_function("() => window.jupyterapp && window.jupyterapp.started", timeout=60_000)
         self.page.wait_for_selector(".jp-Notebook .jp-Cell", timeout=60_000)
         # The kernel must be there before it is asked to run.
         self.page.wait_for_function("() => document.querySelector('.jp-Notebook-ExecutionIndicator, .jp-NotebookPanel-toolbar') !== null")
         self.page.wait_for_timeout(3000)
+
+    def run(self, address: str) -> None:
+        """Show a notebook, run it from first to last cell, and wait for its workbench."""
+        self.open(address)
         self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
         self.page.wait_for_selector(".moa-bench, [data-mime-type='application/vnd.jupyter.stderr']", timeout=RUN_MS)
         failed = self.page.locator("[data-mime-type='application/vnd.jupyter.stderr']")

@@ -150,3 +150,20 @@ def test_plotly_is_brought_to_the_page_once_for_all_figures() -> None:
     assert BUNDLE.is_file()
     sent = {name for name in Figure.class_trait_names() if name.startswith("_py2js_")}
     assert sent == {f"_py2js_{name}" for name in re.findall(r'"(\w+)"', first["_esm"].partition("const SENT = [")[2].partition("]")[0])}
+
+
+def test_a_panel_is_made_at_the_first_look_and_the_budgets_plan_is_there_before() -> None:
+    bench = Workbench.open()
+    assert list(bench.panels.made) == ["Heads"]
+    assert "Budget" in bench.panels
+    plan = bench.state.plan
+    assert (plan.name, bench.state.n_tokens) == ("budget", 1536)
+    other = bench.state.plans[0]
+    bench.state.set(plan=other)
+    bench.tabs.selected_index = list(bench.panels).index("Budget")
+    budget = bench.panels.made["Budget"]
+    assert bench.state.plan is other, "a look at the budget chooses nothing"
+    assert budget.holds(plan)
+    assert budget.map.canvas.widget.data[0].z.tolist() == plan.spans(1536).T.tolist()
+    budget.number.value = 0.3
+    assert budget.holds(bench.state.plan)

@@ -68,7 +68,7 @@ def test_the_head_under_the_pointer_is_the_same_in_the_list_on_the_map_and_in_wh
     number = next(index for index, row in enumerate(rows) if "selected" not in row._dom_classes)
     base, before = len(token.map.widget.layout.shapes), token.where.value
     panel.errors.show("an error that was not read yet")
-    token.heads.pointed._handle_custom_msg({"over": number}, [])
+    token.pointed._handle_custom_msg({"over": number}, [])
     layer, kv_head = state.hovered
     assert rows[number].description.split()[:2] == [str(layer), str(kv_head)]
     assert "pointed" in rows[number]._dom_classes
@@ -76,13 +76,13 @@ def test_the_head_under_the_pointer_is_the_same_in_the_list_on_the_map_and_in_wh
     assert f"layer {layer}, KV head {kv_head}:" in token.reach.value
     mark = token.map.widget.layout.shapes[base]
     assert (mark.xanchor, mark.yanchor) == (layer, kv_head)
-    token.heads.pointed._handle_custom_msg({"over": None}, [])
+    token.pointed._handle_custom_msg({"over": None}, [])
     assert state.hovered is None
     assert (token.where.value, len(token.map.widget.layout.shapes)) == (before, base)
     assert not any("pointed" in row._dom_classes for row in rows)
     token.map._hovered(token.map.widget.data[0], type("Points", (), {"point_inds": [(kv_head, layer)]})(), None)
     assert "pointed" in rows[number]._dom_classes
-    token.heads.pointed._handle_custom_msg({"over": 99}, [])
+    token.pointed._handle_custom_msg({"over": 99}, [])
     assert state.hovered is None, "a row that is gone"
     assert said(panel) == "an error that was not read yet", "a pointer on its way clears nothing"
 
@@ -143,7 +143,7 @@ def test_room_in_a_plan_of_the_budget_is_pinned_there_and_the_rest_is_solved_aga
             panel.state.set(plan=mixed_plan(panel._tracing.model))
             return panel.state.plan
 
-    panel._budget = Budget()
+    panel._budget = lambda: Budget()
     monkeypatch.setattr(panel._tracing, "room", lambda: (1, 0, 30))
     panel.give_room()
     ended(panel.work)
