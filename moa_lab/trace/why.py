@@ -30,8 +30,15 @@ def culprits(trace: TokenTrace) -> tuple[HeadShare, ...]:
     return (*(() if first is None else (first,)), *rest)
 
 
+def carrier(trace: TokenTrace) -> HeadShare | None:
+    """The head that brought most of the token from its far past, in the dense model; None where none brought anything."""
+    share = max(trace.shares, key=lambda one: one.brought)
+    return share if share.source >= 0 and share.brought >= LEAST_NATS else None
+
+
 def why(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, answer: Answer, whole: Answer | None = None) -> str:
-    """One sentence on a token under the plan of `answer`: the head that carried it, how far, and what span it has instead.
+    """What became of a token under the plan of `answer`, in words: the head that carried it, how far, and what span it has instead; or,
+    where it is not lost, the head that brought most of it.
 
     whole: the dense model's answer; None: one that says the token. A token that the dense model would not say either is not lost.
     """
@@ -39,17 +46,30 @@ def why(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, answer: Answer, w
     dense, cut = trace.dense.probability, trace.cut.probability
     change = f"{_percent(dense)} in the dense model, {_percent(cut)} under the plan"
     if trace.plan.is_dense:
-        return f"Nothing is lost: the plan keeps every token in every head ({named} has {_percent(dense)})."
+        kept = f"Nothing is lost: the plan keeps every token in every head ({named} has {_percent(dense)})."
+        return f"{kept}{_carried(tokenizer, trace)}"
     share = culprit(trace)
     fell = dense - cut >= 0.01 or trace.dense.log_odds - trace.cut.log_odds >= 0.1
     said = whole is None or whole.likeliest[trace.index] == whole.wanted[trace.index]
     lost = said and bool(answer.likeliest[trace.index] != answer.wanted[trace.index])
     if not lost and not fell:
-        return f"{named} is not lost: {change}."
+        return f"{named} is not lost: {change}.{_carried(tokenizer, trace)}"
     begin = f"{named} was lost" if lost else f"{named} became less likely"
     if share is None:
         return f"{begin} ({change}), but no single head would bring it back: it was lost in many heads, or before the question was read."
     return f"{begin} ({change}) because {_because(tokenizer, trace, share)}."
+
+
+def _carried(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace) -> str:
+    share = carrier(trace)
+    if share is None:
+        return ""
+    text = words(tokenizer, trace.case.tokens, share.source)
+    sees = "hides it from that head" if share.is_cut else "lets that head see it"
+    return (
+        f" Layer {share.layer}, KV head {share.kv_head} brought most of it: it read it {share.distance:,} tokens back (“{text}”), "
+        f"and the plan {sees}, with a span of {share.span:,} tokens."
+    )
 
 
 def _because(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, share: HeadShare) -> str:

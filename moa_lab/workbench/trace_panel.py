@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as w
 
 from moa_lab.plan import Plan, uniform_plan
-from moa_lab.trace import TokenTrace, culprit
+from moa_lab.trace import TokenTrace, carrier, culprit
 from moa_lab.workbench import trace_views
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.chips import Chips
@@ -180,9 +180,9 @@ class TracePanel:
         """Answer under `plan`, and look at the same token as before, or else at the first that differs."""
         before = tracing.trace
         tracing.try_plan(plan, what, handle)
-        trace = tracing.look(tracing.most_lost() if before is None else before.index, handle)
+        trace = tracing.look(tracing.telling() if before is None else before.index, handle)
         if before is None:
-            share = culprit(trace) or trace.shares[0]
+            share = culprit(trace) or carrier(trace) or trace.shares[0]
             self.state.set(layer=share.layer, kv_head=share.kv_head)
         self.state.set(plan=tracing.trials.current.plan if tracing.trials.current else plan)
 
@@ -210,7 +210,7 @@ class TracePanel:
 
     def _again_in(self, tracing: Tracing, handle: Handle) -> None:
         """Look at the same token under the current trial's plan, which becomes the state's."""
-        tracing.look(tracing.most_lost() if tracing.trace is None else tracing.trace.index, handle)
+        tracing.look(tracing.telling() if tracing.trace is None else tracing.trace.index, handle)
         if tracing.trials.current is not None:
             self.state.set(plan=tracing.trials.current.plan)
 

@@ -11,7 +11,7 @@ from moa_lab.figures import token_map
 from moa_lab.figures.theme import percent, plain
 from moa_lab.trace import MATTERS, HeadShare, TokenTrace, label
 from moa_lab.workbench.chips import Chip
-from moa_lab.workbench.tracing import TokenRow, Tracing
+from moa_lab.workbench.tracing import FEW, TokenRow, Tracing
 from moa_lab.workbench.trials import Trial
 
 STYLE = """<style>
@@ -49,8 +49,8 @@ HEADS_HINT = (
     "back: tokens to its source; orange: the plan hides that source."
 )
 
-FEW, MANY = 0.1, 1.0
-"""Nats a token loses from which it is marked, and marked strongly."""
+MANY = 1.0
+"""Nats a token loses from which it is marked strongly; from `FEW` on it is marked."""
 SHOWN_HEADS = 8
 
 

@@ -23,6 +23,8 @@ TRIED_SAMPLES = 16
 Room = tuple[int, int, int]
 """Layer, KV head, and the span in tokens that it needs."""
 NO_HEAD = "no head that the plan cuts would bring this token back: choose another token, or set a span yourself"
+FEW = 0.1
+"""Nats that a token loses from which it counts as less likely."""
 ROUNDS = 6
 """Of `Tracing.rescue`."""
 NAMED = 2
@@ -121,11 +123,18 @@ class Tracing:
         self.trace = self._traced[key]
         return self.trace
 
-    def most_lost(self) -> int:
-        """The first token that differs under the current plan, or else the one that loses most."""
-        _, dense = self._asked()
+    def telling(self) -> int:
+        """The token that tells most: the first that differs under the current plan, or else the one that loses most; where none loses
+        `FEW` nats, the first that is more than space.
+        """
+        case, dense = self._asked()
         found = self._current().answer
-        return int(np.argmax(found.losses - dense.losses)) if found.first_difference is None else found.first_difference
+        if found.first_difference is not None:
+            return found.first_difference
+        lost = found.losses - dense.losses
+        if lost.max() >= FEW:
+            return int(np.argmax(lost))
+        return next((index for index in range(len(case.answer)) if self.piece(case.start + index).strip()), 0)
 
     def rows(self) -> list[TokenRow]:
         """The answer's tokens, in order, under the current plan."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan, with_span
-from moa_lab.trace import Case, Tracer, answer, culprit, say, why
+from moa_lab.trace import Case, Tracer, answer, carrier, culprit, say, why
 
 torch.set_num_threads(1)
 N, START = 120, 110
@@ -60,6 +60,14 @@ def test_of_two_heads_that_are_cut_the_one_that_carried_the_needle_is_named_and_
     # What the dense model would not say either is not lost.
     assert " was lost " in why(tokenizer, trace, cut, dense)
     assert " was lost " not in why(tokenizer, trace, cut, replace(dense, likeliest=dense.wanted + 1))
+    # What is not lost was carried by a head as well.
+    most = max(trace.shares, key=lambda one: one.brought)
+    assert carrier(trace) == most
+    found = replace(trace, cut=trace.dense)
+    assert f"Layer {most.layer}, KV head {most.kv_head} brought most of it" in why(tokenizer, found, dense)
+    assert "and the plan lets that head see it" in why(tokenizer, found, dense)
+    assert "and the plan hides it from that head" in why(tokenizer, replace(found, shares=(share,)), dense)
+    assert carrier(replace(trace, shares=(trace.share(1, 0),))) is None
     # The head alone was cut: with everything again, the answer is the dense one.
     again = answer(model, case, with_span(plan, 1, 1, None))
     np.testing.assert_allclose(again.losses, dense.losses, atol=1e-4)

@@ -17,7 +17,7 @@ from moa_lab.plan import dense_plan, with_span
 from moa_lab.trace import Case, say
 from moa_lab.workbench.jobs import Cancelled, Handle
 from moa_lab.workbench.loaded import Loaded
-from moa_lab.workbench.tracing import Tracing, given
+from moa_lab.workbench.tracing import FEW, Tracing, given
 from moa_lab.workbench.trials import Trials
 
 torch.set_num_threads(1)
@@ -52,11 +52,13 @@ def test_an_answer_is_told_token_by_token_and_a_head_is_changed_and_changed_back
     assert len(rows) == N - START
     marked = [index for index, row in enumerate(rows) if row.is_first_difference]
     assert marked == ([] if trial.is_same else [trial.answer.first_difference])
-    assert tracing.most_lost() == (marked[0] if marked else np.argmax([row.loss_change for row in rows]))
+    lost = [row.loss_change for row in rows]
+    worded = next((index for index, row in enumerate(rows) if row.text.strip()), 0)
+    assert tracing.telling() == (marked[0] if marked else np.argmax(lost) if max(lost) >= FEW else worded)
     assert np.mean([row.loss_change for row in rows]) == pytest.approx(trial.loss_change, abs=1e-6)
     assert all((row.instead is None) == (trial.answer.likeliest[i] == trial.answer.wanted[i]) for i, row in enumerate(rows))
-    first = tracing.look(tracing.most_lost(), handle())
-    assert tracing.look(tracing.most_lost(), handle()) is first
+    first = tracing.look(tracing.telling(), handle())
+    assert tracing.look(tracing.telling(), handle()) is first
     assert tracing.why()
     whole = tracing.change(1, None, None, handle())
     assert whole.plan.spans(N)[1].tolist() == dense_plan(tracing.geometry).spans(N)[1].tolist()
@@ -71,7 +73,7 @@ def test_an_answer_is_told_token_by_token_and_a_head_is_changed_and_changed_back
 def test_room_for_the_head_that_lost_the_token_shows_it_its_source() -> None:
     tracing = traced()
     tracing.try_plan(with_span(dense_plan(tracing.geometry), 0, 1, 128), "one head", handle())
-    tracing.look(tracing.most_lost(), handle())
+    tracing.look(tracing.telling(), handle())
     with pytest.raises(ValueError, match="no head that the plan cuts"):
         tracing.room()
     tracing.try_plan(small_plan(tracing.model), "small", handle())
@@ -123,7 +125,7 @@ def test_a_prompt_and_test_samples_are_asked() -> None:
 
 def test_what_needs_a_question_says_so_and_work_can_be_stopped() -> None:
     tracing = Tracing(tiny_model("llama"), tiny_tokenizer())
-    for call in (tracing.rows, tracing.most_lost, lambda: tracing.try_plan(small_plan(tracing.model), "", handle())):
+    for call in (tracing.rows, tracing.telling, lambda: tracing.try_plan(small_plan(tracing.model), "", handle())):
         with pytest.raises(ValueError, match="press Answer first"):
             call()
     asked = traced()
