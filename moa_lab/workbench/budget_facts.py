@@ -22,6 +22,7 @@ def kept(answer: Answer, budget: Budget) -> list[tuple[str, str]]:
 def predicted(answer: Answer) -> list[tuple[str, str]]:
     """What the answer's plan loses, as predicted, and how it was found."""
     return [
+        ("predicted loss", "0: dense; 1: every head at its shortest span"),
         *((f"predicted loss, {name}", f"{value:.4f}") for name, value in answer.losses.items()),
         *((f"predicted loss at {n:,}", f"{value:.4f}") for n, value in answer.losses_at.items()),
         ("gap to optimal", f"at most {percent(answer.gap, 2)}"),

@@ -4,14 +4,17 @@ budget marked."""
 from __future__ import annotations
 
 import contextlib
+import html
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import ipywidgets as w
 
 from moa_lab.evaluate.recommend import NEEDLES, TEXTS, Option, measured_at, scores_over_bytes
-from moa_lab.figures.densities import score_by_density
-from moa_lab.figures.theme import OUTLINE
+from moa_lab.figures.densities import family, score_by_density
+from moa_lab.figures.intervals import told
+from moa_lab.figures.measurements import shown
+from moa_lab.figures.theme import OUTLINE, percent
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Measurement
 from moa_lab.workbench.advising import Advising
@@ -38,6 +41,7 @@ class MeasuredCurves:
         self._measuring: Measuring | None = None
         self.options: tuple[Option, ...] = ()
         self.now: list[Measurement] = []
+        self._drawn: list[Measurement] = []
         # Raised where no run of this model was measured yet.
         with contextlib.suppress(ValueError):
             self.options = Advising(state).options()
@@ -45,17 +49,19 @@ class MeasuredCurves:
         names = [(f"{TEXTS.get(task, task)}, {length:,} tokens", (task, length)) for task, length in self.places]
         self.place = choice("measured", names or [("nothing yet", None)], "measured-place", "300px")
         self.canvas = Canvas("measured-curve", HALF)
+        self.nearest = w.HTML(layout=w.Layout(max_width=f"{HALF}px"))
+        self.nearest.add_class("moa-nearest")
         self.place.observe(errors.guard(lambda _: self.draw()), "value")
         self.texts = whole("texts", 16, 1, 1024, "measured-texts", "130px")
         self.work = Work("Measure this density", "measure-density", errors, self._begin, self._measured)
         state.watch_in("Budget", ["dark"], errors.guard(self.draw))
         measures = [row(self.texts, self.work.box)] if measuring is not None else []
-        self.box = w.VBox([self.place, self.canvas.box, *measures], layout=w.Layout(display="" if self.places else "none"))
+        self.box = w.VBox([self.place, self.canvas.box, self.nearest, *measures], layout=w.Layout(display="" if self.places else "none"))
         self.draw()
 
     def draw(self) -> None:
         """Draw the chosen score."""
-        rows = self._rows()
+        rows = self._drawn = self._rows()
         self.canvas.box.layout.display = "" if rows else "none"
         if rows:
             self.canvas.draw(score_by_density(rows, *self.place.value), self.state.dark)
@@ -67,6 +73,7 @@ class MeasuredCurves:
         if self.places and self.canvas.box.layout.display == "":
             line = {"type": "line", "x0": 100 * density, "x1": 100 * density, "y0": 0, "y1": 1, "yref": "paper"}
             self.canvas.widget.layout.shapes = [{**line, "line": {"color": OUTLINE, "width": 2, "dash": "dot"}}]
+            self.nearest.value = f'<div class="moa-facts">{html.escape(nearest_text(self._drawn, density))}</div>'
 
     def another_model(self) -> None:
         """Load the model named now at the next measurement."""
@@ -101,3 +108,20 @@ class MeasuredCurves:
             named = row_.plan if row_.density >= 1 else f"{NOW}, n = {row_.n}-{100 * row_.density:.3g}"
             self.now.append(replace(row_, plan=named))
         self.draw()
+
+
+def nearest_text(rows: Sequence[Measurement], density: float) -> str:
+    """What was measured nearest to a density, in words, beside the dense model's score; "" where no plan was measured.
+
+    rows: as `scores_over_bytes` names them, of one task and length.
+    """
+    plans = [row for row in rows if row.density < 1]
+    if not plans:
+        return ""
+    row = min(plans, key=lambda one: (abs(one.density - density), -one.n))
+    dense = next((f"; dense {_score(one)}" for one in rows if one.density >= 1), "")
+    return f"Measured nearest, at {percent(row.density, 1)}: {_score(row)} ({family(row)}){dense}."
+
+
+def _score(row: Measurement) -> str:
+    return f"{shown(row.metric, row.value)} [{told(row, lambda value: shown(row.metric, value), ', ')}]"
