@@ -8,6 +8,7 @@ import ipywidgets as w
 
 from moa_lab.evaluate.recommend import NEEDLES, Wish, advice_table, measured_at, scores_over_bytes
 from moa_lab.figures.densities import score_by_density
+from moa_lab.plan import dense_plan
 from moa_lab.workbench.advising import Advising
 from moa_lab.workbench.canvas import HALF, Canvas
 from moa_lab.workbench.on_gpu import OnGpu
@@ -82,16 +83,22 @@ class AdvicePanel:
         self.canvas.box.layout.display = "none"
         advice = self.advising.advise(self.wish(), self.folders.value)
         self.told.value = f"<p><b>{html.escape(advice.reason)}</b> {html.escape(advice.next_one)}</p>"
-        rows = advice_table(advice)
-        self.table.value = grid(list(rows[0]), [list(one.values()) for one in rows])
         self.take.disabled = advice.plan is None
         self._serve()
         self._draw()
 
     def _serve(self) -> None:
-        """What the chosen GPU does with the recommended plan."""
+        """What the chosen GPU does with the recommended plan, and with every other, and without one."""
         advice = self.advising.advice
-        self.served.value = "" if advice is None or advice.plan is None else facts(self.on.told(advice.plan))
+        if advice is None:
+            return
+        self.served.value = "" if advice.plan is None else facts(self.on.told(advice.plan))
+        plans, told = [one.option.plan for one in advice.judged], advice_table(advice)
+        rows = [[*one.values(), self.on.brief(plan)] for one, plan in zip(told, plans, strict=True)]
+        dense = ["dense", "100.0%", "", "what all are held against", self.on.brief(dense_plan(plans[0].geometry))]
+        head = [*told[0], f"on {self.on.device.name}, {self.on.n_tokens:,} tokens each"]
+        beyond = self.on.beyond(plans[0])
+        self.table.value = grid(head, [dense, *rows]) + (f"<div>Note: {beyond}.</div>" if beyond else "")
 
     def _draw(self) -> None:
         """Needles over density at the longest length that all plans were measured at."""

@@ -64,13 +64,22 @@ class OnGpu:
         if not ours.batch:
             return [(f"on {gpu.name}", f"not one sequence of {n:,} tokens fits beside the weights")]
         times = f", {ours.tokens_s / dense.tokens_s:.1f} times dense" if dense.batch else ", where dense does not fit"
-        longest = plan.geometry.max_length
-        beyond = [("note", f"the model takes {longest:,} tokens at most")] if n > longest else []
+        beyond = self.beyond(plan)
         return [
             (f"sequences on {gpu.name}", f"{ours.batch:,} of {n:,} tokens (dense {dense.batch:,})"),
             ("tokens/s, foretold", f"{ours.tokens_s:,.0f}{times}"),
-            *beyond,
+            *([("note", beyond)] if beyond else []),
         ]
+
+    def brief(self, plan: Plan) -> str:
+        """What the GPU holds under `plan`, and how fast it decodes, in few words."""
+        found = capacity(self.device, self.weights_bytes, plan.kv_bytes(self.n_tokens))
+        return f"{found.batch:,} sequences, {found.tokens_s:,.0f} tokens/s" if found.batch else "not one sequence fits"
+
+    def beyond(self, plan: Plan) -> str:
+        """What is wrong with a sequence that is longer than the model takes; "" where it is not."""
+        longest = plan.geometry.max_length
+        return f"the model takes {longest:,} tokens at most" if self.n_tokens > longest else ""
 
     def _read(self) -> None:
         if self._is_written:

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from moa_lab.bench.lifelike import lifelike_table
+from moa_lab.capacity import GPUS, capacity
 from moa_lab.evaluate.recommend import Wish, scores_over_bytes
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Measurement, Measurements
 from moa_lab.workbench.advice_panel import AdvicePanel
 from moa_lab.workbench.advising import Advising
@@ -69,6 +70,24 @@ def test_where_no_plan_holds_nothing_can_be_taken(panel: AdvicePanel) -> None:
         panel.advising.take()
 
 
+def test_what_the_gpu_of_choice_holds_is_told_of_every_plan_also_where_none_holds_the_wish(panel: AdvicePanel) -> None:
+    panel.folders.value = f"{HALF},{QUARTER}"
+    panel.needles.number.value, panel.on.gpu.value = 99.0, "rtx-4090"
+    panel.on.tokens.value = 32768
+    press(panel, "Recommend")
+    assert panel.advising.advice.plan is None
+    plans = [dense_plan(panel.advising.advice.judged[0].option.plan.geometry), *(one.option.plan for one in panel.advising.advice.judged)]
+    held = [capacity(GPUS["rtx-4090"], panel.on.weights_bytes, plan.kv_bytes(32768)) for plan in plans]
+    assert held[0].batch < min(one.batch for one in held[1:])
+    for one in held:
+        assert f"<td>{one.batch:,} sequences, {one.tokens_s:,.0f} tokens/s</td>" in panel.table.value
+    assert "on RTX 4090 24GB, 32,768 tokens each" in panel.table.value
+    assert "the model takes 8,192 tokens at most" in panel.table.value
+    panel.on.tokens.value = 4096
+    assert "4,096 tokens each" in panel.table.value
+    assert "at most" not in panel.table.value.rpartition("</table>")[2]
+
+
 def test_a_speed_is_foretold_on_the_gpu_of_choice(panel: AdvicePanel) -> None:
     panel.folders.value = f"{HALF},{QUARTER}"
     panel.needles.wanted.value, panel.speed.wanted.value, panel.on.gpu.value = False, True, "l4"
@@ -106,6 +125,11 @@ def test_measured_scores_stand_beside_the_budget_and_follow_its_density() -> Non
     panel.number.value = 0.4
     (line,) = panel.curves.canvas.widget.layout.shapes
     assert line.x0 == line.x1 == pytest.approx(100 * state.plan.density(panel.budget.n_tokens))
+    rows = panel.curves._drawn
+    nearest = min((row for row in rows if row.density < 1), key=lambda row: (abs(row.density - line.x0 / 100), -row.n))
+    assert f"Measured nearest, at {100 * nearest.density:.1f}%: " in panel.curves.nearest.value
+    assert f": {nearest.value:.0%} [" in panel.curves.nearest.value
+    assert "; dense " in panel.curves.nearest.value
     panel.curves.place.value = panel.curves.places[-1]
     assert "own answers" in {value: name for name, value in panel.curves.place.options}[panel.curves.places[-1]]
     assert len(panel.curves.canvas.widget.layout.shapes) == 1
