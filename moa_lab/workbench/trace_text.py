@@ -16,7 +16,7 @@ STYLE = """<style>
 .moa-text .hidden { background: rgba(213, 94, 0, var(--strength)); border-radius: 3px; border-bottom: 2px dashed #d55e00; }
 .moa-text .edge { color: #1a80c4; font-size: 12px; white-space: nowrap; border-left: 3px solid #1a80c4; padding: 0 4px; }
 .moa-text .planted { font-weight: 600; }
-.moa-text .answer { border-bottom: 1px solid currentColor; }
+.moa-text .replied { border-bottom: 1px solid currentColor; }
 .moa-text .asked { outline: 2px solid #ff5c39; outline-offset: 1px; border-radius: 3px; font-weight: 600; }
 .moa-reach svg { display: block; width: 100%; max-width: 1120px; height: auto; overflow: visible; }
 .moa-reach text { fill: currentColor; font-size: 13px; font-family: var(--jp-ui-font-family, sans-serif); }
@@ -64,7 +64,7 @@ def _token(tracing: Tracing, trace: TokenTrace, share: HeadShare, sources: dict[
     if any(first <= position < last for first, last in case.planted):
         classes.append("planted")
     if position >= case.start:
-        classes.append("asked" if position == trace.position else "answer")
+        classes.append("asked" if position == trace.position else "replied")
     told = html.escape(tracing.piece(position))
     return f'<span class="{" ".join(classes)}"{style} title="{tip}">{told}</span>' if classes else told
 

@@ -23,6 +23,7 @@ from moa_lab.records import LossTable
 from moa_lab.report import desk
 from moa_lab.report.desk import DeskRecords, desk_page
 from moa_lab.report.desk.stops import all_stops, budget_stops, predicted
+from moa_lab.report.page import STYLE as PAGE_STYLE
 from moa_lab.workbench.desk_page import desk_records
 from moa_lab.workbench.state import State
 from tests.workbench.lab import CHROMIUM, PICTURES, PROJECT, chromium
@@ -144,6 +145,9 @@ def test_the_answer_that_was_looked_at_is_on_the_page_with_its_heads() -> None:
     assert looked["why"] == tracing.why()
     assert len(looked["heads"]) == min(8, plan.geometry.layers * plan.geometry.kv_heads)
     assert all("moa-text" in head["html"] and "<style>" not in head["html"] for head in looked["heads"])
+    used = {name for head in looked["heads"] for names in re.findall(r'class="([^"]*)"', head["html"]) for name in names.split()}
+    assert "replied" in used
+    assert not used & set(re.findall(r"(?m)^\.([\w-]+)", PAGE_STYLE)), "a class that the page has for something else"
     assert data_of(desk_page(desk_records(state, None, runs=[])))["trace"] is None
 
 
