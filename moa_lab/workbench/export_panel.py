@@ -29,9 +29,9 @@ class ExportPanel:
         self.folder.add_class("moa-export-folder")
         self.name.add_class("moa-export-name")
         self.engine = choice("to run with", list(LAUNCHERS), "export-engine", "260px")
-        self.formats = [
-            w.Checkbox(kind == "config card", description=kind, indent=False, layout=w.Layout(width="auto")) for kind in FORMATS
-        ]
+        # At first what the first engine reads, so that its command finds its files.
+        reads = LAUNCHERS[self.engine.value].needs
+        self.formats = [w.Checkbox(kind in reads, description=kind, indent=False, layout=w.Layout(width="auto")) for kind in FORMATS]
         self.replace = w.Checkbox(False, description="replace what is there", indent=False, layout=w.Layout(width="auto"))
         self.work = Work("Export", "export", self.errors, self._begin, self._written)
         self.works = (self.work,)
