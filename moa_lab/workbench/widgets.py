@@ -37,7 +37,8 @@ STYLE = """<style>
 .moa-parallel .axis .domain, .moa-parallel .axis line { stroke: #7a808a !important; stroke-opacity: 0.8 !important; }
 .moa-history td, .moa-history th { white-space: nowrap; text-align: left !important; }
 .moa-history td:last-child { white-space: normal; min-width: 12em; }
-.moa-advice { line-height: 1.5; max-width: 860px; }
+.moa-advice { max-width: 860px; }
+.moa-advice .widget-html-content { line-height: 1.5; }
 .moa-bench pre { white-space: pre; overflow-x: auto; max-width: 860px; line-height: 1.3; }
 .moa-said { white-space: pre-wrap; max-height: 240px; overflow: auto; }
 </style>"""

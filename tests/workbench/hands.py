@@ -50,8 +50,8 @@ def ended(work: Work, timeout_s: float = 60) -> None:
         time.sleep(0.01)
 
 
-def within(seconds: float, holds: Callable[[], object]) -> None:
+def within(seconds: float, holds: Callable[[], object], pause: Callable[[], object] = lambda: time.sleep(0.01)) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        pause()
