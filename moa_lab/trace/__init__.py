@@ -5,7 +5,7 @@ from moa_lab.trace.case import Case
 from moa_lab.trace.cases import Lost, drawn_cases, first_lost, prompt_case, sample_cases
 from moa_lab.trace.heads import HeadShare, TokenTrace, Tracer
 from moa_lab.trace.pieces import folded, label, piece
-from moa_lab.trace.why import MATTERS, carrier, culprit, culprits, why
+from moa_lab.trace.why import MATTERS, carrier, culprit, culprits, named_head, why
 
 __all__ = [
     "MATTERS",
@@ -23,6 +23,7 @@ __all__ = [
     "first_lost",
     "folded",
     "label",
+    "named_head",
     "piece",
     "prompt_case",
     "sample_cases",

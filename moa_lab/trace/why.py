@@ -36,6 +36,20 @@ def carrier(trace: TokenTrace) -> HeadShare | None:
     return share if share.source >= 0 and share.brought >= LEAST_NATS else None
 
 
+def named_head(trace: TokenTrace, answer: Answer, whole: Answer | None = None) -> HeadShare | None:
+    """The head that `why` names: the culprit where the token was lost or became less likely, or else its carrier."""
+    return culprit(trace) if not trace.plan.is_dense and (_is_lost(trace, answer, whole) or _fell(trace)) else carrier(trace)
+
+
+def _is_lost(trace: TokenTrace, answer: Answer, whole: Answer | None) -> bool:
+    said = whole is None or whole.likeliest[trace.index] == whole.wanted[trace.index]
+    return bool(said and answer.likeliest[trace.index] != answer.wanted[trace.index])
+
+
+def _fell(trace: TokenTrace) -> bool:
+    return trace.dense.probability - trace.cut.probability >= 0.01 or trace.dense.log_odds - trace.cut.log_odds >= 0.1
+
+
 def why(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, answer: Answer, whole: Answer | None = None) -> str:
     """What became of a token under the plan of `answer`, in words: the head that carried it, how far, and what span it has instead; or,
     where it is not lost, the head that brought most of it.
@@ -48,12 +62,10 @@ def why(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, answer: Answer, w
     if trace.plan.is_dense:
         kept = f"Nothing is lost: the plan keeps every token in every head ({named} has {_percent(dense)})."
         return f"{kept}{_carried(tokenizer, trace)}"
-    share = culprit(trace)
-    fell = dense - cut >= 0.01 or trace.dense.log_odds - trace.cut.log_odds >= 0.1
-    said = whole is None or whole.likeliest[trace.index] == whole.wanted[trace.index]
-    lost = said and bool(answer.likeliest[trace.index] != answer.wanted[trace.index])
-    if not lost and not fell:
+    lost = _is_lost(trace, answer, whole)
+    if not lost and not _fell(trace):
         return f"{named} is not lost: {change}.{_carried(tokenizer, trace)}"
+    share = culprit(trace)
     begin = f"{named} was lost" if lost else f"{named} became less likely"
     if share is None:
         return f"{begin} ({change}), but no single head would bring it back: it was lost in many heads, or before the question was read."

@@ -94,11 +94,12 @@ class AdvicePanel:
             return
         self.served.value = "" if advice.plan is None else facts(self.on.told(advice.plan))
         plans, told = [one.option.plan for one in advice.judged], advice_table(advice)
-        rows = [[*one.values(), self.on.brief(plan)] for one, plan in zip(told, plans, strict=True)]
-        dense = ["dense", "100.0%", "", "what all are held against", self.on.brief(dense_plan(plans[0].geometry))]
-        head = [*told[0], f"on {self.on.device.name}, {self.on.n_tokens:,} tokens each"]
+        on = f"on {self.on.device.name}, {self.on.n_tokens:,} tokens each"
+        dense = {"plan": "dense", "bytes": "100.0%", on: self.on.brief(dense_plan(plans[0].geometry)), "verdict": "", "why": ""}
+        rows = [dense, *({**one, on: self.on.brief(plan)} for one, plan in zip(told, plans, strict=True))]
         beyond = self.on.beyond(plans[0])
-        self.table.value = grid(head, [dense, *rows]) + (f"<div>Note: {beyond}.</div>" if beyond else "")
+        table = grid(list(dense), [[one[name] for name in dense] for one in rows])
+        self.table.value = table + (f"<div>Note: {beyond}.</div>" if beyond else "")
 
     def _draw(self) -> None:
         """Needles over density at the longest length that all plans were measured at."""

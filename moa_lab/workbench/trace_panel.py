@@ -9,7 +9,7 @@ from typing import Any
 import ipywidgets as w
 
 from moa_lab.plan import Plan, uniform_plan
-from moa_lab.trace import TokenTrace, carrier, culprit
+from moa_lab.trace import TokenTrace, culprit
 from moa_lab.workbench import trace_views
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.chips import Chips
@@ -138,7 +138,9 @@ class TracePanel:
             return
         self.what_if.show(tracing.trials)
         self.why.value = f'<div class="moa-why" role="status">{html.escape(tracing.why())}</div>'
-        self.room.disabled = culprit(trace) is None
+        # The head of the sentence, if that lost something.
+        lost_it = culprit(trace)
+        self.room.disabled = lost_it is None or tracing.head() is not lost_it
         self.rooms.disabled = tracing.trials.current is None or tracing.trials.current.is_same
         self.token.show(tracing, trace)
 
@@ -180,9 +182,9 @@ class TracePanel:
         """Answer under `plan`, and look at the same token as before, or else at the first that differs."""
         before = tracing.trace
         tracing.try_plan(plan, what, handle)
-        trace = tracing.look(tracing.telling() if before is None else before.index, handle)
+        tracing.look(tracing.telling() if before is None else before.index, handle)
         if before is None:
-            share = culprit(trace) or carrier(trace) or trace.shares[0]
+            share = tracing.head()
             self.state.set(layer=share.layer, kv_head=share.kv_head)
         self.state.set(plan=tracing.trials.current.plan if tracing.trials.current else plan)
 

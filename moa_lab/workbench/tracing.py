@@ -12,7 +12,22 @@ from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan, with_span
 from moa_lab.runtime.arguments import stop_ids
-from moa_lab.trace import Answer, Case, TokenTrace, Tracer, answer, culprit, culprits, drawn_cases, first_lost, piece, prompt_case, why
+from moa_lab.trace import (
+    Answer,
+    Case,
+    HeadShare,
+    TokenTrace,
+    Tracer,
+    answer,
+    culprit,
+    culprits,
+    drawn_cases,
+    first_lost,
+    named_head,
+    piece,
+    prompt_case,
+    why,
+)
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.trials import Trial, Trials
 
@@ -173,6 +188,11 @@ class Tracing:
     def why(self, trace: TokenTrace | None = None) -> str:
         """One sentence on a token that was looked at under the current plan; None: the last one."""
         return why(self.tokenizer, trace or self._looked(), self._current().answer, self.dense)
+
+    def head(self) -> HeadShare:
+        """The head of the token that was looked at last which `why` names, or else the first of its heads."""
+        trace = self._looked()
+        return named_head(trace, self._current().answer, self.dense) or trace.shares[0]
 
     def room(self) -> Room:
         """The span that the head needs which lost the token looked at last. Raises ValueError where no head did."""

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan, dense_plan, with_span
-from moa_lab.trace import Case, Tracer, answer, carrier, culprit, say, why
+from moa_lab.trace import Case, Tracer, answer, carrier, culprit, named_head, say, why
 
 torch.set_num_threads(1)
 N, START = 120, 110
@@ -65,6 +65,7 @@ def test_of_two_heads_that_are_cut_the_one_that_carried_the_needle_is_named_and_
     assert carrier(trace) == most
     found = replace(trace, cut=trace.dense)
     assert f"Layer {most.layer}, KV head {most.kv_head} brought most of it" in why(tokenizer, found, dense)
+    assert (named_head(trace, cut), named_head(found, dense)) == (share, most)
     assert "and the plan lets that head see it" in why(tokenizer, found, dense)
     assert "and the plan hides it from that head" in why(tokenizer, replace(found, shares=(share,)), dense)
     assert carrier(replace(trace, shares=(trace.share(1, 0),))) is None
