@@ -62,11 +62,11 @@ class BudgetPanel:
         self.rules = whole("rules per layer (0: any)", 0, 0, len(table.rules), "max-rules", "230px")
         full, to_span = button("Pin to full", "pin-full"), button("Pin to span", "pin-to-span")
         release, release_all = button("Release", "release"), button("Release all", "release-all")
-        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(flex="0 1 372px"))
+        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(flex="0 1 360px"))
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
-        self.curves = MeasuredCurves(state, self.errors, measuring)
+        self.curves = MeasuredCurves(state, self.errors, measuring, density)
         self._moving = False
 
         self.slider.observe(self.errors.guard(lambda change: self.solve(change["new"])), "value")

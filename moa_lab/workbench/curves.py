@@ -33,11 +33,11 @@ class MeasuredCurves:
     """Drawn where anything was measured; `mark` moves a line to a density.
 
     measuring: makes the controller that measures the state's plan, and with it loads the model, when that is first asked for; None:
-    nothing is measured here.
+    nothing is measured here. density: marked at first.
     """
 
-    def __init__(self, state: State, errors: Errors, measuring: Callable[[], Measuring] | None = None) -> None:
-        self.state, self._marked, self._make = state, 0.0, measuring
+    def __init__(self, state: State, errors: Errors, measuring: Callable[[], Measuring] | None = None, density: float = 0.0) -> None:
+        self.state, self._marked, self._make = state, density, measuring
         self._measuring: Measuring | None = None
         self.options: tuple[Option, ...] = ()
         self.now: list[Measurement] = []

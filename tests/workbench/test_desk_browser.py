@@ -165,7 +165,7 @@ def test_nothing_is_wider_than_its_screen_and_figures_follow_the_theme(page: Pag
 def test_the_map_of_spans_and_the_measured_curves_stand_side_by_side_where_there_is_width_and_leave_no_gap_elsewhere(page: Page) -> None:
     page.tab("Budget")
     parts = {}
-    for width in (1280, 1440, 1920):
+    for width in (1280, 1366, 1440, 1920):
         page.page.set_viewport_size({"width": width, "height": 1800})
         page.page.wait_for_timeout(900)
         found = [page.page.locator(f".{name}").first.bounding_box() for name in ("moa-spans", "moa-measured-curve", "moa-budget-facts")]
@@ -175,6 +175,7 @@ def test_the_map_of_spans_and_the_measured_curves_stand_side_by_side_where_there
     assert map_["x"] == curve["x"]
     assert 0 <= facts["y"] - (map_["y"] + map_["height"]) < tall, "what is kept and lost is right below the map and its pins"
     assert 0 <= curve["y"] - (facts["y"] + facts["height"]) < 60
+    assert parts[1366][2]["x"] >= parts[1366][0]["x"] + parts[1366][0]["width"]
     map_, curve, facts = parts[1440]
     assert map_["x"] == curve["x"]
     assert 0 <= curve["y"] - (map_["y"] + map_["height"]) < tall
