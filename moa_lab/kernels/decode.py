@@ -11,7 +11,7 @@ import triton
 
 from moa_lab.cache import PackedRing, RingLayer
 from moa_lab.kernels.decode_kernel import decode_kernel, merge_kernel
-from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles
+from moa_lab.kernels.devices import half_wave, nvidia_capability, precision, room_for_tiles
 from moa_lab.kernels.schedule import DecodeSchedule
 from moa_lab.plan.bits import UNTOUCHED, code_words
 
@@ -101,7 +101,7 @@ def _decode(
             query.stride(0), query.stride(1), keys.stride(0), codes.stride(0), grids.stride(0), sink_tokens, reach, scale, softcap or 1.0,
             ROWS=max(triton.next_power_of_2(group), 16), PADDED_DIM=padded_dim,
             PRECISION=precision(query),
-            **common, **packed, num_warps=4, num_stages=stages(query, tile, max(widths, default=UNTOUCHED)),
+            **common, **packed, num_warps=warps(query), num_stages=stages(query, tile, max(widths, default=UNTOUCHED)),
         )  # fmt: skip
     merge_kernel[(batch * query_heads,)](
         part_output, part_max, part_sum, firsts, part_max if sink_logits is None else sink_logits.contiguous(),
@@ -151,12 +151,17 @@ def warp_registers(head_dim: int, bits: int) -> int:
     return 255 if head_dim >= 128 and bits >= 8 else 168
 
 
+def warps(sample: torch.Tensor) -> int:
+    """Warps of a program over numbers, or over codes where it has several."""
+    return 8 if half_wave(sample) else 4
+
+
 def stages(sample: torch.Tensor, tile: int, bits: int) -> int:
     """Tiles of `tile` keys, and of as many values, that are loaded or read at a time: all but the one that is read lie in shared memory.
 
     bits: as in `tile_slots`, which makes tiles of codes larger.
     """
-    if sample.dtype == torch.float32:
+    if sample.dtype == torch.float32 or half_wave(sample):
         return 1
     tiles = 2 * tile * triton.next_power_of_2(sample.shape[-1]) * (sample.itemsize if bits == UNTOUCHED else 1)
     return max(1, min(3 if bits == UNTOUCHED else 2, 1 + room_for_tiles(sample) // tiles))

@@ -25,6 +25,12 @@ def nvidia_capability(tensor: torch.Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(tensor.device)
 
 
+def half_wave(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is on a chip of AMD's whose waves have 32 lanes: a program of as many holds half of what fits in the registers of
+    one with 64, and products hold their operands twice."""
+    return tensor.is_cuda and torch.version.hip is not None and torch.cuda.get_device_properties(tensor.device).warp_size == 32
+
+
 def precision(tensor: torch.Tensor) -> str:
     """How a dot product takes numbers of the tensor's dtype: float32 as they are; what is narrower is never rounded, and not all devices
     know another word for it."""

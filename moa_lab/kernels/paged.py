@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from moa_lab.kernels.decode import stages, tile_of
+from moa_lab.kernels.decode import stages, tile_of, warps
 from moa_lab.kernels.devices import precision
 from moa_lab.kernels.paged_kernel import paged_decode_kernel, paged_merge_kernel, paged_write_kernel
 from moa_lab.kernels.schedule import cores_of
@@ -92,7 +92,7 @@ def paged_decode(
         GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
         TILE=tile, SPLIT=split, CAPPED=softcap is not None, REACHES=layer.reach != 0,
         PRECISION=precision(query), PAGE=layer.page_tokens,
-        num_warps=4, num_stages=stages(query, tile, UNTOUCHED),
+        num_warps=warps(query), num_stages=stages(query, tile, UNTOUCHED),
     )  # fmt: skip
     paged_merge_kernel[(rows * query_heads,)](
         part_output, part_max, part_sum, step.lengths, step.firsts, step.buckets, layer.heads,

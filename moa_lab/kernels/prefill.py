@@ -14,10 +14,11 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moa_lab.cache import PackedRing, RingLayer
-from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles
+from moa_lab.kernels.devices import half_wave, nvidia_capability, precision, room_for_tiles
 from moa_lab.kernels.prefill_kernel import prefill_kernel
 from moa_lab.kernels.read import ring_read
 
+HOPPER = (9, 0)
 NO_REACH = 2**30
 """The reach of a layer without a window of its own: longer than any sequence."""
 
@@ -150,7 +151,7 @@ def empty_like(query: torch.Tensor) -> torch.Tensor:
 def _describes(tensor: torch.Tensor) -> bool:
     """Whether tiles can be loaded by a tensor descriptor (Hopper's TMA): all strides but the last must be multiples of 16 bytes."""
     capability = nvidia_capability(tensor)
-    able = not tensor.is_cuda or (capability is not None and capability >= (9, 0))
+    able = not tensor.is_cuda or (capability is not None and capability >= HOPPER)
     aligned = tensor.data_ptr() % 16 == 0 and all(stride > 0 and stride * tensor.itemsize % 16 == 0 for stride in tensor.stride()[:-1])
     return able and aligned and 0 not in tensor.shape
 
@@ -159,7 +160,12 @@ def _tiles(padded_dim: int, query: torch.Tensor, over_ring: bool) -> tuple[int, 
     """Queries and keys per tile, warps, and as many stages as fit in the device's shared memory."""
     if query.dtype == torch.float32:
         return (64, 32, 4, 1) if padded_dim <= 128 else (32, 32, 4, 1)
+    if half_wave(query):
+        return (32, 32, 8, 1) if padded_dim <= 128 else (32, 16, 16, 1)
     block_m, block_n, warps, stages = (64, 64, 4, 2 if over_ring else 3) if padded_dim <= 128 else (128, 64, 8, 2)
+    if (nvidia_capability(query) or HOPPER) < HOPPER:
+        # Products there keep both operands in registers: more of them hold the same tile.
+        block_m, warps = 64, 8
     rows = room_for_tiles(query) // (padded_dim * query.itemsize)
     if rows < block_m + block_n:
         block_m //= 2

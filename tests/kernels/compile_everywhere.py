@@ -118,6 +118,8 @@ def launched(chip: Chip, wanted: tuple[str, ...]) -> Iterator[tuple[str, Any, tu
     jit.JITFunction.run = record
     for module in (prefill, decode, devices, drawn):
         module.nvidia_capability = lambda _: chip.capability
+    for module in (prefill, decode):
+        module.half_wave = lambda _: chip.target.backend == "hip" and chip.target.warp_size == 32
     for module in (prefill, decode, drawn):
         module.room_for_tiles = lambda _: chip.shared - SPARE
     # A tensor on a CPU may be described wherever the interpreter runs.

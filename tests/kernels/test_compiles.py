@@ -21,8 +21,8 @@ CASES = ("prefill bfloat16, 64", "prefill bfloat16, 128", "ring bfloat16, 64", "
 """Of those that compile_everywhere.py knows, which takes some minutes a chip for all."""
 KERNELS = {"prefill_kernel", "_write_kernel", "_write_packed_kernel", "decode_kernel", "merge_kernel", "_read_kernel", "_forward_kernel",
            "_rows_kernel", "_columns_kernel", "paged_write_kernel", "paged_decode_kernel", "paged_merge_kernel"}  # fmt: skip
-FEW = 512
-"""Bytes of a thread that a kernel may spill on NVIDIA's chips before Hopper, whose products keep no operand in registers."""
+FEW = 64
+"""Bytes of a thread that a kernel may spill on NVIDIA's chips."""
 
 
 def compiled(chip: str, *cases: str) -> list[dict[str, Any]]:
