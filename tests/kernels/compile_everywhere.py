@@ -1,6 +1,7 @@
 """Compile all kernels, as they are dispatched, for chips that are not there, and tell what each takes, a JSON line a kernel.
 
 python compile_everywhere.py CHIP [CASE ...]    one of CHIPS, all cases unless some are named
+python compile_everywhere.py --record FILE LINES ...    what was printed, kept as one record
 
 A process of its own: where Triton's interpreter is on, nothing compiles.
 """
@@ -170,5 +171,16 @@ def main(name: str, *wanted: str) -> None:
             print(json.dumps({"chip": name, "case": case, "kernel": kernel.__name__, **told, "seconds": seconds}), flush=True)
 
 
+def keep(out: str, *printed: str) -> None:
+    """Write the lines of the files `printed` as one record."""
+    rows = [json.loads(line) for path in printed for line in Path(path).read_text().splitlines()]
+    kept = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    limits = {name: {"shared": chip.shared, "registers": chip.registers} for name, chip in CHIPS.items()}
+    Path(out).write_text(json.dumps({"triton": triton.__version__, "chips": limits, "rows": kept}, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    if sys.argv[1] == "--record":
+        keep(*sys.argv[2:])
+    else:
+        main(*sys.argv[1:])
