@@ -82,7 +82,7 @@ def refine(
             f"{table.sink_tokens}, {table.min_span} and 1s: make the table with the plan's min_span"
         )
     # A plan whose leftover budget was spent has rules of its own.
-    table = table.with_rules(rule for row in plan.rules for rule in row)
+    table = table.with_plans(plan)
     if limits := None if engine is None else engine_of(engine):
         table = replace(table if limits.windows_per_model is None else table.only(np.unique(table.choice(plan))), engine=limits)
         if not all(fits(plan, limits, n) for n in table.lengths):

@@ -230,7 +230,7 @@ def front_row(bench: SearchBench) -> BenchRow:
     began = time.perf_counter()
     front = search(bench.table, FRONT_DENSITY)
     seconds = time.perf_counter() - began
-    table = bench.table.with_rules(rule for point in front for row in point.plan.rules for rule in row)
+    table = bench.table.with_plans(*(point.plan for point in front))
     choices = [table.choice(point.plan) for point in front]
     right = all(keeps(table, choice, FRONT_DENSITY) for choice in choices)
     stated = [point.predicted[name] - value for point, choice in zip(front, choices, strict=True)

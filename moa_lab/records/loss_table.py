@@ -11,7 +11,8 @@ import numpy as np
 
 from moa_lab.engines import EngineLimits
 from moa_lab.geometry import ModelGeometry, check_whole
-from moa_lab.plan import Plan, SpanRule
+from moa_lab.plan import WHOLE_BITS, Bits, Plan, SpanRule, told_bits
+from moa_lab.plan.bits import as_bits, check_bits, vector_bytes
 from moa_lab.provenance import Provenance
 from moa_lab.storage import RecordError, parse, read_tensors, to_json, write_tensors
 
@@ -54,7 +55,9 @@ class LossTable:
     """Predicted loss of every choice: `losses[row, layer, kv_head, rule]`, float64, pooled to KV heads.
 
     Each objective is scaled so that the plan with every head at the cheapest rule scores 1 and the dense plan 0. engine: what allocates
-    the tokens that choices keep, by which densities count (None: exactly these tokens).
+    the tokens that choices keep, by which densities count (None: exactly these tokens). stored: the bits of K and V of every choice, whose
+    losses are then those of its span and of the rounding together; a rule is there once for each pair of bits. Empty: all choices are
+    stored in 16 bits, or in others by which the losses do not differ.
     """
 
     geometry: ModelGeometry
@@ -65,6 +68,7 @@ class LossTable:
     losses: np.ndarray
     provenance: Provenance = field(default_factory=Provenance)
     engine: EngineLimits | None = None
+    stored: tuple[Bits, ...] = ()
 
     def __post_init__(self) -> None:
         check_whole("sink_tokens", self.sink_tokens, 0)
@@ -75,6 +79,17 @@ class LossTable:
             raise ValueError(f"losses must be (rows, layers, kv_heads, rules) = {expected}, got {self.losses.shape}")
         if self.losses.dtype.kind != "f" or not np.isfinite(self.losses).all():
             raise ValueError(f"losses must be finite numbers, got {self.losses.dtype}")
+        check_bits((self.stored,) if self.stored else (), 1, len(self.rules))
+
+    @property
+    def choices(self) -> tuple[tuple[SpanRule, Bits], ...]:
+        """Rule and bits of K and V of every choice."""
+        return tuple(zip(self.rules, self.stored or (WHOLE_BITS,) * len(self.rules), strict=True))
+
+    @property
+    def mixes(self) -> tuple[Bits, ...]:
+        """The pairs of bits that a head may be stored in, each once."""
+        return tuple(dict.fromkeys(self.stored)) or (WHOLE_BITS,)
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -102,6 +117,18 @@ class LossTable:
         per_head = sum(self.geometry.dense_span_tokens(layer, n_tokens) for layer in range(self.geometry.layers))
         return per_head * self.geometry.kv_heads
 
+    def slot_cost(self, n_tokens: int) -> np.ndarray:
+        """What every choice takes at a length: int64 (layers, rules), of `slot_tokens`; of their bytes where choices differ in bits."""
+        slots = self.slot_tokens(n_tokens)
+        return slots * np.array([self._token_bytes(mix) for mix in self.stored], dtype=np.int64) if self.stored else slots
+
+    def dense_cost(self, n_tokens: int) -> int:
+        """What the dense model takes in 16 bits, in the unit of `slot_cost`."""
+        return self.dense_tokens(n_tokens) * (self._token_bytes(WHOLE_BITS) if self.stored else 1)
+
+    def _token_bytes(self, mix: Bits) -> int:
+        return sum(vector_bytes(self.geometry.head_dim, bits) for bits in mix)
+
     def predict(self, choice: np.ndarray) -> dict[str, float]:
         """Predicted loss per objective name for `choice`: int (layers, kv_heads), an index into `rules`."""
         picked = np.take_along_axis(self.losses, choice[None, :, :, None], axis=3)[..., 0].sum(axis=(1, 2))
@@ -109,48 +136,77 @@ class LossTable:
 
     def density(self, choice: np.ndarray, n_tokens: int) -> float:
         """Density of `choice` at a length, of what is allocated for it (what fills up an engine's classes not counted)."""
-        kept = np.take_along_axis(self.slot_tokens(n_tokens), choice, axis=1).sum()
-        return float(kept / self.dense_tokens(n_tokens))
+        kept = np.take_along_axis(self.slot_cost(n_tokens), choice, axis=1).sum()
+        return float(kept / self.dense_cost(n_tokens))
 
     def plan(self, choice: np.ndarray, name: str, **fields: Any) -> Plan:
-        """The Plan that picks `rules[choice[layer, kv_head]]`."""
+        """The Plan that picks `rules[choice[layer, kv_head]]`, stored in the bits of that choice."""
         rules = tuple(tuple(self.rules[int(index)] for index in row) for row in choice)
         return Plan(
             geometry=self.geometry, rules=rules, sink_tokens=self.sink_tokens, min_span=self.min_span,
-            name=name, provenance=self.provenance, **fields,
+            bits=as_bits(np.array(self.stored)[choice]) if self.stored else (), name=name, provenance=self.provenance, **fields,
         )  # fmt: skip
 
     def choice(self, plan: Plan) -> np.ndarray:
-        """The inverse of `plan`: int64 (layers, kv_heads). Raises ValueError for a rule that is not in the table."""
-        index = {rule: position for position, rule in enumerate(self.rules)}
+        """The inverse of `plan`: int64 (layers, kv_heads). Raises ValueError for a rule that is not in the table, or not in these bits."""
+        index = {choice: position for position, choice in enumerate(self.choices)}
         try:
-            return np.array([[index[rule] for rule in row] for row in plan.rules], dtype=np.int64)
+            return np.array([[index[choice] for choice in row] for row in self._choices_of(plan)], dtype=np.int64)
         except KeyError as error:
-            raise ValueError(f"plan {plan.name!r} uses {error}, which is not among the table's {len(self.rules)} rules") from None
+            rule, mix = error.args[0]
+            told = f"{rule!r}{f' stored in {told_bits(mix)} bits' if self.stored else ''}"
+            raise ValueError(f"plan {plan.name!r} uses {told}, which is not among the table's {len(self.rules)} rules") from None
+
+    def _choices_of(self, plan: Plan) -> list[list[tuple[SpanRule, Bits]]]:
+        """Rule and bits by layer and KV head; a table of one mix takes bits for that."""
+        if not self.stored:
+            return [[(rule, WHOLE_BITS) for rule in row] for row in plan.rules]
+        bits = [[(k, v) for k, v in row] for row in plan.widths().tolist()]
+        return [list(zip(row, mixes, strict=True)) for row, mixes in zip(plan.rules, bits, strict=True)]
 
     def with_rules(self, rules: Iterable[SpanRule]) -> LossTable:
-        """The table with those of `rules` that it lacks, behind its own. Their losses are interpolated between its rules by span.
+        """The table with those of `rules` that it lacks, in all its mixes of bits, behind its own. See `with_plans`."""
+        return self._with([(rule, mix) for rule in rules for mix in self.mixes])
 
-        A span that sees everything loses what the dense rule loses; a shorter one is at least as bad as the longest that is cut.
+    def with_plans(self, *plans: Plan) -> LossTable:
+        """The table with the choices of these plans that it lacks, behind its own.
+
+        Their losses are interpolated by span between its rules in the same bits. A span that sees everything loses what the dense rule
+        loses; a shorter one is at least as bad as the longest that is cut. Raises ValueError for bits that the table does not know.
         """
-        new = [rule for rule in dict.fromkeys(rules) if rule not in self.rules]
+        return self._with([choice for plan in plans for row in self._choices_of(plan) for choice in row])
+
+    def _with(self, choices: Iterable[tuple[SpanRule, Bits]]) -> LossTable:
+        own = set(self.choices)
+        new = [choice for choice in dict.fromkeys(choices) if choice not in own]
         if not new:
             return self
         added = np.empty((*self.losses.shape[:3], len(new)))
-        for objective in self.objectives:
-            for layer in range(self.geometry.layers):
-                dense = self.geometry.dense_span_tokens(layer, objective.length)
-                known, wanted = (
-                    np.minimum([rule.span_tokens(objective.length, self.min_span) for rule in some], dense) for some in (self.rules, new)
-                )
+        for mix in dict.fromkeys(mix for _, mix in new):
+            known, wanted = ([at for at, (_, other) in enumerate(some) if other == mix] for some in (self.choices, new))
+            if not known:
+                raise ValueError(f"the table knows no losses of {told_bits(mix)} bits, only of {', '.join(map(told_bits, self.mixes))}")
+            for objective in self.objectives:
                 rows = slice(*objective.rows)
-                added[rows, layer] = _between(known, self.losses[rows, layer], wanted, dense)
-        return replace(self, rules=(*self.rules, *new), losses=np.concatenate([self.losses, added], axis=3))
+                for layer in range(self.geometry.layers):
+                    dense = self.geometry.dense_span_tokens(layer, objective.length)
+                    spans, asked = (
+                        np.minimum([rule.span_tokens(objective.length, self.min_span) for rule in rules], dense)
+                        for rules in ([self.rules[at] for at in known], [new[at][0] for at in wanted])
+                    )
+                    added[rows, layer][..., wanted] = _between(spans, self.losses[rows, layer][..., known], asked, dense)
+        return replace(
+            self, rules=(*self.rules, *(rule for rule, _ in new)), losses=np.concatenate([self.losses, added], axis=3),
+            stored=(*self.stored, *(mix for _, mix in new)) if self.stored else (),
+        )  # fmt: skip
 
     def only(self, rules: Iterable[int]) -> LossTable:
-        """The table with the rules of these indices alone, in their order."""
+        """The table with the choices of these indices alone, in their order."""
         chosen = list(rules)
-        return replace(self, rules=tuple(self.rules[index] for index in chosen), losses=self.losses[..., chosen])
+        return replace(
+            self, rules=tuple(self.rules[index] for index in chosen), losses=self.losses[..., chosen],
+            stored=tuple(self.stored[index] for index in chosen) if self.stored else (),
+        )  # fmt: skip
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file."""
@@ -163,6 +219,7 @@ class LossTable:
             "objectives": [to_json(objective) for objective in self.objectives],
             "provenance": to_json(self.provenance),
             **({} if self.engine is None else {"engine": to_json(self.engine)}),
+            **({"stored": [list(mix) for mix in self.stored]} if self.stored else {}),
         }
         return write_tensors(path, {"losses": self.losses}, description)
 
@@ -205,3 +262,4 @@ class _TableHead:
     objectives: tuple[Objective, ...]
     provenance: Provenance
     engine: EngineLimits | None = None
+    stored: tuple[Bits, ...] = ()

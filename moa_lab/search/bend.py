@@ -17,13 +17,14 @@ EVENLY = 1e-3
 
 
 def bent(
-    alpha: np.ndarray, beta: np.ndarray, moves: np.ndarray, dense: np.ndarray, lengths: np.ndarray, allowed: np.ndarray, min_span: int
-) -> tuple[np.ndarray, np.ndarray]:
+    alpha: np.ndarray, beta: np.ndarray, moves: np.ndarray, dense: np.ndarray, lengths: np.ndarray, allowed: np.ndarray, min_span: int,
+    price: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Rules `clip(alpha + beta N, min_span, dense)` of longer spans that keep more of `allowed`, first of all where least is kept.
 
     alpha, beta: (heads,); moves: bool (heads,), heads that may grow. dense: (lengths, heads), tokens that a head can see. allowed:
-    (lengths,), tokens that may be kept. No span shrinks at any of the lengths, equal rules of heads that see as much stay equal, and
-    of what spends as much, growth that is spread evenly is taken.
+    (lengths,), tokens that may be kept; price: (heads,), how many a head's token counts for. No span shrinks at any of the lengths, equal
+    rules of heads that see as much for one price stay equal, and of what spends as much, growth that is spread evenly is taken.
     """
     alpha, beta = alpha.astype(float), beta.astype(float)
     first = _spans(alpha, beta, dense, lengths, min_span)
@@ -33,18 +34,19 @@ def bent(
         # the spans as they are always do; lines found there may keep a little too much.
         beyond = np.maximum(alpha + beta * lengths[:, None] - kept, 0.0)
         for free in (np.zeros_like(beyond), beyond):
-            if found := _program(alpha, beta, moves, dense, lengths, allowed, first, kept, free, min_span):
+            if found := _program(alpha, beta, moves, dense, lengths, allowed, first, kept, free, min_span, price):
                 break
         if found is None:
             break
-        grown = _spans(*found, dense, lengths, min_span) - kept
-        back = _given_back(np.stack([alpha, beta, *dense]), grown, allowed - kept.sum(axis=1))
+        before = (kept * price).sum(axis=1)
+        grown = (_spans(*found, dense, lengths, min_span) - kept) * price
+        back = _given_back(np.stack([alpha, beta, price, *dense]), grown, allowed - before)
         found = np.where(back, alpha, found[0]), np.where(back, beta, found[1])
-        spent = _spans(*found, dense, lengths, min_span).sum(axis=1)
-        if (spent > allowed).any() or (spent <= kept.sum(axis=1)).all():
+        spent = (_spans(*found, dense, lengths, min_span) * price).sum(axis=1)
+        if (spent > allowed).any() or (spent <= before).all():
             break
         alpha, beta = found
-        if ((spent - kept.sum(axis=1)) / allowed).max() < ENOUGH:
+        if ((spent - before) / allowed).max() < ENOUGH:
             break
     return alpha, beta
 
@@ -56,7 +58,7 @@ def _spans(alpha: np.ndarray, beta: np.ndarray, dense: np.ndarray, lengths: np.n
 
 def _program(
     alpha: np.ndarray, beta: np.ndarray, moves: np.ndarray, dense: np.ndarray, lengths: np.ndarray, allowed: np.ndarray,
-    least: np.ndarray, kept: np.ndarray, free: np.ndarray, min_span: int,
+    least: np.ndarray, kept: np.ndarray, free: np.ndarray, min_span: int, price: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray] | None:  # fmt: skip
     """One program, from spans that keep `kept`; None where nothing moves or it has no answer. free: (lengths, heads), tokens of a line
     that cost nothing.
@@ -64,11 +66,12 @@ def _program(
     Variables: of every group of equal rules its line a + b N and, at every length where it is cut, the tokens that it costs; the smallest
     share of `allowed` that is kept at a length; the largest growth.
     """
-    keys = np.concatenate([alpha[None], beta[None], dense])[:, moves]
+    keys = np.concatenate([alpha[None], beta[None], price[None], dense])[:, moves]
     if not keys.size:
         return None
     _, index, member, count = np.unique(keys, axis=1, return_index=True, return_inverse=True, return_counts=True)
     heads, member = np.flatnonzero(moves)[index], member.ravel()
+    count = count * price[heads]
     groups, many = len(heads), len(lengths)
     cut = kept[:, heads] < dense[:, heads]
     costs = np.full((many, groups), -1)
@@ -84,7 +87,7 @@ def _program(
     gain = np.zeros(growth + 1)
     for at, n in enumerate(lengths):
         scale = count / allowed[at]
-        held = kept[at].sum() - (count * kept[at, heads])[cut[at]].sum()
+        held = (kept[at] * price).sum() - (count * kept[at, heads])[cut[at]].sum()
         spent: list[tuple[int, float]] = []
         for group, head in enumerate(heads):
             line = [(2 * group, 1.0), (2 * group + 1, float(n))]

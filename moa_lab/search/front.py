@@ -73,7 +73,7 @@ def plan_point(
 ) -> FrontPoint:
     """A front point: the plan, every objective's and goal's predicted value (also of rules that the table lacks), its density at
     `lengths`."""
-    wide = table.with_rules(rule for row in plan.rules for rule in row)
+    wide = table.with_plans(plan)
     predicted = wide.predict(wide.choice(plan))
     predicted = {**predicted, **{goal.name: goal.value(predicted) for goal in goals}}
     lengths = tuple(lengths)

@@ -59,8 +59,8 @@ class Terms:
 class Limits:
     """Density limits: `usage` (K, heads, R), a choice's share of the dense cache per length, and `limit` (K,) on its sum.
 
-    `asked` (K,) is the density that the caller gave. Usage and limit are multiples of one token of the dense cache, so
-    that half a token of `slack` (K,) absorbs rounding and no more.
+    `asked` (K,) is the density that the caller gave. Usage and limit are multiples of one token of the dense cache (of one byte where
+    choices differ in bits), so that half of one as `slack` (K,) absorbs rounding and no more.
     """
 
     lengths: tuple[int, ...]
@@ -184,14 +184,14 @@ class Usage:
 
     def __init__(self, table: LossTable, lengths: Iterable[int]) -> None:
         self.lengths = tuple(lengths)
-        self._dense = np.array([table.dense_tokens(n) for n in self.lengths], dtype=np.float64)
-        slots = np.stack([np.repeat(table.slot_tokens(n), table.geometry.kv_heads, axis=0) for n in self.lengths])
+        self._dense = np.array([table.dense_cost(n) for n in self.lengths], dtype=np.float64)
+        slots = np.stack([np.repeat(table.slot_cost(n), table.geometry.kv_heads, axis=0) for n in self.lengths])
         self.usage = slots / self._dense[:, None, None]
 
     def limits(self, targets: Mapping[int, float]) -> Limits:
         """The limits of `densities`, whose lengths must be these."""
         asked = np.array([targets[n] for n in self.lengths])
-        # Whole tokens: a limit of 0.5 of an odd total must not be exceeded by half a token. 1e-6 for floating-point rounding.
+        # Whole tokens, or bytes: a limit of 0.5 of an odd total must not be exceeded by half a token. 1e-6 for floating-point rounding.
         tokens = np.floor(asked * self._dense + 1e-6)
         return Limits(self.lengths, asked, self.usage, tokens / self._dense, 0.5 / self._dense)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from moa_lab.plan import DENSE, Plan, SpanRule
+from moa_lab.plan import DENSE, Bits, Plan, SpanRule, told_bits
 from moa_lab.records import LossTable, Objective
 from moa_lab.search.goals import QUESTIONS
 from moa_lab.search.problem import Density, InfeasibleError, Limits, Usage, densities
@@ -25,24 +25,31 @@ def ranked_plan(
     floor_tokens: Floor = 192,
     lengths: Iterable[int] | None = None,
     name: str | None = None,
+    mixes: tuple[Bits, Bits] | None = None,
 ) -> Plan:
     """As many whole heads as every density limit allows, by influence of `task` beyond `floor_tokens`; the rest at the floor.
 
     The influence is pooled per KV head and summed over the table's lengths (over all tasks when the table has no `task`); where
     layers have windows of their own, it is counted per token that a whole head takes. floor_tokens: tokens, or a rule for them.
-    `density` and `lengths` as in `solve_milp`. `name` defaults to `ranked-` and the floor. Raises ValueError when the table
-    lacks the floor or the dense rule, or when even the floor alone exceeds a limit.
+    `density` and `lengths` as in `solve_milp`. `name` defaults to `ranked-` and the floor. mixes: bits of the whole heads, and of those
+    at the floor, where the table knows several (None: its first). Raises ValueError when the table lacks the floor or the dense rule in
+    these bits, or when even the floor alone exceeds a limit.
     """
-    heads = WholeHeads(table, density, floor_tokens, lengths)
-    choice = heads.choice(-head_scores(table, task, floor_tokens) / heads.cost)
+    heads = WholeHeads(table, density, floor_tokens, lengths, mixes)
+    choice = heads.choice(-head_scores(table, task, floor_tokens, mixes) / heads.cost)
     told = _told(floor_tokens)
     search = {"origin": "ranked", "task": task, "floor_tokens": told, "whole_heads": int(heads.whole(choice).sum())}
-    return table.plan(choice, name or f"ranked-{told}", lengths=heads.lengths, search=search)
+    bits = "" if mixes is None else "".join(f"-{told_bits(mix)}" for mix in mixes)
+    return table.plan(choice, name or f"ranked-{told}{bits}", lengths=heads.lengths, search=search)
 
 
-def head_scores(table: LossTable, task: str = QUESTIONS, floor_tokens: Floor = 192) -> np.ndarray:
-    """Influence (layers * kv_heads,) that every head loses with a span of `floor_tokens`; `task` as in `ranked_plan`."""
-    return _lost_at(table, task, _floor_choice(table, floor_tokens)[1])
+def head_scores(
+    table: LossTable, task: str = QUESTIONS, floor_tokens: Floor = 192, mixes: tuple[Bits, Bits] | None = None
+) -> np.ndarray:  # fmt: skip
+    """Influence (layers * kv_heads,) that every head loses with a span of `floor_tokens`; `task` and `mixes` as in `ranked_plan`: in
+    bits of their own, what it loses more than a whole head does."""
+    _, floor, dense = _floor_choice(table, floor_tokens, mixes)
+    return _lost_at(table, task, floor) - (0.0 if mixes is None else _lost_at(table, task, dense))
 
 
 def floor_rule(floor_tokens: Floor) -> SpanRule:
@@ -53,9 +60,12 @@ def floor_rule(floor_tokens: Floor) -> SpanRule:
 class WholeHeads:
     """Plans whose heads are whole or at a floor, within density limits. Raises as `ranked_plan`."""
 
-    def __init__(self, table: LossTable, density: Density, floor_tokens: Floor, lengths: Iterable[int] | None = None) -> None:
+    def __init__(
+        self, table: LossTable, density: Density, floor_tokens: Floor, lengths: Iterable[int] | None = None,
+        mixes: tuple[Bits, Bits] | None = None,
+    ) -> None:  # fmt: skip
         self._layers = table.geometry.layers
-        self._start, self._floor, self._dense = _floor_choice(table, floor_tokens)
+        self._start, self._floor, self._dense = _floor_choice(table, floor_tokens, mixes)
         targets = densities(table, density, lengths)
         self.lengths = tuple(targets)
         self._limits = Usage(table, targets).limits(targets)
@@ -89,15 +99,17 @@ def _told(floor_tokens: Floor) -> str:
     return f"{rule.alpha:g}" if rule.beta == 0 else f"{rule.beta:.1%}"
 
 
-def _floor_choice(table: LossTable, floor_tokens: Floor) -> tuple[np.ndarray, int, int]:
+def _floor_choice(table: LossTable, floor_tokens: Floor, mixes: tuple[Bits, Bits] | None = None) -> tuple[np.ndarray, int, int]:
     """Every head at the floor (heads,), and the indices of the floor's and the dense rule."""
-    wanted = floor_rule(floor_tokens)
-    missing = [rule for rule in (wanted, DENSE) if rule not in table.rules]
+    whole, low = mixes or (table.mixes[0],) * 2
+    wanted = (floor_rule(floor_tokens), low), (DENSE, whole)
+    missing = [choice for choice in wanted if choice not in table.choices]
     if missing:
-        floors = [int(rule.alpha) for rule in table.rules if rule.beta == 0]
-        raise ValueError(f"a ranked plan needs the rule {missing[0]}, which the table lacks; its constant floors are {floors}")
-    index = table.rules.index(wanted)
-    return np.full(table.geometry.layers * table.geometry.kv_heads, index), index, table.rules.index(DENSE)
+        floors = [int(rule.alpha) for rule, mix in table.choices if rule.beta == 0 and mix == low]
+        told = f"{missing[0][0]}{f' in {told_bits(missing[0][1])} bits' if table.stored else ''}"
+        raise ValueError(f"a ranked plan needs the rule {told}, which the table lacks; its constant floors are {floors}")
+    floor, dense = map(table.choices.index, wanted)
+    return np.full(table.geometry.layers * table.geometry.kv_heads, floor), floor, dense
 
 
 def _lost_at(table: LossTable, task: str, rule: int) -> np.ndarray:

@@ -42,7 +42,9 @@ def spend(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None = N
         grower = _Grower.of(plan, targets, heads)
     if not grower.is_short:
         return plan
-    alpha, beta = bent(grower.alpha, grower.beta, grower.moves, grower.dense, grower.lengths, grower.allowed, grower.min_span)
+    alpha, beta = bent(
+        grower.alpha, grower.beta, grower.moves, grower.dense, grower.lengths, grower.allowed, grower.min_span, grower.price
+    )  # fmt: skip
     changed = int(((alpha != grower.alpha) | (beta != grower.beta)).sum())
     return grower.plan(plan, alpha, beta, {"bent_heads": changed}) if changed else plan
 
@@ -60,7 +62,8 @@ def _spend_held(plan: Plan, targets: Mapping[int, float], heads: np.ndarray | No
 
 @dataclass(frozen=True)
 class _Grower:
-    """A plan's rules as arrays (heads,), the dense spans (lengths, heads) and the tokens that may be kept at every length."""
+    """A plan's rules as arrays (heads,), the dense spans (lengths, heads) and the tokens that may be kept at every length; price: what a
+    head's token counts for, by its bits as a share of 16-bit ones."""
 
     alpha: np.ndarray
     beta: np.ndarray
@@ -69,6 +72,7 @@ class _Grower:
     lengths: np.ndarray
     allowed: np.ndarray
     min_span: int
+    price: np.ndarray
 
     @classmethod
     def of(cls, plan: Plan, targets: Mapping[int, float], heads: np.ndarray | None) -> _Grower:
@@ -82,14 +86,14 @@ class _Grower:
         moves &= np.array([not rule.keeps_everything for rule in rules])
         return cls(
             np.array([rule.alpha for rule in rules]), np.array([rule.beta for rule in rules]), moves, dense,
-            np.array(lengths, dtype=np.float64), allowed, plan.min_span,
+            np.array(lengths, dtype=np.float64), allowed, plan.min_span, (plan.token_bytes() / geometry.kv_bytes_per_token()).ravel(),
         )  # fmt: skip
 
     def kept(self, a: float, b: float) -> np.ndarray:
-        """Tokens kept at every length: (lengths,)."""
+        """Tokens kept at every length, each for its price: (lengths,)."""
         alpha, beta = self.alpha + a * self.moves, self.beta + b * self.moves
         spans = np.floor(alpha[None] + beta[None] * self.lengths[:, None] + 1e-6)
-        return np.asarray(np.minimum(np.maximum(spans, self.min_span), self.dense).sum(axis=1))
+        return np.asarray((np.minimum(np.maximum(spans, self.min_span), self.dense) * self.price).sum(axis=1))
 
     def missing(self, a: float, b: float) -> float:
         """The share of what is allowed that is not kept: the largest of any length plus the mean; infinite beyond the budget."""

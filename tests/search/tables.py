@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import DENSE, SpanRule
+from moa_lab.plan import DENSE, Bits, SpanRule
 from moa_lab.records import BLOCK_TOKENS, Form, InfluenceProfile, LossTable, Objective, ProfileKey
 from moa_lab.search import Goal, rule_grid
 
@@ -50,6 +52,16 @@ def random_table(
         named.append(Objective(task, length, form, (first, first + rows)))
         first += rows
     return LossTable(geometry, tuple(rules), SINK, 128, tuple(named), np.concatenate(blocks))
+
+
+def stored_table(seed: int = 0, mixes: Sequence[Bits] = ((8, 8), (8, 4)), rounding: float = 0.3, **settings: Any) -> LossTable:
+    """`random_table` with every rule in each of `mixes`, of which later ones lose more, by a share of what heads lose at the floor."""
+    table = random_table(seed, **settings)
+    random = np.random.default_rng(seed)
+    heads = rounding * table.losses[..., :1] * random.random((*table.losses.shape[:3], 1))
+    losses = np.concatenate([table.losses + place * heads for place in range(len(mixes))], axis=3)
+    stored = tuple(mix for mix in mixes for _ in table.rules)
+    return replace(table, rules=table.rules * len(mixes), losses=losses, stored=stored)
 
 
 def large_table(seed: int = 0, layers: int = 32, kv_heads: int = 32, worst: bool = False) -> LossTable:
@@ -110,12 +122,16 @@ def goal_values(table: LossTable, goal: Goal, choices: np.ndarray) -> np.ndarray
 
 
 def keeps(table: LossTable, choices: np.ndarray, density: Mapping[int, float]) -> np.ndarray:
-    """Boolean (count,): the tokens kept never exceed density times the dense tokens, at any length."""
+    """Boolean (count,): the tokens kept never exceed density times the dense tokens, at any length; or their bytes, by the bits."""
     fine = np.ones(len(choices), dtype=bool)
+    head_dim = table.geometry.head_dim
+    # A grid for every vector in fewer bits: the smallest value and the step, in 16 bits each.
+    bits = [sum(2 * head_dim if width == 16 else head_dim * width // 8 + 4 for width in mix) for mix in table.stored]
+    each, whole = (np.array(bits), 4 * head_dim) if bits else (1, 1)
     for n, most in density.items():
-        spans = table.span_tokens(n)
+        spans = table.span_tokens(n) * each
         kept = spans[np.arange(choices.shape[1])[None, :, None], choices].sum(axis=(1, 2))
-        fine &= kept <= most * table.dense_tokens(n) + 1e-6
+        fine &= kept <= most * table.dense_tokens(n) * whole + 1e-6
     return fine
 
 

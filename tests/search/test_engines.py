@@ -118,7 +118,7 @@ def test_losses_of_whole_layers_are_those_of_all_their_heads(profile: InfluenceP
     engine = EngineLimits("layers", windows_per_layer=1)
     table = loss_table(profile)
     for point in search(table, 0.5, engine=engine, time_limit_s=1):
-        wide = table.with_rules(rule for row in point.plan.rules for rule in row)
+        wide = table.with_plans(point.plan)
         predicted = wide.predict(wide.choice(point.plan))
         assert {name: point.predicted[name] for name in predicted} == pytest.approx(predicted, abs=1e-9)
 

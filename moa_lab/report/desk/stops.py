@@ -131,7 +131,7 @@ def predicted(table: LossTable | None, plan: Plan) -> dict[str, float]:
         return {}
     if (plan.sink_tokens, plan.min_span) != (table.sink_tokens, table.min_span) or plan.span_multiple != 1:
         return {}
-    known = table.with_rules(rule for row in plan.rules for rule in row)
+    known = table.with_plans(plan)
     found = known.predict(known.choice(plan))
     goals = default_goals(table)
     return found | {goal.name: goal.value(found) for goal in (*goals, replace(mean_goal(goals), name=MEAN))}
