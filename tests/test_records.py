@@ -28,7 +28,8 @@ def make_profile() -> InfluenceProfile:
     keys = [("questions", 128), ("questions", 256), ("a/b", 256)]
     blocks = {(task, n): random.random((2, 4, n // 64, n // 64), dtype=np.float32) for task, n in keys}
     distances = {(task, n): random.random((3, 2, 4, n // 64), dtype=np.float32) for task, n in keys}
-    return InfluenceProfile(GEOMETRY, 64, blocks, distances, ORIGIN)
+    rounding = {key: random.random((3, 2, 2, 2, 2), dtype=np.float32) for key in keys}
+    return InfluenceProfile(GEOMETRY, 64, blocks, distances, ORIGIN, rounding=rounding)
 
 
 def make_table() -> LossTable:

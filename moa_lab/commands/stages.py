@@ -72,6 +72,9 @@ def profile(
     out: Annotated[Path, typer.Option("--out", help="profile file (.safetensors)")],
     model: ModelOption = "smollm2",
     sink: SinkOption = SINK_TOKENS,
+    rounding: Annotated[
+        bool, typer.Option("--rounding", help="also what fewer stored bits cost each head, for `search` with several --bits")
+    ] = False,
     any_model: AnyModelOption = False,
     force: ForceOption = False,
 ) -> None:
@@ -86,7 +89,7 @@ def profile(
     with Bars() as bars:
         result = measure(
             loaded, loaded_samples, sink_tokens=sink, parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model,
-            progress=bars.steps("profile"),
+            rounding=rounding, progress=bars.steps("profile"),
         )  # fmt: skip
     result.save(out)
     typer.echo(f"profile of {len(loaded_samples)} samples: {out}")

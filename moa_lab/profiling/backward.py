@@ -23,19 +23,20 @@ def backward_pass(
     sink_tokens: int,
     windows: np.ndarray | None = None,
     keep: Keep | None = None,
+    rounding: bool = False,
 ) -> list[Sample | None]:
     """One forward and backward pass over samples of one length; `receive` gets every layer's influence.
 
     The loss of a sample is the mean over its answer tokens; the batch's loss is the sum over samples, so that every
     sample's influence is the one it would have alone. windows: int (layers, kv_heads), tokens, of a plan that the model runs
     under; None: the dense model. Gradients start at the embeddings, so parameters need none. keep: decides after the forward pass which
-    answers count; returned is what it kept of each sample. `receive` gets nothing where that is nothing at all.
+    answers count; returned is what it kept of each sample. `receive` gets nothing where that is nothing at all. rounding: as in `profile`.
     """
     tokens = torch.tensor(np.stack([sample.tokens for sample in batch]), device=model.device)
     embedded = model.get_input_embeddings()(tokens).detach().requires_grad_(True)
 
     def handler(layer: int) -> Handler:
-        return capturing(layer, receive, sink_tokens, None if windows is None else windows[layer])
+        return capturing(layer, receive, sink_tokens, None if windows is None else windows[layer], rounding)
 
     with _without_denormals(), torch.enable_grad(), route_attention(model, handler):
         losses, counted = [], []

@@ -14,6 +14,7 @@ from moa_lab.interface import AttentionCall, Handler
 from moa_lab.kernels.reference import dense_attention, softmax_with_sink, windowed_attention
 from moa_lab.masks import KeyMask, visible
 from moa_lab.profiling.influence import LayerInfluence, logit_slopes, pad_to_tiles, reduce_rows, span_effect
+from moa_lab.profiling.rounding import rounding_losses
 from moa_lab.records import BLOCK_TOKENS
 
 # A row block holds a handful of (heads, rows, keys) arrays at once. Elements of each: small enough for a CPU's cache (four
@@ -24,17 +25,17 @@ Receiver = Callable[[int, LayerInfluence], None]
 """Takes a layer number and its reduced influence, while the backward pass runs."""
 
 
-def capturing(layer: int, receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None) -> Handler:
+def capturing(layer: int, receive: Receiver, sink_tokens: int, windows: np.ndarray | None = None, rounding: bool = False) -> Handler:
     """An attention handler that computes the layer's output, and sends its influence to `receive` during backward.
 
-    windows: tokens per KV head that the output is computed with (a plan); None: the dense model.
+    windows: tokens per KV head that the output is computed with (a plan); None: the dense model. rounding: send what fewer bits cost too.
     Raises ValueError (when called) for a call that continues a cache: influence needs every query of the sequence.
     """
 
     def handler(call: AttentionCall) -> torch.Tensor:
         if not call.is_prefill:
             raise ValueError("influence is profiled on whole sequences; call the model with use_cache=False")
-        wanted = _Wanted(layer, receive, sink_tokens, windows)
+        wanted = _Wanted(layer, receive, sink_tokens, windows, rounding)
         return _CapturedAttention.apply(call.query, call.key, call.value, call, wanted)
 
     return handler
@@ -48,6 +49,7 @@ class _Wanted:
     receive: Receiver
     sink_tokens: int
     windows: np.ndarray | None
+    rounding: bool
 
 
 class _CapturedAttention(torch.autograd.Function):
@@ -82,6 +84,8 @@ class _CapturedAttention(torch.autograd.Function):
             query.to(work_dtype), key.to(work_dtype), value.to(work_dtype), output_gradients[0].to(work_dtype),
             ctx.mask, ctx.scale, ctx.softcap, sink_logits, ctx.wanted,
         )  # fmt: skip
+        if ctx.wanted.rounding:
+            reduced.rounding = torch.stack([rounding_losses(*pair) for pair in zip((key, value), gradients[1:], strict=True)], dim=-1)
         ctx.wanted.receive(ctx.wanted.layer, reduced)
         return (*(gradient.to(query.dtype) for gradient in gradients), None, None)
 

@@ -22,12 +22,14 @@ class LayerInfluence:
     """Reduced |influence| of one layer, per sample of the batch and query head.
 
     blocks: (batch, query_heads, N/64, N/64), sums over 64 x 64 blocks; distances: (batch, query_heads, N/64), sums over
-    distance bins of 64 for the keys beyond the sink. span_effects: (batch, query_heads, N/64), see `span_effect`.
+    distance bins of 64 for the keys beyond the sink. span_effects: (batch, query_heads, N/64), see `span_effect`. rounding: (batch,
+    kv_heads, widths, 2), see `rounding_losses`, of K and of V; None where nobody asked.
     """
 
     blocks: torch.Tensor
     distances: torch.Tensor
     span_effects: torch.Tensor
+    rounding: torch.Tensor | None = None
 
 
 def influence(weights: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:

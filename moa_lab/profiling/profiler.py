@@ -30,7 +30,8 @@ from moa_lab.storage import is_intact, read_tensors, write_tensors
 logger = logging.getLogger(__name__)
 
 PART_SCHEMA = "moa-lab/profile-part/1"
-PART_NAMES = ("blocks", "distances", "span_effects")
+BY_SAMPLE = ("distances", "span_effects", "rounding")
+"""What a profile keeps of every sample; of blocks it keeps the mean."""
 
 Progress = Callable[[int, int], None]
 """Called with (samples done, samples in all)."""
@@ -46,6 +47,7 @@ def profile(
     batch_size: int | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     any_model: bool = False,
+    rounding: bool = False,
     progress: Progress | None = None,
 ) -> InfluenceProfile:
     """Influence of every (layer, query head) on the answers of `samples`, per (task, length).
@@ -54,7 +56,8 @@ def profile(
     Each finished sample is written to `parts_dir`; the same call after a kill reads those and computes only the rest.
     batch_size: samples in one pass; None: as many as fit (on a CPU one, and a pass on every core). Sequences are neither padded nor cut.
     tokenizer: compared with the one that the samples name. any_model: accept samples of other weights or another tokenizer, whose
-    answers are not the model's own.
+    answers are not the model's own. rounding: measure what storing K and V in fewer bits costs every head as well, which a search of bits
+    for each head needs.
     Raises ValueError for samples of another model, a plan of another geometry, a model that cannot be routed, a length beyond the
     model's maximum, and (before it happens) a length that does not fit in memory.
     """
@@ -75,7 +78,7 @@ def profile(
     weights = weights_fingerprint(model)
     with contextlib.ExitStack() as stack:
         folder = Path(parts_dir) if parts_dir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        paths = {sample.identity: _part(folder, sample, weights, sink_tokens, plan) for sample in samples}
+        paths = {sample.identity: _part(folder, sample, weights, sink_tokens, plan, rounding) for sample in samples}
         missing = processes.from_first(lambda: [sample for sample in samples if not is_intact(paths[sample.identity], _read_part)])
         done = len(samples) - len(missing)
         if progress:
@@ -88,7 +91,7 @@ def profile(
             def work(batch: list[Sample]) -> tuple[list[Sample], list[dict[str, np.ndarray]]]:
                 windows = plan.windows(batch[0].length) if plan else None
                 layers: dict[int, LayerInfluence] = {}
-                backward_pass(model, batch, layers.__setitem__, sink_tokens, windows)
+                backward_pass(model, batch, layers.__setitem__, sink_tokens, windows, rounding=rounding)
                 return batch, list(_parts(layers, geometry.layers))
 
             def take(found: tuple[list[Sample], list[dict[str, np.ndarray]]]) -> None:
@@ -116,9 +119,10 @@ def profile(
 
 
 def profiling_examiner(
-    model: PreTrainedModel, lengths: Sequence[int], parts_dir: str | Path, *, sink_tokens: int = SINK_TOKENS
+    model: PreTrainedModel, lengths: Sequence[int], parts_dir: str | Path, *, sink_tokens: int = SINK_TOKENS, rounding: bool = False
 ) -> Examiner | None:
     """An examiner for `calibrate` that goes back through the forward pass of every draft it keeps: `profile` finds its part in `parts_dir`.
+    rounding: as in `profile`.
 
     None where the forward pass is better made twice: on a GPU, which answers larger batches than it profiles, and where activations
     of one of the longest samples do not fit in memory.
@@ -136,26 +140,27 @@ def profiling_examiner(
         found: list[Sample | None] = []
         for draft in drafts:
             layers: dict[int, LayerInfluence] = {}
-            (kept,) = backward_pass(model, [draft], layers.__setitem__, sink_tokens, keep=keep)
+            (kept,) = backward_pass(model, [draft], layers.__setitem__, sink_tokens, keep=keep, rounding=rounding)
             if kept is not None:
                 (part,) = _parts(layers, geometry.layers)
-                write_tensors(_part(folder, kept, weights, sink_tokens), part, {"schema": PART_SCHEMA})
+                write_tensors(_part(folder, kept, weights, sink_tokens, rounding=rounding), part, {"schema": PART_SCHEMA})
             found.append(kept)
         return found
 
     return Examiner(run, lambda length: estimate.needed_bytes)
 
 
-def _part(folder: Path, sample: Sample, weights: str, sink_tokens: int, plan: Plan | None = None) -> Path:
+def _part(folder: Path, sample: Sample, weights: str, sink_tokens: int, plan: Plan | None = None, rounding: bool = False) -> Path:
     """The file of a sample's influence."""
-    return folder / f"{sample.identity}-{weights}-{sink_tokens}{f'-{plan.identity()}' if plan else ''}.safetensors"
+    under, more = f"-{plan.identity()}" if plan else "", "-rounding" if rounding else ""
+    return folder / f"{sample.identity}-{weights}-{sink_tokens}{under}{more}.safetensors"
 
 
 def _parts(found: Mapping[int, LayerInfluence], layers: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yield per sample, float32: blocks (layers, query_heads, N/64, N/64), distances and span_effects (layers, query_heads, N/64)."""
-    stacked = {
-        name: torch.stack([getattr(found[layer], name) for layer in range(layers)], dim=1).float().cpu().numpy() for name in PART_NAMES
-    }
+    """Yield per sample, float32: blocks (layers, query_heads, N/64, N/64), distances and span_effects (layers, query_heads, N/64), and
+    where it was asked for rounding (layers, kv_heads, widths, 2)."""
+    names = [name for name in ("blocks", *BY_SAMPLE) if getattr(found[0], name) is not None]
+    stacked = {name: torch.stack([getattr(found[layer], name) for layer in range(layers)], dim=1).float().cpu().numpy() for name in names}
     for parts in zip(*stacked.values(), strict=True):
         yield dict(zip(stacked, parts, strict=True))
 
@@ -172,10 +177,10 @@ def _read_part(path: Path) -> dict[str, np.ndarray]:
 
 
 def _merge(samples: Iterable[Sample], paths: dict[str, Path]) -> dict[str, dict[ProfileKey, np.ndarray]]:
-    merged: dict[str, dict[ProfileKey, np.ndarray]] = {name: {} for name in PART_NAMES}
+    merged: dict[str, dict[ProfileKey, np.ndarray]] = {name: {} for name in ("blocks", *BY_SAMPLE)}
     for key, group in group_by_shape(samples).items():
         parts = [_read_part(paths[sample.identity]) for sample in group]
         merged["blocks"][key] = np.asarray(sum(part["blocks"] / np.float32(len(group)) for part in parts))
-        for name in ("distances", "span_effects"):
+        for name in (name for name in BY_SAMPLE if name in parts[0]):
             merged[name][key] = np.stack([part[name] for part in parts])
     return merged

@@ -32,6 +32,6 @@ def profile_part(
             raise ValueError(f"samples: none is left of {task}@{length}")
     whole = [key for key in keys if len(distances[key]) == len(profile.distances[key])]
     effects = {key: np.asarray(profile.span_effects[key][pick]) for key, pick in picks.items() if key in profile.span_effects}
-    return replace(
-        profile, blocks={key: profile.blocks[key] for key in whole if key in profile.blocks}, distances=distances, span_effects=effects
-    )
+    rounding = {key: np.asarray(profile.rounding[key][pick]) for key, pick in picks.items() if key in profile.rounding}
+    blocks = {key: profile.blocks[key] for key in whole if key in profile.blocks}
+    return replace(profile, blocks=blocks, distances=distances, span_effects=effects, rounding=rounding)

@@ -5,7 +5,7 @@ from moa_lab.records.front import FRONT_SCHEMA, Front, FrontPoint
 from moa_lab.records.loss_table import FORMS, TABLE_SCHEMA, Form, LossTable, Objective
 from moa_lab.records.measurements import ALLOCATED, EXACT, MEASUREMENTS_SCHEMA, Measurement, Measurements
 from moa_lab.records.patterns import KINDS, LOCAL, MIXED, RETRIEVAL, SINK, UNKNOWN, Patterns, head_patterns
-from moa_lab.records.profile import BLOCK_TOKENS, PROFILE_SCHEMA, InfluenceProfile, ProfileKey
+from moa_lab.records.profile import BLOCK_TOKENS, PROFILE_SCHEMA, ROUNDED_BITS, InfluenceProfile, ProfileKey
 
 __all__ = [
     "ALLOCATED",
@@ -19,6 +19,7 @@ __all__ = [
     "MIXED",
     "PROFILE_SCHEMA",
     "RETRIEVAL",
+    "ROUNDED_BITS",
     "SINK",
     "TABLE_SCHEMA",
     "UNKNOWN",

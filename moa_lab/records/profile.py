@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from moa_lab.geometry import ModelGeometry, check_whole
+from moa_lab.plan import UNTOUCHED, WIDTHS
 from moa_lab.provenance import Provenance
 from moa_lab.storage import STAGE_CURE, RecordError, parse, read_tensors, to_json, write_tensors
 
 PROFILE_SCHEMA = "moa-lab/profile/1"
 
 BLOCK_TOKENS = 64
+ROUNDED_BITS = tuple(bits for bits in WIDTHS if bits < UNTOUCHED)
+"""The bits whose rounding a profile may hold the loss of."""
 ProfileKey = tuple[str, int]
 """(calibration task, length in tokens)."""
 
@@ -28,6 +31,8 @@ class InfluenceProfile:
     of the keys beyond the sink whose distance i - j lies in [64 b, 64 b + 63].
     `span_effects[task, N]`: float32 (samples, layers, query_heads, N/64), signed: entry b is the loss change when the head
     loses all keys beyond the sink at distances >= 64 b at once. Empty for a profile of single values only.
+    `rounding[task, N]`: float32 (samples, layers, kv_heads, widths, 2), the size of the loss change to expect when the head's K, or its V,
+    is stored in each of `ROUNDED_BITS` at all positions. Empty where it was not asked for.
     """
 
     geometry: ModelGeometry
@@ -36,6 +41,7 @@ class InfluenceProfile:
     distances: dict[ProfileKey, np.ndarray]
     provenance: Provenance = field(default_factory=Provenance)
     span_effects: dict[ProfileKey, np.ndarray] = field(default_factory=dict)
+    rounding: dict[ProfileKey, np.ndarray] = field(default_factory=dict)
 
     @property
     def keys(self) -> tuple[ProfileKey, ...]:
@@ -66,8 +72,9 @@ class InfluenceProfile:
         for task, length in self.keys:
             tensors[f"blocks/{task}/{length}"] = self.blocks[task, length]
             tensors[f"distances/{task}/{length}"] = self.distances[task, length]
-        for (task, length), effects in self.span_effects.items():
-            tensors[f"span_effects/{task}/{length}"] = effects
+        for kind, found in (("span_effects", self.span_effects), ("rounding", self.rounding)):
+            for (task, length), array in found.items():
+                tensors[f"{kind}/{task}/{length}"] = array
         description = {
             "schema": PROFILE_SCHEMA,
             "geometry": to_json(self.geometry),
@@ -80,7 +87,7 @@ class InfluenceProfile:
     def load(cls, path: str | Path) -> InfluenceProfile:
         """Read a profile; raises RecordError for a broken or foreign file."""
         tensors, data = read_tensors(path, PROFILE_SCHEMA)
-        grids: dict[str, dict[ProfileKey, np.ndarray]] = {"blocks": {}, "distances": {}, "span_effects": {}}
+        grids: dict[str, dict[ProfileKey, np.ndarray]] = {"blocks": {}, "distances": {}, "span_effects": {}, "rounding": {}}
         for name, array in tensors.items():
             # A task may have a "/" in its name: what stands first and last is ours.
             kind, _, key = name.partition("/")
@@ -88,13 +95,15 @@ class InfluenceProfile:
             if kind not in grids or not length.isdigit():
                 raise RecordError(f"{path}: tensor {name!r} does not belong in a profile; run its stage again")
             grids[kind][task, int(length)] = array
-        if set(grids["blocks"]) != set(grids["distances"]) or set(grids["span_effects"]) - set(grids["distances"]):
+        if set(grids["blocks"]) != set(grids["distances"]) or (set(grids["span_effects"]) | set(grids["rounding"])) - set(
+            grids["distances"]
+        ):
             raise RecordError(f"{path}: blocks, distances and span effects cover different (task, length) pairs; run its stage again")
         head = parse(_ProfileHead, {name: value for name, value in data.items() if name != "schema"}, path)
         for kind, arrays in grids.items():
             for pair, array in arrays.items():
                 _check_grid(path, head.geometry, kind, pair, array)
-        return cls(head.geometry, head.sink_tokens, grids["blocks"], grids["distances"], head.provenance, grids["span_effects"])
+        return cls(head.geometry, head.sink_tokens, provenance=head.provenance, **grids)
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,8 @@ def _check_grid(path: str | Path, geometry: ModelGeometry, kind: str, key: Profi
     """Refuse a tensor of a profile that is not of the profile's model or length, or holds what is no number."""
     heads, bins = (geometry.layers, geometry.query_heads), -(-key[1] // BLOCK_TOKENS)
     expected = (*heads, bins, bins) if kind == "blocks" else (*array.shape[:1], *heads, bins)
+    if kind == "rounding":
+        expected = (*array.shape[:1], geometry.layers, geometry.kv_heads, len(ROUNDED_BITS), 2)
     if array.shape != expected or not array.size:
         raise RecordError(f"{path}: {kind} of {key[0]}@{key[1]} must be {expected}, got {array.shape}; {STAGE_CURE}")
     if array.dtype.kind != "f" or not np.isfinite(array).all():

@@ -251,9 +251,9 @@ def test_samples_profiled_side_by_side_give_the_same_profile(
     threads: list[int] = []
     original = profiler.backward_pass
 
-    def watched(*given: Any) -> None:
+    def watched(*given: Any, **settings: Any) -> None:
         threads.append(threading.get_ident())
-        original(*given)
+        original(*given, **settings)
 
     monkeypatch.setattr(profiler, "backward_pass", watched)
     steps: list[tuple[int, int]] = []
