@@ -10,7 +10,7 @@ from moa_lab.search.cuts import polish
 from moa_lab.search.exchange import exchange
 from moa_lab.search.lagrange import Dual, Group, Relaxed, ascend
 from moa_lab.search.problem import Limits, Terms
-from moa_lab.search.rounding import fit
+from moa_lab.search.repair import fit
 
 CLOSE = 1e-4
 """As `GAP`, where the dual is polished afterwards."""
