@@ -8,7 +8,7 @@ it, and what the fit leaves unexplained is the error that is told.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,10 +57,15 @@ def growth(curves: Curves, near_bins: int, windows: Sequence[int | None]) -> Gro
 
 def at_length(curves: Curves, length: int, moving: float, windows: Sequence[int | None]) -> np.ndarray:
     """The curve at a length that `curves` lacks, from the nearest one (by ratio), of which a share is `moving`."""
-    source = min(curves, key=lambda n: abs(np.log(n / length)))
+    source = nearest(curves, length)
     own = np.array([window is not None and window <= source for window in windows])
     grown, still = (stretched(curves[source], source, length, share) for share in (moving, 0.0))
     return np.where(own[None, :, None, None], still, grown)
+
+
+def nearest(lengths: Iterable[int], n: int) -> int:
+    """The one of `lengths` nearest to n by their ratio."""
+    return min(lengths, key=lambda known: abs(np.log(known / n)))
 
 
 def stretched(curve: np.ndarray, n: int, length: int, moving: float) -> np.ndarray:

@@ -8,10 +8,11 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from moa_lab.plan import MIN_SPAN, SpanRule
+from moa_lab.plan import MIN_SPAN, WHOLE_BITS, Bits, SpanRule
 from moa_lab.records import BLOCK_TOKENS, FORMS, Form, InfluenceProfile, LossTable, Objective
-from moa_lab.search.beyond import at_length, growth, lost_at
+from moa_lab.search.beyond import at_length, growth, lost_at, nearest
 from moa_lab.search.problem import Density, judged_lengths, used_lengths
+from moa_lab.search.rounding import check_rounding, in_all_mixes, mix_losses
 from moa_lab.search.space import rule_grid
 
 Pool = Literal["max", "sum", "mean"]
@@ -30,6 +31,7 @@ def loss_table(
     forms: Sequence[Form] = FORMS,
     estimator: Estimator | None = None,
     use_lengths: Iterable[int] | None = None,
+    mixes: Sequence[Bits] = (WHOLE_BITS,),
 ) -> LossTable:
     """Predicted loss of every (layer, KV head, rule), per task, length and form.
 
@@ -43,13 +45,21 @@ def loss_table(
     use_lengths: where plans will be used, beside the profiled lengths (None: twice the longest of them, within the model's maximum).
     There the influence is extrapolated (see `beyond`), so that a rule is judged by the span it will have.
 
+    mixes: bits of K and V that a head may be stored in; by default nothing is rounded. With others each rule is there once for every mix,
+    and loses what the rounding loses as well, in the units of a table of 16 bits. At a length that was not profiled rounding loses what it
+    does at the nearest one. Of a head that is cut it loses no less: it is measured where the dense model sees everything.
+
     Raises ValueError for an empty profile or rule list, an unknown pool, form or estimator, span effects that the profile lacks,
-    a min_span that does not exceed the sink, a length that is not positive or beyond the model, or influence that is not finite.
+    mixes whose rounding it lacks, a min_span that does not exceed the sink, a length that is not positive or beyond the model, or influence
+    that is not finite.
     """
     estimator = estimator or ("span" if profile.span_effects else "element")
     _check(profile, rules, pool, forms, min_span, estimator)
     lengths = used_lengths(profile.lengths, profile.geometry.max_length, use_lengths)
     chosen = rule_grid(lengths, min_span=min_span) if rules is None else tuple(rules)
+    stored = () if tuple(mixes) == (WHOLE_BITS,) else tuple(mix for mix in mixes for _ in chosen)
+    if stored:
+        check_rounding(profile)
     near = -(-max(min_span - profile.sink_tokens, 0) // BLOCK_TOKENS)
     windows = profile.geometry.layer_windows
     objectives: list[Objective] = []
@@ -61,14 +71,15 @@ def loss_table(
         for length in sorted({*curves, *lengths}):
             curve = curves[length] if length in curves else at_length(curves, length, grown.moving, windows)
             heads = _HeadLosses(profile, curve, length, chosen, min_span)
+            rounded = mix_losses(_rounding(profile, task, nearest(curves, length), estimator), mixes) if stored else None
             told: dict[str, Any] = {} if length in curves else {"profiled": False, "error": grown.error}
             for form in forms:
-                rows = _scaled(_pooled(heads.rows(form), profile.geometry.kv_heads, pool), heads.cheapest)
+                rows = _scaled(_pooled(heads.rows(form), profile.geometry.kv_heads, pool), heads.cheapest, rounded)
                 blocks.append(rows)
                 objectives.append(Objective(task, length, form, (first, first + len(rows)), **told))
                 first += len(rows)
     return LossTable(
-        geometry=profile.geometry, rules=chosen, sink_tokens=profile.sink_tokens, min_span=min_span,
+        geometry=profile.geometry, rules=chosen * len(mixes), stored=stored, sink_tokens=profile.sink_tokens, min_span=min_span,
         objectives=tuple(objectives), losses=np.concatenate(blocks), provenance=profile.provenance,
     )  # fmt: skip
 
@@ -76,9 +87,16 @@ def loss_table(
 def _curve(profile: InfluenceProfile, task: str, length: int, estimator: Estimator) -> np.ndarray:
     """What is lost with the keys at distances >= 64 b: (samples, layers, query_heads, bins)."""
     if estimator == "span":
-        return _alike(profile.span_effects[task, length].astype(np.float64))
+        effects = profile.span_effects[task, length].astype(np.float64)
+        return effects / _totals(effects)
     histogram = profile.distance(task, length)[None]
     return np.cumsum(histogram[..., ::-1], axis=-1)[..., ::-1]
+
+
+def _rounding(profile: InfluenceProfile, task: str, length: int, estimator: Estimator) -> np.ndarray:
+    """The profile's rounding in the units of `_curve`: (samples, layers, kv_heads, widths, 2)."""
+    found = profile.rounding[task, length]
+    return found / _totals(profile.span_effects[task, length].astype(np.float64))[..., None] if estimator == "span" else found
 
 
 class _HeadLosses:
@@ -119,10 +137,11 @@ class _HeadLosses:
         return np.abs(lost).mean(axis=0)
 
 
-def _alike(effects: np.ndarray) -> np.ndarray:
-    """Scale every sample to the same total effect; else a few samples that the model barely answers would outweigh the others."""
+def _totals(effects: np.ndarray) -> np.ndarray:
+    """The total effect of every sample, (samples, 1, 1, 1), by which all are scaled alike; else a few samples that the model barely answers
+    would outweigh the others."""
     total = np.abs(effects).max(axis=-1).sum(axis=(1, 2))[:, None, None, None]
-    return effects / np.where(total > 0, total, 1.0)
+    return np.where(total > 0, total, 1.0)
 
 
 _POOLS: dict[str, Callable[..., np.ndarray]] = {"max": np.max, "sum": np.sum, "mean": np.mean}
@@ -134,8 +153,9 @@ def _pooled(rows: np.ndarray, kv_heads: int, pool: Pool) -> np.ndarray:
     return _POOLS[pool](rows.reshape(count, layers, kv_heads, query_heads // kv_heads, rules), axis=3)
 
 
-def _scaled(rows: np.ndarray, cheapest: int) -> np.ndarray:
+def _scaled(rows: np.ndarray, cheapest: int, rounded: np.ndarray | None) -> np.ndarray:
     largest = rows[..., cheapest].sum(axis=(1, 2)).max()
+    rows = rows if rounded is None else in_all_mixes(rows, rounded)
     return rows / largest if largest > 0 else rows
 
 
@@ -163,11 +183,12 @@ def _check(
 
 
 def tables_of(
-    given: InfluenceProfile | LossTable, min_span: int | None, density: Density, lengths: Iterable[int] | None
-) -> tuple[LossTable, LossTable | None]:
+    given: InfluenceProfile | LossTable, min_span: int | None, density: Density, lengths: Iterable[int] | None,
+    mixes: Sequence[Bits] = (WHOLE_BITS,),
+) -> tuple[LossTable, LossTable | None]:  # fmt: skip
     """The table to search, and one of single values over the same rules where the profile has both estimators.
 
-    A profile's table holds the lengths at which density is limited, where these are given.
+    A profile's table holds the lengths at which density is limited, where these are given, and all rules in each of `mixes`.
     """
     if isinstance(given, LossTable):
         if min_span not in (None, given.min_span):
@@ -178,5 +199,8 @@ def tables_of(
     floor = MIN_SPAN if min_span is None else min_span
     asked = lengths if lengths is not None else density if isinstance(density, Mapping) else None
     used = None if asked is None else judged_lengths(asked, given.lengths)
-    table = loss_table(given, min_span=floor, use_lengths=used)
-    return table, loss_table(given, table.rules, min_span=floor, estimator="element", use_lengths=used) if given.span_effects else None
+    table = loss_table(given, min_span=floor, use_lengths=used, mixes=mixes)
+    if not given.span_effects:
+        return table, None
+    rules = tuple(dict.fromkeys(table.rules))
+    return table, loss_table(given, rules, min_span=floor, estimator="element", use_lengths=used, mixes=mixes)

@@ -96,6 +96,17 @@ def random_profile(
     return InfluenceProfile(geometry, SINK, blocks, distances, span_effects=effects if span_effects else {})
 
 
+def rounded_profile(profile: InfluenceProfile, seed: int = 0) -> InfluenceProfile:
+    """The profile with random losses of rounding, heavy-tailed over heads; 8 bits lose a sixteenth of what 4 do, V a quarter of K."""
+    random, geometry = np.random.default_rng(seed), profile.geometry
+    weight = np.array([[1.0, 0.25], [1 / 16, 1 / 64]])
+    rounding = {}
+    for key, histogram in profile.distances.items():
+        heads = random.lognormal(-2.0, 1.0, (len(histogram), geometry.layers, geometry.kv_heads, 1, 1))
+        rounding[key] = (heads * weight).astype(np.float32)
+    return replace(profile, rounding=rounding)
+
+
 def curve_profile(curves: np.ndarray, length: int, *, geometry: ModelGeometry, task: str = "questions") -> InfluenceProfile:
     """A profile with the given span effects (samples, layers, query_heads, length / 64) for one task and length."""
     histogram = np.ones_like(curves, dtype=np.float32)
