@@ -24,7 +24,19 @@ from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.forecast import Forecast
 from moa_lab.learning import learn_spans
 from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import WHOLE_BITS, Bits, Plan, dense_plan, mix_of, mixed_name, share_bought, stored_plan, told_bits, uniform_plan
+from moa_lab.plan import (
+    WHOLE_BITS,
+    Bits,
+    Plan,
+    dense_plan,
+    mix_of,
+    mixed_name,
+    mixes_of,
+    share_bought,
+    stored_plan,
+    told_bits,
+    uniform_plan,
+)
 from moa_lab.profiling import profile, profiling_examiner
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements, candidates
@@ -100,7 +112,7 @@ class Run(RunInputs):
                 self.model, self.tokenizer, lengths, wanted=wanted, documents=self.documents["calibration"], seed=self.settings.seed,
                 batch_size=self.answer_batch, parts_dir=self.parts_dir("answers"), progress=self._steps(stage),
                 examiner=profiling_examiner(
-                    self.model, lengths, self.parts_dir("profile"), sink_tokens=self.settings.sink_tokens
+                    self.model, lengths, self.parts_dir("profile"), sink_tokens=self.settings.sink_tokens, rounding=self.rounding
                 ) if profiled else None,
             ),
         )  # fmt: skip
@@ -111,7 +123,7 @@ class Run(RunInputs):
             "profile.safetensors", InfluenceProfile.load,
             lambda: profile(
                 self.model, self.samples(), sink_tokens=self.settings.sink_tokens, parts_dir=self.parts_dir("profile"),
-                progress=self._steps("profile"),
+                rounding=self.rounding, progress=self._steps("profile"),
             ),
         )  # fmt: skip
 
@@ -235,12 +247,15 @@ class Run(RunInputs):
     def _learned_mix(self) -> Bits:
         """The mix to learn in: of several that of the plan which loses least in validation, needles and words alike, before any is learned.
 
-        A descent takes minutes in each, and what the plans lose tells mixes apart sooner than what spans they have.
+        A descent takes minutes in each, and what the plans lose tells mixes apart sooner than what spans they have. All heads are learned
+        in the same one: plans whose heads differ are not asked.
         """
         if len(self.mixes) == 1:
             return self.mixes[0]
+        searched = self._found()
+        alike = replace(searched, points=tuple(point for point in searched if len(mixes_of(point.plan)) == 1))
         found = choose(
-            self.model, self._found(), self.suites.validation, name="mix", store=self.score_store, progress=self._steps("validate mixes")
+            self.model, alike, self.suites.validation, name="mix", store=self.score_store, progress=self._steps("validate mixes")
         )
         mix = mix_of(found.best)
         logger.info(

@@ -66,6 +66,11 @@ class RunInputs:
         return read_mixes(self.settings.bits)
 
     @property
+    def rounding(self) -> bool:
+        """Whether heads are profiled by what rounding costs each: of several mixes of bits, each head may have its own."""
+        return len(self.mixes) > 1
+
+    @property
     def limits(self) -> dict[int, float]:
         """The density by length at which it limits plans: `use_lengths`, those shorter than the profiled ones where the floor takes
         at most a quarter of the density."""

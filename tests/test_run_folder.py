@@ -15,9 +15,9 @@ from killed_run import TINY
 from moa_lab import presets
 from moa_lab.engines import ENGINES, fits
 from moa_lab.pipeline import Run
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, mixes_of
 from moa_lab.presets import SETTINGS_SCHEMA, RunSettings
-from moa_lab.records import Measurements
+from moa_lab.records import Front, Measurements
 from moa_lab.run_folder import ON_TOP, RunFolder
 from moa_lab.search import InfeasibleError
 from moa_lab.storage import to_json
@@ -190,6 +190,10 @@ def test_a_run_searches_spans_in_every_mix_of_bits_and_measuring_chooses(setting
     assert {"uniform", "uniform@8", "moa"} <= set(summary["plans"])
     validated = {row.plan for row in Measurements.load(tmp_path / "validation.json").rows}
     assert {"uniform", "uniform@8", "layers", "layers@8"} <= validated
+    assert any(name.endswith("@per-head") for name in validated)
+    assert len(run.profile().rounding) == len(run.profile().keys)
+    by_head = next(point.plan for point in Front.load(run.records.place("front.json")) if len(mixes_of(point.plan)) == 2)
+    assert {row.plan for row in run.measure([by_head])} == {by_head.name}
     for name in ("uniform", "uniform@8"):
         assert 0.38 < summary["plans"][name]["density"] <= 0.4
     assert run.plan().density(512) <= 0.4

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moa_lab.evaluate.compare import difference
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, told_mixes
 from moa_lab.records import Measurement, kind_text
 from moa_lab.search.plain import SIMPLE
 
@@ -31,19 +31,21 @@ def worse_than_simple(plan: Plan, others: Iterable[Plan], rows: Iterable[Measure
 
 
 def chosen_text(plan: Plan) -> str:
-    """Which candidate won the validation, of which kind, and by how much over the best simple one; empty for a plan that did not."""
+    """Which candidate won the validation, of which kind, by how much over the best simple one, and in which bits it is stored if not all
+    in 16; empty for a plan that did not."""
     found = plan.search
     if "score" not in found or "candidate" not in found:
         return ""
     text = f"{plan.name} is {found['candidate']} ({kind_text(str(found.get('origin')))}), chosen by {_preferred(str(found['prefer']))}"
+    stored = f" Keys and values are stored in {told_mixes(plan)}." if plan.bits else ""
     simple = found.get("best_simple")
     if not simple:
-        return f"{text}."
+        return f"{text}.{stored}"
     if simple["candidate"] == found["candidate"]:
-        return f"{text}: a simple plan lost least in validation."
+        return f"{text}: a simple plan lost least in validation.{stored}"
     return (
         f"{text}: in validation it loses {found['score']:.3f} of what uniform spans lose, "
-        f"the best simple plan, {simple['candidate']} ({kind_text(simple['origin'])}), {simple['score']:.3f}."
+        f"the best simple plan, {simple['candidate']} ({kind_text(simple['origin'])}), {simple['score']:.3f}.{stored}"
     )
 
 

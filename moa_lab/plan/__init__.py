@@ -8,6 +8,7 @@ from moa_lab.plan.mixes import (
     WHOLE_BITS,
     mix_of,
     mixed_name,
+    mixes_of,
     read_mix,
     read_mixes,
     share_bought,
@@ -15,6 +16,7 @@ from moa_lab.plan.mixes import (
     token_price,
     tokens_bought,
     told_bits,
+    told_mixes,
 )
 from moa_lab.plan.rules import DENSE, MIN_SPAN, SpanRule
 from moa_lab.plan.simple import EQUAL_BYTES, check_density, dense_plan, full_or_floor_plan, uniform_plan
@@ -41,6 +43,7 @@ __all__ = [
     "full_or_floor_plan",
     "mix_of",
     "mixed_name",
+    "mixes_of",
     "read_mix",
     "read_mixes",
     "share_bought",
@@ -48,6 +51,7 @@ __all__ = [
     "token_price",
     "tokens_bought",
     "told_bits",
+    "told_mixes",
     "uniform_plan",
     "with_span",
 ]

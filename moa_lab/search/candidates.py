@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moa_lab.engines import Engine, check_stored, engine_of, meets
-from moa_lab.plan import Bits, Plan, read_mixes
+from moa_lab.plan import WHOLE_BITS, Bits, Plan, mixes_of, read_mixes, told_bits
 from moa_lab.records import Front, FrontPoint, InfluenceProfile, LossTable
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
@@ -25,7 +25,7 @@ from moa_lab.search.goals import Goal, GoalSet, default_goals, goal_sets, mean_g
 from moa_lab.search.holding import front_for_all_heads, held_table, told_front
 from moa_lab.search.losses import tables_of
 from moa_lab.search.milp import solve_milp
-from moa_lab.search.mixes import over_mixes, stored_front
+from moa_lab.search.mixes import knows_rounding, over_mixes, per_head_front, stored_front, with_rounding
 from moa_lab.search.plain import SIMPLE, simple_plans, whole_heads
 from moa_lab.search.problem import Density, InfeasibleError, NoPlanError, densities, feasible
 from moa_lab.search.thinning import renamed, thinned
@@ -80,44 +80,60 @@ def search(
     is set, what was found so far is returned. Results repeat unless `time_limit_s`, shared by all exact solves, runs out.
 
     bits: in how many keys and values may be stored (see `moa_lab.plan.read_mixes`). Density is one of bytes: every mix buys spans of its
-    own, which are searched in an equal part of the time and of `max_points`. Predicted losses do not know of the rounding: measure them.
+    own, which are searched in an equal part of the time and of `max_points`. Of several, where the profile knows what rounding costs each
+    head, a last part goes to plans whose heads differ in bits as well ("ranked", and all but "simple"), named `...@per-head`; then all
+    predicted losses count the rounding, else none do. A table of several mixes is searched head by head alone.
 
     engine: limits of a serving engine, or the name of one of `moa_lab.engines.ENGINES`. Every plan is one that it holds as it is, and
     the density is of what it allocates, at the limit lengths. Exact solves have these limits as constraints; "budget", "element" and
     "evolve" search among the windows that a heuristic chooses first, with gaps to the bound that holds without a limit of windows.
 
     Raises InfeasibleError (a ValueError) naming the length that binds and the least feasible density there, and ValueError for an
-    unknown engine, or bits that it cannot store.
+    unknown engine, bits that it cannot store, or bits beside those of a table.
     """
     _check_methods(methods, max_points)
     if not time_limit_s >= 0:  # NaN too, under which no solve would end
         raise ValueError(f"time_limit_s must be 0 or more seconds, got {time_limit_s}")
     lengths = None if lengths is None else tuple(lengths)
+    mixes, limits = read_mixes(bits), None if engine is None else engine_of(engine)
     whole, element = tables_of(profile_or_table, min_span, density, lengths)
-    mixes, asked = read_mixes(bits), densities(whole, density, lengths)
-    limits = None if engine is None else engine_of(engine)
-    table, element = held_table(whole, limits), None if element is None else held_table(element, limits)
+    if whole.stored and mixes != (WHOLE_BITS,):
+        raise ValueError(f"bits: the table says in which heads may be stored, {', '.join(map(told_bits, whole.mixes))}; leave bits out")
+    asked = densities(whole, density, lengths)
+    of_bits = tables_of(profile_or_table, min_span, density, lengths, mixes) if knows_rounding(profile_or_table, mixes) else None
+    parts = len(mixes) + (of_bits is not None)
 
-    def found(mix: Bits) -> Front:
+    def found(
+        tables: tuple[LossTable, LossTable | None], store: Callable[[Front], Front], mix: Bits, methods: Sequence[str], mixed: bool = False
+    ) -> Front:
+        table, element = (None if one is None else held_table(one, limits) for one in tables)
+        assert table is not None
         front = _found(
             table, element, feasible(table, asked, max_rules_per_layer, mix=mix), goals=goals, intervals=intervals,
-            max_rules=max_rules_per_layer, methods=methods, seed=seed, time_limit_s=time_limit_s / len(mixes),
-            max_points=-(-max_points // len(mixes)), keep=keep, progress=progress, cancel=cancel,
+            max_rules=max_rules_per_layer, methods=methods, seed=seed, time_limit_s=time_limit_s / parts,
+            max_points=-(-max_points // parts), keep=keep, progress=progress, cancel=cancel, mixed=mixed,
         )  # fmt: skip
-        return stored_front(front, mix) if limits is None else told_front(stored_front(front_for_all_heads(front, whole), mix), limits)
+        return store(front) if limits is None else told_front(store(front_for_all_heads(front, whole)), limits)
 
     if limits is not None:
-        for mix in mixes:
+        for mix in (*mixes, *whole.mixes):
             check_stored(limits, mix)
-    return over_mixes(found, mixes)
+    by_head = tuple(method for method in methods if method != "simple")
+    if whole.stored:
+        return found((whole, element), per_head_front, WHOLE_BITS, by_head)
+    front = over_mixes(
+        lambda mix: found((whole, element), partial(stored_front, mix=mix), mix, methods), mixes,
+        partial(found, of_bits, per_head_front, WHOLE_BITS, by_head, mixed=True) if of_bits and by_head else None,
+    )  # fmt: skip
+    return with_rounding(front, of_bits[0], goals or goal_sets(whole)[0].goals) if of_bits else front
 
 
 def _found(
     table: LossTable, element: LossTable | None, targets: dict[int, float], *, goals: Sequence[Goal] | None, intervals: int,
     max_rules: int | None, methods: Sequence[str], seed: int, time_limit_s: float, max_points: int, keep: Sequence[str],
-    progress: Progress | None, cancel: threading.Event | None,
+    progress: Progress | None, cancel: threading.Event | None, mixed: bool,
 ) -> Front:  # fmt: skip
-    """`search` of plans that keep the shares `targets` of the tokens (by length)."""
+    """`search` of plans that keep the shares `targets` of the tokens (by length). mixed: of those alone whose heads differ in bits."""
     sets = goal_sets(table) if goals is None else (GoalSet("given", tuple(goals)),)
     deadline = time.perf_counter() + time_limit_s
     work = _Search(table, element, targets, sets, intervals, max_rules, seed, deadline, cancel)
@@ -135,7 +151,7 @@ def _found(
                     progress(done, sum(map(len, stages.values())), f"search: {method}, {len(points)} plans")
     names = (*(objective.name for objective in table.objectives), DENSITY)
     points = [each for each in points if table.engine is None or meets(each.plan, table.engine, targets)]
-    points = [spent_point(table, each, targets, sets[0].goals) for each in points]
+    points = [spent_point(table, each, targets, sets[0].goals) for each in points if not mixed or len(mixes_of(each.plan)) > 1]
     chosen = thinned(undominated(points, names, keep), names, max_points, keep, sets[0].name)
     settings = {
         "solver": "search", "methods": list(methods), "density": {str(n): value for n, value in targets.items()},

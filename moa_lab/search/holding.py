@@ -36,7 +36,10 @@ def for_all_heads(plan: Plan, table: LossTable) -> Plan:
     """A plan of a held table, with the rules of all heads of `table`."""
     if plan.geometry == table.geometry:
         return plan
-    return replace(plan, geometry=table.geometry, rules=tuple(row * table.geometry.kv_heads for row in plan.rules))
+    heads = table.geometry.kv_heads
+    return replace(
+        plan, geometry=table.geometry, rules=tuple(row * heads for row in plan.rules), bits=tuple(row * heads for row in plan.bits)
+    )
 
 
 def told_front(front: Front, engine: EngineLimits) -> Front:

@@ -1,16 +1,24 @@
-"""Fronts of several mixes of bits under one budget of bytes: each buys spans of its own, and measuring decides between them."""
+"""Fronts of several mixes of bits under one budget of bytes: each buys spans of its own, heads may differ in theirs, and measuring
+decides between them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from moa_lab.plan import Bits, stored_plan, told_bits
-from moa_lab.records import Front
+from moa_lab.records import Front, InfluenceProfile, LossTable
+from moa_lab.search.front import plan_point
+from moa_lab.search.goals import Goal
 from moa_lab.search.problem import InfeasibleError
+from moa_lab.search.rounding import check_rounding
 
 logger = logging.getLogger(__name__)
+
+PER_HEAD = "per-head"
+"""What the name of a plan ends with, behind an @, whose bits were searched head by head."""
 
 
 def stored_front(front: Front, mix: Bits) -> Front:
@@ -22,24 +30,51 @@ def stored_front(front: Front, mix: Bits) -> Front:
     return replace(front, points=tuple(points))
 
 
-def over_mixes(make: Callable[[Bits], Front], mixes: Sequence[Bits]) -> Front:
-    """The union of the fronts that `make` gives for every mix, stored so, with the settings of the first.
+def knows_rounding(given: InfluenceProfile | LossTable, mixes: Sequence[Bits]) -> bool:
+    """Whether heads may differ in bits: there are several mixes, and the profile knows what each costs a head. Warns where it does not."""
+    if len(mixes) == 1 or isinstance(given, LossTable):
+        return False
+    try:
+        check_rounding(given)
+    except ValueError as error:
+        logger.warning("one mix of bits holds for all heads of each plan: %s", error)
+        return False
+    return True
+
+
+def per_head_front(front: Front) -> Front:
+    """The front of a table of several mixes, whose plans' names say that heads differ in bits."""
+    points = (replace(point, plan=point.plan.renamed(f"{point.plan.name}@{PER_HEAD}")) for point in front)
+    return replace(front, points=tuple(points))
+
+
+def with_rounding(front: Front, table: LossTable, goals: Sequence[Goal]) -> Front:
+    """The front with all that `table`, which knows losses of bits, predicts of its plans, so that those of all mixes compare."""
+    points = (
+        replace(point, predicted=plan_point(table, point.plan, origin=point.origin, lengths=(), goals=goals).predicted) for point in front
+    )
+    return replace(front, points=tuple(points))
+
+
+def over_mixes(make: Callable[[Bits], Front], mixes: Sequence[Bits], per_head: Callable[[], Front] | None = None) -> Front:
+    """The union of the fronts that `make` gives for every mix, stored so, and of that of `per_head`, with the settings of the first.
 
     Mixes whose heads at the floor alone exceed the budget are left out; raises the InfeasibleError of the last, which takes the fewest
     bytes, where all do.
     """
     fronts: list[Front] = []
     refused: InfeasibleError | None = None
-    for mix in mixes:
+    makers = {told_bits(mix): partial(make, mix) for mix in mixes} | ({} if per_head is None else {PER_HEAD: per_head})
+    for bits, found in makers.items():
         try:
-            fronts.append(make(mix))
+            fronts.append(found())
         except InfeasibleError as error:
-            logger.info("no plans stored in %s bits: %s", told_bits(mix), error)
+            logger.info("no plans stored in %s bits: %s", bits, error)
             refused = error
     if not fronts:
         assert refused is not None, "there is a mix"
         raise refused
-    if len(mixes) == 1:
+    if len(makers) == 1:
         return fronts[0]
     points = tuple(point for front in fronts for point in front)
-    return replace(fronts[0], points=points, settings={**fronts[0].settings, "bits": [told_bits(mix) for mix in mixes]})
+    return replace(fronts[0], points=points, settings={**fronts[0].settings, "bits": list(makers)})

@@ -6,14 +6,14 @@ import logging
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from itertools import chain, combinations
+from itertools import chain, combinations, permutations
 
 import numpy as np
 
 from moa_lab.engines import EngineLimits, meets
-from moa_lab.plan import Plan, SpanRule, uniform_plan
+from moa_lab.plan import Bits, Plan, SpanRule, token_price, uniform_plan
 from moa_lab.records import LossTable
-from moa_lab.search.goals import QUESTIONS
+from moa_lab.search.goals import QUESTIONS, default_goals, mean_goal
 from moa_lab.search.milp import solve_milp
 from moa_lab.search.problem import InfeasibleError, NoPlanError
 from moa_lab.search.ranked import FLOORS, head_scores, ranked_plan
@@ -43,13 +43,32 @@ def simple_plans(
 
 
 def whole_heads(table: LossTable, targets: Mapping[int, float]) -> list[Plan]:
-    """The heads with the most influence on questions whole, the others at a floor: constant ones, and some that grow with the length."""
-    shares = [SpanRule(0.0, share * min(targets.values())) for share in FLOOR_SHARES]
+    """The heads with the most influence on questions whole, the others at a floor: constant ones, and some that grow with the length.
+
+    Of a table of several mixes of bits: whole heads in each, the others in each other one; what is predicted to lose least comes first.
+    """
+    if len(table.mixes) == 1:
+        return _whole_heads(table, targets, None)
+    plans = [plan for mixes in permutations(table.mixes, 2) for plan in _whole_heads(table, targets, mixes)]
+    goal = mean_goal(default_goals(table))
+
+    def lost(plan: Plan) -> float:
+        wide = table.with_plans(plan)
+        return goal.value(wide.predict(wide.choice(plan)))
+
+    return sorted(plans, key=lost)
+
+
+def _whole_heads(table: LossTable, targets: Mapping[int, float], mixes: tuple[Bits, Bits] | None) -> list[Plan]:
+    """mixes: bits of whole heads and of the others."""
+    tokens = min(targets.values()) / (1.0 if mixes is None else token_price(mixes[1], table.geometry))
+    shares = [SpanRule(0.0, min(share * tokens, 1.0)) for share in FLOOR_SHARES]
     floors = [SpanRule(float(tokens), 0.0) for tokens in sorted({table.min_span, *FLOORS})]
     plans = []
     for floor in (floors[0], *shares, *floors[1:]):
         try:
-            plans.append(spend(ranked_plan(table.with_rules([floor]), targets, floor_tokens=floor), targets, engine=table.engine))
+            plan = ranked_plan(table.with_rules([floor]), targets, floor_tokens=floor, mixes=mixes)
+            plans.append(spend(plan, targets, engine=table.engine))
         except ValueError as error:
             logger.info("no plan of whole heads over %s: %s", floor, error)
     return plans

@@ -13,7 +13,10 @@ from moa_lab.records import ROUNDED_BITS, InfluenceProfile
 def check_rounding(profile: InfluenceProfile) -> None:
     """Raise ValueError where the profile does not know what rounding costs each head."""
     if set(profile.rounding) != set(profile.distances):
-        raise ValueError("the profile does not know what stored bits cost each head: profile again with rounding=True (--rounding)")
+        raise ValueError(
+            "the profile does not know what stored bits cost each head: profile again with rounding=True "
+            "(--rounding; a run in a new folder)"
+        )
 
 
 def mix_losses(rounding: np.ndarray, mixes: Sequence[Bits]) -> np.ndarray:

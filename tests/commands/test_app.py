@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from moa_lab.calibration import SampleSet
 from moa_lab.evaluate.parity import Parity, ParityRow
 from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import uniform_plan
+from moa_lab.plan import Plan, mixes_of, uniform_plan
 from moa_lab.provenance import Provenance
 from moa_lab.records import Front
 
@@ -223,6 +224,31 @@ def test_spans_are_learned_from_files_stage_by_stage(
     capsys.readouterr()
     assert exit_code(monkeypatch, *command) == 2
     assert "pass --force" in one_line_error(capsys)
+
+
+def test_bits_are_searched_head_by_head_from_files_stage_by_stage(
+    inputs: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    model, (samples, profiled, front) = (
+        inputs[0],
+        (tmp_path / name for name in ("samples.safetensors", "profile.safetensors", "front.json")),
+    )
+    counts, of_model = ("--questions", 2, "--others", 0), ("--model", model)
+    assert exit_code(monkeypatch, "calibrate", *of_model, "--lengths", 384, *counts, "--out", samples) == 0
+    assert exit_code(monkeypatch, "profile", samples, *of_model, "--rounding", "--out", profiled) == 0
+    asked = ("--density", 0.3, "--bits", "8,8+4,4", "--min-span", 80, "--seconds", 4, "--points", 8)
+    assert exit_code(monkeypatch, "search", profiled, *asked, "--out", front) == 0
+    found = Front.load(front)
+    mixed = replace(found, points=tuple(point for point in found if point.plan.name.endswith("@per-head")))
+    mixed.save(tmp_path / "mixed.json")
+    validated = ("validate", tmp_path / "mixed.json", *of_model, "--length", 384, "--questions", 2, "--summaries", 0)
+    assert exit_code(monkeypatch, *validated, "--out", tmp_path / "plan.json") == 0
+    plan = Plan.load(tmp_path / "plan.json")
+    assert len(mixes_of(plan)) > 1
+    assert plan.density(384) <= 0.3
+    evaluated = ("evaluate", tmp_path / "plan.json", *of_model, "--lengths", 400, "--n", 2)
+    assert exit_code(monkeypatch, *evaluated, "--out", tmp_path / "measurements.json") == 0
+    assert "retrieval needles@400" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

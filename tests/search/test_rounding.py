@@ -69,7 +69,7 @@ def test_heads_that_rounding_harms_keep_more_bits() -> None:
 
 def test_a_profile_without_rounding_is_refused_with_the_cure() -> None:
     profile = random_profile()
-    with pytest.raises(ValueError, match=r"profile again with rounding=True \(--rounding\)"):
+    with pytest.raises(ValueError, match=r"profile again with rounding=True \(--rounding; a run"):
         loss_table(profile, mixes=MIXES)
     partly: InfluenceProfile = rounded_profile(profile)
     partly.rounding.pop(profile.keys[0])
