@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -103,7 +103,10 @@ class LossTable:
 
     def span_tokens(self, n_tokens: int) -> np.ndarray:
         """Tokens kept by every choice at a length: int64 (layers, rules), capped by a layer's own window."""
-        spans = np.array([rule.span_tokens(n_tokens, self.min_span) for rule in self.rules], dtype=np.int64)
+        return self._spans(self.rules, n_tokens)
+
+    def _spans(self, rules: Sequence[SpanRule], n_tokens: int) -> np.ndarray:
+        spans = np.array([rule.span_tokens(n_tokens, self.min_span) for rule in rules], dtype=np.int64)
         caps = np.array([self.geometry.dense_span_tokens(layer, n_tokens) for layer in range(self.geometry.layers)])
         return np.minimum(spans[None, :], caps[:, None])
 
@@ -177,24 +180,21 @@ class LossTable:
         return self._with([choice for plan in plans for row in self._choices_of(plan) for choice in row])
 
     def _with(self, choices: Iterable[tuple[SpanRule, Bits]]) -> LossTable:
-        own = set(self.choices)
-        new = [choice for choice in dict.fromkeys(choices) if choice not in own]
+        there = set(self.choices)
+        new = [choice for choice in dict.fromkeys(choices) if choice not in there]
         if not new:
             return self
         added = np.empty((*self.losses.shape[:3], len(new)))
+        spans = {n: (self.span_tokens(n), self._spans([rule for rule, _ in new], n)) for n in self.lengths}
         for mix in dict.fromkeys(mix for _, mix in new):
             known, wanted = ([at for at, (_, other) in enumerate(some) if other == mix] for some in (self.choices, new))
             if not known:
                 raise ValueError(f"the table knows no losses of {told_bits(mix)} bits, only of {', '.join(map(told_bits, self.mixes))}")
             for objective in self.objectives:
-                rows = slice(*objective.rows)
+                rows, (own, asked) = slice(*objective.rows), spans[objective.length]
                 for layer in range(self.geometry.layers):
-                    dense = self.geometry.dense_span_tokens(layer, objective.length)
-                    spans, asked = (
-                        np.minimum([rule.span_tokens(objective.length, self.min_span) for rule in rules], dense)
-                        for rules in ([self.rules[at] for at in known], [new[at][0] for at in wanted])
-                    )
-                    added[rows, layer][..., wanted] = _between(spans, self.losses[rows, layer][..., known], asked, dense)
+                    dense, losses = self.geometry.dense_span_tokens(layer, objective.length), self.losses[rows, layer][..., known]
+                    added[rows, layer][..., wanted] = _between(own[layer, known], losses, asked[layer, wanted], dense)
         return replace(
             self, rules=(*self.rules, *(rule for rule, _ in new)), losses=np.concatenate([self.losses, added], axis=3),
             stored=(*self.stored, *(mix for _, mix in new)) if self.stored else (),
@@ -248,9 +248,18 @@ def _between(known: np.ndarray, losses: np.ndarray, wanted: np.ndarray, dense: i
         # A table without a cut rule, or without a dense one, has only the other kind to tell by.
         source = alike if len(alike) else np.arange(len(known))
         order = source[np.argsort(known[source], kind="stable")]
-        for row, head in np.ndindex(*losses.shape[:2]):
-            found[row, head, here] = np.interp(wanted[here], known[order], losses[row, head, order])
+        found[..., here] = interpolated(wanted[here], known[order], losses[..., order])
     return found
+
+
+def interpolated(wanted: np.ndarray, known: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """`np.interp`, to the last digit, of all curves `values` (..., known) at once: (..., wanted)."""
+    at = np.searchsorted(known, wanted, side="right") - 1
+    left, right = np.clip(at, 0, len(known) - 1), np.clip(at + 1, 0, len(known) - 1)
+    low, high = values[..., left], values[..., right]
+    # Of equal places, and beyond both ends, there is one value.
+    slope = (high - low) / np.maximum(known[right] - known[left], 1)
+    return np.where(left == right, low, slope * (wanted - known[left]) + low)
 
 
 @dataclass(frozen=True)

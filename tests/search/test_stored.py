@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from moa_lab.cache import allocated_kv_bytes
 from moa_lab.plan import DENSE, SpanRule, uniform_plan
 from moa_lab.records import LossTable
+from moa_lab.records.loss_table import interpolated
 from moa_lab.search import BudgetSolver, InfeasibleError, evolve, mean_goal, ranked_plan, solve_milp
 from moa_lab.search.spend import spend
 from tests.search.tables import FLOOR, all_choices, goal_values, keeps, random_table, small_geometry, stored_table, task_goals
@@ -82,6 +83,17 @@ def test_spans_between_those_of_a_table_lose_what_lies_between_in_the_same_bits(
         table.with_plans(uniform_plan(table.geometry, 0.3))
     with pytest.raises(ValueError, match="stored in 16 bits, which is not among"):
         table.choice(uniform_plan(table.geometry, 0.5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 12))
+def test_all_heads_at_once_are_interpolated_as_numpy_does_each(seed: int, count: int) -> None:
+    random = np.random.default_rng(seed)
+    known, wanted = np.sort(random.integers(64, 100, count)), random.integers(50, 120, 9)
+    values = random.lognormal(0.0, 2.0, (3, 2, count))
+    found = interpolated(wanted, known, values)
+    for row, head in np.ndindex(3, 2):
+        np.testing.assert_array_equal(found[row, head], np.interp(wanted, known, values[row, head]))
 
 
 def test_evolved_plans_keep_the_bytes_and_predict_what_the_table_does() -> None:
