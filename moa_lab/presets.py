@@ -157,9 +157,9 @@ class RunSettings:
     test_seed: of the test samples alone, so that what was developed on one draw can be tested on another. plain_prompts: questions
     and answers are plain text, whatever chat template the tokenizer has. min_span: the floor, tokens that every head keeps at least,
     its sink of `sink_tokens` among them. use_lengths: where the plan will be used, beside the profiled and the tested lengths (None: up
-    to twice the longest profiled one). prefer: what the plan is chosen by (see `Preference.parse`). bits: in how
-    many keys and values may be stored (see `moa_lab.plan.read_mixes`); the density is one of bytes. engine: what plans must be held by
-    (see `moa_lab.engines.engine_of`), the density being one of what it allocates.
+    to twice the longest profiled one). prefer: what the plan is chosen by (see `Preference.parse`). bits: in how many keys and values may
+    be stored (see `moa_lab.plan.read_mixes`), of several each head in its own; the density is one of bytes. engine: what plans must be
+    held by (see `moa_lab.engines.engine_of`), the density being one of what it allocates.
     """
 
     model: str = "smollm2"

@@ -26,7 +26,7 @@ MinSpanOption = Annotated[
 ]
 BitsOption = Annotated[
     str,
-    typer.Option("--bits", help="of keys and values as stored, density being one of bytes: 16, 8, 8+4 (K+V), 4, or several: 16,8,8+4"),
+    typer.Option("--bits", help="of keys and values as stored, density being one of bytes: 16, 8, 8+4 (K+V), 4, or a choice: 16,8,8+4"),
 ]
 EngineOption = Annotated[
     str | None,
