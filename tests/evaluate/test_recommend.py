@@ -73,6 +73,11 @@ def test_a_plan_of_few_samples_stands_in_no_other_ones_way() -> None:
     assert recommend([many, half], Wish(needles=0.9)).plan is half.plan
 
 
+def test_a_plan_of_fewer_bytes_stands_in_no_way_of_one_that_keeps_more_however_often_it_was_asked() -> None:
+    half, quarter = option(0.5, ALL, ALL), option(0.25, HALF * 2, ALL * 2)
+    assert recommend([quarter, half], Wish(needles=0.95)).plan is half.plan
+
+
 def test_bytes_and_tokens_per_second_are_counted_and_end_no_sequence() -> None:
     dense, half, quarter = option(1.0, ALL, ALL), option(0.5, HALF, ALL), option(0.25, ALL, ALL)
     # The plan of 50% keeps too many bytes, so its needles do not matter.
