@@ -75,7 +75,8 @@ class _Moves:
             # Relief beyond what is needed does not count; exceeding another limit counts against a move.
             room = self._limit + self._slack - self._usage_now.sum(axis=1)
             relief = (over[:, None] - np.maximum(change - room[:, None], 0.0)).sum(axis=0)
-            price = np.where(relief > 0, np.maximum(self._cost - self._cost_now[self._heads], 0.0) / np.maximum(relief, 1e-300), np.inf)
+            price = np.full(relief.shape, np.inf)
+            np.divide(np.maximum(self._cost - self._cost_now[self._heads], 0.0), relief, out=price, where=relief > 0)
             # Of moves that cost nothing, the one with the most relief: ties cannot loop.
             best = int(np.lexsort((-relief, price))[0]) if (price == 0).any() else int(price.argmin())
             if not np.isfinite(price[best]):
