@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import partial
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from moa_lab.bench.record import BENCH_SCHEMA, GOALS, TOLERANCE, BenchRecord, Be
 from moa_lab.bench.shapes import SHAPES, Shape, shapes_of
 from moa_lab.bench.stored import stored_rows
 from moa_lab.plan import Plan
-from moa_lab.provenance import provenance
+from moa_lab.provenance import provenance, version_of
 
 __all__ = ["BENCH_SCHEMA", "GOALS", "INTERPRETER", "ROWS", "BenchRecord", "BenchRow", "bench_kernels", "table"]
 
@@ -98,15 +97,8 @@ def _settings(lab: Lab, quick: bool) -> dict[str, Any]:
         "dtype": str(lab.dtype).removeprefix("torch."),
         "tolerance": TOLERANCE,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "flashinfer": _version("flashinfer-python"),
+        "triton": version_of("triton"),
+        "flashinfer": version_of("flashinfer-python"),
         "ceilings": ceilings,
         "plans": {name: plan.identity() for name, plan in lab.plans.items()},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

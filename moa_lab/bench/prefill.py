@@ -18,7 +18,7 @@ from moa_lab.kernels.dispatch import HAS_FLASH
 from moa_lab.kernels.reference import windowed_attention
 
 TERA = 1e12
-TRITON = "our Triton kernel"
+TRITON, FLASH = "our Triton kernel", "FlashAttention-4"
 
 
 def prefill_rows(shape: Shape, lab: Lab, rows: Collection[str]) -> list[BenchRow]:
@@ -28,9 +28,9 @@ def prefill_rows(shape: Shape, lab: Lab, rows: Collection[str]) -> list[BenchRow
     expected, work = expected_prefill(*inputs[0], spans, shape.scale), prefill_flops(shape, spans) / TERA
     ours, trusted = _ours(shape, spans, inputs, expected, lab)
     peers = _dense_peers(shape, inputs, lab)
-    peers["FlashAttention-4"] = measured("FlashAttention-4", lambda: [flash4_prefill(*each, spans) for each in inputs], work, lab, expected)
-    if ours["kernel"] != TRITON:
-        peers[TRITON] = measured(TRITON, lambda: [triton_prefill(*each, spans) for each in inputs], work, lab, expected)
+    # Beside the one of the two that is taken, the other.
+    other, attend = (FLASH, flash4_prefill) if ours["kernel"] == TRITON else (TRITON, triton_prefill)
+    peers[other] = measured(other, lambda: [attend(*each, spans) for each in inputs], work, lab, expected)
     if shape.flex and "P1" in rows:
         peers["FlexAttention"] = measured("FlexAttention", lambda: [flex_prefill(*each, spans) for each in inputs[:1]], work, lab, expected)
     detail = {**ours, "useful_flops": prefill_flops(shape, spans), "peers": peers}
@@ -77,7 +77,7 @@ def _ours(shape: Shape, spans: Spans, inputs: list[Inputs], expected: torch.Tens
     lab.release()
     timing = time_calls([partial(attend, each) for each in inputs], lab.device)
     rate = timing.rate(prefill_flops(shape, spans) / TERA)
-    named = {"kernel": "FlashAttention-4" if taken else TRITON}
+    named = {"kernel": FLASH if taken else TRITON}
     return {**timing_detail(timing), "rate": rate, **named, **found}, lab.trusts(found)
 
 

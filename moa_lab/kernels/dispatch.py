@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -17,6 +16,7 @@ from moa_lab.kernels.reference import windowed_attention
 from moa_lab.kernels.ring_reference import chunk_attention, newest_attention
 from moa_lab.kernels.schedule import DecodeSchedule, cores_of, decode_schedule
 from moa_lab.masks import KeyMask
+from moa_lab.provenance import version_of
 
 MAX_HEAD_DIM = 256
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -32,16 +32,7 @@ def _finds(module: str) -> bool:
 
 # Checked once, at import: torch.compile cannot trace a search for modules.
 HAS_TRITON = _finds("triton")
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        return bool(metadata.version(package))
-    except metadata.PackageNotFoundError:
-        return False
-
-
-HAS_FLASH = _is_installed("flash-attn-4")
+HAS_FLASH = version_of("flash-attn-4") is not None
 
 
 def kernel_applies(query: torch.Tensor, *others: torch.Tensor) -> bool:
