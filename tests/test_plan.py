@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import DENSE, Plan, SpanRule, as_plan, check_density, dense_plan, full_or_floor_plan, uniform_plan
+from moa_lab.plan import DENSE, Plan, SpanRule, as_plan, check_density, dense_plan, full_or_floor_plan, named_apart, uniform_plan
 from moa_lab.provenance import Provenance
 from moa_lab.storage import RecordError
 
@@ -372,3 +372,11 @@ def test_a_path_is_as_good_as_the_plan_whose_card_is_there(tmp_path: Path) -> No
     for wrong in (None, 0.5, [plan]):
         with pytest.raises(ValueError, match="must be a Plan or the path"):
             as_plan(wrong)
+
+
+def test_plans_of_one_name_are_told_apart_by_what_they_keep() -> None:
+    half, quarter, dense = (uniform_plan(MHA, share, lengths=(2048,)).renamed("moa") for share in (0.5, 0.25, 1.0))
+    assert [plan.name for plan in named_apart([half, quarter, dense.renamed("all")])] == ["moa-50%", "moa-25%", "all"]
+    assert named_apart([half]) == [half]
+    with pytest.raises(ValueError, match="names of their own"):
+        named_apart([half, half])

@@ -3,7 +3,7 @@
 from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits
 from moa_lab.plan.card import BITS_FIELDS, PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, SINK_TOKENS, Plan
 from moa_lab.plan.edits import with_span
-from moa_lab.plan.given import PlanOrPath, as_plan, check_names
+from moa_lab.plan.given import PlanOrPath, as_plan, check_names, named_apart
 from moa_lab.plan.mixes import (
     WHOLE_BITS,
     mix_of,
@@ -44,6 +44,7 @@ __all__ = [
     "mix_of",
     "mixed_name",
     "mixes_of",
+    "named_apart",
     "read_mix",
     "read_mixes",
     "share_bought",

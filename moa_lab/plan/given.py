@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from moa_lab.plan.card import Plan
@@ -31,3 +32,19 @@ def check_names(plans: Iterable[Plan]) -> None:
         found = "dense" if plan.is_dense else plan.identity()
         if known.setdefault(plan.name, found) != found:
             raise ValueError(f"two different plans are named {plan.name!r}, and scores are kept by name: plan.renamed(name) gives another")
+
+
+def named_apart(plans: Sequence[Plan]) -> list[Plan]:
+    """The plans, those of one name with their density (at the longest length that they name) behind it: runs name their plans alike.
+
+    Raises ValueError where that does not tell them apart.
+    """
+    counts = Counter(plan.name for plan in plans)
+
+    def named(plan: Plan) -> Plan:
+        return plan.renamed(f"{plan.name}-{plan.density(max(plan.lengths, default=plan.geometry.max_length)):.0%}")
+
+    found = [named(plan) if counts[plan.name] > 1 else plan for plan in plans]
+    if len({plan.name for plan in found}) < len(found):
+        raise ValueError(f"plans need names of their own, got {', '.join(plan.name for plan in found)}: plan.renamed(name) gives another")
+    return found

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel
 
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, named_apart
 from moa_lab.presses.attention import SpanMask, attending, without_masked_keys
 from moa_lab.presses.footprint import read_densely, read_in_spans, spans_after_reading
 from moa_lab.presses.kvpress_presses import BasePress, KVPressTextGenerationPipeline, Presses, SpanPress
@@ -47,13 +47,11 @@ def run_presses(
 
     first: questions of each length at most. out: written after every row; rows that it has are not measured again. A method that cannot
     keep so little is left out, with the reason in the record's settings. Raises ValueError for a plan of another model, and for a
-    record of another, and for two plans of one name.
+    record of another, and for plans that `moa_lab.plan.named_apart` does not tell apart.
     """
     questions = QuestionSet.load(folder / "questions.json")
     model, pipeline = _loaded(folder / "model")
-    plans = list(plans)
-    if len({plan.name for plan in plans}) < len(plans):
-        raise ValueError(f"plans need names of their own, got {', '.join(plan.name for plan in plans)}")
+    plans = named_apart(list(plans))
     for plan in plans:
         plan.check_model(ModelGeometry.from_config(model.config), questions.provenance.weights)
         plan.check_untouched("the harness of presses")
