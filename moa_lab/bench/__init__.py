@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from moa_lab.bench.chunks import chunk_row
 from moa_lab.bench.decode import decode_row, heterogeneity_row
 from moa_lab.bench.lab import INTERPRETER, Lab, open_lab
 from moa_lab.bench.memory import memory_row
@@ -24,7 +25,14 @@ __all__ = ["BENCH_SCHEMA", "GOALS", "INTERPRETER", "ROWS", "BenchRecord", "Bench
 
 ROWS = tuple(SHAPES)
 Together = Callable[[Shape, Lab, Collection[str]], list[BenchRow]]
-TOGETHER: dict[str, Together] = {"B1": stored_rows, "B2": stored_rows, "B3": stored_rows, "P1": prefill_rows, "P2": prefill_rows}
+TOGETHER: dict[str, Together] = {
+    "B1": stored_rows,
+    "B2": stored_rows,
+    "B3": stored_rows,
+    "P1": prefill_rows,
+    "P2": prefill_rows,
+    "P3": prefill_rows,
+}
 """Rows that share a measurement of their shapes."""
 
 
@@ -35,7 +43,7 @@ def bench_kernels(
     out: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchRecord:
-    """Measure the rows named, of D1, D2, D3, D4, P1, P2, M1 and, of stored bits, B1, B2 and B3; a few minutes on a GPU.
+    """Measure the rows named, of D1 to D4, P1 to P4, M1 and, of stored bits, B1, B2 and B3; a few minutes on a GPU.
 
     quick: tiny shapes, to test that everything runs; also without a GPU under TRITON_INTERPRET=1 (set before Triton is imported),
     where no row meets its goal. plan: a plan or config card whose spans are stretched to the shapes; default: the recorded ones of
@@ -81,7 +89,7 @@ def _tasks(rows: Collection[str], quick: bool, lab: Lab) -> list[Callable[[], li
 
 
 def _one(row: str, shape: Shape, lab: Lab) -> list[BenchRow]:
-    alone: dict[str, Callable[[Shape, Lab], BenchRow]] = {"D2": heterogeneity_row, "D4": paged_row, "M1": memory_row}
+    alone: dict[str, Callable[[Shape, Lab], BenchRow]] = {"D2": heterogeneity_row, "D4": paged_row, "P4": chunk_row, "M1": memory_row}
     return [alone[row](shape, lab) if row in alone else decode_row(row, shape, lab)]
 
 

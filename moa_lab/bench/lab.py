@@ -16,6 +16,8 @@ from moa_lab.plan import Plan, PlanOrPath, as_plan
 
 INTERPRETER = "interpreter"
 TINY_COPY_BYTES = 2**16
+READ = "read, not copy"
+"""A peer: `Lab.read_bytes`."""
 
 
 @dataclass(frozen=True)

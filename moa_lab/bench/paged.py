@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from moa_lab.bench.decode import GIGA, DecodeInputs, decode_inputs
-from moa_lab.bench.lab import Lab, timing_detail
+from moa_lab.bench.lab import READ, Lab, timing_detail
 from moa_lab.bench.record import GOALS, BenchRow, errors, judged
 from moa_lab.bench.shapes import Shape, described, kv_bytes
-from moa_lab.bench.stored import READ
 from moa_lab.bench.timing import copies_past_cache, time_calls
 from moa_lab.serving import PAGE_TOKENS, PageLayout, RequestPages
 

@@ -1,4 +1,5 @@
-"""Prefill under a plan: useful FLOP/s against FlexAttention and dense attention (P1), and wall clock against dense (P2)."""
+"""Prefill under a plan: useful FLOP/s against FlexAttention and dense attention (P1; P3 at other head_dims), and
+wall clock against dense (P2)."""
 
 from __future__ import annotations
 
@@ -22,9 +23,9 @@ TRITON, FLASH = "our Triton kernel", "FlashAttention-4"
 
 
 def prefill_rows(shape: Shape, lab: Lab, rows: Collection[str]) -> list[BenchRow]:
-    """The rows of `rows` (P1, P2) from one measurement of `shape`."""
+    """The rows of `rows` (P1, P2, P3) from one measurement of `shape`."""
     spans = lab.spans(shape)
-    inputs = _all_inputs(shape, lab)
+    inputs = all_inputs(shape, lab)
     expected, work = expected_prefill(*inputs[0], spans, shape.scale), prefill_flops(shape, spans) / TERA
     ours, trusted = _ours(shape, spans, inputs, expected, lab)
     peers = _dense_peers(shape, inputs, lab)
@@ -35,8 +36,9 @@ def prefill_rows(shape: Shape, lab: Lab, rows: Collection[str]) -> list[BenchRow
         peers["FlexAttention"] = measured("FlexAttention", lambda: [flex_prefill(*each, spans) for each in inputs[:1]], work, lab, expected)
     detail = {**ours, "useful_flops": prefill_flops(shape, spans), "peers": peers}
     names = ("cuDNN", "FlexAttention") if shape.flex else ("cuDNN",)
-    found = [_rate_row(shape, spans, name, detail, trusted) for name in names if "P1" in rows]
-    return [*found, _wall_clock_row(shape, spans, detail, trusted)] if "P2" in rows else found
+    found = [_rate_row("P1", shape, spans, name, detail, trusted) for name in names if "P1" in rows]
+    found += [_wall_clock_row(shape, spans, detail, trusted)] if "P2" in rows else []
+    return found + ([_rate_row("P3", shape, spans, "cuDNN", detail, trusted)] if "P3" in rows else [])
 
 
 def expected_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spans: Spans, scale: float) -> torch.Tensor:
@@ -50,7 +52,8 @@ def expected_prefill(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     )  # fmt: skip
 
 
-def _all_inputs(shape: Shape, lab: Lab) -> list[Inputs]:
+def all_inputs(shape: Shape, lab: Lab) -> list[Inputs]:
+    """Random numbers, with as many copies as take turns past the cache."""
     heads = (shape.query_heads, shape.kv_heads, shape.kv_heads)
     nbytes = 2 * (shape.query_heads + shape.kv_heads) * shape.batch * shape.n_tokens * shape.head_dim * lab.dtype.itemsize
 
@@ -90,10 +93,10 @@ def _dense_peers(shape: Shape, inputs: list[Inputs], lab: Lab) -> dict[str, Any]
     }
 
 
-def _rate_row(shape: Shape, spans: Spans, name: str, detail: dict[str, Any], trusted: bool) -> BenchRow:
-    """P1: useful TFLOP/s against a peer's."""
-    goal, peer = GOALS[f"P1 {name}"], detail["peers"][name].get("rate")
-    return judged("P1", goal, described(shape, spans), detail["rate"], peer, name, "TFLOP/s", trusted, detail)
+def _rate_row(row: str, shape: Shape, spans: Spans, name: str, detail: dict[str, Any], trusted: bool) -> BenchRow:
+    """P1 or P3: useful TFLOP/s against a peer's."""
+    goal, peer = GOALS[f"{row} {name}"], detail["peers"][name].get("rate")
+    return judged(row, goal, described(shape, spans), detail["rate"], peer, name, "TFLOP/s", trusted, detail)
 
 
 def _wall_clock_row(shape: Shape, spans: Spans, detail: dict[str, Any], trusted: bool) -> BenchRow:

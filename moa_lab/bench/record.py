@@ -38,13 +38,16 @@ class Goal:
 
 
 GOALS = {
-    "D1": Goal(0.90),
+    "D1": Goal(0.93),
     "D2": Goal(1.05, at_most=True),
     "D3": Goal(0.80),
+    "D3 few bytes": Goal(1.0, at_most=True),
     "D4": Goal(0.90),
-    "P1 cuDNN": Goal(0.77),
+    "P1 cuDNN": Goal(1.0),
     "P1 FlexAttention": Goal(1.25),
-    "P2": Goal(0.75, at_most=True),
+    "P2": Goal(0.58, at_most=True),
+    "P3 cuDNN": Goal(0.90),
+    "P4": Goal(0.85),
     "M1": Goal(1.02, at_most=True),
     "B1": Goal(0.85),
     "B2": Goal(0.56, at_most=True),

@@ -148,7 +148,12 @@ DECODE = (
 # B1 to B3: at least 128 MB in 8 bits, and so 256 MB in bfloat16.
 STORED = tuple(replace(DECODE[index], flex=False) for index in (0, 2, 4, 6))
 HETEROGENEOUS = tuple(DECODE[index] for index in (0, 1, 4, 7, 8))
-SINGLE = tuple(Shape(32, kv_heads, 128, 1, length) for kv_heads in (32, 8) for length in (16384, 32768, 65536))
+SINGLE = (
+    *(Shape(32, kv_heads, 128, 1, length) for kv_heads in (32, 8) for length in (16384, 32768, 65536)),
+    # Of seven query heads a KV head, and 7 MB.
+    Shape(28, 4, 128, 9, 12288, "standard-25"),
+    Shape(32, 8, 128, 1, 7168, "standard-25"),
+)
 PREFILL = (
     Shape(32, 32, 128, 1, 4096),
     Shape(32, 32, 128, 1, 8192, flex=True),
@@ -166,6 +171,16 @@ PAGED = (
     Shape(32, 8, 128, 64, 16384),
     Shape(32, 32, 128, 8, 4096),
 )
+# P3: other head_dims, of models of half a billion to 27 billion weights.
+OTHER_DIMS = (
+    Shape(32, 32, 64, 1, 8192),
+    Shape(32, 8, 64, 1, 16384),
+    Shape(14, 2, 64, 4, 8192),
+    Shape(16, 8, 256, 1, 8192),
+    Shape(32, 16, 256, 1, 16384),
+)
+# P4
+CHUNKED = (Shape(32, 32, 128, 1, 8192), Shape(32, 8, 128, 1, 16384), Shape(32, 8, 64, 4, 8192))
 WALL_CLOCK_LENGTHS = (16384, 32768)
 MEMORY = (Shape(32, 8, 128, 4, 16384), Shape(32, 32, 128, 1, 16384, "standard-25"))
 MEMORY_LAYERS = 32
@@ -177,6 +192,8 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "D4": PAGED,
     "P1": PREFILL,
     "P2": tuple(shape for shape in PREFILL if shape.n_tokens in WALL_CLOCK_LENGTHS),
+    "P3": OTHER_DIMS,
+    "P4": CHUNKED,
     "M1": MEMORY,
     "B1": STORED,
     "B2": STORED,
@@ -191,6 +208,8 @@ QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {
     "D4": (replace(_TINY, batch=2),),
     "P1": (_TINY,),
     "P2": (_TINY,),
+    "P3": (_TINY,),
+    "P4": (_TINY,),
     "M1": (_TINY,),
     "B1": (_TINY,),
     "B2": (_TINY,),

@@ -6,14 +6,13 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from moa_lab.bench.decode import GIGA, Measured, measure
-from moa_lab.bench.lab import Lab
+from moa_lab.bench.lab import READ, Lab
 from moa_lab.bench.record import GOALS, BenchRow, judged
 from moa_lab.bench.shapes import Shape, Spans, described
 from moa_lab.plan import WHOLE_BITS, Bits, told_bits
 
 MIXES: dict[str, tuple[Bits, ...]] = {"B1": ((8, 8),), "B2": (WHOLE_BITS, (8, 8)), "B3": (WHOLE_BITS, (4, 4), (8, 4))}
 """Bits of K and V that a row measures."""
-READ = "read, not copy"
 
 
 def stored_rows(shape: Shape, lab: Lab, rows: Collection[str]) -> list[BenchRow]:

@@ -33,9 +33,11 @@ class Point:
 def kernel_roofline(*records: BenchRecord) -> go.Figure:
     """TFLOP/s against FLOP per byte, both logarithmic: every kernel of the records under the roof measured in the same process.
 
-    A roof is min(copy GB/s x FLOP per byte, matrix product TFLOP/s). Only visible pairs count as FLOP. Bytes are those that must move:
-    kept K and V in decoding, as they are stored, Q, K, V and output once in prefill. A copy writes as much as it reads, so a kernel that
-    only reads can pass the slope. Raises ValueError for a record without ceilings, without such rows, or of unknown dtype.
+    A roof is min(GB/s x FLOP per byte, matrix product TFLOP/s), with the GB/s of a pure read, or of a copy in a record that has no read.
+    Only visible pairs count as FLOP. Bytes are those that must move: kept K and V in decoding, as they are stored, Q, K, V and output once
+    in prefill. A copy writes as much as it reads, so a kernel that only reads can pass its slope.
+
+    Raises ValueError for a record without ceilings, without such rows, or of unknown dtype.
     """
     points = [point for record in records for point in roofline_points(record)]
     if not points:
@@ -96,17 +98,18 @@ def _roof(record: BenchRecord, edges: tuple[float, float], first: bool) -> go.Sc
     ceilings: dict[str, Any] = record.settings.get("ceilings", {})
     if not {"copy_GB/s", "matmul_TFLOP/s"} <= set(ceilings):
         raise ValueError("the record must hold the ceilings copy_GB/s and matmul_TFLOP/s: those of `moa-lab bench kernels` do")
-    slope, flat = ceilings["copy_GB/s"] / 1e3, ceilings["matmul_TFLOP/s"]
+    moved = "read" if "read_GB/s" in ceilings else "copy"
+    slope, flat = ceilings[f"{moved}_GB/s"] / 1e3, ceilings["matmul_TFLOP/s"]
     x = np.array([edges[0], flat / slope, edges[1]])
     return go.Scatter(
         x=x,
         y=np.minimum(slope * x, flat),
         mode="lines",
         line={"color": theme.DENSE_STYLE.color, "width": 2},
-        name="roof: copy, matrix product",
+        name=f"roof: {moved}, matrix product",
         legendgroup="roof",
         showlegend=first,
-        hovertemplate=f"copy {ceilings['copy_GB/s']:,.0f} GB/s, matrix product {flat:,.0f} TFLOP/s<extra></extra>",
+        hovertemplate=f"{moved} {ceilings[f'{moved}_GB/s']:,.0f} GB/s, matrix product {flat:,.0f} TFLOP/s<extra></extra>",
     )
 
 

@@ -13,6 +13,7 @@ import torch
 
 from moa_lab.bench import GOALS, INTERPRETER, ROWS, BenchRecord, BenchRow, bench_kernels, table
 from moa_lab.bench import peers as others
+from moa_lab.bench.chunks import chunk_row
 from moa_lab.bench.decode import decode_inputs, decode_row
 from moa_lab.bench.lab import Lab
 from moa_lab.bench.memory import memory_row
@@ -131,6 +132,28 @@ def test_a_wrong_decode_kernel_never_meets(monkeypatch: pytest.MonkeyPatch, trus
     assert row.ratio is not None
     assert row.ratio >= row.goal
     assert not row.meets
+
+
+def test_few_bytes_are_judged_by_the_time_of_a_step(trusting: Lab) -> None:
+    row = decode_row("D3", SHAPE, trusting)
+    assert (row.unit, row.peer_name, row.at_most) == ("us", "limit", True)
+    assert row.ours == pytest.approx(row.detail["ms"] * 1e3)
+    assert decode_row("D1", SHAPE, trusting).peer_name == "read, not copy"
+
+
+def test_a_chunk_over_a_ring_is_held_against_the_same_tokens_without_one(monkeypatch: pytest.MonkeyPatch, trusting: Lab) -> None:
+    from moa_lab.kernels import prefill
+
+    row = chunk_row(SHAPE, trusting)
+    assert row.peer is not None
+    # Of the work that both do, the same.
+    assert row.ours * row.detail["ms"] == pytest.approx(row.peer * row.detail["whole"]["ms"])
+    assert row.detail["chunk"] == 64
+    monkeypatch.setitem(GOALS, "P4", replace(GOALS["P4"], ratio=0.0))
+    assert chunk_row(SHAPE, trusting).meets
+    right = prefill.chunk_attention
+    monkeypatch.setattr(prefill, "chunk_attention", lambda *given: right(*given) * 1.1)
+    assert not chunk_row(SHAPE, trusting).meets
 
 
 def test_a_wrong_prefill_kernel_never_meets(monkeypatch: pytest.MonkeyPatch, trusting: Lab) -> None:
