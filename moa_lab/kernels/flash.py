@@ -22,10 +22,9 @@ from moa_lab.text import one_line
 logger = logging.getLogger(__name__)
 
 LIBRARY = "flash_attn.cute"
-FEWEST = 8192
-"""Tokens of a prompt from which on it is faster: on an H200 with head_dim 128 as fast at 4,096, by 11 to 13% at 8,192, 18 to 27% beyond."""
-HEAD_DIMS = (128,)
-"""Measured to be faster for these."""
+FEWEST = {64: 16384, 128: 8192, 256: 8192}
+"""By head_dim, tokens of a prompt from which on it is faster: on an H200 by 8 to 17%, in longer ones by up to 30%. In shorter ones it is
+as fast as our own kernel or slower (P1 and P3 of `data/benchmarks/prefill.json`)."""
 CAPABILITY = (9, 0)
 """The chips that it was run on."""
 CLOSE = 3e-2
@@ -51,7 +50,9 @@ def _(query: torch.Tensor, *_: object) -> torch.Tensor:
 
 def flash_applies(query: torch.Tensor, key: torch.Tensor) -> bool:
     """Whether FlashAttention-4 is the faster one for a prompt, and works here. Shapes as in `flash_prefill`."""
-    fits = query.shape[2] == key.shape[2] >= FEWEST and query.shape[3] in HEAD_DIMS and query.dtype in (torch.float16, torch.bfloat16)
+    fewest = FEWEST.get(query.shape[3])
+    long = fewest is not None and query.shape[2] == key.shape[2] >= fewest
+    fits = long and query.dtype in (torch.float16, torch.bfloat16)
     return fits and nvidia_capability(query) == CAPABILITY and works(query.device, query.dtype, query.shape[3])
 
 

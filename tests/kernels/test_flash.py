@@ -7,10 +7,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from moa_lab.bench.prefill import FLASH as FLASH_ROW
+from moa_lab.bench.prefill import TRITON as TRITON_ROW
+from moa_lab.bench.record import BenchRecord
 from moa_lab.kernels.block_lists import block_lists
-from moa_lab.kernels.flash import flash_prefill, seen_by, tile
+from moa_lab.kernels.flash import FEWEST, flash_prefill, seen_by, tile
 from moa_lab.kernels.reference import masked_attention
 from moa_lab.masks import visible
+from moa_lab.shipped import data_folder
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
@@ -52,6 +56,21 @@ def test_flash_attention_sees_what_the_reference_sees(head_dim: int, kv_heads: i
     shown = visible(token[:, None], token, 64, per_head)
     wanted = masked_attention(query.float(), key.float(), value.float(), shown, head_dim**-0.5)
     torch.testing.assert_close(found.float(), wanted, atol=3e-2, rtol=3e-2)
+
+
+def test_the_faster_of_the_two_kernels_is_chosen_for_every_shape_of_the_record() -> None:
+    rows = BenchRecord.load(data_folder("benchmarks") / "prefill.json").rows
+    compared = 0
+    for row in rows:
+        peers = {name: peer.get("rate") for name, peer in row.detail.get("peers", {}).items()}
+        rates = {row.detail.get("kernel"): row.detail.get("rate"), **peers}
+        if rates.keys() >= {FLASH_ROW, TRITON_ROW}:
+            long = row.shape["n_tokens"] >= FEWEST[row.shape["head_dim"]]
+            taken, other = (FLASH_ROW, TRITON_ROW) if long else (TRITON_ROW, FLASH_ROW)
+            assert rates[taken] >= rates[other], row.shape
+            compared += 1
+    assert {row.shape["head_dim"] for row in rows} == set(FEWEST)
+    assert compared > len(FEWEST)
 
 
 def test_tiles_are_those_that_the_library_takes() -> None:
