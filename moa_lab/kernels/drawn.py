@@ -18,7 +18,7 @@ from moa_lab.kernels.prefill import NO_REACH
 
 
 @triton.jit
-def _tile(
+def tile_of_rows(
     base, block, n_tokens,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def _tile(
 
 
 @triton.jit
-def _scores(
+def scores_of_tile(
     query, key, query_block, key_block, n_tokens, reach, scale, softcap,
     BLOCK: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,7 @@ def _forward_kernel(
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
-    asked = _tile(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    asked = tile_of_rows(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
     key += head // GROUP * size
     value += head // GROUP * size
     first = tl.maximum(block + 1 - tl.load(counts + head // GROUP), 0)
@@ -66,15 +66,15 @@ def _forward_kernel(
     found = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
     for index in range(0, sinks + block + 1 - first):
         near = tl.where(index < sinks, index, first + index - sinks)
-        known = _tile(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        scores = _scores(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+        known = tile_of_rows(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        scores = scores_of_tile(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         # A row that has seen nothing yet has no maximum to subtract.
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp(scores - safe[:, None])
         shrink = tl.exp(highest - safe)
         total = total * shrink + tl.sum(weights, axis=1)
-        values = _tile(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        values = tile_of_rows(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
         found = found * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         highest = higher
     rows = block * BLOCK + tl.arange(0, BLOCK)
@@ -103,9 +103,9 @@ def _rows_kernel(
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
     rows = block * BLOCK + tl.arange(0, BLOCK)
     dims = tl.arange(0, PADDED_DIM)
-    asked = _tile(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    asked = tile_of_rows(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
     # Rows past the end have no slope, and add nothing.
-    wanted = _tile(slope + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    wanted = tile_of_rows(slope + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
     key += head // GROUP * size
     value += head // GROUP * size
     held = tl.load(normaliser + head * n_tokens + rows, mask=rows < n_tokens, other=0.0)
@@ -122,9 +122,9 @@ def _rows_kernel(
     window_slope += (tl.cast(head, tl.int64) * n_blocks + block) * n_blocks
     for index in range(0, block + 1):
         near = tl.where(index < sinks, index, block + sinks - index)
-        known = _tile(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        values = _tile(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        scores = _scores(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+        known = tile_of_rows(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        values = tile_of_rows(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        scores = scores_of_tile(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
         gain = tl.dot(wanted, tl.trans(values), input_precision=PRECISION)
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -151,7 +151,7 @@ def _rows_kernel(
 
 
 @triton.jit
-def _columns_kernel(
+def columns_kernel(
     query, key, value, slope, counts, normaliser, expected, key_slope, value_slope, n_tokens, n_blocks, sink_blocks, reach, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -159,8 +159,8 @@ def _columns_kernel(
     """Slopes of keys and values, for each query head separately."""
     block, head = tl.program_id(0), tl.program_id(1)
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
-    known = _tile(key + head // GROUP * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-    values = _tile(value + head // GROUP * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    known = tile_of_rows(key + head // GROUP * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    values = tile_of_rows(value + head // GROUP * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
     query += head * size
     slope += head * size
     last = tl.where(block < sink_blocks, n_blocks, tl.minimum(block + tl.load(counts + head // GROUP), n_blocks))
@@ -168,11 +168,11 @@ def _columns_kernel(
     answers = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
     for at in range(block, last):
         rows = at * BLOCK + tl.arange(0, BLOCK)
-        asked = _tile(query, at, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        wanted = _tile(slope, at, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        asked = tile_of_rows(query, at, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        wanted = tile_of_rows(slope, at, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
         held = tl.load(normaliser + head * n_tokens + rows, mask=rows < n_tokens, other=float("inf"))
         mean = tl.load(expected + head * n_tokens + rows, mask=rows < n_tokens, other=0.0)
-        scores = _scores(asked, known, at, block, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+        scores = scores_of_tile(asked, known, at, block, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
         weights = tl.exp(scores - held[:, None])
         answers += tl.dot(tl.trans(weights).to(wanted.dtype), wanted, input_precision=PRECISION)
         change = weights * (tl.dot(wanted, tl.trans(values), input_precision=PRECISION) - mean[:, None]) * scale
@@ -257,7 +257,7 @@ class _Drawn(torch.autograd.Function):
             *known, normaliser if logits is None else logits, *told, query_slope, window_slope, *numbers,
             SINK_LOGITS=logits is not None, **ctx.settings,
         )  # fmt: skip
-        _columns_kernel[ctx.grid](*known, *told, key_slope, value_slope, *numbers, **ctx.settings)
+        columns_kernel[ctx.grid](*known, *told, key_slope, value_slope, *numbers, **ctx.settings)
         per_group = (batch, heads // group, group)
         key_slope, value_slope = (x.unflatten(1, per_group[1:]).sum(dim=2) for x in (key_slope, value_slope))
         found = window_slope.sum(dim=2).unflatten(1, per_group[1:]).sum(dim=2)

@@ -1,25 +1,29 @@
-"""Attention whose backward pass also yields influence, one row block at a time."""
+"""Attention whose backward pass also yields influence, by a kernel where one runs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 
 from moa_lab.interface import AttentionCall, Handler
-from moa_lab.kernels.reference import dense_attention, softmax_with_sink, windowed_attention
-from moa_lab.masks import KeyMask, visible
-from moa_lab.profiling.influence import LayerInfluence, logit_slopes, pad_to_tiles, reduce_rows, span_effect
+from moa_lab.kernels.dispatch import kernel_applies
+from moa_lab.kernels.reference import dense_attention, windowed_attention
+from moa_lab.masks import KeyMask
+from moa_lab.profiling.influence import LayerInfluence
 from moa_lab.profiling.rounding import rounding_losses
-from moa_lab.records import BLOCK_TOKENS
+from moa_lab.profiling.row_blocks import backward_by_row_blocks
+from moa_lab.text import one_line
 
-# A row block holds a handful of (heads, rows, keys) arrays at once. Elements of each: small enough for a CPU's cache (four
-# times as many took twice as long), 128 MiB of float32 on a GPU.
-ROW_BLOCK_ELEMENTS = {"cpu": 2**19, "cuda": 2**25}
+CLOSE = 3e-2
+"""How far the kernel's sums and gradients may be from plain PyTorch's, relative to the greatest, in half precision."""
+
+logger = logging.getLogger(__name__)
 
 Receiver = Callable[[int, LayerInfluence], None]
 """Takes a layer number and its reduced influence, while the backward pass runs."""
@@ -53,7 +57,7 @@ class _Wanted:
 
 
 class _CapturedAttention(torch.autograd.Function):
-    """Saves q, k, v only; backward recomputes the weights per row block and takes both gradients and influence from them."""
+    """Saves q, k, v only; backward recomputes the weights and takes both gradients and influence from them."""
 
     @staticmethod
     def forward(
@@ -79,126 +83,54 @@ class _CapturedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *output_gradients: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, sink_logits = ctx.saved_tensors
-        work_dtype = torch.promote_types(query.dtype, torch.float32)
-        gradients, reduced = _backward_by_row_blocks(
-            query.to(work_dtype), key.to(work_dtype), value.to(work_dtype), output_gradients[0].to(work_dtype),
-            ctx.mask, ctx.scale, ctx.softcap, sink_logits, ctx.wanted,
-        )  # fmt: skip
-        if ctx.wanted.rounding:
+        wanted, tensors = ctx.wanted, (query, key, value, output_gradients[0])
+        if by_kernel(query, ctx.mask, wanted.windows):
+            # Imported here: Triton may be missing.
+            from moa_lab.kernels.influence import backward_with_influence
+
+            gradients: Sequence[torch.Tensor]
+            gradients, sums = backward_with_influence(*tensors, wanted.sink_tokens, ctx.scale, ctx.softcap, ctx.mask.reach, sink_logits)
+            reduced = LayerInfluence(*sums)
+        else:
+            gradients, reduced = _by_row_blocks(tensors, ctx.mask, ctx.scale, ctx.softcap, sink_logits, wanted.sink_tokens, wanted.windows)
+        if wanted.rounding:
             reduced.rounding = torch.stack([rounding_losses(*pair) for pair in zip((key, value), gradients[1:], strict=True)], dim=-1)
-        ctx.wanted.receive(ctx.wanted.layer, reduced)
+        wanted.receive(wanted.layer, reduced)
         return (*(gradient.to(query.dtype) for gradient in gradients), None, None)
 
 
-def _backward_by_row_blocks(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output_gradient: torch.Tensor,
-    mask: KeyMask,
-    scale: float,
-    softcap: float | None,
-    sink_logits: torch.Tensor | None,
-    wanted: _Wanted,
-) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], LayerInfluence]:
-    batch, heads, n, head_dim = query.shape
-    kv_heads, group = key.shape[1], heads // key.shape[1]
-    # (batch * kv_heads, group, tokens, head_dim): a group's query heads share K and V without a copy.
-    query, output_gradient = (x.reshape(-1, group, n, head_dim) for x in (query * scale, output_gradient))
-    key, value = (x.reshape(-1, n, head_dim) for x in (key, value))
-    query_gradient = torch.empty_like(query)
-    # (batch * kv_heads, head_dim, tokens): a third faster to add products to than the other way round.
-    key_gradient, value_gradient = (torch.zeros_like(x.mT, memory_format=torch.contiguous_format) for x in (key, value))
-    # Broadcastable to the scores: (kv_heads, group, 1, 1).
-    sinks = None if sink_logits is None else sink_logits.reshape(kv_heads, group, 1, 1)
-    tiles = -(-n // BLOCK_TOKENS)
-    result = LayerInfluence(
-        blocks=query.new_zeros(batch, heads, tiles, tiles),
-        distances=query.new_zeros(batch, heads, tiles),
-        span_effects=query.new_zeros(batch, heads, tiles),
-    )
-    blocks = _row_blocks(n, batch * heads, query.device.type)
-    scratch, one = _Scratch(query, batch * heads * blocks[0][1] * n), query.new_ones(())
+def by_kernel(query: torch.Tensor, mask: KeyMask, windows: np.ndarray | None) -> bool:
+    """Whether one kernel does the backward pass: where kernels run, of a dense model, over whole sequences without padding."""
+    whole = mask.explicit is None and mask.real is None and mask.n_queries == mask.n_keys
+    if windows is not None or not whole or not kernel_applies(query):
+        return False
+    # Imported here: Triton may be missing.
+    from moa_lab.kernels.drawn import holds_tiles
 
-    for start, stop in blocks:
-        # Causal: no row of this block sees a key at `stop` or later.
-        keys, values = key[:, :stop], value[:, :stop]
-        # The rows of a group's heads one below the other: one product with the keys that they share.
-        rows, gradient = (x[:, :, start:stop].reshape(-1, group * (stop - start), head_dim) for x in (query, output_gradient))
-        flat, shape = (batch * kv_heads, group * (stop - start), stop), (batch, kv_heads, group, stop - start, stop)
-        scores = torch.bmm(rows, keys.mT, out=scratch.array("scores", flat)).view(shape)
-        slope = None
-        if softcap is not None:
-            capped = torch.tanh(scores / softcap)
-            scores, slope = softcap * capped, 1 - capped**2
-        _hide(scores, mask, start, stop)
-        dense, left = _weights(scores, sinks, scratch.array("weights", shape))
-        weights = dense
-        if wanted.windows is not None:
-            weights, _ = _weights(_windowed(scores, mask, wanted, start, stop), sinks, scratch.array("weights under the plan", shape))
-        weights_gradient = torch.bmm(gradient, values.mT, out=scratch.array("scores", flat)).view(shape)
-        scores_gradient, expected = logit_slopes(weights, weights_gradient, scratch.array("slopes", shape))
-        dense_slopes = scores_gradient
-        if wanted.windows is not None:
-            dense_slopes, expected = logit_slopes(dense, weights_gradient)
-
-        # |E|, as `influence` has it: the slope of a logit per weight that is left.
-        rest = torch.sub(one, weights, out=scratch.array("scores", shape)).clamp_(min=torch.finfo(weights.dtype).eps)
-        magnitude = torch.div(scores_gradient, rest, out=rest).abs_().view(batch, heads, stop - start, stop)
-        reduce_rows(result, pad_to_tiles(magnitude), start, wanted.sink_tokens)
-        turned = (scores_gradient if slope is None else slope.mul_(scores_gradient)).view(flat)
-        query_gradient[:, :, start:stop] = (turned @ keys).view(-1, group, stop - start, head_dim)
-        key_gradient[:, :, :stop].baddbmm_(rows.mT, turned)
-        value_gradient[:, :, :stop].baddbmm_(gradient.mT, weights.view(flat))
-        # Last, as it writes to what the products read.
-        effect = span_effect(dense, dense_slopes, expected, start, wanted.sink_tokens, tiles, left)
-        result.span_effects += effect.view(batch, heads, tiles)
-    gradients = [x.mT.reshape(batch, kv_heads, n, head_dim) for x in (key_gradient, value_gradient)]
-    return (query_gradient.mul_(scale).reshape(batch, heads, n, head_dim), gradients[0], gradients[1]), result
+    return holds_tiles(query) and works(query.device, query.dtype, query.shape[-1])
 
 
-class _Scratch:
-    """Memory for the arrays of a row block, which every block uses again: to a CPU, fresh memory costs as much as what is done in it."""
+@cache
+def works(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether the kernel finds what plain PyTorch finds, tried once on a short sequence. If not, the log says why."""
+    from moa_lab.kernels.influence import backward_with_influence
 
-    def __init__(self, like: torch.Tensor, elements: int) -> None:
-        self._like, self._elements = like, elements
-        self._held: dict[str, torch.Tensor] = {}
-
-    def array(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """An array of `shape`, whatever it holds, in the place of the last one of this name."""
-        if name not in self._held:
-            self._held[name] = self._like.new_empty(self._elements)
-        return self._held[name][: math.prod(shape)].view(shape)
-
-
-def _hide(scores: torch.Tensor, mask: KeyMask, start: int, stop: int) -> None:
-    """Set the scores (batch, kv_heads, group, rows, keys) of hidden keys to minus infinity."""
-    if mask.is_causal:
-        # Only among the block's own keys is one hidden from one of its rows.
-        future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=scores.device).triu(1)
-        scores[..., start:].masked_fill_(future, float("-inf"))
-    else:
-        scores.masked_fill_(mask.positions[:, :, None, start:stop, :stop] < 0, float("-inf"))
+    generator, scale, sink_tokens = torch.Generator().manual_seed(0), head_dim**-0.5, 10
+    shapes = [(1, heads, 200, head_dim) for heads in (4, 2, 2, 4)]
+    query, key, value, slope = (torch.randn(shape, generator=generator).to(device, dtype) for shape in shapes)
+    try:
+        gradients, sums = backward_with_influence(query, key, value, slope, sink_tokens, scale)
+        wanted, result = _by_row_blocks((query, key, value, slope), KeyMask(1, 200, 200, device), scale, None, None, sink_tokens)
+        for found, expected in zip((*gradients, *sums), (*wanted, result.blocks, result.distances, result.span_effects), strict=True):
+            torch.testing.assert_close(found, expected, atol=CLOSE * float(expected.abs().max()), rtol=CLOSE)
+    # Whatever keeps a compiler from a device that nobody has tried, PyTorch runs there.
+    except Exception as error:
+        logger.warning("influence is computed by plain PyTorch, which takes longer: the kernel cannot be used here: %s", one_line(error))
+        return False
+    return True
 
 
-def _windowed(scores: torch.Tensor, mask: KeyMask, wanted: _Wanted, start: int, stop: int) -> torch.Tensor:
-    """The scores without those that the plan hides, in place."""
-    assert wanted.windows is not None
-    window = torch.from_numpy(wanted.windows).to(scores.device, torch.int32)[:, None, None, None]
-    key_positions = mask.positions[:, :, None, start:stop, :stop]
-    seen = visible(key_positions.amax(dim=-1, keepdim=True), key_positions, wanted.sink_tokens, window)
-    return scores.masked_fill_(~seen, float("-inf"))
-
-
-def _weights(scores: torch.Tensor, sinks: torch.Tensor | None, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Softmax weights of the keys, in `out`, and of the sink logit: (..., rows, 1), None where there is none."""
-    if sinks is None:
-        return torch.softmax(scores, dim=-1, out=out), None
-    weights, left = softmax_with_sink(scores, sinks)
-    return out.copy_(weights), left
-
-
-def _row_blocks(n: int, heads: int, device: str) -> list[tuple[int, int]]:
-    elements = ROW_BLOCK_ELEMENTS.get(device, ROW_BLOCK_ELEMENTS["cpu"])
-    rows = max(BLOCK_TOKENS, elements // (heads * n) // BLOCK_TOKENS * BLOCK_TOKENS)
-    return [(start, min(start + rows, n)) for start in range(0, n, rows)]
+def _by_row_blocks(tensors: Sequence[torch.Tensor], *settings: Any) -> tuple[tuple[torch.Tensor, ...], LayerInfluence]:
+    work_dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    query, key, value, gradient = (tensor.to(work_dtype) for tensor in tensors)
+    return backward_by_row_blocks(query, key, value, gradient, *settings)

@@ -16,7 +16,7 @@ from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of
 from moa_lab.plan import SINK_TOKENS
 from moa_lab.profiling.backward import backward_pass
-from moa_lab.profiling.capture import ROW_BLOCK_ELEMENTS
+from moa_lab.profiling.row_blocks import ROW_BLOCK_ELEMENTS
 from moa_lab.side_by_side import free_bytes, on_one_core, workers
 
 PROBE_TOKENS = {"cpu": (128, 384), "cuda": (512, 2048)}

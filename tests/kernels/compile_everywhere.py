@@ -31,7 +31,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import jit
 
 from moa_lab.cache import LayerLayout
-from moa_lab.kernels import decode, devices, drawn, prefill
+from moa_lab.kernels import decode, devices, drawn, influence, prefill
 from moa_lab.kernels.devices import SPARE
 from moa_lab.serving import paged
 from moa_lab.serving.page_layout import PAGE_TOKENS
@@ -78,6 +78,7 @@ def cases() -> dict[str, Callable[[], object]]:
     for head_dim in (64, 128, 256):
         found[f"drawn {head_dim}"] = partial(_drawn, HALF, head_dim)
         found[f"pages {head_dim}"] = partial(_pages, HALF, head_dim)
+        found[f"influence {head_dim}"] = partial(_influence, HALF, head_dim)
     for bits, head_dim in (([(8, 8), (8, 8)], 128), ([(8, 4), (8, 4)], 64), ([(4, 4), (16, 8)], 80), ([(8, 8), (8, 8)], 256)):
         found[f"ring {head_dim}, bits {bits}"] = partial(_turns, rings, dtype=HALF, head_dim=head_dim, bits=bits)
     found["ring with all there is"] = partial(_turns, reach, dtype=HALF, head_dim=128, group=8, softcap=30.0, sinks=True)
@@ -100,6 +101,12 @@ def _drawn(dtype: torch.dtype, head_dim: int) -> None:
     shift = torch.zeros(1, 2, 5, requires_grad=True)
     if drawn.holds_tiles(query):
         drawn.drawn_windows(query, key, value, shift, torch.ones(1, 2, dtype=torch.int32), 64, 0.1).sum().backward()
+
+
+def _influence(dtype: torch.dtype, head_dim: int) -> None:
+    query, key, value, slope = (torch.zeros(1, heads, 300, head_dim, dtype=dtype) for heads in (4, 2, 2, 4))
+    if drawn.holds_tiles(query):
+        influence.backward_with_influence(query, key, value, slope, 64, 0.1)
 
 
 def _pages(dtype: torch.dtype, head_dim: int) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from moa_lab.interface import AttentionCall
 from moa_lab.masks import KeyMask, visible
-from moa_lab.profiling import capture
+from moa_lab.profiling import row_blocks
 from moa_lab.profiling.capture import capturing
 from moa_lab.profiling.influence import LayerInfluence, influence, naive_influence
 
@@ -78,7 +78,7 @@ def captured(
 
 @pytest.fixture(params=[1, 2**19], ids=["row blocks of 64", "one row block"])
 def _row_blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(capture.ROW_BLOCK_ELEMENTS, "cpu", request.param)
+    monkeypatch.setitem(row_blocks.ROW_BLOCK_ELEMENTS, "cpu", request.param)
 
 
 CASES = [
