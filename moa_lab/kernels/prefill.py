@@ -119,7 +119,7 @@ def _prefill(
     output = empty_like(query)
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
     over_ring = ring_keys is not None
-    block_m, block_n, warps, stages = _tiles(padded_dim, query, over_ring)
+    block_m, block_n, warps, stages = _tiles(padded_dim, query)
     described = not over_ring and _describes(key) and _describes(value)
     tiles = [TensorDescriptor.from_tensor(x, [1, 1, block_n, padded_dim]) if described else x for x in (key, value)]
     keys, values = (key, value) if ring_keys is None else (ring_keys, ring_values)
@@ -156,13 +156,13 @@ def _describes(tensor: torch.Tensor) -> bool:
     return able and aligned and 0 not in tensor.shape
 
 
-def _tiles(padded_dim: int, query: torch.Tensor, over_ring: bool) -> tuple[int, int, int, int]:
+def _tiles(padded_dim: int, query: torch.Tensor) -> tuple[int, int, int, int]:
     """Queries and keys per tile, warps, and as many stages as fit in the device's shared memory."""
     if query.dtype == torch.float32:
         return (64, 32, 4, 1) if padded_dim <= 128 else (32, 32, 4, 1)
     if half_wave(query):
         return (32, 32, 8, 1) if padded_dim <= 128 else (32, 16, 16, 1)
-    block_m, block_n, warps, stages = (64, 64, 4, 2 if over_ring else 3) if padded_dim <= 128 else (128, 64, 8, 2)
+    block_m, block_n, warps, stages = (64, 64, 4, 3) if padded_dim <= 128 else (128, 64, 8, 2)
     if (nvidia_capability(query) or HOPPER) < HOPPER:
         # Products there keep both operands in registers: more of them hold the same tile.
         block_m, warps = 64, 8
@@ -170,5 +170,4 @@ def _tiles(padded_dim: int, query: torch.Tensor, over_ring: bool) -> tuple[int, 
     if rows < block_m + block_n:
         block_m //= 2
     tiles = (rows - block_m) // block_n
-    # Over a ring, keys and values come from two places each, and the compiler keeps 4 tiles for every stage but the last.
-    return block_m, block_n, warps, min(stages, max((tiles + 3) // 4 if over_ring else tiles // 2, 1))
+    return block_m, block_n, warps, min(stages, max(tiles // 2, 1))

@@ -8,10 +8,11 @@ import triton.language as tl
 
 @triton.jit
 def _load(
-    tiles, new, ring, batch, head, start, past, origin, sink, ring_slots, stride, stop,
+    tiles, new, ring, batch, head, start, past, origin, sink, ring_slots, turn, stride, stop,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, OVER_RING: tl.constexpr, DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Keys or values at BLOCK_N positions from `start` on, before `stop`: those from `past` on are new, the others lie in the ring."""
+    """Keys or values at BLOCK_N positions from `start` on, before `stop`: those from `past` on are new, the others lie in the ring, where
+    the token at `past` would take the slot `turn` after the sink."""
     if DESCRIBED:
         # Columns past the end load as zeros.
         found = tiles.load([batch, head, start - origin, 0]).reshape(BLOCK_N, PADDED_DIM)
@@ -19,28 +20,31 @@ def _load(
         positions = start + tl.arange(0, BLOCK_N)
         dims = tl.arange(0, PADDED_DIM)
         real = (positions[:, None] < stop) & (dims[None, :] < HEAD_DIM)
-        offsets = (positions - origin).to(tl.int64)[:, None] * stride + dims[None, :]
+        places = new + (positions - origin).to(tl.int64)[:, None] * stride + dims[None, :]
         if OVER_RING:
-            is_new = positions[:, None] >= past
-            slots = tl.where(positions < sink, positions, sink + (positions - sink) % ring_slots)
-            held = tl.load(ring + slots.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :], mask=real & (is_new == 0), other=0.0)
-            found = tl.where(is_new, tl.load(new + offsets, mask=real & is_new, other=0.0), held)
-        else:
-            found = tl.load(new + offsets, mask=real, other=0.0)
+            # So many slots back from `turn`, around the ring; no division for every position. A position that the ring no longer holds,
+            # which nobody sees, takes one that it holds, and so a number.
+            slots = turn + positions - past
+            slots = sink + tl.maximum(tl.where(slots < 0, slots + ring_slots, slots), 0)
+            slots = tl.where(positions < sink, positions, slots)
+            held = ring + slots.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
+            # One load from either, which is pipelined; two would meet in registers.
+            places = tl.where(positions[:, None] >= past, places, held)
+        found = tl.load(places, mask=real, other=0.0)
     return found
 
 
 @triton.jit
 def _fold(
     scores_max, scores_sum, output, query, start,
-    key_tiles, value_tiles, key, value, key_ring, value_ring, batch, head, past, origin, sink, ring_slots, key_stride, value_stride, stop,
-    query_positions, sink_tokens, window, reach, scale, softcap,
+    key_tiles, value_tiles, key, value, key_ring, value_ring, batch, head, past, origin, sink, ring_slots, turn,
+    key_stride, value_stride, stop, query_positions, sink_tokens, window, reach, scale, softcap,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
     OVER_RING: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the BLOCK_N keys from position `start` on into the running softmax, in base 2, of a block of queries."""
     near_key = _load(
-        key_tiles, key, key_ring, batch, head, start, past, origin, sink, ring_slots, key_stride, stop,
+        key_tiles, key, key_ring, batch, head, start, past, origin, sink, ring_slots, turn, key_stride, stop,
         HEAD_DIM, PADDED_DIM, BLOCK_N, OVER_RING, DESCRIBED,
     )  # fmt: skip
     scores = tl.dot(query, tl.trans(near_key), input_precision=PRECISION)
@@ -62,7 +66,7 @@ def _fold(
     shrink = tl.exp2(scores_max - safe_max)
     scores_sum = scores_sum * shrink + tl.sum(weights, axis=1)
     near_value = _load(
-        value_tiles, value, value_ring, batch, head, start, past, origin, sink, ring_slots, value_stride, stop,
+        value_tiles, value, value_ring, batch, head, start, past, origin, sink, ring_slots, turn, value_stride, stop,
         HEAD_DIM, PADDED_DIM, BLOCK_N, OVER_RING, DESCRIBED,
     )  # fmt: skip
     output = tl.dot(weights.to(near_value.dtype), near_value, output * shrink[:, None], input_precision=PRECISION)
@@ -93,11 +97,13 @@ def prefill_kernel(
     # Everything is counted in positions of the row's own sequence. Its new tokens begin at `past`, the first column at `origin`.
     fresh = n_keys - tl.load(padding + batch)
     length = fresh
+    turn = 0
     if OVER_RING:
         length = tl.load(lengths + batch)
         ring_start = batch * ring_batch + tl.load(table + kv_head * 4).to(tl.int64) * HEAD_DIM
         key_ring += ring_start
         value_ring += ring_start
+        turn = tl.maximum(length - fresh - sink, 0) % ring_slots
     past = length - fresh
     origin = length - n_keys
 
@@ -132,8 +138,8 @@ def prefill_kernel(
     for start in range(inner, diagonal, BLOCK_N):
         scores_max, scores_sum, total = _fold(
             scores_max, scores_sum, total, asked, start,
-            key_tiles, value_tiles, key, value, key_ring, value_ring, row, kv_head, past, origin, sink, ring_slots, key_token, value_token,
-            length, query_positions, sink_tokens, window, reach, scale, softcap,
+            key_tiles, value_tiles, key, value, key_ring, value_ring, row, kv_head, past, origin, sink, ring_slots, turn,
+            key_token, value_token, length, query_positions, sink_tokens, window, reach, scale, softcap,
             HEAD_DIM, PADDED_DIM, BLOCK_N, False, CAPPED, OVER_RING, DESCRIBED, PRECISION,
         )  # fmt: skip
     # The masked tiles lie in three ranges but share one loop: three loops would fill and drain the load pipeline three times.
@@ -143,8 +149,8 @@ def prefill_kernel(
         start = tl.where(done < of_sink, begin + done, tl.where(done < of_window, near + done - of_sink, diagonal + done - of_window))
         scores_max, scores_sum, total = _fold(
             scores_max, scores_sum, total, asked, start,
-            key_tiles, value_tiles, key, value, key_ring, value_ring, row, kv_head, past, origin, sink, ring_slots, key_token, value_token,
-            length, query_positions, sink_tokens, window, reach, scale, softcap,
+            key_tiles, value_tiles, key, value, key_ring, value_ring, row, kv_head, past, origin, sink, ring_slots, turn,
+            key_token, value_token, length, query_positions, sink_tokens, window, reach, scale, softcap,
             HEAD_DIM, PADDED_DIM, BLOCK_N, True, CAPPED, OVER_RING, DESCRIBED, PRECISION,
         )  # fmt: skip
     # A left-padding query sees nothing: its output is 0.
