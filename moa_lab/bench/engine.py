@@ -27,6 +27,7 @@ SERVED = "vLLM-plan"
 MEMORY = 0.95
 """Share of the GPU's memory that the engine may use."""
 NEW_TOKENS = 192
+WARM_UP_TOKENS = 4
 TINY_ENGINE = ModelShape("tiny", 2, 4, 2, 32, 96, 512)
 """Heads of 32, the fewest that vLLM's own attention takes."""
 AT_MOST = 512
@@ -109,6 +110,8 @@ def _blocks(served: Plan | None, total: int, longest: int, block_tokens: int) ->
 def _rates(engine: Any, llm: Any, shape: ModelShape, batch: int, prompt: int, new_tokens: int) -> dict[str, float]:
     """Seconds of a batch that answers one token, and `new_tokens` more, and the two rates."""
     rng = np.random.default_rng(prompt)
+    # Kernels are compiled when they first run, some of them after the first new token.
+    _seconds(engine, llm, rng.integers(shape.vocabulary, size=(batch, prompt)), 1 + WARM_UP_TOKENS)
     first = _seconds(engine, llm, rng.integers(shape.vocabulary, size=(batch, prompt)), 1)
     whole = _seconds(engine, llm, rng.integers(shape.vocabulary, size=(batch, prompt)), 1 + new_tokens)
     return {

@@ -49,7 +49,7 @@ def test_rates_are_of_as_many_requests_as_its_cache_holds(monkeypatch: pytest.Mo
     counting, seen = Counting(monkeypatch), []
     record = bench_engine("vLLM-fp8", [40, 100], TINY, new_tokens=7, progress=lambda *at: seen.append(at), engine=counting)
     # 48 and 108 tokens, in blocks of 16.
-    assert counting.asked == [[40] * 33, [40] * 33, [100] * 14, [100] * 14]
+    assert counting.asked == [[40] * 33] * 3 + [[100] * 14] * 3
     assert counting.settings["kv_cache_dtype"] == "fp8"
     assert counting.settings["max_model_len"] == 108
     assert [(row["batch"], row["prefill_rate"], row["rate"], row["ms"]) for row in record["rows"]] == [
@@ -61,7 +61,7 @@ def test_rates_are_of_as_many_requests_as_its_cache_holds(monkeypatch: pytest.Mo
 
 
 def test_answers_that_lack_tokens_are_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeError, match="33 of them not with 1 tokens"):
+    with pytest.raises(RuntimeError, match="33 of them not with 5 tokens"):
         bench_engine("vLLM-bf16", [40], TINY, new_tokens=7, engine=Counting(monkeypatch, short=True))
 
 
