@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -69,11 +70,10 @@ def span_attention(
     Shapes as in `windowed_attention`. mask: what the model itself hides.
     """
     if kernel_applies(query, key, value) and mask.first is not None:
+        # Asked last, since it waits for the device.
+        if HAS_FLASH and softcap is None and sink_logits is None and mask.is_plain:
+            return prompt_by_kernel(query, key, value, windows, sink_tokens, scale)
         # Imported here, since Triton may be missing.
-        if HAS_FLASH and mask.is_plain and softcap is None and sink_logits is None:
-            from moa_lab.kernels.flash import prompt_attention
-
-            return prompt_attention(query, key, value, [int(window) for window in windows], sink_tokens, scale)
         from moa_lab.kernels.prefill import prefill_attention
 
         return prefill_attention(
@@ -85,6 +85,27 @@ def span_attention(
     query_positions = positions.amax(dim=-1, keepdim=True)
     gaps = mask.explicit is None and not mask.padded_on_the_left
     return windowed_attention(query, key, value, query_positions, positions, sink_tokens, windows, scale, softcap, gaps, sink_logits)
+
+
+def prompt_by_kernel(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    windows: Iterable[int],
+    sink_tokens: int,
+    scale: float,
+    reach: int | None = None,
+    softcap: float | None = None,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`moa_lab.kernels.prefill.prefill_attention` of a whole prompt without padding, by FlashAttention-4 where that is the faster one."""
+    from moa_lab.kernels.prefill import prefill_attention
+
+    if HAS_FLASH and reach is None and softcap is None and sink_logits is None:
+        from moa_lab.kernels.flash import prompt_attention
+
+        return prompt_attention(query, key, value, [int(window) for window in windows], sink_tokens, scale)
+    return prefill_attention(query, key, value, windows, sink_tokens, scale, reach=reach, softcap=softcap, sink_logits=sink_logits)
 
 
 def drawn_attention(

@@ -13,11 +13,11 @@ import triton
 from moa_lab.kernels.decode import stages, tile_of, warps
 from moa_lab.kernels.devices import precision
 from moa_lab.kernels.paged_kernel import paged_decode_kernel, paged_merge_kernel, paged_write_kernel
-from moa_lab.kernels.schedule import cores_of
 from moa_lab.plan.bits import UNTOUCHED
 
-SPLITS = (512, 1024, 2048)
-"""Slots that a program reads: fewer fill a GPU with few requests, more leave less to merge and fewer programs without slots."""
+SPLIT = 512
+"""Slots that a program reads: fewer fill a GPU with few requests, more leave less to merge and fewer programs without slots. One number for
+any batch, which twice as many gain 1 to 3%: another would be compiled in the middle of an answer."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,7 @@ def paged_decode(
     group = query_heads // kv_heads
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
     tile = min(tile_of(head_dim, query.itemsize), layer.page_tokens & -layer.page_tokens)
-    split = split_of(rows * kv_heads, cores_of(query.device))
-    splits = triton.cdiv(layer.most_slots, split)
+    splits = triton.cdiv(layer.most_slots, SPLIT)
     parts = rows * kv_heads * splits
     part_output = torch.empty(parts, group, padded_dim, dtype=torch.float32, device=query.device)
     part_max, part_sum = torch.empty(2, parts, group, dtype=torch.float32, device=query.device)
@@ -90,18 +89,12 @@ def paged_decode(
         query, pool, step.table, step.lengths, step.firsts, step.buckets, layer.heads, layer.steps, part_output, part_max, part_sum,
         step.table.stride(0), layer.steps.stride(0), *query.stride()[:2], kv_heads, layer.sink_tokens, layer.reach, scale, softcap or 1.0,
         GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
-        TILE=tile, SPLIT=split, CAPPED=softcap is not None, REACHES=layer.reach != 0,
+        TILE=tile, SPLIT=SPLIT, CAPPED=softcap is not None, REACHES=layer.reach != 0,
         PRECISION=precision(query), PAGE=layer.page_tokens,
         num_warps=warps(query), num_stages=stages(query, tile, UNTOUCHED),
     )  # fmt: skip
     paged_merge_kernel[(rows * query_heads,)](
         part_output, part_max, part_sum, step.lengths, step.firsts, step.buckets, layer.heads,
         part_max if sink_logits is None else sink_logits.contiguous(), output, *output.stride()[:2], query_heads, splits,
-        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, SPLIT=split, BLOCK=16, SINK_LOGITS=sink_logits is not None, num_warps=4,
+        GROUP=group, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, SPLIT=SPLIT, BLOCK=16, SINK_LOGITS=sink_logits is not None, num_warps=4,
     )  # fmt: skip
-
-
-def split_of(heads: int, cores: int) -> int:
-    """Slots that a program reads where `heads` KV heads of all requests attend on a GPU of `cores` streaming multiprocessors."""
-    enough = sum(heads >= few * cores for few in (8, 32))
-    return SPLITS[enough]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from moa_lab.cache import LayerLayout, RingLayer
+from moa_lab.kernels.dispatch import prompt_by_kernel
 from moa_lab.kernels.paged import PagedHeads, Pass, paged_decode, paged_write
 from moa_lab.kernels.prefill import chunk_attention
 from moa_lab.serving.page_layout import RequestPages
@@ -51,9 +52,24 @@ class PagedKernels:
     def _chunk(
         self, pool: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, row: int, scoring: Scoring
     ) -> torch.Tensor:
-        """Of one row's new tokens, which are not yet written: over a ring into which what the row holds is copied."""
+        """Of one row's new tokens, which are not yet written: over a ring into which what the row holds is copied, if it holds anything."""
         table, length, bucket = step.table[row], step.told[1][row], step.told_buckets[row]
         past = length - len(query)
+        asked, new_key, new_value = (x.transpose(0, 1)[None] for x in (query, key, value))
+        if not past:
+            layout = self._layouts[bucket]
+            found = prompt_by_kernel(
+                asked,
+                new_key,
+                new_value,
+                layout.windows,
+                layout.sink_tokens,
+                scoring.scale,
+                layout.reach,
+                scoring.softcap,
+                scoring.sink_logits,
+            )
+            return found[0].transpose(0, 1)
         ring, starts = self._held(bucket, max(16, 1 << max(past - 1, 0).bit_length()))
         columns, within = self.places(bucket, starts, ring.layout.total)
         ring, vectors, page = copy.copy(ring), pool.view(-1, pool.shape[-1]), 2 * self.heads.page_tokens
@@ -61,7 +77,6 @@ class PagedKernels:
         places = table[columns.clamp(max=len(table) - 1)].long() * page + within
         ring.keys, ring.values = (vectors.index_select(0, places + part)[None] for part in (0, self.heads.page_tokens))
         lengths = torch.full((1,), length, dtype=torch.int32, device=self._device)
-        asked, new_key, new_value = (x.transpose(0, 1)[None] for x in (query, key, value))
         found = chunk_attention(
             asked, new_key, new_value, ring, lengths, torch.zeros_like(lengths), scoring.scale, scoring.softcap, scoring.sink_logits
         )

@@ -58,13 +58,9 @@ def test_a_page_that_another_request_left_is_read_no_further_than_it_was_written
     ("dtype", "head_dim", "group"), [(torch.float32, 24, 3), (torch.float16, 64, 1), (torch.float16, 16, 8)], ids=lambda value: str(value)
 )
 def test_a_heads_slots_are_divided_among_programs(dtype: torch.dtype, head_dim: int, group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_launch, "split_of", lambda *_: 64)
+    monkeypatch.setattr(paged_launch, "SPLIT", 64)
     steps = [[200, 3, 1], [1, 64, 1], [1, 1, 1], [1, 1, 64]]
     check(LayerLayout(4, (90, 1000), None, CAPACITY), 16, steps, dtype=dtype, head_dim=head_dim, group=group)
-
-
-def test_the_more_heads_attend_the_more_slots_a_program_reads() -> None:
-    assert [paged_launch.split_of(heads, 132) for heads in (8, 1055, 1056, 4223, 4224, 100_000)] == [512, 512, 1024, 1024, 2048, 2048]
 
 
 def test_rows_of_other_lengths_have_windows_of_their_own() -> None:
