@@ -29,7 +29,7 @@ TOKENS, QUICK_TOKENS = 4096, 128
 CHECK_TOKENS = 512
 SAMPLES = 4
 ANSWER_TOKENS = 64
-MOST_SECONDS, MOST_GB = 3.0, 12.0
+MOST_SECONDS, MOST_GB = 1.2, 12.0
 """Limits per sample: seconds, and GB of memory beside the weights."""
 
 
