@@ -19,7 +19,7 @@ from moa_lab.commands.terminal import (
     parts_of,
     weights_of,
 )
-from moa_lab.plan import MIN_SPAN, Bits, mixed_name, read_mixes, share_bought, told_bits
+from moa_lab.plan import MIN_SPAN, WHOLE_BITS, name_of_bits, read_mixes, share_bought, told_bits
 
 
 def learn(
@@ -42,32 +42,30 @@ def learn(
     any_model: AnyModelOption = False,
     force: ForceOption = False,
 ) -> None:
-    """Learn the spans of all heads by descent, with the budget in force."""
+    """Learn the spans of all heads, and of several --bits each head's, by descent, with the budget in force."""
     from moa_lab.calibration import SampleSet
     from moa_lab.learning import learn_spans
     from moa_lab.models import load_model
-    from moa_lab.records import Front, InfluenceProfile
+    from moa_lab.records import InfluenceProfile
     from moa_lab.search import feasible, loss_table
     from moa_lab.search.holding import held_table
-    from moa_lab.search.mixes import over_mixes
+    from moa_lab.search.mixes import bits_table
 
     free(out, force)
     weighed, mixes = weights_of(weights), read_mixes(bits)
-    loaded_samples, table = SampleSet.load(samples), loss_table(InfluenceProfile.load(profile), min_span=min_span)
-    feasible(held_table(table, engine), density, max_rules, mix=mixes[-1])
+    loaded_samples, known = SampleSet.load(samples), InfluenceProfile.load(profile)
+    table = bits_table(known, loss_table(known, min_span=min_span), mixes)
+    mix = mixes[0] if len(mixes) == 1 else WHOLE_BITS
+    feasible(held_table(table, engine), density, max_rules, mix=mix)
     # The first mix has the most bits.
     if share_bought(density, mixes[0], table.geometry) == 1:
         raise ValueError(f"density {density:g} holds all tokens in {bits} bits: there is nothing to learn; lower --density")
     loaded, tokenizer = load_model(model)
     with Bars() as bars:
-
-        def descend(mix: Bits) -> Front:
-            return learn_spans(
-                loaded, loaded_samples, table, density, steps=steps, weights=weighed, max_rules_per_layer=max_rules, bits=told_bits(mix),
-                engine=engine, seed=seed, parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model,
-                progress=bars.steps(f"learn {mixed_name('learned', mix)}"),
-            )  # fmt: skip
-
-        front = over_mixes(descend, mixes)
+        front = learn_spans(
+            loaded, loaded_samples, table, density, steps=steps, weights=weighed, max_rules_per_layer=max_rules, bits=told_bits(mix),
+            engine=engine, seed=seed, parts_dir=parts_of(out), tokenizer=tokenizer, any_model=any_model,
+            progress=bars.steps(f"learn {name_of_bits('learned', mixes)}"),
+        )  # fmt: skip
     front.save(out)
     typer.echo(f"{len(front)} plans: {out}")

@@ -1,11 +1,11 @@
-"""Spans learned by gradient descent under the budget: plans are drawn, and rules are judged by what they would have changed in them.
+"""Spans, and bits, learned by gradient descent under the budget: plans are drawn, and rules are judged by what they would have changed.
 
 A profile measures each head while all others are whole, and adds that up. Heads are redundant, so such sums mislead where few heads
 are left. Here every head has a distribution over rules ("chances"). A step draws plans and computes the gradient ("slope") of their loss
 in all chances at once: for each rule, the first-order change if the head had followed it in that plan. Its mean over plans is the
 gradient of the expected loss (the multilinear extension of a set function: Calinescu et al., 2011), which the chances descend by
 exponentiated gradients (Kivinen and Warmuth, 1997). The budget begins at nearly the whole cache and shrinks, so that heads give up
-their tokens one after another.
+their tokens, and bits, one after another.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +30,13 @@ from moa_lab.learning.checkpoint import Checkpoint
 from moa_lab.learning.mixtures import Mixtures
 from moa_lab.learning.slopes import SlopeSampler
 from moa_lab.models import weights_fingerprint
-from moa_lab.plan import WHOLE_BITS, mixed_name, read_mix
+from moa_lab.plan import WHOLE_BITS, name_of_bits, read_mix, tokens_bought
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, LossTable
 from moa_lab.search.front import DENSITY, distinct, point, spent_point
 from moa_lab.search.goals import default_goals
 from moa_lab.search.holding import told_front
-from moa_lab.search.mixes import stored_front
+from moa_lab.search.mixes import check_one_say, named_front, stored_front
 from moa_lab.search.problem import Density, feasible
 
 logger = logging.getLogger(__name__)
@@ -80,12 +81,13 @@ def learn_spans(
     means, each times its weight (`weights`, 1 where not given); a step takes samples of one length. table: the rules to choose from; its
     predicted losses are reported for the point, but not used in learning. `density`, its lengths and max_rules_per_layer, which only
     the final plan keeps to, are as in `search`. bits: in how many keys and values are stored, one mix of those of `search`, which names
-    the plans; none is made where the budget holds all tokens so. engine: as in `search`; the descent counts the tokens that it allocates,
-    and plans keep its windows in the end. rate: nats by which a step changes the evidence for a rule with a slope of average size.
-    parts_dir: keeps the state of the descent every half a minute, from which the same call goes on after a kill.
-    tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a table of another model, fewer than
-    one step, no samples, several mixes, a task that lacks a length, weights that are negative, not finite, all 0 or of unknown tasks, or
-    samples that do not fit in memory, and InfeasibleError as `search` does.
+    the plans; none is made where the budget holds all tokens so. With a table of several mixes (see `loss_table`) the bits of every head
+    are drawn and learned as its rule is, under one budget of bytes, and plans are called `...@per-head`. engine: as in `search`; the
+    descent counts the tokens that it allocates, and plans keep its windows in the end. rate: nats by which a step changes the evidence for
+    a rule with a slope of average size. parts_dir: keeps the state of the descent every half a minute, from which the same call goes on
+    after a kill. tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a table of another model,
+    fewer than one step, no samples, several mixes or others than the table's, a task that lacks a length, weights that are negative, not
+    finite, all 0 or of unknown tasks, or samples that do not fit in memory, and InfeasibleError as `search` does.
     """
     model = plain_model(model)
     if steps < 1 or not len(samples):
@@ -96,13 +98,15 @@ def learn_spans(
         raise ValueError(f"weights must be at least 0, one above it, and of the tasks {', '.join(batches.tasks)}, got {weights}")
     check_inputs(model, samples, table, tokenizer, any_model=any_model)
     mix, limits = read_mix(bits), None if engine is None else engine_of(engine)
+    check_one_say(table, (mix,))
     if limits is not None:
-        check_stored(limits, mix)
+        for each in (mix, *table.mixes):
+            check_stored(limits, each)
         table = replace(table, engine=limits)
     targets = feasible(table, density, max_rules_per_layer, mix=mix)
     objectives = (*(objective.name for objective in table.objectives), DENSITY)
-    if min(targets.values()) == 1:
-        logger.info("nothing to learn: the density holds all tokens in %s bits", bits)
+    if min(tokens_bought(targets, max(table.mixes, key=sum), table.geometry).values()) == 1:
+        logger.info("nothing to learn: the density holds all tokens in the bits that are asked for")
         return Front((), objectives, {"solver": "learn", "density": {str(n): d for n, d in targets.items()}}, table.provenance)
     mixtures = Mixtures(table, targets, rate)
     sampler = SlopeSampler.fitting(model, table, samples, seed, weights, bits=mix)
@@ -113,8 +117,11 @@ def learn_spans(
         "model": weights_fingerprint(model), "samples": samples.identity, "rules": [str(rule) for rule in table.rules],
         "table": [table.lengths, table.sink_tokens, table.min_span], "device": model.device.type, "dtype": str(model.dtype),
         **({} if mix == WHOLE_BITS else {"bits": mix}), **({} if limits is None else {"engine": limits.told()}),
+        **({"stored": table.stored} if table.stored else {}),
     }  # fmt: skip
-    checkpoint = Checkpoint(parts_dir, mixed_name(name, mix), course)
+    mixes = table.mixes if table.stored else (mix,)
+    store = partial(named_front, mixes=mixes) if table.stored else partial(stored_front, mix=mix)
+    checkpoint = Checkpoint(parts_dir, name_of_bits(name, mixes), course)
     if saved := processes.from_first(checkpoint.load):
         arrays, told = saved
         mixtures.restore(arrays, told["mixtures"])
@@ -151,6 +158,6 @@ def learn_spans(
         points.append(spent_point(table, learned, targets, goals))
     settings = {**how, "solver": "learn", "seed": seed, "density": {str(n): d for n, d in targets.items()}}
     if limits is None:
-        return stored_front(Front(tuple(distinct(points)), objectives, settings, table.provenance), mix)
+        return store(Front(tuple(distinct(points)), objectives, settings, table.provenance))
     held = tuple(one for one in distinct(points) if meets(one.plan, limits, targets))
-    return told_front(stored_front(Front(held, objectives, settings, table.provenance), mix), limits)
+    return told_front(store(Front(held, objectives, settings, table.provenance)), limits)

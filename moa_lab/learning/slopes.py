@@ -20,6 +20,7 @@ from moa_lab.interface.compiled import compiled_layers
 from moa_lab.kernels.dispatch import drawn_attention
 from moa_lab.kernels.mixture import BLOCK
 from moa_lab.learning.batches import Batches, batch_tokens
+from moa_lab.learning.roundings import Widths, drawn_widths, widths_of
 from moa_lab.plan import WHOLE_BITS, Bits
 from moa_lab.profiling.backward import checkpointed
 from moa_lab.profiling.estimate import SAFETY, Estimate, estimate_cost
@@ -38,7 +39,7 @@ Progress = Callable[[int, int], None]
 @dataclass(frozen=True)
 class DrawnSlope:
     """divergence: of the answers from the dense model's, by task, in nats per token. slope: float64 (heads, rules), of the tasks'
-    weighted sum."""
+    weighted sum; of the table's choices of a rule and bits, where it has several mixes of bits."""
 
     divergence: dict[str, float]
     slope: np.ndarray
@@ -47,17 +48,18 @@ class DrawnSlope:
 class SlopeSampler:
     """Runs samples of one length under plans drawn from chances, one plan per sample.
 
-    A rule's window is rounded to whole blocks of 64 tokens, up or down at random so that its mean is right. tokens_in_flight: tokens
-    run at once, at least one sample. checkpoint: recompute a layer's activations in the backward pass. weights: of the tasks in the
-    slope, 1 where not given. stands_for: see `block_windows`. bits: of K and V, which every query sees as they are stored. rng: what the
-    next draws depend on.
+    A rule's window is rounded to whole blocks of 64 tokens, up or down at random so that its mean is right. Where the table knows in which
+    bits its choices are stored, these are drawn with the rule. tokens_in_flight: tokens run at once, at least one sample. checkpoint:
+    recompute a layer's activations in the backward pass. weights: of the tasks in the slope, 1 where not given. stands_for: see
+    `block_windows`. bits: of the K and V of all heads, for other tables; every query sees them as they are stored. rng: what the next
+    draws depend on.
     """
 
     def __init__(
         self, model: PreTrainedModel, table: LossTable, seed: int, tokens_in_flight: int = 0, checkpoint: bool = False,
         weights: Mapping[str, float] | None = None, stands_for: int | None = None, bits: Bits = WHOLE_BITS,
     ) -> None:  # fmt: skip
-        self._bits = bits
+        self._bits, self._widths = bits, widths_of(table.mixes) if table.stored else None
         self._model, self._table, self._weights, self._stands_for = model, table, dict(weights or {}), stands_for
         self._tokens, self._checkpoint = tokens_in_flight, checkpoint
         self.rng = np.random.default_rng(seed)
@@ -81,28 +83,37 @@ class SlopeSampler:
 
     def __call__(self, batch: Sequence[Sample], chances: np.ndarray) -> DrawnSlope:
         """chances: (heads, rules). Raises ValueError as `route_attention` does."""
-        geometry, length = self._table.geometry, batch[0].length
-        windows = block_windows(self._table, length, self._stands_for)
-        counts = self._drawn(windows, chances, len(batch)).to(self._model.device)
+        table, length = self._table, batch[0].length
+        geometry = table.geometry
+        windows = block_windows(table, length, self._stands_for)
+        choices = self._choices(chances, len(batch))
+        counts = self._counts(windows, choices).to(self._model.device)
+        stored = torch.from_numpy(np.array(table.stored)[choices]).to(self._model.device) if table.stored else None
         share = Counter(sample.task for sample in batch)
         divergence = dict.fromkeys(share, 0.0)
         blocks = -(-length // BLOCK)
         by_window = np.zeros((geometry.layers, geometry.kv_heads, blocks))
+        by_width = [np.zeros((geometry.layers, geometry.kv_heads, len(widths))) for widths in self._widths or ()]
 
-        def run(places: list[int]) -> tuple[list[float], np.ndarray]:
+        def run(places: list[int]) -> tuple[list[float], np.ndarray, list[np.ndarray]]:
             part = [batch[at] for at in places]
             weights = [self._weights.get(sample.task, 1.0) / share[sample.task] for sample in part]
+            drawn = None if stored is None or self._widths is None else (stored[:, places], self._widths)
             return drawn_slopes(
-                self._model, part, counts[:, places], weights, self._table.sink_tokens, checkpoint=self._checkpoint, bits=self._bits
+                self._model, part, counts[:, places], weights, table.sink_tokens, checkpoint=self._checkpoint, bits=self._bits, drawn=drawn
             )
 
         parts = list(passes(batch, self._at_once(length, len(batch))))
         found = processes.shared_out(lambda mine: [run(places) for places in mine], parts)
-        for places, (lost, slope) in zip(parts, found, strict=True):
+        for places, (lost, slope, moved) in zip(parts, found, strict=True):
             by_window += slope
+            for total, own in zip(by_width, moved, strict=True):
+                total += own
             for at, value in zip(places, lost, strict=True):
                 divergence[batch[at].task] += value / share[batch[at].task]
         by_rule = np.stack([layer @ _shares(own, blocks).T for layer, own in zip(by_window, windows, strict=True)])
+        for part, (total, widths) in enumerate(zip(by_width, self._widths or (), strict=True)):
+            by_rule += total[..., [widths.index(mix[part]) for mix in table.stored]]
         return DrawnSlope(divergence, by_rule.reshape(len(chances), -1))
 
     def _at_once(self, length: int, batch: int) -> int:
@@ -110,14 +121,19 @@ class SlopeSampler:
         fitting, count = max(1, self._tokens // length), processes.sharing()
         return fitting if count == 1 else max(1, min(fitting, batch // (2 * count)))
 
-    def _drawn(self, windows: np.ndarray, chances: np.ndarray, count: int) -> torch.Tensor:
-        """Blocks that each head sees: int32 (layers, count, kv_heads)."""
+    def _choices(self, chances: np.ndarray, count: int) -> np.ndarray:
+        """What each head draws: int (layers, count, kv_heads), places in `chances` (heads, rules)."""
         geometry = self._table.geometry
         ends = np.cumsum(chances, axis=1)
-        rules = (self.rng.random((count, len(chances), 1)) * ends[:, -1:] > ends).sum(axis=-1)
-        wanted = windows[np.arange(len(chances)) // geometry.kv_heads, rules]
-        whole = np.floor(wanted + self.rng.random(wanted.shape)).astype(np.int32)
-        return torch.from_numpy(whole.reshape(count, geometry.layers, geometry.kv_heads).transpose(1, 0, 2).copy())
+        drawn = (self.rng.random((count, len(chances), 1)) * ends[:, -1:] > ends).sum(axis=-1)
+        return np.asarray(drawn.reshape(count, geometry.layers, geometry.kv_heads).transpose(1, 0, 2))
+
+    def _counts(self, windows: np.ndarray, choices: np.ndarray) -> torch.Tensor:
+        """Blocks that each head sees under `choices`: int32 (layers, count, kv_heads)."""
+        wanted = windows[np.arange(len(windows))[:, None, None], choices]
+        # By sample, then layer.
+        beyond = self.rng.random(wanted.swapaxes(0, 1).shape).swapaxes(0, 1)
+        return torch.from_numpy(np.floor(wanted + beyond).astype(np.int32))
 
 
 def tokens_at_once(estimate: Estimate) -> int:
@@ -127,20 +143,31 @@ def tokens_at_once(estimate: Estimate) -> int:
 
 def drawn_slopes(
     model: PreTrainedModel, batch: Sequence[Sample], counts: torch.Tensor, weights: Sequence[float], sink_tokens: int, *,
-    checkpoint: bool = False, bits: Bits = WHOLE_BITS,
-) -> tuple[list[float], np.ndarray]:  # fmt: skip
+    checkpoint: bool = False, bits: Bits = WHOLE_BITS, drawn: tuple[torch.Tensor, Widths] | None = None,
+) -> tuple[list[float], np.ndarray, list[np.ndarray]]:  # fmt: skip
     """Divergence of every sample, and the slope of their weighted sum in windows of 1, 2, .. blocks: (layers, kv_heads, blocks).
 
     batch: samples of one length. counts: int32 (layers, batch, kv_heads), blocks that each head sees. weights: of the samples.
-    checkpoint: recompute a layer's activations in the backward pass. bits: of K and V of all heads under the plans.
+    checkpoint: recompute a layer's activations in the backward pass. bits: of K and V of all heads under the plans. drawn: instead of
+    them, those of each head, int (layers, batch, kv_heads, 2), and the widths among which K and V are drawn; then the slopes in these
+    come as well, of K and of V, (layers, kv_heads, widths) each (see `roundings`).
     """
     stored = None if bits == WHOLE_BITS else (bits,) * counts.shape[2]
     blocks = -(-batch[0].length // BLOCK)
-    shift = torch.zeros(*counts.shape, blocks, device=counts.device, requires_grad=True)
+    device = counts.device
+    shift = torch.zeros(*counts.shape, blocks, device=device, requires_grad=True)
+    moves = [torch.zeros(*counts.shape, len(known), device=device, requires_grad=True) for known in (drawn[1] if drawn else ())]
 
     def handler(layer: int) -> Handler:
+        def rounded(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+            if drawn is None:
+                return heads_as_stored(call.key, call.value, stored)
+            here = call.key.device
+            (keys, values), (wide_keys, wide_values) = (move[layer].to(here) for move in moves), drawn[0][layer].to(here).unbind(-1)
+            return drawn_widths(call.key, keys, wide_keys, drawn[1][0]), drawn_widths(call.value, values, wide_values, drawn[1][1])
+
         def attend(call: AttentionCall) -> torch.Tensor:
-            key, value = heads_as_stored(call.key, call.value, stored)
+            key, value = rounded(call)
             # A model's layers may lie on several devices.
             own_shift, own_counts = (x[layer].to(key.device) for x in (shift, counts))
             return drawn_attention(
@@ -159,8 +186,13 @@ def drawn_slopes(
                 for ours, dense in zip(found, wanted, strict=True)
             ]
         )
-        (slope,) = torch.autograd.grad((lost * lost.new_tensor(weights)).sum(), shift)
-    return lost.tolist(), slope.sum(dim=1).double().cpu().numpy()
+        slope, *moved = torch.autograd.grad((lost * lost.new_tensor(weights)).sum(), [shift, *moves])
+    return lost.tolist(), _over_samples(slope), [_over_samples(part) for part in moved]
+
+
+def _over_samples(slope: torch.Tensor) -> np.ndarray:
+    """The sum over a batch: (layers, batch, kv_heads, n) to float64 (layers, kv_heads, n)."""
+    return np.asarray(slope.sum(dim=1).double().cpu().numpy())
 
 
 def mean_slopes(

@@ -5,10 +5,12 @@ from moa_lab.plan.card import BITS_FIELDS, PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, S
 from moa_lab.plan.edits import with_span
 from moa_lab.plan.given import PlanOrPath, as_plan, check_names, named_apart
 from moa_lab.plan.mixes import (
+    PER_HEAD,
     WHOLE_BITS,
     mix_of,
     mixed_name,
     mixes_of,
+    name_of_bits,
     read_mix,
     read_mixes,
     share_bought,
@@ -26,6 +28,7 @@ __all__ = [
     "DENSE",
     "EQUAL_BYTES",
     "MIN_SPAN",
+    "PER_HEAD",
     "PLAN_SCHEMA",
     "PLAN_WITH_BITS_SCHEMA",
     "SINK_TOKENS",
@@ -45,6 +48,7 @@ __all__ = [
     "mixed_name",
     "mixes_of",
     "named_apart",
+    "name_of_bits",
     "read_mix",
     "read_mixes",
     "share_bought",

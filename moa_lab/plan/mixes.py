@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,6 +12,9 @@ from moa_lab.plan.bits import UNTOUCHED, WIDTHS, Bits, vector_bytes
 from moa_lab.plan.card import Plan
 
 WHOLE_BITS: Bits = (UNTOUCHED, UNTOUCHED)
+
+PER_HEAD = "per-head"
+"""What the name of a plan ends with, behind an @, whose bits were chosen head by head."""
 
 
 def read_mixes(bits: int | str) -> tuple[Bits, ...]:
@@ -46,6 +49,11 @@ def told_bits(mix: Bits) -> str:
 def mixed_name(name: str, mix: Bits) -> str:
     """What a plan of that name is called where it is stored in `mix`."""
     return name if mix == WHOLE_BITS else f"{name}@{told_bits(mix)}"
+
+
+def name_of_bits(name: str, mixes: Sequence[Bits]) -> str:
+    """What a plan of that name is called whose heads are stored in any of `mixes`: as in `mixed_name` where there is one."""
+    return mixed_name(name, mixes[0]) if len(mixes) == 1 else f"{name}@{PER_HEAD}"
 
 
 def tokens_bought(targets: Mapping[int, float], mix: Bits, geometry: ModelGeometry) -> dict[int, float]:

@@ -122,12 +122,16 @@ class LossTable:
 
     def slot_cost(self, n_tokens: int) -> np.ndarray:
         """What every choice takes at a length: int64 (layers, rules), of `slot_tokens`; of their bytes where choices differ in bits."""
-        slots = self.slot_tokens(n_tokens)
-        return slots * np.array([self._token_bytes(mix) for mix in self.stored], dtype=np.int64) if self.stored else slots
+        return self.slot_tokens(n_tokens) * self.token_cost
 
     def dense_cost(self, n_tokens: int) -> int:
         """What the dense model takes in 16 bits, in the unit of `slot_cost`."""
         return self.dense_tokens(n_tokens) * (self._token_bytes(WHOLE_BITS) if self.stored else 1)
+
+    @property
+    def token_cost(self) -> np.ndarray:
+        """What a token of one head takes under every choice, in the unit of `slot_cost`: int64 (rules,)."""
+        return np.array([self._token_bytes(mix) for mix in self.stored] or [1] * len(self.rules), dtype=np.int64)
 
     def _token_bytes(self, mix: Bits) -> int:
         return sum(vector_bytes(self.geometry.head_dim, bits) for bits in mix)
@@ -198,6 +202,14 @@ class LossTable:
         return replace(
             self, rules=(*self.rules, *(rule for rule, _ in new)), losses=np.concatenate([self.losses, added], axis=3),
             stored=(*self.stored, *(mix for _, mix in new)) if self.stored else (),
+        )  # fmt: skip
+
+    def in_mixes(self, mixes: Iterable[Bits]) -> LossTable:
+        """A table of no bits with all its rules in each of `mixes`, of whose rounding the losses do not know."""
+        known = tuple(mixes)
+        return replace(
+            self, rules=self.rules * len(known), losses=np.tile(self.losses, len(known)),
+            stored=tuple(mix for mix in known for _ in self.rules),
         )  # fmt: skip
 
     def only(self, rules: Iterable[int]) -> LossTable:

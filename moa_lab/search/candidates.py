@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from moa_lab.engines import Engine, check_stored, engine_of, meets
-from moa_lab.plan import WHOLE_BITS, Bits, Plan, mixes_of, read_mixes, told_bits
+from moa_lab.plan import WHOLE_BITS, Bits, Plan, mixes_of, read_mixes
 from moa_lab.records import Front, FrontPoint, InfluenceProfile, LossTable
 from moa_lab.search.budget import BudgetSolver
 from moa_lab.search.evolve import evolve
@@ -25,7 +25,7 @@ from moa_lab.search.goals import Goal, GoalSet, default_goals, goal_sets, mean_g
 from moa_lab.search.holding import front_for_all_heads, held_table, told_front
 from moa_lab.search.losses import tables_of
 from moa_lab.search.milp import solve_milp
-from moa_lab.search.mixes import knows_rounding, over_mixes, per_head_front, stored_front, with_rounding
+from moa_lab.search.mixes import check_one_say, knows_rounding, named_front, over_mixes, stored_front, with_rounding
 from moa_lab.search.plain import SIMPLE, simple_plans, whole_heads
 from moa_lab.search.problem import Density, InfeasibleError, NoPlanError, densities, feasible
 from moa_lab.search.thinning import renamed, thinned
@@ -97,8 +97,7 @@ def search(
     lengths = None if lengths is None else tuple(lengths)
     mixes, limits = read_mixes(bits), None if engine is None else engine_of(engine)
     whole, element = tables_of(profile_or_table, min_span, density, lengths)
-    if whole.stored and mixes != (WHOLE_BITS,):
-        raise ValueError(f"bits: the table says in which heads may be stored, {', '.join(map(told_bits, whole.mixes))}; leave bits out")
+    check_one_say(whole, mixes)
     asked = densities(whole, density, lengths)
     of_bits = tables_of(profile_or_table, min_span, density, lengths, mixes) if knows_rounding(profile_or_table, mixes) else None
     parts = len(mixes) + (of_bits is not None)
@@ -120,10 +119,10 @@ def search(
             check_stored(limits, mix)
     by_head = tuple(method for method in methods if method != "simple")
     if whole.stored:
-        return found((whole, element), per_head_front, WHOLE_BITS, by_head)
+        return found((whole, element), partial(named_front, mixes=whole.mixes), WHOLE_BITS, by_head)
     front = over_mixes(
         lambda mix: found((whole, element), partial(stored_front, mix=mix), mix, methods), mixes,
-        partial(found, of_bits, per_head_front, WHOLE_BITS, by_head, mixed=True) if of_bits and by_head else None,
+        partial(found, of_bits, partial(named_front, mixes=mixes), WHOLE_BITS, by_head, mixed=True) if of_bits and by_head else None,
     )  # fmt: skip
     return with_rounding(front, of_bits[0], goals or goal_sets(whole)[0].goals) if of_bits else front
 

@@ -8,17 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from moa_lab.plan import Bits, stored_plan, told_bits
+from moa_lab.plan import PER_HEAD, WHOLE_BITS, Bits, name_of_bits, stored_plan, told_bits
 from moa_lab.records import Front, InfluenceProfile, LossTable
 from moa_lab.search.front import plan_point
 from moa_lab.search.goals import Goal
+from moa_lab.search.losses import loss_table
 from moa_lab.search.problem import InfeasibleError
-from moa_lab.search.rounding import check_rounding
+from moa_lab.search.rounding import check_rounding, has_rounding
 
 logger = logging.getLogger(__name__)
-
-PER_HEAD = "per-head"
-"""What the name of a plan ends with, behind an @, whose bits were searched head by head."""
 
 
 def stored_front(front: Front, mix: Bits) -> Front:
@@ -28,6 +26,22 @@ def stored_front(front: Front, mix: Bits) -> Front:
         plan = stored_plan(point.plan, mix)
         points.append(replace(point, plan=plan, density={n: plan.density(int(n)) for n in point.density}))
     return replace(front, points=tuple(points))
+
+
+def bits_table(profile: InfluenceProfile, table: LossTable, mixes: Sequence[Bits]) -> LossTable:
+    """`table`, of 16 bits, for plans whose heads differ in bits: all rules in each of `mixes`, with what rounding loses where the profile
+    knows it. The same table where there is one mix."""
+    if len(mixes) == 1:
+        return table
+    if not has_rounding(profile):
+        return table.in_mixes(mixes)
+    return loss_table(profile, table.rules, min_span=table.min_span, use_lengths=table.lengths, mixes=mixes)
+
+
+def check_one_say(table: LossTable, mixes: Sequence[Bits]) -> None:
+    """Raise ValueError where a table that says in which bits heads may be stored is asked for others, in `mixes`."""
+    if table.stored and tuple(mixes) != (WHOLE_BITS,):
+        raise ValueError(f"bits: the table says in which heads may be stored, {', '.join(map(told_bits, table.mixes))}; leave bits out")
 
 
 def knows_rounding(given: InfluenceProfile | LossTable, mixes: Sequence[Bits]) -> bool:
@@ -42,9 +56,9 @@ def knows_rounding(given: InfluenceProfile | LossTable, mixes: Sequence[Bits]) -
     return True
 
 
-def per_head_front(front: Front) -> Front:
-    """The front of a table of several mixes, whose plans' names say that heads differ in bits."""
-    points = (replace(point, plan=point.plan.renamed(f"{point.plan.name}@{PER_HEAD}")) for point in front)
+def named_front(front: Front, mixes: Sequence[Bits]) -> Front:
+    """The front of a table of `mixes`, whose plans' names say in which bits they are, or that heads differ in these."""
+    points = (replace(point, plan=point.plan.renamed(name_of_bits(point.plan.name, mixes))) for point in front)
     return replace(front, points=tuple(points))
 
 

@@ -10,9 +10,14 @@ from moa_lab.plan import UNTOUCHED, Bits
 from moa_lab.records import ROUNDED_BITS, InfluenceProfile
 
 
+def has_rounding(profile: InfluenceProfile) -> bool:
+    """Whether the profile knows what rounding costs each head."""
+    return set(profile.rounding) == set(profile.distances)
+
+
 def check_rounding(profile: InfluenceProfile) -> None:
-    """Raise ValueError where the profile does not know what rounding costs each head."""
-    if set(profile.rounding) != set(profile.distances):
+    """Raise ValueError where it does not."""
+    if not has_rounding(profile):
         raise ValueError(
             "the profile does not know what stored bits cost each head: profile again with rounding=True "
             "(--rounding; a run in a new folder)"

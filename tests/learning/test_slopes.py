@@ -116,7 +116,8 @@ def test_texts_that_stand_for_longer_ones_see_the_same_share_but_for_layers_with
 def test_windows_between_blocks_are_drawn_so_that_the_mean_is_right() -> None:
     model = tiny_model("llama")
     table = table_of(model, (SpanRule(164.0, 0.0), DENSE), min_span=164)
-    counts = SlopeSampler(model, table, seed=1)._drawn(block_windows(table, LENGTH), np.tile([0.25, 0.75], (4, 1)), 4000)
+    sampler = SlopeSampler(model, table, seed=1)
+    counts = sampler._counts(block_windows(table, LENGTH), sampler._choices(np.tile([0.25, 0.75], (4, 1)), 4000))
     assert counts.shape == (2, 4000, 2)
     assert set(counts.unique().tolist()) == {2, 3, 5}
     expected = 0.25 * (100 / 64 + 0.5) + 0.75 * 5
