@@ -68,7 +68,7 @@ class Forecast:
         cost = estimate_cost(model, [Sample("probe", np.zeros(longest, np.int64), ((longest - 1, longest),))])
         samples = {n: sum(request.count for request in run.wanted) for n in run.lengths}
         many = len(run.mixes)
-        # Spans are learned in one of the mixes; where fewer bits hold all tokens, nothing is.
+        # Where the mix of the most bits holds all tokens, nothing is learned.
         descents = int(share_bought(run.settings.density, run.mixes[0], run.geometry) < 1)
         learned = descents * LEARNED_PLANS * bool(preset.learning_steps)
         measured = preset.candidates + (many + run.rounding) * SIMPLE_PLANS + learned + preset.refine_rounds
@@ -95,7 +95,7 @@ class Forecast:
             foretold["learn"] = descents * LEARNED_STEPS * preset.learning_steps * float(drawn @ each / drawn.sum())
         if preset.refine_rounds:
             heads = min(preset.refine_heads, run.geometry.layers * run.geometry.kv_heads)
-            plans = preset.refine_rounds * (2 * heads + CLIMBS * len(MOVES))
+            plans = preset.refine_rounds * ((1 + many) * heads + CLIMBS * len(MOVES))
             foretold["refine"] = plans * sum(count * pace.forward(n) for n, count in samples.items()) / pace.at_once
         for stage, counts in zip(("validate", "evaluate"), judged, strict=True):
             foretold[stage] = _judging(pace, *counts, preset.answer_tokens)

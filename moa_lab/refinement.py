@@ -1,4 +1,4 @@
-"""Refine a plan: change the rules of a few heads at a time, by their measured effect under the plan.
+"""Refine a plan: change the rules, and the bits, of a few heads at a time, by their measured effect under the plan.
 
 A profile of the dense model gives the effect of a head while all others are whole; under a plan, the heads that are left matter more. So
 every round measures the heads under the plan itself, one at a time; solves for the best plans that differ in a few heads, assuming
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moa_lab import processes
 from moa_lab.calibration.samples import SampleSet
-from moa_lab.engines import Engine, engine_of, fits, meets
-from moa_lab.evaluate.effects import MeasuredLosses, head_effects
+from moa_lab.engines import Engine, check_stored, engine_of, fits, meets
+from moa_lab.evaluate.effects import HeadEffects, MeasuredLosses, head_effects
 from moa_lab.geometry.wrappers import plain_model
-from moa_lab.plan import PlanOrPath, as_plan
+from moa_lab.plan import PlanOrPath, as_plan, mixes_of, name_of_bits
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, FrontPoint, LossTable, Objective, ProfileKey
 from moa_lab.search.budget import BudgetSolver
@@ -64,10 +64,12 @@ def refine(
     The loss is the mean over (task, length) of nats per answer token, as in validation. A round measures `heads` heads (None: all)
     and takes steps until none lowers the loss. samples: calibration samples; validation must choose among the start and the points,
     since these were chosen by `samples`. table: the rules to choose from; it also predicts which heads to measure and the points'
-    losses. `density`, its lengths and `engine` are as in `search`; where the engine limits the windows of a model, plans keep to those of
-    the start, and where it cuts whole layers, their heads move together. parts_dir stores measurements, so that the same call resumes
-    after a kill. tokenizer, any_model: as in `profile`, of samples and table. Raises ValueError for samples or a table of another model,
-    a plan of another geometry or one that the engine does not hold, and InfeasibleError as `search` does.
+    losses. Of a table of several mixes of bits (see `loss_table`) heads may also move to other bits, for which the plan pays in bytes; with
+    one of 16 bits alone they may move to those that the plan has. `density`, its lengths and `engine` are as in `search`; where the engine
+    limits the windows of a model, plans keep to those of the start, and where it cuts whole layers, their heads move together. parts_dir
+    stores measurements, so that the same call resumes after a kill. tokenizer, any_model: as in `profile`, of samples and table. Raises
+    ValueError for samples or a table of another model, a plan of another geometry, of bits that the table lacks, or one that the engine
+    does not hold, and InfeasibleError as `search` does.
     """
     model = plain_model(model)
     plan = as_plan(plan)
@@ -75,17 +77,23 @@ def refine(
         raise ValueError(f"rounds, heads and moves must be at least 1, got rounds {rounds}, heads {heads}, moves {tuple(moves)}")
     check_inputs(model, samples, table, tokenizer, any_model=any_model)
     plan.check_model(table.geometry)
-    plan.check_untouched("refinement")
     if (plan.sink_tokens, plan.min_span, plan.span_multiple) != (table.sink_tokens, table.min_span, 1):
         raise ValueError(
             f"plan {plan.name!r} has sink {plan.sink_tokens}, floor {plan.min_span} and spans in {plan.span_multiple}s, the table "
             f"{table.sink_tokens}, {table.min_span} and 1s: make the table with the plan's min_span"
         )
+    if plan.bits and not table.stored:
+        table = table.in_mixes(mixes_of(plan))
     # A plan whose leftover budget was spent has rules of its own.
-    table = table.with_plans(plan)
+    rules = dict.fromkeys(rule for row in plan.rules for rule in row)
+    table = table.with_plans(plan).with_rules(rules)
     if limits := None if engine is None else engine_of(engine):
-        table = replace(table if limits.windows_per_model is None else table.only(np.unique(table.choice(plan))), engine=limits)
-        if not all(fits(plan, limits, n) for n in table.lengths):
+        for mix in table.mixes:
+            check_stored(limits, mix)
+        held = [at for at, (rule, _) in enumerate(table.choices) if limits.windows_per_model is None or rule in rules]
+        table = replace(table.only(held), engine=limits)
+        apart = limits.cuts_layers and any(len(set(row)) > 1 for row in plan.bits)
+        if apart or not all(fits(plan, limits, n) for n in table.lengths):
             raise ValueError(f"engine {limits.name} does not hold plan {plan.name!r} as it is ({limits.told()}): search for it first")
     targets = feasible(table, density, max_rules_per_layer)
     neighbours = _Neighbours(table, targets, max_rules_per_layer)
@@ -126,7 +134,15 @@ def refine(
             "calibration_loss": loss,
         }
         goals = default_goals(table)
-        better = point(table, choice, name=f"refined-{number}", origin="refined", lengths=targets, goals=goals, search=search)
+        better = point(
+            table,
+            choice,
+            name=name_of_bits(f"refined-{number}", table.mixes),
+            origin="refined",
+            lengths=targets,
+            goals=goals,
+            search=search,
+        )
         found.append(spent_point(table, better, targets, goals))
     if progress:
         progress(100 * rounds, 100 * rounds)
@@ -146,11 +162,11 @@ def refine(
 
 
 def _worth_measuring(table: LossTable, choice: np.ndarray, heads: int | None) -> list[tuple[int, int]]:
-    """At most `heads` heads by predicted loss per token: half that gain most when made whole, half that lose least when cut."""
+    """At most `heads` heads by predicted loss per token, or byte: half that gain most when made whole, half that lose least when cut."""
     every = [(int(layer), int(head)) for layer, head in np.ndindex(choice.shape)]
     if heads is None or heads >= len(every):
         return every
-    spans = np.stack([table.span_tokens(length) for length in table.lengths]).mean(axis=0)[:, None, :]
+    spans = (np.stack([table.span_tokens(length) for length in table.lengths]).mean(axis=0) * table.token_cost)[:, None, :]
     lost = table.losses.mean(axis=0)
     held, now = (_chosen(of, choice)[..., 0] for of in (spans, lost))
     gain = (now - lost.min(axis=2)) / np.maximum(spans.max(axis=2) - held, 1)
@@ -160,19 +176,22 @@ def _worth_measuring(table: LossTable, choice: np.ndarray, heads: int | None) ->
     return list(dict.fromkeys(head for pair in zip(first, second, strict=True) for head in pair))[:heads]
 
 
-def _rule_changes(table: LossTable, choice: np.ndarray, effects: Mapping[ProfileKey, np.ndarray]) -> np.ndarray:
-    """Loss change of every rule, (layers, kv_heads, rules): linear in tokens between a head's own, shortest and longest span.
+def _rule_changes(table: LossTable, choice: np.ndarray, effects: Mapping[ProfileKey, HeadEffects]) -> np.ndarray:
+    """Loss change of every rule, (layers, kv_heads, rules): linear in tokens between a head's own, shortest and longest span, and what
+    its bits change beside that.
 
     Linear, since a fact may lie at any distance: half the tokens hold half the facts.
     """
     changes = []
-    for (_, length), (cut, whole) in effects.items():
+    place = [table.mixes.index(mix) for _, mix in table.choices]
+    for (_, length), found in effects.items():
+        cut, whole = found.spans
         spans = table.span_tokens(length)[:, None, :].astype(np.float64)
         held = _chosen(spans, choice)
         fewest, most = spans.min(axis=2, keepdims=True), spans.max(axis=2, keepdims=True)
         down = cut[..., None] * (held - spans) / np.maximum(held - fewest, 1)
         up = whole[..., None] * (spans - held) / np.maximum(most - held, 1)
-        changes.append(np.where(spans < held, down, up))
+        changes.append(np.where(spans < held, down, up) + np.moveaxis(found.bits, 0, -1)[..., place])
     return np.asarray(np.mean(changes, axis=0))
 
 

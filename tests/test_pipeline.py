@@ -114,10 +114,10 @@ def test_a_run_that_cannot_make_its_samples_is_refused_before_the_model_answers(
     assert not (tmp_path / "run").exists()
 
 
-def test_of_several_mixes_of_bits_those_of_every_head_are_learned_with_its_span(
+def test_of_several_mixes_of_bits_those_of_every_head_are_learned_with_its_span_and_refined(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = replace(PRESETS["sketch"], lengths=(640,), test_lengths=(640,), learning_steps=2)
+    small = replace(PRESETS["sketch"], lengths=(640,), test_lengths=(640,), learning_steps=2, refine_rounds=1, refine_heads=2)
     monkeypatch.setitem(cast(dict[str, Preset], PRESETS), "sketch", small)
     columns = "text=text,summary=summary"
     settings = RunSettings(model=str(inputs[0]), density=0.4, preset="sketch", source=str(inputs[1]), columns=columns, bits="16,8,4")
@@ -129,6 +129,9 @@ def test_of_several_mixes_of_bits_those_of_every_head_are_learned_with_its_span(
     for point in learned:
         assert set(mixes_of(point.plan)) <= {(16, 16), (8, 8), (4, 4)}
         assert all(point.plan.density(n) <= 0.4 + 1e-9 for n in run.limits)
+    # Refinement starts at what validates best, in whatever bits, and measures its heads in others.
+    assert any(run.parts_dir("refine").iterdir())
+    assert all(point.plan.name == "refined-1@per-head" for point in front if point.origin == "refined")
     # What rounding loses is predicted of all alike.
     searched = Front.load(run.records.place("front-search.json"))
     assert {frozenset(point.predicted) for point in learned} == {frozenset(point.predicted) for point in searched}

@@ -17,7 +17,7 @@ from moa_lab.calibration.samples import SampleSet
 from moa_lab.engines import EngineLimits, meets
 from moa_lab.evaluate.scoring import mean_losses, score_samples
 from moa_lab.models import geometry_of
-from moa_lab.plan import Plan, SpanRule, full_or_floor_plan
+from moa_lab.plan import Plan, SpanRule, full_or_floor_plan, mixes_of, read_mixes
 from moa_lab.profiling import profile
 from moa_lab.records import LossTable
 from moa_lab.refinement import refine
@@ -160,3 +160,68 @@ def test_rounds_heads_and_moves_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="rounds, heads and moves must be at least 1"):
         refine(model, worst, samples, table, DENSITY, rounds=rounds, heads=heads, moves=moves)
+
+
+@pytest.fixture(scope="module")
+def of_bits(model: PreTrainedModel, samples: SampleSet) -> LossTable:
+    return loss_table(profile(model, samples, rounding=True), mixes=read_mixes("16,8,4"))
+
+
+def test_heads_move_to_other_bits_within_the_bytes(model: PreTrainedModel, samples: SampleSet, of_bits: LossTable, worst: Plan) -> None:
+    targets = {n: worst.density(n) for n in LENGTHS}
+    start = mean_loss(model, worst, samples)
+    front = refine(model, worst, samples, of_bits, targets, rounds=3)
+    best = front.points[-1].plan
+    assert [point.plan.name for point in front] == [f"refined-{number}@per-head" for number in range(1, len(front) + 1)]
+    assert len(mixes_of(best)) > 1
+    for point in front:
+        assert point.plan.search["calibration_loss"] < start
+        assert point.plan.search["calibration_loss"] == pytest.approx(mean_loss(model, point.plan, samples), abs=0.02)
+        assert all(point.density[str(n)] == point.plan.density(n) <= targets[n] + 1e-9 for n in LENGTHS)
+    # At the same bytes fewer bits hold what spans alone must leave.
+    alone = refine(model, worst, samples, of_bits.only(range(len(of_bits.rules) // 3)), targets, rounds=3)
+    assert mean_loss(model, best, samples) < mean_loss(model, alone.points[-1].plan, samples)
+
+
+def test_a_head_that_is_stored_in_too_few_bits_gets_more_and_others_pay(
+    model: PreTrainedModel, samples: SampleSet, of_bits: LossTable
+) -> None:
+    """All heads are whole, in 4 bits but for one that 16 help least: bits move to where they help, and nothing is paid but with bits."""
+    whole = full_or_floor_plan(geometry_of(model), whole=list(np.ndindex(3, 2)), floor_tokens=128)
+    plans = {}
+    for head in np.ndindex(3, 2):
+        widths = np.full((3, 2, 2), 4)
+        widths[head] = 16
+        plans[head] = whole.with_bits(widths)
+    losses = {head: mean_loss(model, plan, samples) for head, plan in plans.items()}
+    start = max(losses, key=losses.__getitem__)
+    front = refine(model, plans[start], samples, of_bits, {n: plans[start].density(n) for n in LENGTHS}, rounds=3)
+    best = front.points[-1].plan
+    assert mean_loss(model, best, samples) < losses[start]
+    assert (best.widths()[start] < 16).any()
+
+
+def test_a_plan_of_one_mix_is_refined_in_that_mix(model: PreTrainedModel, samples: SampleSet, table: LossTable, worst: Plan) -> None:
+    stored = worst.with_bits(8)
+    targets = {n: stored.density(n) for n in LENGTHS}
+    front = refine(model, stored, samples, table, targets, rounds=1)
+    assert [point.plan.name for point in front] == ["refined-1@8"]
+    for point in front:
+        assert (point.plan.widths() == 8).all()
+        assert point.plan.search["calibration_loss"] < mean_loss(model, stored, samples)
+        assert all(point.plan.density(n) <= targets[n] + 1e-9 for n in LENGTHS)
+
+
+def test_bits_that_the_table_or_the_engine_lacks_are_refused(
+    model: PreTrainedModel, samples: SampleSet, of_bits: LossTable, worst: Plan
+) -> None:
+    with pytest.raises(ValueError, match="the table knows no losses of 8\\+4 bits"):
+        refine(model, worst.with_bits(np.array([8, 4])), samples, of_bits, DENSITY)
+    with pytest.raises(ValueError, match="engine some knows no stored bits"):
+        refine(model, worst, samples, of_bits, DENSITY, engine=EngineLimits("some"))
+    widths = np.full((3, 2, 2), 8)
+    widths[0, 0] = 4
+    layers = EngineLimits("layers", windows_per_layer=1, stores_bits=True)
+    dense = full_or_floor_plan(geometry_of(model), whole=list(np.ndindex(3, 2)), floor_tokens=128).with_bits(widths)
+    with pytest.raises(ValueError, match="engine layers does not hold plan"):
+        refine(model, dense, samples, of_bits, 1.0, engine=layers)

@@ -23,7 +23,7 @@ from moa_lab.commands.terminal import (
     lengths_of,
     parts_of,
 )
-from moa_lab.plan import MIN_SPAN, SINK_TOKENS
+from moa_lab.plan import MIN_SPAN, SINK_TOKENS, WHOLE_BITS, mixes_of, read_mixes
 from moa_lab.presets import DEFAULT_PREFERENCE, Preference
 from moa_lab.text import interval_text
 
@@ -135,9 +135,15 @@ def refine(
     model: ModelOption = "smollm2",
     rounds: Annotated[int, typer.Option("--rounds", help="rounds at most; each measures heads and moves some")] = 3,
     heads: Annotated[
-        int | None, typer.Option("--heads", help="heads measured in a round, two forward passes a sample each; default all")
+        int | None,
+        typer.Option(
+            "--heads", help="heads measured in a round, two forward passes a sample each, and one for each other mix of bits; default all"
+        ),
     ] = None,
     max_rules: Annotated[int | None, typer.Option("--max-rules-per-layer")] = None,
+    bits: Annotated[
+        str | None, typer.Option("--bits", help="that heads may move to, such as 16,8,8+4, beside those of the plan, the default")
+    ] = None,
     engine: EngineOption = None,
     any_model: AnyModelOption = False,
     force: ForceOption = False,
@@ -150,13 +156,15 @@ def refine(
     from moa_lab.refinement import refine as improve
     from moa_lab.search import feasible, loss_table
     from moa_lab.search.holding import held_table
+    from moa_lab.search.mixes import bits_table
 
     free(out, force)
     card = Plan.load(plan)
-    card.check_untouched("refinement")
-    loaded_samples = SampleSet.load(samples)
-    table = loss_table(InfluenceProfile.load(profile), min_span=card.min_span)
-    feasible(held_table(table, engine), density, max_rules)
+    own = tuple(mixes_of(card))
+    mixes = own if bits is None else tuple(dict.fromkeys((*read_mixes(bits), *own)))
+    loaded_samples, known = SampleSet.load(samples), InfluenceProfile.load(profile)
+    table = bits_table(known, loss_table(known, min_span=card.min_span), mixes)
+    feasible(held_table(table, engine), density, max_rules, mix=mixes[0] if len(mixes) == 1 else WHOLE_BITS)
     loaded, tokenizer = load_model(model)
     with Bars() as bars:
         front = improve(

@@ -1,8 +1,10 @@
-"""Measured importance of heads under a plan: the change of the loss when one head is cut to the floor, or made whole."""
+"""Measured importance of heads under a plan: the change of the loss when one head is cut to the floor, made whole, or stored in other
+bits."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,16 @@ class MeasuredLosses:
         return losses
 
 
+@dataclass(frozen=True)
+class HeadEffects:
+    """Changes of the loss in nats when one head changes. spans: (2, layers, kv_heads), when it is cut to the fewest tokens and when it is
+    made whole, in the bits that it has. bits: (mixes, layers, kv_heads), when it is stored in each mix of the table, with the rule that
+    it has. 0 where there is nothing to change, and for heads that were not measured."""
+
+    spans: np.ndarray
+    bits: np.ndarray
+
+
 def head_effects(
     measured: MeasuredLosses,
     table: LossTable,
@@ -58,24 +70,32 @@ def head_effects(
     heads: Iterable[tuple[int, int]],
     *,
     progress: Progress | None = None,
-) -> dict[ProfileKey, np.ndarray]:
-    """How the loss changes when one head is cut to the cheapest rule, and when it is made whole: (2, layers, kv_heads), in nats.
+) -> dict[ProfileKey, HeadEffects]:
+    """How the loss changes by (task, length) when one head changes and all others keep to `choice`, int (layers, kv_heads).
 
-    choice: int (layers, kv_heads), the plan that all other heads keep to. heads: (layer, kv_head) to measure; the others are 0.
-    Two plans are measured per head, or one if it already has the cheapest or longest rule.
+    heads: (layer, kv_head) to measure. Of each two plans are measured, or one if it already has the cheapest or longest rule; and one for
+    every other mix of bits in the table, which must hold the heads' rules in all of them.
     """
     spans = np.sum([table.span_tokens(length) for length in table.lengths], axis=0)
-    ends = np.stack([spans.argmin(axis=1), spans.argmax(axis=1)])
+    place = {known: at for at, known in enumerate(table.choices)}
+    mixes = table.mixes
     here = measured(table.plan(choice, "here"))
-    effects = {key: np.zeros((2, *choice.shape)) for key in here}
-    wanted = [(end, layer, head) for layer, head in heads for end in (0, 1) if choice[layer, head] != ends[end, layer]]
-    for done, (end, layer, head) in enumerate(wanted):
+    effects = {key: HeadEffects(np.zeros((2, *choice.shape)), np.zeros((len(mixes), *choice.shape))) for key in here}
+    wanted: list[tuple[str, int, int, int, int]] = []
+    for layer, head in heads:
+        own = int(choice[layer, head])
+        rule, mix = table.choices[own]
+        alike = np.array([at for at, (_, other) in enumerate(table.choices) if other == mix])
+        ends = [int(alike[spans[layer, alike].argmin()]), int(alike[spans[layer, alike].argmax()])]
+        wanted += [("spans", end, layer, head, to) for end, to in enumerate(ends) if to != own]
+        wanted += [("bits", at, layer, head, place[rule, other]) for at, other in enumerate(mixes) if other != mix]
+    for done, (part, at, layer, head, to) in enumerate(wanted):
         if progress:
             progress(done, len(wanted))
         changed = choice.copy()
-        changed[layer, head] = ends[end, layer]
+        changed[layer, head] = to
         for key, loss in measured(table.plan(changed, "changed")).items():
-            effects[key][end, layer, head] = loss - here[key]
+            getattr(effects[key], part)[at, layer, head] = loss - here[key]
     if progress:
         progress(len(wanted), len(wanted))
     return effects

@@ -246,6 +246,14 @@ def test_bits_are_searched_head_by_head_from_files_stage_by_stage(
     plan = Plan.load(tmp_path / "plan.json")
     assert len(mixes_of(plan)) > 1
     assert plan.density(384) <= 0.3
+    refined = ("refine", tmp_path / "plan.json", "--samples", samples, "--profile", profiled, *of_model, "--density", 0.3, "--rounds", 1)
+    assert exit_code(monkeypatch, *refined, "--bits", "16,4", "--out", tmp_path / "refined.json") == 0
+    for better in Front.load(tmp_path / "refined.json"):
+        assert better.plan.name == "refined-1@per-head"
+        assert better.plan.density(384) <= 0.3
+    learned = ("learn", samples, "--profile", profiled, *of_model, *asked[:6], "--steps", 1, "--out", tmp_path / "learned.json")
+    assert exit_code(monkeypatch, *learned) == 0
+    assert {point.plan.name.partition("@")[2] for point in Front.load(tmp_path / "learned.json")} == {"per-head"}
     evaluated = ("evaluate", tmp_path / "plan.json", *of_model, "--lengths", 400, "--n", 2)
     assert exit_code(monkeypatch, *evaluated, "--out", tmp_path / "measurements.json") == 0
     assert "retrieval needles@400" in capsys.readouterr().out
@@ -280,15 +288,6 @@ def test_an_unknown_preference_is_refused_before_the_model_is_loaded(
     words = ("validate", tmp_path / "none.json", "--length", "512", "--model", tmp_path / "none", "--out", tmp_path / "x.json")
     assert exit_code(monkeypatch, *words, "--prefer", "poems") == 2
     assert "prefer must be needles, words, both" in capsys.readouterr().err
-
-
-def test_refinement_of_a_plan_with_stored_bits_is_refused_before_anything_else_is_read(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    card = uniform_plan(ModelGeometry(2, 4, 2, 16, 512), 0.5).with_bits(8).save(tmp_path / "card.json")
-    words = ("refine", card, "--samples", tmp_path / "none", "--profile", tmp_path / "none", "--out", tmp_path / "x.json")
-    assert exit_code(monkeypatch, *words) == 2
-    assert "pass plan.with_bits(16)" in capsys.readouterr().err
 
 
 def test_a_weight_that_is_named_twice_is_refused(

@@ -13,7 +13,7 @@ from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.evaluate import effects
 from moa_lab.evaluate.effects import MeasuredLosses, head_effects
 from moa_lab.evaluate.scoring import mean_losses, score_samples
-from moa_lab.plan import SpanRule
+from moa_lab.plan import SpanRule, read_mixes
 from moa_lab.profiling import profile
 from moa_lab.records import LossTable
 from moa_lab.search import loss_table
@@ -50,10 +50,30 @@ def test_an_effect_is_the_loss_with_one_head_changed_less_the_loss_as_it_is(
         changed[layer, head] = rule
         losses = mean_losses(list(samples), score_samples(model, table.plan(changed, "changed"), list(samples)))
         for key, values in found.items():
-            assert values[end, layer, head] == pytest.approx(losses[key] - here[key], abs=1e-7)
-    assert any(abs(values[0, 0, 0]) > 1e-5 for values in found.values()), "a test in which nothing matters shows nothing"
+            assert values.spans[end, layer, head] == pytest.approx(losses[key] - here[key], abs=1e-7)
+    assert any(abs(values.spans[0, 0, 0]) > 1e-5 for values in found.values()), "a test in which nothing matters shows nothing"
     # At an end already, and not asked for.
-    assert all(values[0, 0, 1] == values[1, 1, 0] == values[0, 1, 1] == values[1, 1, 1] == 0 for values in found.values())
+    ends = [values.spans for values in found.values()]
+    assert all(values[0, 0, 1] == values[1, 1, 0] == values[0, 1, 1] == values[1, 1, 1] == 0 for values in ends)
+    assert all((values.bits == 0).all() for values in found.values()), "all heads are stored in the table's one mix"
+
+
+def test_an_effect_of_bits_is_that_of_one_head_stored_in_others_with_its_own_span(
+    model: PreTrainedModel, samples: SampleSet, table: LossTable
+) -> None:
+    stored = table.in_mixes(read_mixes("16,4"))
+    # (layer 0, head 0) keeps 192 tokens in 4 bits, the others of the first layer 128 in 16.
+    choice = np.array([[4, 0], [2, 1]])
+    found = head_effects(MeasuredLosses(model, samples), stored, choice, [(0, 0), (1, 1)])
+    here = mean_losses(list(samples), score_samples(model, stored.plan(choice, "here"), list(samples)))
+    for part, end, head, rule in (("bits", 0, (0, 0), 1), ("bits", 1, (1, 1), 4), ("spans", 0, (0, 0), 3), ("spans", 1, (0, 0), 5)):
+        changed = choice.copy()
+        changed[head] = rule
+        losses = mean_losses(list(samples), score_samples(model, stored.plan(changed, "changed"), list(samples)))
+        for key, values in found.items():
+            assert getattr(values, part)[end, *head] == pytest.approx(losses[key] - here[key], abs=1e-7)
+            assert abs(losses[key] - here[key]) > 1e-6
+    assert all(values.bits[1, 0, 0] == values.bits[0, 1, 1] == 0 for values in found.values())
 
 
 def test_progress_counts_the_plans_to_measure(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> None:
