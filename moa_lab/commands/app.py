@@ -140,17 +140,27 @@ def run(
 
 def show(
     file: Annotated[Path, typer.Argument(help="any record or config card")],
-    figure: Annotated[Path | None, typer.Option("--figure", help="draw a benchmark's record to this file (.html)")] = None,
+    figure: Annotated[Path | None, typer.Option("--figure", help="draw a benchmark's record to this file (.html, or .png)")] = None,
+    quality: Annotated[
+        list[Path] | None, typer.Option("--quality", help="folder of a run, whose needles and perplexity --figure draws over the speeds")
+    ] = None,
+    length: Annotated[int | None, typer.Option("--length", help="of the samples of --quality; default the benchmark's prompt")] = None,
     force: ForceOption = False,
 ) -> None:
     """Describe a record."""
-    from moa_lab.commands.show import describe, draw, kind_of
+    from moa_lab.commands.draw import draw
+    from moa_lab.commands.show import describe, kind_of
 
     schema = kind_of(file)
+    if figure is None and (quality or length):
+        raise ValueError("--quality and --length say what --figure draws: name a file with --figure")
+    left_out = ""
     if figure is not None:
-        free(figure, force, ".html")
-        draw(file, schema, figure)
+        free(figure, force, ".png" if figure.suffix.lower() == ".png" else ".html")
+        left_out = draw(file, schema, figure, quality or (), length)
     typer.echo(describe(file, schema))
+    if left_out:
+        typer.echo(left_out)
 
 
 def lab(

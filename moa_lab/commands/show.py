@@ -17,7 +17,6 @@ from moa_lab.calibration.samples import SAMPLES_SCHEMA, SampleSet
 from moa_lab.evaluate.parity import PARITY_SCHEMA, Parity
 from moa_lab.evaluate.parity import table as parity_table
 from moa_lab.evaluate.summary import table as summary_table
-from moa_lab.figures import CONFIG, goal_ratios
 from moa_lab.geometry import MAX_TOKENS
 from moa_lab.plan import PLAN_SCHEMA, PLAN_WITH_BITS_SCHEMA, Plan
 from moa_lab.plan.rules import MIN_SPAN, PUBLISHED_MULTIPLE, Rules, is_published, published_rules
@@ -39,14 +38,6 @@ from moa_lab.studies import StudyRecord
 from moa_lab.studies import table as study_table
 from moa_lab.studies.record import STUDY_SCHEMA
 from moa_lab.text import aligned, interval_text
-
-
-def draw(path: Path, schema: str, out: Path) -> None:
-    """Draw the record of a benchmark to an HTML file that needs no network. Raises ValueError for other records."""
-    if schema != BENCH_SCHEMA:
-        raise ValueError(f"{path}: only benchmarks are drawn to a file, this is {schema}; `moa-lab run` draws the others into its report")
-    goal_ratios(BenchRecord.load(path)).write_html(out, include_plotlyjs=True, config={**CONFIG})  # a copy: plotly takes entries out
-
 
 PUBLISHED = "alphas and betas"
 """What `kind_of` calls the authors' files, which name no schema."""

@@ -17,6 +17,7 @@ from moa_lab.figures.plan import mask_preview, rule_curves, span_map
 from moa_lab.figures.roofline import kernel_roofline
 from moa_lab.figures.search import archive_scatter, hypervolume_curve
 from moa_lab.figures.speed import speed_by_accuracy
+from moa_lab.figures.speed_and_quality import speed_and_quality
 from moa_lab.figures.theme import CONFIG, template, with_theme
 from moa_lab.figures.throughput import throughput_by_kv_bytes
 from moa_lab.figures.traced import token_map
@@ -59,6 +60,7 @@ __all__ = [
     "score_by_density",
     "score_map",
     "span_map",
+    "speed_and_quality",
     "speed_by_accuracy",
     "template",
     "throughput_by_kv_bytes",
