@@ -15,7 +15,7 @@ from typing import Any
 from moa_lab.bench.record import BENCH_SCHEMA, BenchRecord, BenchRow
 from moa_lab.bench.serving import SERVING_SCHEMA
 from moa_lab.evaluate.compare import excess_perplexity, row_of, share_of_hits
-from moa_lab.plan import PER_HEAD, Plan, mixes_of, read_mixes, told_bits
+from moa_lab.plan import Plan, bits_of, read_mix
 from moa_lab.plan.bits import UNTOUCHED, vector_bytes
 from moa_lab.records import Measurement, Measurements
 from moa_lab.records.intervals import Interval, unknown
@@ -29,7 +29,7 @@ ALIKE = 0.1
 
 @dataclass(frozen=True)
 class Speed:
-    """Decoded tokens/s of a batch as large as fits. bits: as `told_bits` has them; share: of the bytes of the dense cache in 16 bits."""
+    """Decoded tokens/s of a batch as large as fits. bits: as `bits_of` has them; share: of the bytes of the dense cache in 16 bits."""
 
     bits: str
     share: float
@@ -51,7 +51,7 @@ class Session:
 @dataclass(frozen=True)
 class Kept:
     """What a run's plan keeps at a length, with 95% intervals: needles as a share of the dense model's, and how far the perplexity of
-    documents is above its. bits, share: as in `Speed`; `PER_HEAD` where heads differ in bits."""
+    documents is above its. bits, share: as in `Speed`."""
 
     model: str
     bits: str
@@ -93,10 +93,8 @@ def kept_of(folder: Path, length: int) -> Kept:
         )
     except KeyError as error:
         raise ValueError(f"{folder}: {error.args[0]}") from None
-    mixes = list(mixes_of(plan))
-    bits = told_bits(mixes[0]) if len(mixes) == 1 else PER_HEAD
     model = Path(measured.provenance.model or "unknown").name.removesuffix(".gguf")
-    return Kept(model, bits, plan.density(length), length, share_of_hits(needles, dense[0]), _excess(documents, dense[1]))
+    return Kept(model, bits_of(plan), plan.density(length), length, share_of_hits(needles, dense[0]), _excess(documents, dense[1]))
 
 
 def beside(session: Session, kept: Iterable[Kept]) -> tuple[list[tuple[Speed, Kept]], list[Kept]]:
@@ -143,8 +141,10 @@ def _generated(record: BenchRecord) -> dict[int, Session]:
 def _speeds(row: BenchRow) -> list[Speed]:
     """Ours, and the same plan in 16 bits beside it."""
     shape = row.shape
-    bits = str(shape.get("bits") or shape["plan"].partition("@")[2] or UNTOUCHED)
-    found = [Speed(bits, shape["density"] * _price(bits, shape["head_dim"]), row.ours, shape["batch"])]
+    bits = str(shape.get("bits", UNTOUCHED))
+    # Earlier records tell the share of tokens alone.
+    share = shape["bytes"] if "bytes" in shape else shape["density"] * _price(bits, shape["head_dim"])
+    found = [Speed(bits, share, row.ours, shape["batch"])]
     for peer, other in row.detail.get("peers", {}).items():
         if bits != str(UNTOUCHED) and peer.startswith("ours ") and peer != "ours dense" and "rate" in other:
             found.append(Speed(str(UNTOUCHED), shape["density"], other["rate"], other.get("batch")))
@@ -153,7 +153,7 @@ def _speeds(row: BenchRow) -> list[Speed]:
 
 def _price(bits: str, head_dim: int) -> float:
     """Bytes of a token in these bits, as a share of 16-bit ones."""
-    ((keys, values),) = read_mixes(bits)
+    keys, values = read_mix(bits)
     return (vector_bytes(head_dim, keys) + vector_bytes(head_dim, values)) / (2 * vector_bytes(head_dim, UNTOUCHED))
 
 

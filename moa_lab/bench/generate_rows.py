@@ -8,7 +8,7 @@ from typing import Any
 from moa_lab.bench.endtoend import COMPILED, DENSE, DYNAMIC, LENGTHS, ROWS, STATIC, TOLD, Findings, Job, ours_name
 from moa_lab.bench.models import TINY, described_plan
 from moa_lab.bench.record import GOALS, BenchRow, Goal, judged
-from moa_lab.plan import UNTOUCHED, WHOLE_BITS, Plan, told_bits
+from moa_lab.plan import UNTOUCHED, WHOLE_BITS, Plan
 
 PLAN_DENSITY = {"E1": 0.5, "E2": 0.25, "E4": 0.5, "E5": 0.5, "E6": 0.25}
 """Kept bytes over all; where the row itself stores fewer bits, kept tokens."""
@@ -97,8 +97,6 @@ def _told(state: Findings, job: Job, ours: dict[str, Any]) -> tuple[Plan, dict[s
     """The plan, the shape and the details of a row."""
     plan = state.used[job.shape.name, job.prompt, ours_name(job.stored)]
     shape = described_plan(job.shape, plan, ours["batch"], state.n_tokens(job.prompt))
-    if job.bits != WHOLE_BITS:
-        shape["bits"] = told_bits(job.bits)
     peers = _asked_peers(state, job) | _more_peers(state, job)
     return plan, shape, {**ours, "check": state.checks[job.shape.name, job.stored], "peers": peers}
 

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from moa_lab.bench.shapes import Spans, stretched
+from moa_lab.bench.shapes import Spans, by_fraction, stretched
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import Plan, SpanRule, mix_of
+from moa_lab.plan import Plan, SpanRule, bits_of
 from moa_lab.storage import RecordError
 
 STEP_BACK = 16
@@ -68,14 +68,18 @@ def random_model(
 def stretched_plan(plan: Plan, geometry: ModelGeometry, n_tokens: int, seed: int = 0) -> Plan:
     """A plan for `geometry` with the density of `plan` at lengths near `n_tokens`, and heads as unequal as those of `plan`.
 
-    As `stretched_spans`, over the heads of all layers together, shuffled; stored in the bits of `plan`. Raises ValueError where its heads
-    differ in these.
+    As `stretched_spans`, over the heads of all layers together, shuffled. Where heads differ in bits, each is stored in those of the head
+    of `plan` in the middle of its part.
     """
-    parts, sink = stretched(plan, geometry.layers * geometry.kv_heads, n_tokens)
-    shuffled = np.random.default_rng(seed).permutation(parts).reshape(geometry.layers, geometry.kv_heads)
+    heads = geometry.layers * geometry.kv_heads
+    parts, sink = stretched(plan, heads, n_tokens)
+    order = np.random.default_rng(seed).permutation(heads)
+    shuffled = parts[order].reshape(geometry.layers, geometry.kv_heads)
     rules = tuple(tuple(SpanRule(0.0, min(float(part), 1.0)) for part in row) for row in shuffled)
     whole = Plan(geometry, rules, sink_tokens=sink, min_span=sink + 1, name=plan.name, lengths=(n_tokens,), search={"origin": "stretched"})
-    return whole.with_bits(np.array(mix_of(plan)))
+    widths = plan.widths().reshape(-1, 2)[by_fraction(plan)]
+    middles = (2 * np.arange(heads) + 1) * len(widths) // (2 * heads)
+    return whole.with_bits(widths[middles][order].reshape(geometry.layers, geometry.kv_heads, 2))
 
 
 def plan_for(plan: Plan | str | Path, geometry: ModelGeometry, n_tokens: int) -> Plan:
@@ -97,12 +101,14 @@ def _loaded(path: str | Path, geometry: ModelGeometry) -> Plan:
 
 
 def described_plan(shape: ModelShape, plan: Plan, batch: int, n_tokens: int) -> dict[str, Any]:
-    """The shape of a row as JSON data. skew: longest over mean span, over all layers."""
+    """The shape of a row as JSON data. density: of tokens; skew: longest over mean span, over all layers; bits, and the density of bytes,
+    only where they are fewer than the dtype's."""
     spans = Spans(n_tokens, plan.sink_tokens, tuple(plan.spans(n_tokens).ravel().tolist()))
     return {
         "model": shape.name, "query_heads": shape.query_heads, "kv_heads": shape.kv_heads, "head_dim": shape.head_dim,
         "batch": batch, "n_tokens": n_tokens, "plan": plan.name, "sink_tokens": plan.sink_tokens,
         "density": round(spans.density, 4), "skew": round(spans.skew, 2),
+        **({"bits": bits_of(plan), "bytes": round(plan.density(n_tokens), 4)} if plan.bits else {}),
     }  # fmt: skip
 
 

@@ -94,10 +94,15 @@ def stretched_spans(plan: Plan, kv_heads: int, n_tokens: int) -> Spans:
 def stretched(plan: Plan, heads: int, n_tokens: int) -> tuple[np.ndarray, int]:
     """The fractions that `heads` heads keep, ascending, and the sink at `n_tokens`: see `stretched_spans`."""
     home = max(plan.lengths, default=plan.geometry.max_length)
-    fractions = np.sort(plan.spans(home).ravel() / home)
+    fractions = (plan.spans(home).ravel() / home)[by_fraction(plan)]
     # Every head repeated `heads` times, so that the parts have equal size.
     parts = np.repeat(fractions, heads).reshape(heads, -1).mean(axis=1)
     return parts, min(plan.sink_tokens, plan.sink_tokens * n_tokens // home)
+
+
+def by_fraction(plan: Plan) -> np.ndarray:
+    """The plan's heads, flattened, by the fraction that they keep at the longest length of its card, ascending."""
+    return np.argsort(plan.spans(max(plan.lengths, default=plan.geometry.max_length)).ravel(), kind="stable")
 
 
 def described(shape: Shape, spans: Spans) -> dict[str, Any]:

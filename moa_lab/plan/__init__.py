@@ -7,6 +7,7 @@ from moa_lab.plan.given import PlanOrPath, as_plan, check_names, named_apart
 from moa_lab.plan.mixes import (
     PER_HEAD,
     WHOLE_BITS,
+    bits_of,
     mix_of,
     mixed_name,
     mixes_of,
@@ -40,6 +41,7 @@ __all__ = [
     "PlanOrPath",
     "SpanRule",
     "as_plan",
+    "bits_of",
     "check_density",
     "check_names",
     "dense_plan",

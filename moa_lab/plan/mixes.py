@@ -77,6 +77,12 @@ def mixes_of(plan: Plan) -> dict[Bits, float]:
     return {mix: count / heads.total() for mix, count in heads.most_common()}
 
 
+def bits_of(plan: Plan) -> str:
+    """The bits of all heads, as `told_bits` has them; `PER_HEAD` where heads differ."""
+    mix, *others = mixes_of(plan)
+    return PER_HEAD if others else told_bits(mix)
+
+
 def told_mixes(plan: Plan) -> str:
     """For instance `8 bits`, or `8 bits for 61% of heads, 8+4 for 39%`."""
     (first, share), *others = mixes_of(plan).items()

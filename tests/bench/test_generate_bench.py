@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from moa_lab.bench import generate, steps
+from moa_lab.bench.beside import session_of
 from moa_lab.bench.endtoend import COMPILED, DENSE, DYNAMIC, KINDS, ROWS, STATIC, TOLD, Findings, jobs_of, ours_name, tasks_of
 from moa_lab.bench.generate import bench_generate
 from moa_lab.bench.generate_rows import rows_of
@@ -200,6 +202,24 @@ def test_a_plan_with_bits_keeps_them_where_it_is_stretched_and_has_no_rows_of_ot
     assert set(stretched_plan(plan, geometry, 256).widths().ravel()) == {8}
     with pytest.raises(ValueError, match="E5 stores a plan in bits of its own"):
         bench_generate(["E5"], quick=True, plan=plan, sides=["plan"], lengths=[64])
+
+
+def test_a_plan_whose_heads_differ_in_bits_is_measured_in_bytes_as_it_is(tmp_path: Path) -> None:
+    plan = default_plans()[HALF]
+    # What sees most is stored in the fewest bits, by which bytes tell another plan from this one.
+    longest = plan.spans(8192) > np.quantile(plan.spans(8192), 0.7)
+    mixed = plan.with_bits(np.where(longest[..., None], 4, 16) + np.zeros(2, dtype=int), "mixed")
+    geometry = geometry_of(random_model(TINY, 8192, CPU, torch.float32))
+    stretched = stretched_plan(mixed, geometry, 4096)
+    widths, spans = stretched.widths()[..., 0].ravel(), stretched.spans(4096).ravel()
+    assert set(widths) == {4, 16}
+    assert spans[widths == 4].min() >= spans[widths == 16].max()
+    record = bench_generate(["E1"], quick=True, plan=mixed, sides=["plan", "dense"], lengths=[64])
+    shape = record.select("E1")[0].shape
+    assert shape["bits"] == "per-head"
+    assert shape["bytes"] < shape["density"]
+    (speed,) = session_of(record.save(tmp_path / "bench.json")).speeds
+    assert (speed.bits, speed.share) == ("per-head", shape["bytes"])
 
 
 def test_a_side_is_measured_once_for_all_rows() -> None:
