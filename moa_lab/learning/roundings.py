@@ -1,9 +1,10 @@
 """Keys and values drawn in several widths of bits, and a slope for every width: what the loss does as a head moves to it.
 
 With u as drawn and q as a width stores it, the slope is the gradient at u times (q - u). To first order rounding errors of either sign
-cancel; what is left is the curvature. Where q is worse than u by half a square of q - u, the slope at u misses that, and the slope at q
-counts it twice. So slopes are right on the mean where two widths are drawn alike, and elsewhere pull the chances there: a width has more
-than half the chance where its bytes are worth more than what it loses, and less where they are not.
+cancel; what is left is the curvature. Where q is worse than u by half the square of q - u, the slope at u misses that, and the slope at q
+counts it twice. So slopes are right on the mean where the two are drawn alike. Fewer bits look cheaper than they are while they are rare,
+and dearer once they are frequent; at rest they have more than half the chance exactly where the bytes that they save are worth what they
+lose.
 """
 
 from __future__ import annotations
