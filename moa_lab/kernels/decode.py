@@ -11,7 +11,7 @@ import triton
 
 from moa_lab.cache import PackedRing, RingLayer
 from moa_lab.kernels.decode_kernel import decode_kernel, merge_kernel
-from moa_lab.kernels.devices import half_wave, nvidia_capability, precision, room_for_tiles
+from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles, wave_lanes
 from moa_lab.kernels.schedule import DecodeSchedule
 from moa_lab.plan.bits import UNTOUCHED, code_words
 
@@ -129,12 +129,16 @@ def tile_slots(ring: RingLayer) -> int:
     if by_warps(sample, isinstance(ring, PackedRing)):
         return min(32, 4096 // sample.shape[-1])
     size = 4 if sample.dtype == torch.float32 else 2 if ring.most_bits == UNTOUCHED else 1
-    return tile_of(sample.shape[-1], size)
+    return tile_of(sample, size)
 
 
-def tile_of(head_dim: int, itemsize: int) -> int:
-    """Slots per tile of vectors of so many numbers, of so many bytes."""
-    return max(16, min(128, 16384 // (triton.next_power_of_2(head_dim) * itemsize)))
+def tile_of(sample: torch.Tensor, itemsize: int) -> int:
+    """Slots per tile of vectors of numbers of so many bytes, or of codes. sample: of their device and head_dim."""
+    width = triton.next_power_of_2(sample.shape[-1])
+    if wave_lanes(sample) == 32:
+        # A tile lies in registers, where codes take as much as numbers of 16 bits.
+        return max(16, min(32, 8192 // (width * max(itemsize, 2))))
+    return max(16, min(128, 16384 // (width * itemsize)))
 
 
 def programs_for(ring: RingLayer, tiles: int, cores: int) -> int:
@@ -153,7 +157,7 @@ def warp_registers(head_dim: int, bits: int) -> int:
 
 def warps(sample: torch.Tensor) -> int:
     """Warps of a program over numbers, or over codes where it has several."""
-    return 8 if half_wave(sample) else 4
+    return 8 if wave_lanes(sample) == 32 else 4
 
 
 def stages(sample: torch.Tensor, tile: int, bits: int) -> int:
@@ -161,7 +165,7 @@ def stages(sample: torch.Tensor, tile: int, bits: int) -> int:
 
     bits: as in `tile_slots`, which makes tiles of codes larger.
     """
-    if sample.dtype == torch.float32 or half_wave(sample):
+    if sample.dtype == torch.float32 or wave_lanes(sample) == 32:
         return 1
     tiles = 2 * tile * triton.next_power_of_2(sample.shape[-1]) * (sample.itemsize if bits == UNTOUCHED else 1)
     return max(1, min(3 if bits == UNTOUCHED else 2, 1 + room_for_tiles(sample) // tiles))

@@ -25,10 +25,12 @@ def nvidia_capability(tensor: torch.Tensor) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(tensor.device)
 
 
-def half_wave(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is on a chip of AMD's whose waves have 32 lanes: a program of as many holds half of what fits in the registers of
-    one with 64, and products hold their operands twice."""
-    return tensor.is_cuda and torch.version.hip is not None and torch.cuda.get_device_properties(tensor.device).warp_size == 32
+def wave_lanes(tensor: torch.Tensor) -> int | None:
+    """Lanes of a wave on a chip of AMD's, None elsewhere. A program of as many waves of 32 holds half of what fits in the registers of one
+    of 64, and its products hold their operands twice."""
+    if not tensor.is_cuda or torch.version.hip is None:
+        return None
+    return int(torch.cuda.get_device_properties(tensor.device).warp_size)
 
 
 def precision(tensor: torch.Tensor) -> str:

@@ -1,7 +1,7 @@
 """`mixed_windows` in Triton for sampled windows: forward with one window per head, backward with the slopes of all windows.
 
-Slope is short for derivative. Windows are whole blocks of 64 tokens, so a tile is visible or hidden as a whole, except where the
-model's own mask cuts through it.
+Slope is short for derivative. Windows are whole blocks of 64 tokens, and a block is PARTS tiles of TILE tokens, so a tile is visible or
+hidden as a whole, except where the model's own mask cuts through it.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import torch
 import triton
 import triton.language as tl
 
-from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles
+from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles, wave_lanes
 from moa_lab.kernels.mixture import BLOCK
 from moa_lab.kernels.prefill import NO_REACH
 
 
 @triton.jit
 def tile_of_rows(
-    base, block, n_tokens,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr,
+    base, tile, n_tokens,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """The rows of a block, (BLOCK, PADDED_DIM); zeros past the end."""
-    rows = block * BLOCK + tl.arange(0, BLOCK)
+    """The rows of a tile, (TILE, PADDED_DIM); zeros past the end."""
+    rows = tile * TILE + tl.arange(0, TILE)
     dims = tl.arange(0, PADDED_DIM)
     return tl.load(base + rows[:, None] * HEAD_DIM + dims[None, :], mask=(rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM), other=0.0)
 
 
 @triton.jit
 def scores_of_tile(
-    query, key, query_block, key_block, n_tokens, reach, scale, softcap,
-    BLOCK: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
+    query, key, query_tile, key_tile, n_tokens, reach, scale, softcap,
+    TILE: tl.constexpr, CAPPED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile, minus infinity where the model itself hides the key."""
-    rows = query_block * BLOCK + tl.arange(0, BLOCK)
-    columns = key_block * BLOCK + tl.arange(0, BLOCK)
+    rows = query_tile * TILE + tl.arange(0, TILE)
+    columns = key_tile * TILE + tl.arange(0, TILE)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
     if CAPPED:
         # tanh via sigmoid.
@@ -47,37 +47,38 @@ def scores_of_tile(
 @triton.jit
 def _forward_kernel(
     query, key, value, counts, sink_logits, output, normaliser, n_tokens, sink_blocks, reach, scale, softcap,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
-    block, head = tl.program_id(0), tl.program_id(1)
+    tile, head = tl.program_id(0), tl.program_id(1)
+    block = tile // PARTS
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
-    asked = tile_of_rows(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    asked = tile_of_rows(query + head * size, tile, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
     key += head // GROUP * size
     value += head // GROUP * size
-    first = tl.maximum(block + 1 - tl.load(counts + head // GROUP), 0)
-    sinks = tl.minimum(sink_blocks, first)
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
+    first = tl.maximum(block + 1 - tl.load(counts + head // GROUP), 0) * PARTS
+    sinks = tl.minimum(sink_blocks * PARTS, first)
+    highest = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
     if SINK_LOGITS:
         # The sink logit is a key of this score and value 0 that every query sees.
-        highest = tl.zeros((BLOCK,), tl.float32) + tl.load(sink_logits + head)
+        highest = tl.zeros((TILE,), tl.float32) + tl.load(sink_logits + head)
         total += 1.0
-    found = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
-    for index in range(0, sinks + block + 1 - first):
+    found = tl.zeros((TILE, PADDED_DIM), tl.float32)
+    for index in range(0, sinks + tile + 1 - first):
         near = tl.where(index < sinks, index, first + index - sinks)
-        known = tile_of_rows(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        scores = scores_of_tile(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+        known = tile_of_rows(key, near, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
+        scores = scores_of_tile(asked, known, tile, near, n_tokens, reach, scale, softcap, TILE, CAPPED, PRECISION)
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         # A row that has seen nothing yet has no maximum to subtract.
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp(scores - safe[:, None])
         shrink = tl.exp(highest - safe)
         total = total * shrink + tl.sum(weights, axis=1)
-        values = tile_of_rows(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+        values = tile_of_rows(value, near, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
         found = found * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision=PRECISION)
         highest = higher
-    rows = block * BLOCK + tl.arange(0, BLOCK)
+    rows = tile * TILE + tl.arange(0, TILE)
     dims = tl.arange(0, PADDED_DIM)
     real = (rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM)
     # Rows past the end may see nothing.
@@ -92,39 +93,40 @@ def _forward_kernel(
 def _rows_kernel(
     query, key, value, slope, counts, sink_logits, normaliser, expected, query_slope, window_slope, n_tokens, n_blocks, sink_blocks, reach,
     scale, softcap,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
-    """Slopes of a block of queries; and slope . output, summed over these queries, for a window of 1, 2, .. blocks.
+    """Slopes of a tile of queries; and slope . output, summed over these queries, for a window of 1, 2, .. blocks.
 
-    After the sink the blocks of keys come nearest first: what has been added up after each is a window's softmax.
+    After the sink the tiles of keys come nearest first: what has been added up after each block is a window's softmax.
     """
-    block, head = tl.program_id(0), tl.program_id(1)
+    tile, head = tl.program_id(0), tl.program_id(1)
+    block = tile // PARTS
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
-    rows = block * BLOCK + tl.arange(0, BLOCK)
+    rows = tile * TILE + tl.arange(0, TILE)
     dims = tl.arange(0, PADDED_DIM)
-    asked = tile_of_rows(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    asked = tile_of_rows(query + head * size, tile, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
     # Rows past the end have no slope, and add nothing.
-    wanted = tile_of_rows(slope + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    wanted = tile_of_rows(slope + head * size, tile, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
     key += head // GROUP * size
     value += head // GROUP * size
     held = tl.load(normaliser + head * n_tokens + rows, mask=rows < n_tokens, other=0.0)
     mean = tl.load(expected + head * n_tokens + rows, mask=rows < n_tokens, other=0.0)
-    first = tl.maximum(block + 1 - tl.load(counts + head // GROUP), 0)
-    sinks = tl.minimum(sink_blocks, block + 1)
-    gathered = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    gained = tl.zeros((BLOCK,), tl.float32)
+    first = tl.maximum(block + 1 - tl.load(counts + head // GROUP), 0) * PARTS
+    sinks = tl.minimum(sink_blocks * PARTS, tile + 1)
+    gathered = tl.zeros((TILE, PADDED_DIM), tl.float32)
+    highest = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    gained = tl.zeros((TILE,), tl.float32)
     if SINK_LOGITS:
-        highest = tl.zeros((BLOCK,), tl.float32) + tl.load(sink_logits + head)
+        highest = tl.zeros((TILE,), tl.float32) + tl.load(sink_logits + head)
         total += 1.0
-    window_slope += (tl.cast(head, tl.int64) * n_blocks + block) * n_blocks
-    for index in range(0, block + 1):
-        near = tl.where(index < sinks, index, block + sinks - index)
-        known = tile_of_rows(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        values = tile_of_rows(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        scores = scores_of_tile(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+    window_slope += (tl.cast(head, tl.int64) * n_blocks * PARTS + tile) * n_blocks
+    for index in range(0, tile + 1):
+        near = tl.where(index < sinks, index, tile + sinks - index)
+        known = tile_of_rows(key, near, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
+        values = tile_of_rows(value, near, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
+        scores = scores_of_tile(asked, known, tile, near, n_tokens, reach, scale, softcap, TILE, CAPPED, PRECISION)
         gain = tl.dot(wanted, tl.trans(values), input_precision=PRECISION)
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -133,8 +135,9 @@ def _rows_kernel(
         total = total * shrink + tl.sum(weights, axis=1)
         gained = gained * shrink + tl.sum(weights * gain, axis=1)
         highest = higher
-        tl.store(window_slope + block - near, tl.sum(gained / tl.maximum(total, 1e-30)), mask=index >= sinks)
-        if (near >= first) | (near < sink_blocks):
+        closes = (index >= sinks) & (near % PARTS == 0)
+        tl.store(window_slope + block - near // PARTS, tl.sum(gained / tl.maximum(total, 1e-30)), mask=closes)
+        if (near >= first) | (near < sink_blocks * PARTS):
             change = tl.exp(scores - held[:, None]) * (gain - mean[:, None]) * scale
             if CAPPED:
                 capped = tl.where(scores == float("-inf"), 0.0, scores) / softcap
@@ -142,9 +145,9 @@ def _rows_kernel(
             gathered += tl.dot(change.to(known.dtype), known, input_precision=PRECISION)
     # Longer windows see no more.
     whole = tl.sum(gained / tl.maximum(total, 1e-30))
-    for start in range(block + 1 - sinks, n_blocks, BLOCK):
-        longer = start + tl.arange(0, BLOCK)
-        tl.store(window_slope + longer, tl.zeros((BLOCK,), tl.float32) + whole, mask=longer < n_blocks)
+    for start in range(block + 1 - tl.minimum(sink_blocks, block + 1), n_blocks, TILE):
+        longer = start + tl.arange(0, TILE)
+        tl.store(window_slope + longer, tl.zeros((TILE,), tl.float32) + whole, mask=longer < n_blocks)
     real = (rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM)
     places = head * size + rows[:, None] * HEAD_DIM + dims[None, :]
     tl.store(query_slope + places, gathered.to(query_slope.dtype.element_ty), mask=real)
@@ -153,26 +156,27 @@ def _rows_kernel(
 @triton.jit
 def columns_kernel(
     query, key, value, slope, counts, normaliser, expected, key_slope, value_slope, n_tokens, n_blocks, sink_blocks, reach, scale, softcap,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Slopes of keys and values, for each query head separately."""
-    block, head = tl.program_id(0), tl.program_id(1)
+    tile, head = tl.program_id(0), tl.program_id(1)
+    block = tile // PARTS
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
-    known = tile_of_rows(key + head // GROUP * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-    values = tile_of_rows(value + head // GROUP * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    known = tile_of_rows(key + head // GROUP * size, tile, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
+    values = tile_of_rows(value + head // GROUP * size, tile, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
     query += head * size
     slope += head * size
-    last = tl.where(block < sink_blocks, n_blocks, tl.minimum(block + tl.load(counts + head // GROUP), n_blocks))
-    keys = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
-    answers = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
-    for at in range(block, last):
-        rows = at * BLOCK + tl.arange(0, BLOCK)
-        asked = tile_of_rows(query, at, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        wanted = tile_of_rows(slope, at, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    last = tl.where(block < sink_blocks, n_blocks, tl.minimum(block + tl.load(counts + head // GROUP), n_blocks)) * PARTS
+    keys = tl.zeros((TILE, PADDED_DIM), tl.float32)
+    answers = tl.zeros((TILE, PADDED_DIM), tl.float32)
+    for at in range(tile, last):
+        rows = at * TILE + tl.arange(0, TILE)
+        asked = tile_of_rows(query, at, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
+        wanted = tile_of_rows(slope, at, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
         held = tl.load(normaliser + head * n_tokens + rows, mask=rows < n_tokens, other=float("inf"))
         mean = tl.load(expected + head * n_tokens + rows, mask=rows < n_tokens, other=0.0)
-        scores = scores_of_tile(asked, known, at, block, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+        scores = scores_of_tile(asked, known, at, tile, n_tokens, reach, scale, softcap, TILE, CAPPED, PRECISION)
         weights = tl.exp(scores - held[:, None])
         answers += tl.dot(tl.trans(weights).to(wanted.dtype), wanted, input_precision=PRECISION)
         change = weights * (tl.dot(wanted, tl.trans(values), input_precision=PRECISION) - mean[:, None]) * scale
@@ -180,7 +184,7 @@ def columns_kernel(
             capped = tl.where(scores == float("-inf"), 0.0, scores) / softcap
             change *= 1.0 - capped * capped
         keys += tl.dot(tl.trans(change).to(asked.dtype), asked, input_precision=PRECISION)
-    rows = block * BLOCK + tl.arange(0, BLOCK)
+    rows = tile * TILE + tl.arange(0, TILE)
     dims = tl.arange(0, PADDED_DIM)
     real = (rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM)
     places = head * size + rows[:, None] * HEAD_DIM + dims[None, :]
@@ -215,6 +219,18 @@ def holds_tiles(query: torch.Tensor) -> bool:
     return nvidia_capability(query) is None or room_for_tiles(query) >= 4 * BLOCK * query.shape[-1] * query.itemsize
 
 
+def _tiles(padded_dim: int, query: torch.Tensor) -> tuple[int, int, int]:
+    """Rows of a tile, which divide BLOCK; warps; stages."""
+    wave = wave_lanes(query)
+    if wave == 32:
+        return (32 if padded_dim <= 64 else 16), 8, 1
+    if wave is not None:
+        # Four waves of 64 lanes have all registers there are, eight have half of them each.
+        rows = BLOCK if padded_dim <= 128 else 32
+        return rows, 4, (2 if room_for_tiles(query) >= 4 * rows * padded_dim * query.itemsize else 1)
+    return BLOCK, (4 if padded_dim <= 64 else 8), 2
+
+
 class _Drawn(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -225,13 +241,14 @@ class _Drawn(torch.autograd.Function):
         batch, heads, n_tokens, head_dim = query.shape
         output = torch.empty_like(query)
         normaliser = query.new_empty(batch, heads, n_tokens, dtype=torch.float32)
+        padded_dim = max(triton.next_power_of_2(head_dim), 16)
+        tile, warps, stages = _tiles(padded_dim, query)
         settings = {
-            "GROUP": heads // key.shape[1], "HEAD_DIM": head_dim, "PADDED_DIM": max(triton.next_power_of_2(head_dim), 16), "BLOCK": BLOCK,
-            "CAPPED": softcap is not None, "PRECISION": precision(query),
-            "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2,
+            "GROUP": heads // key.shape[1], "HEAD_DIM": head_dim, "PADDED_DIM": padded_dim, "TILE": tile, "PARTS": BLOCK // tile,
+            "CAPPED": softcap is not None, "PRECISION": precision(query), "num_warps": warps, "num_stages": stages,
         }  # fmt: skip
         numbers = (-(-sink_tokens // BLOCK), reach or NO_REACH, scale, softcap or 1.0)
-        grid = (shift.shape[-1], batch * heads)
+        grid = (shift.shape[-1] * (BLOCK // tile), batch * heads)
         counts = counts.to(query.device, torch.int32).contiguous()
         # One per row and head, in the order of the grid.
         logits = None if sink_logits is None else sink_logits.float().flatten().repeat(batch)
@@ -248,10 +265,11 @@ class _Drawn(torch.autograd.Function):
         query, key, value, counts, output, normaliser, logits = ctx.saved_tensors
         slope = slopes[0].contiguous()
         batch, heads, n_tokens, _ = query.shape
-        blocks, group = ctx.grid[0], ctx.settings["GROUP"]
+        tiles, group = ctx.grid[0], ctx.settings["GROUP"]
+        blocks = tiles // ctx.settings["PARTS"]
         expected = (slope.float() * output.float()).sum(dim=-1)
         query_slope, key_slope, value_slope = (torch.empty_like(query) for _ in range(3))
-        window_slope = normaliser.new_empty(batch, heads, blocks, blocks)
+        window_slope = normaliser.new_empty(batch, heads, tiles, blocks)
         known, told, numbers = (query, key, value, slope, counts), (normaliser, expected), (n_tokens, blocks, *ctx.numbers)
         _rows_kernel[ctx.grid](
             *known, normaliser if logits is None else logits, *told, query_slope, window_slope, *numbers,

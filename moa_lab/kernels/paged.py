@@ -80,7 +80,7 @@ def paged_decode(
     rows, kv_heads = len(step.lengths), layer.heads.shape[1]
     group = query_heads // kv_heads
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    tile = min(tile_of(head_dim, query.itemsize), layer.page_tokens & -layer.page_tokens)
+    tile = min(tile_of(query, query.itemsize), layer.page_tokens & -layer.page_tokens)
     splits = triton.cdiv(layer.most_slots, SPLIT)
     parts = rows * kv_heads * splits
     part_output = torch.empty(parts, group, padded_dim, dtype=torch.float32, device=query.device)

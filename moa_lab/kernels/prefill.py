@@ -14,7 +14,7 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moa_lab.cache import PackedRing, RingLayer
-from moa_lab.kernels.devices import half_wave, nvidia_capability, precision, room_for_tiles
+from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles, wave_lanes
 from moa_lab.kernels.prefill_kernel import prefill_kernel
 from moa_lab.kernels.read import ring_read
 
@@ -130,7 +130,8 @@ def _prefill(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *output.stride()[:3], keys.stride(0),
         n_queries, n_keys, kv_heads, sink_tokens, reach, scale, softcap or 1.0,
         GROUP=query_heads // kv_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
-        BLOCK_M=block_m, BLOCK_N=block_n, CAPPED=softcap != 0, OVER_RING=over_ring, DESCRIBED=described,
+        BLOCK_M=block_m, BLOCK_N=block_n, ONE_LOOP=wave_lanes(query) == 32 and padded_dim > 128,
+        CAPPED=softcap != 0, OVER_RING=over_ring, DESCRIBED=described,
         SINK_LOGITS=sink_logits is not None, PRECISION=precision(query),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
@@ -160,12 +161,16 @@ def _tiles(padded_dim: int, query: torch.Tensor) -> tuple[int, int, int, int]:
     """Queries and keys per tile, warps, and as many stages as fit in the device's shared memory."""
     if query.dtype == torch.float32:
         return (64, 32, 4, 1) if padded_dim <= 128 else (32, 32, 4, 1)
-    if half_wave(query):
-        return (32, 32, 8, 1) if padded_dim <= 128 else (32, 16, 16, 1)
+    wave = wave_lanes(query)
+    if wave == 32:
+        return 32, (32 if padded_dim <= 128 else 16), 8, 1
     block_m, block_n, warps, stages = (64, 64, 4, 3) if padded_dim <= 128 else (128, 64, 8, 2)
     if (nvidia_capability(query) or HOPPER) < HOPPER:
         # Products there keep both operands in registers: more of them hold the same tile.
         block_m, warps = 64, 8
+    if wave is not None:
+        # Four waves of 64 lanes have all registers there are, eight have half of them each.
+        warps = 4
     rows = room_for_tiles(query) // (padded_dim * query.itemsize)
     if rows < block_m + block_n:
         block_m //= 2

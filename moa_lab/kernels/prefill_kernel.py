@@ -80,9 +80,10 @@ def prefill_kernel(
     value_batch, value_head, value_token, output_batch, output_head, output_token, ring_batch,
     n_queries, n_keys, kv_heads, sink_tokens, reach, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_LOOP: tl.constexpr,
     CAPPED: tl.constexpr, OVER_RING: tl.constexpr, DESCRIBED: tl.constexpr, SINK_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """ONE_LOOP: tiles that all rows see whole share the loop of masked ones, which takes fewer registers."""
     # Longest work first, so that it does not run alone at the end: the heads with the longest windows, in every row, and within each
     # the last queries, which see most keys.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -126,7 +127,7 @@ def prefill_kernel(
     inner = (tl.maximum(highest - tl.minimum(window, reach) + 1, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
     diagonal = tl.maximum(lowest + 1, 0) // BLOCK_N * BLOCK_N
     inner = tl.maximum(tl.minimum(inner, diagonal), near)
-    diagonal = tl.maximum(diagonal, inner)
+    diagonal = inner if ONE_LOOP else tl.maximum(diagonal, inner)
 
     scores_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     scores_sum = tl.zeros([BLOCK_M], tl.float32)
@@ -135,13 +136,14 @@ def prefill_kernel(
         scores_max = tl.zeros([BLOCK_M], tl.float32) + tl.load(sink_logits + head).to(tl.float32) * 1.4426950408889634
         scores_sum += 1.0
     total = tl.zeros([BLOCK_M, PADDED_DIM], tl.float32)
-    for start in range(inner, diagonal, BLOCK_N):
-        scores_max, scores_sum, total = _fold(
-            scores_max, scores_sum, total, asked, start,
-            key_tiles, value_tiles, key, value, key_ring, value_ring, row, kv_head, past, origin, sink, ring_slots, turn,
-            key_token, value_token, length, query_positions, sink_tokens, window, reach, scale, softcap,
-            HEAD_DIM, PADDED_DIM, BLOCK_N, False, CAPPED, OVER_RING, DESCRIBED, PRECISION,
-        )  # fmt: skip
+    if not ONE_LOOP:
+        for start in range(inner, diagonal, BLOCK_N):
+            scores_max, scores_sum, total = _fold(
+                scores_max, scores_sum, total, asked, start,
+                key_tiles, value_tiles, key, value, key_ring, value_ring, row, kv_head, past, origin, sink, ring_slots, turn,
+                key_token, value_token, length, query_positions, sink_tokens, window, reach, scale, softcap,
+                HEAD_DIM, PADDED_DIM, BLOCK_N, False, CAPPED, OVER_RING, DESCRIBED, PRECISION,
+            )  # fmt: skip
     # The masked tiles lie in three ranges but share one loop: three loops would fill and drain the load pipeline three times.
     of_sink = tl.maximum(sink_stop - begin, 0)
     of_window = of_sink + inner - near

@@ -126,9 +126,8 @@ def launched(chip: Chip, wanted: tuple[str, ...]) -> Iterator[tuple[str, Any, tu
     jit.JITFunction.run = record
     for module in (prefill, decode, devices, drawn):
         module.nvidia_capability = lambda _: chip.capability
-    for module in (prefill, decode):
-        module.half_wave = lambda _: chip.target.backend == "hip" and chip.target.warp_size == 32
     for module in (prefill, decode, drawn):
+        module.wave_lanes = lambda _: chip.target.warp_size if chip.target.backend == "hip" else None
         module.room_for_tiles = lambda _: chip.shared - SPARE
     # A tensor on a CPU may be described wherever the interpreter runs.
     described = prefill._describes
@@ -153,10 +152,10 @@ def compiled(kernel: Any, arguments: tuple[Any, ...], settings: dict[str, Any], 
 
 
 def taken(binary: Any, chip: Chip) -> dict[str, int]:
-    """Shared memory in bytes, registers of a thread, and those that were spilled (bytes on NVIDIA's chips)."""
+    """Shared memory in bytes, registers of a thread, and bytes of these that were spilled."""
     if chip.target.backend == "hip":
         told = {key: int(number) for key, number in re.findall(r"\.(\w+_count):\s+(\d+)", binary.asm["amdgcn"])}
-        return {"shared": binary.metadata.shared, "registers": told["vgpr_count"], "spilled": told["vgpr_spill_count"]}
+        return {"shared": binary.metadata.shared, "registers": told["vgpr_count"], "spilled": 4 * told["vgpr_spill_count"]}
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(binary.asm["cubin"])
         usage = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)

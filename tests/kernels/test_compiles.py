@@ -25,7 +25,7 @@ KERNELS = {
     "columns_kernel", "influence_kernel", "paged_write_kernel", "paged_decode_kernel", "paged_merge_kernel",
 }  # fmt: skip
 FEW = 64
-"""Bytes of a thread that a kernel may spill on NVIDIA's chips."""
+"""Bytes of a thread that a kernel may spill."""
 
 
 def compiled(chip: str, *cases: str) -> list[dict[str, Any]]:
@@ -46,11 +46,15 @@ def test_kernels_compile_and_fit(chip: str) -> None:
     assert ("decode_warps_kernel" in {row["kernel"] for row in found}) == (chip in SHARED)
     for row in found:
         assert row["shared"] <= SHARED.get(chip, AMD), row
-        assert chip not in SHARED or row["spilled"] <= FEW, row
+        assert row["spilled"] <= FEW, row
 
 
 @pytest.mark.slow
-def test_the_widest_heads_fit_the_smallest_chip() -> None:
-    found = compiled("sm_86", "prefill bfloat16, 256", "ring bfloat16, 256", "drawn 256")
+@pytest.mark.parametrize("chip", ["sm_86", "gfx942", "gfx1100"])
+def test_the_widest_heads_fit_small_chips(chip: str) -> None:
+    found = compiled(chip, "prefill bfloat16, 256", "ring bfloat16, 256", "pages 256", "drawn 256", "ring 256, bits [(8, 8), (8, 8)]")
     assert {row["kernel"] for row in found} >= {"prefill_kernel", "decode_kernel"}
-    assert all(row["shared"] <= SHARED["sm_86"] for row in found), found
+    assert all(row["shared"] <= SHARED.get(chip, AMD) for row in found), found
+    # On Hopper the learning kernels of these heads spill as well, and so does prefill over a ring.
+    on_hopper = [row for row in found if row["case"] == "drawn 256" or (row["case"][:4], row["kernel"]) == ("ring", "prefill_kernel")]
+    assert all(row["spilled"] <= FEW for row in found if row not in on_hopper), found

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from moa_lab.kernels import dispatch
+from moa_lab.kernels import drawn as kernels
 from moa_lab.kernels.dispatch import drawn_attention
 from moa_lab.kernels.drawn import drawn_windows
 from moa_lab.kernels.mixture import BLOCK, mixed_windows
@@ -108,6 +109,21 @@ def test_soft_caps_and_half_precision(dtype: torch.dtype, softcap: float | None)
 @pytest.mark.parametrize("reach", [None, 40])
 def test_a_sink_logit_is_part_of_every_window(reach: int | None) -> None:
     check(heads=2, kv_heads=1, sinks=torch.tensor([0.5, 2.0], device=DEVICE)[:, None, None], reach=reach)
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_a_block_may_be_several_tiles(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "_tiles", lambda *_: (rows, 4, 1))
+    counts = torch.tensor([[1], [2]], dtype=torch.int32, device=DEVICE)
+    check(210, 1, 1, counts=counts)
+    check(150, 2, 1, counts=counts, sink=100, softcap=2.0, reach=110)
+    check(129, 1, 1, counts=counts, sink=0, sinks=torch.tensor([0.5], device=DEVICE)[:, None, None])
+
+
+@pytest.mark.parametrize(("wave", "rows"), [(None, [64, 64, 64]), (64, [64, 64, 32]), (32, [32, 16, 16])])
+def test_tiles_follow_from_the_registers_of_a_wave(wave: int | None, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "wave_lanes", lambda _: wave)
+    assert [kernels._tiles(head_dim, torch.empty(0, dtype=torch.float16))[0] for head_dim in (64, 128, 256)] == rows
 
 
 def test_scores_that_dwarf_the_window_leave_its_slope_finite() -> None:

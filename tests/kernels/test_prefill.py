@@ -109,8 +109,19 @@ def test_a_sink_logit_of_every_query_head_takes_its_weight(dtype: torch.dtype, f
     check(*inputs(4, 2, 150, 150, 16, dtype), [40, 100], first=first, reach=120, sink_logits=logits)
 
 
-def test_keys_that_nobody_sees_are_never_loaded() -> None:
-    query, key, value = inputs(1, 1, 64, 512, 16, torch.float32, batch=1)
+@pytest.mark.parametrize("wave", [32, 64])
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_tiles_for_waves_of_any_width(wave: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "wave_lanes", lambda _: wave)
+    tensors = inputs(2, 2, 100, 150, head_dim, torch.float16)
+    check(*tensors, [40, 140], scale=head_dim**-0.5)
+    check(*tensors, [1, 90], 30, first=[0, 70], reach=100, softcap=5.0, scale=head_dim**-0.5)
+    test_keys_that_nobody_sees_are_never_loaded(head_dim)
+
+
+@pytest.mark.parametrize("head_dim", [16])
+def test_keys_that_nobody_sees_are_never_loaded(head_dim: int) -> None:
+    query, key, value = inputs(1, 1, 64, 512, head_dim, torch.float32, batch=1)
     # Loaded, even a weight of nothing would spoil the sum.
     value[:, :, 64 : 512 - 64 - 96] = float("nan")
     windows = torch.tensor([32], dtype=torch.int32, device=DEVICE)

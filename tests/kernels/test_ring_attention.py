@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from ring_attends import DEVICE, Attend, by_reference, by_triton, check
 from ring_oracle import Sequences, random_layout
 
 from moa_lab.cache import LayerLayout
+from moa_lab.kernels import decode, prefill
 from moa_lab.kernels.schedule import decode_schedule
 from moa_lab.kernels.write import ring_write
 
@@ -46,6 +49,17 @@ def test_every_head_dimension(head_dim: int) -> None:
     rows = Sequences(LayerLayout(4, (20, 90), None, capacity=80), 1, head_dim=head_dim, dtype=torch.float16, device=DEVICE)
     check(by_triton, rows, [70])
     check(by_triton, rows, [1])
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+def test_tiles_for_waves_of_32_lanes(head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (prefill, decode):
+        monkeypatch.setattr(module, "wave_lanes", lambda _: 32)
+    rows = Sequences(LayerLayout(4, (20, 90), None, capacity=80), 2, head_dim=head_dim, dtype=torch.float16, device=DEVICE)
+    tile = decode.tile_slots(rows.ring)
+    assert tile == {64: 32, 256: 16}[head_dim]
+    check(by_triton, rows, [70, 33])
+    check(partial(by_triton, tile=tile), rows, [1, 1])
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 17])
