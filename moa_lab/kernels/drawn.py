@@ -14,7 +14,7 @@ import triton.language as tl
 
 from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles, wave_lanes
 from moa_lab.kernels.mixture import BLOCK
-from moa_lab.kernels.prefill import NO_REACH
+from moa_lab.kernels.prefill import HOPPER, NO_REACH
 
 
 @triton.jit
@@ -216,19 +216,21 @@ def drawn_windows(
 def holds_tiles(query: torch.Tensor) -> bool:
     """Whether the device's shared memory holds what the kernels keep there of heads as wide as these: four tiles on NVIDIA's chips, where
     operands of a product lie in shared memory."""
-    return nvidia_capability(query) is None or room_for_tiles(query) >= 4 * BLOCK * query.shape[-1] * query.itemsize
+    return nvidia_capability(query) is None or room_for_tiles(query) >= 4 * _tiles(query)[0] * query.shape[-1] * query.itemsize
 
 
-def _tiles(padded_dim: int, query: torch.Tensor) -> tuple[int, int, int]:
+def _tiles(query: torch.Tensor) -> tuple[int, int, int]:
     """Rows of a tile, which divide BLOCK; warps; stages."""
-    wave = wave_lanes(query)
+    padded_dim, wave = triton.next_power_of_2(query.shape[-1]), wave_lanes(query)
     if wave == 32:
         return (32 if padded_dim <= 64 else 16), 8, 1
     if wave is not None:
         # Four waves of 64 lanes have all registers there are, eight have half of them each.
         rows = BLOCK if padded_dim <= 128 else 32
         return rows, 4, (2 if room_for_tiles(query) >= 4 * rows * padded_dim * query.itemsize else 1)
-    return BLOCK, (4 if padded_dim <= 64 else 8), 2
+    # Of wide heads, chips before Hopper keep too much in registers, and those after it in shared memory.
+    wide = padded_dim > 128 and query.itemsize == 2 and (nvidia_capability(query) or HOPPER)[0] != HOPPER[0]
+    return (32 if wide else BLOCK), (4 if padded_dim <= 64 else 8), 2
 
 
 class _Drawn(torch.autograd.Function):
@@ -242,7 +244,7 @@ class _Drawn(torch.autograd.Function):
         output = torch.empty_like(query)
         normaliser = query.new_empty(batch, heads, n_tokens, dtype=torch.float32)
         padded_dim = max(triton.next_power_of_2(head_dim), 16)
-        tile, warps, stages = _tiles(padded_dim, query)
+        tile, warps, stages = _tiles(query)
         settings = {
             "GROUP": heads // key.shape[1], "HEAD_DIM": head_dim, "PADDED_DIM": padded_dim, "TILE": tile, "PARTS": BLOCK // tile,
             "CAPPED": softcap is not None, "PRECISION": precision(query), "num_warps": warps, "num_stages": stages,

@@ -123,7 +123,17 @@ def test_a_block_may_be_several_tiles(rows: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("wave", "rows"), [(None, [64, 64, 64]), (64, [64, 64, 32]), (32, [32, 16, 16])])
 def test_tiles_follow_from_the_registers_of_a_wave(wave: int | None, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "wave_lanes", lambda _: wave)
-    assert [kernels._tiles(head_dim, torch.empty(0, dtype=torch.float16))[0] for head_dim in (64, 128, 256)] == rows
+    assert [kernels._tiles(torch.empty(1, head_dim, dtype=torch.float16))[0] for head_dim in (64, 128, 256)] == rows
+
+
+@pytest.mark.parametrize(("capability", "rows"), [((8, 0), 32), ((9, 0), 64), ((10, 0), 32)])
+def test_tiles_of_wide_heads_follow_from_the_capability(capability: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "nvidia_capability", lambda _: capability)
+    monkeypatch.setattr(kernels, "room_for_tiles", lambda _: 88 * 1024)
+    query = torch.empty(1, 256, dtype=torch.float16)
+    assert kernels._tiles(query)[0] == rows
+    assert kernels.holds_tiles(query) == (rows == 32)
+    assert kernels._tiles(query.float())[0] == BLOCK
 
 
 def test_scores_that_dwarf_the_window_leave_its_slope_finite() -> None:
