@@ -101,6 +101,7 @@ def _settings(lab: Lab, quick: bool) -> dict[str, Any]:
     )
     return {
         "device": lab.name,
+        "architecture": lab.architecture,
         "quick": quick,
         "dtype": str(lab.dtype).removeprefix("torch."),
         "tolerance": TOLERANCE,

@@ -46,6 +46,15 @@ class Lab:
         return torch.cuda.get_device_name(self.device) if self.is_gpu else INTERPRETER
 
     @property
+    def architecture(self) -> str | None:
+        """What kernels are compiled for, as "sm_90" or "gfx942"; None under the interpreter."""
+        if not self.is_gpu:
+            return None
+        if torch.version.hip is not None:
+            return str(torch.cuda.get_device_properties(self.device).gcnArchName).split(":")[0]
+        return "sm_{}{}".format(*torch.cuda.get_device_capability(self.device))
+
+    @property
     def read_by(self) -> str:
         """What `read_bytes` was measured with."""
         return f"sum over {(READ_BYTES if self.is_gpu else TINY_COPY_BYTES) // 2**10} KiB of bfloat16"

@@ -12,8 +12,8 @@ from moa_lab import figures
 from moa_lab.bench import BenchRecord
 
 RECORDS = Path(__file__).resolve().parents[2] / "data" / "benchmarks"
-OTHERS = {"serving.json"}
-"""Records of another kind: sides, not rows with a goal each."""
+OTHERS = {"serving.json", "compiled.json"}
+"""Records of other kinds: not rows with a goal each."""
 
 
 @pytest.mark.parametrize("name", sorted({path.name for path in RECORDS.glob("*.json")} - OTHERS))

@@ -1,7 +1,8 @@
 """Compile all kernels, as they are dispatched, for chips that are not there, and tell what each takes, a JSON line a kernel.
 
 python compile_everywhere.py CHIP [CASE ...]    one of CHIPS, all cases unless some are named
-python compile_everywhere.py --record FILE LINES ...    what was printed, kept as one record
+python compile_everywhere.py --list    what would be compiled, for all chips
+python compile_everywhere.py --record FILE LINES ...    what was printed for chips, kept as one record
 
 A process of its own: where Triton's interpreter is on, nothing compiles.
 """
@@ -30,11 +31,14 @@ from triton.compiler import ASTSource, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime import jit
 
+from moa_lab.bench.compiled import COMPILED_SCHEMA
 from moa_lab.cache import LayerLayout
 from moa_lab.kernels import decode, devices, drawn, influence, prefill
 from moa_lab.kernels.devices import SPARE
+from moa_lab.provenance import provenance
 from moa_lab.serving import paged
 from moa_lab.serving.page_layout import PAGE_TOKENS
+from moa_lab.storage import write_json
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
@@ -65,6 +69,9 @@ CHIPS = {
     },
 }
 HALF, WHOLE = torch.bfloat16, torch.float32
+CHOSEN = ("BLOCK_M", "BLOCK_N", "ONE_LOOP", "TILE", "PARTS", "BLOCK", "num_warps", "num_stages")
+"""Settings that follow from what a device says of itself."""
+describes = prefill._describes
 
 
 def cases() -> dict[str, Callable[[], object]]:
@@ -130,8 +137,7 @@ def launched(chip: Chip, wanted: tuple[str, ...]) -> Iterator[tuple[str, Any, tu
         module.wave_lanes = lambda _: chip.target.warp_size if chip.target.backend == "hip" else None
         module.room_for_tiles = lambda _: chip.shared - SPARE
     # A tensor on a CPU may be described wherever the interpreter runs.
-    described = prefill._describes
-    prefill._describes = lambda tensor: chip.capability is not None and chip.capability >= (9, 0) and described(tensor)
+    prefill._describes = lambda tensor: chip.capability is not None and chip.capability >= prefill.HOPPER and describes(tensor)
     paged.kernel_applies = lambda *_: True
     for name, call in cases().items():
         if not wanted or name in wanted:
@@ -163,30 +169,45 @@ def taken(binary: Any, chip: Chip) -> dict[str, int]:
     return {"shared": binary.metadata.shared, "registers": found["REG"], "spilled": found["LOCAL"] + found["STACK"]}
 
 
-def main(name: str, *wanted: str) -> None:
-    """Print a line for every kernel of every case, or of those of these names."""
+def configurations(name: str, *wanted: str) -> Iterator[tuple[dict[str, Any], Callable[[], Any]]]:
+    """Every kernel of every case, or of those of these names, as it is dispatched, once; and what compiles it."""
     chip = CHIPS[name]
     done: set[str] = set()
     for case, kernel, arguments, settings in launched(chip, wanted):
         key, make = compiled(kernel, arguments, settings, chip)
         if key not in done:
             done.add(key)
-            began = time.perf_counter()
-            told = taken(make(), chip)
-            seconds = round(time.perf_counter() - began, 1)
-            print(json.dumps({"chip": name, "case": case, "kernel": kernel.__name__, **told, "seconds": seconds}), flush=True)
+            chosen = {setting: settings[setting] for setting in CHOSEN if setting in settings}
+            yield {"chip": name, "case": case, "kernel": kernel.__name__, **chosen}, make
+
+
+def main(name: str, *wanted: str) -> None:
+    """Print a line for every kernel of every case, or of those of these names."""
+    for told, make in configurations(name, *wanted):
+        began = time.perf_counter()
+        found = taken(make(), CHIPS[name])
+        print(json.dumps({**told, **found, "seconds": round(time.perf_counter() - began, 1)}), flush=True)
 
 
 def keep(out: str, *printed: str) -> None:
     """Write the lines of the files `printed` as one record."""
     rows = [json.loads(line) for path in printed for line in Path(path).read_text().splitlines()]
-    kept = [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
-    limits = {name: {"shared": chip.shared, "registers": chip.registers} for name, chip in CHIPS.items()}
-    Path(out).write_text(json.dumps({"triton": triton.__version__, "chips": limits, "rows": kept}, indent=1) + "\n")
+    told = {
+        "schema": COMPILED_SCHEMA,
+        "triton": triton.__version__,
+        "chips": {name: {"shared": chip.shared, "registers": chip.registers} for name, chip in CHIPS.items()},
+        "rows": [{name: value for name, value in row.items() if name != "seconds"} for row in rows],
+        "provenance": vars(provenance(device="compiled on a CPU")),
+    }
+    write_json(out, told)
 
 
 if __name__ == "__main__":
     if sys.argv[1] == "--record":
         keep(*sys.argv[2:])
+    elif sys.argv[1] == "--list":
+        for chip in CHIPS:
+            for told, _ in configurations(chip):
+                print(json.dumps(told))
     else:
         main(*sys.argv[1:])

@@ -11,9 +11,13 @@ from typing import Any
 
 import pytest
 
+from moa_lab.bench.compiled import COMPILED_SCHEMA
+from moa_lab.storage import read_json
+
 pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
 
 HERE = Path(__file__).parent
+RECORD = HERE.parents[1] / "data" / "benchmarks" / "compiled.json"
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
 AMD = 65536
 CASES = ("prefill bfloat16, 64", "prefill bfloat16, 128", "ring bfloat16, 64", "ring bfloat16, 128", "ring 128, bits [(8, 8), (8, 8)]",
@@ -28,11 +32,11 @@ FEW = 64
 """Bytes of a thread that a kernel may spill."""
 
 
-def compiled(chip: str, *cases: str) -> list[dict[str, Any]]:
+def compiled(*arguments: str) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), environment.get("PYTHONPATH", "")])
     told = subprocess.run(
-        [sys.executable, str(HERE / "compile_everywhere.py"), chip, *cases], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, str(HERE / "compile_everywhere.py"), *arguments], capture_output=True, text=True, env=environment, check=False
     )
     assert told.returncode == 0, told.stderr[-2000:]
     return [json.loads(line) for line in told.stdout.splitlines() if line.startswith("{")]
@@ -50,7 +54,7 @@ def test_kernels_compile_and_fit(chip: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chip", ["sm_86", "gfx942", "gfx1100"])
+@pytest.mark.parametrize("chip", ["sm_86", "sm_100", "gfx942", "gfx1100"])
 def test_the_widest_heads_fit_small_chips(chip: str) -> None:
     found = compiled(chip, "prefill bfloat16, 256", "ring bfloat16, 256", "pages 256", "drawn 256", "ring 256, bits [(8, 8), (8, 8)]")
     assert {row["kernel"] for row in found} >= {"prefill_kernel", "decode_kernel"}
@@ -58,3 +62,16 @@ def test_the_widest_heads_fit_small_chips(chip: str) -> None:
     # On Hopper the learning kernels of these heads spill as well, and so does prefill over a ring.
     on_hopper = [row for row in found if row["case"] == "drawn 256" or (row["case"][:4], row["kernel"]) == ("ring", "prefill_kernel")]
     assert all(row["spilled"] <= FEW for row in found if row not in on_hopper), found
+
+
+@pytest.mark.slow
+def test_the_record_is_of_the_kernels_that_are_dispatched() -> None:
+    record = read_json(RECORD, COMPILED_SCHEMA)
+    taken = ("shared", "registers", "spilled")
+    recorded = [{name: value for name, value in row.items() if name not in taken} for row in record["rows"]]
+    assert sorted(recorded, key=json.dumps) == sorted(compiled("--list"), key=json.dumps)
+    for row in record["rows"]:
+        limits = record["chips"][row["chip"]]
+        assert row["shared"] <= limits["shared"]
+        assert row["registers"] <= limits["registers"]
+    assert {chip: limits["shared"] for chip, limits in record["chips"].items() if chip in SHARED} == SHARED
