@@ -55,13 +55,18 @@ class Relaxed:
     to each row; limit (K,); groups: see `Group`."""
 
     def __init__(self, cost: np.ndarray, rows: np.ndarray, limit: np.ndarray, groups: Sequence[Group] = ()) -> None:
-        self.cost, self.rows, self.limit, self.groups = cost, rows, limit, groups
-        self.flat = np.ascontiguousarray(rows).reshape(-1, rows.shape[-1])
+        self.cost, self.rows, self.limit, self.groups = cost, np.ascontiguousarray(rows), limit, groups
+        self.flat = self.rows.reshape(-1, rows.shape[-1])
         self._heads = np.arange(len(cost))
 
     def reduced(self, multipliers: np.ndarray) -> np.ndarray:
         """Reduced cost of every choice (heads, R)."""
-        return self.cost + (self.flat @ multipliers.astype(self.flat.dtype)).reshape(self.cost.shape)
+        # Head by head: one product of all rows goes to several threads, which wait for each other where another process holds a core.
+        return self.cost + self.rows @ multipliers.astype(self.rows.dtype)
+
+    def shared(self, shares: np.ndarray) -> np.ndarray:
+        """What shares of all choices (heads, R) add to each row (K,)."""
+        return np.asarray((shares[:, None] @ self.rows).sum(axis=0)[0])
 
     def used(self, reduced: np.ndarray) -> np.ndarray:
         """What the cheapest choices add to each row (K,)."""
@@ -121,9 +126,9 @@ class _Soft:
         share, total = _softmin(lead, first)
         self.value = _value(dual, total, tau)
         # A product with all rows is faster than with many that are picked.
-        shares = np.zeros(dual.lead.size, dtype=relaxed.flat.dtype)
-        shares[entries] = share
-        self.gradient = shares @ relaxed.flat - relaxed.limit
+        shares = np.zeros(dual.lead.shape, dtype=relaxed.rows.dtype)
+        shares.ravel()[entries] = share
+        self.gradient = relaxed.shared(shares) - relaxed.limit
         self.gap = tau * float(share @ lead) + _unbalanced(relaxed, dual.multipliers, self.gradient)
         every = 1 + len(entries) // MANY
         picked = np.flatnonzero(heads % every == 0)

@@ -87,3 +87,12 @@ def test_a_condensed_program_has_the_optimum_of_the_whole_one(seed: int, density
         assert allowed[np.arange(len(choice)), choice].all()
         assert 10 * problem.goal.value(choice) == pytest.approx(expected.bound, abs=1e-5)
         assert found.bound == pytest.approx(expected.bound, abs=1e-5)
+
+
+def test_what_choices_add_to_rows_is_the_same_head_by_head_as_over_all() -> None:
+    random = np.random.default_rng(0)
+    # As of layers, where rows come first in memory.
+    rows = np.moveaxis(random.random((5, 7, 3)), 0, -1)
+    relaxed, multipliers, shares = lagrange.Relaxed(random.random((7, 3)), rows, np.ones(5)), random.random(5), random.random((7, 3))
+    np.testing.assert_allclose(relaxed.reduced(multipliers), relaxed.cost + np.einsum("hrk,k->hr", rows, multipliers), rtol=1e-12)
+    np.testing.assert_allclose(relaxed.shared(shares), np.einsum("hr,hrk->k", shares, rows), rtol=1e-12)
