@@ -216,10 +216,10 @@ def drawn_windows(
 def holds_tiles(query: torch.Tensor) -> bool:
     """Whether the device's shared memory holds what the kernels keep there of heads as wide as these: four tiles on NVIDIA's chips, where
     operands of a product lie in shared memory."""
-    return nvidia_capability(query) is None or room_for_tiles(query) >= 4 * _tiles(query)[0] * query.shape[-1] * query.itemsize
+    return nvidia_capability(query) is None or room_for_tiles(query) >= 4 * tiles_of(query)[0] * query.shape[-1] * query.itemsize
 
 
-def _tiles(query: torch.Tensor) -> tuple[int, int, int]:
+def tiles_of(query: torch.Tensor) -> tuple[int, int, int]:
     """Rows of a tile, which divide BLOCK; warps; stages."""
     padded_dim, wave = triton.next_power_of_2(query.shape[-1]), wave_lanes(query)
     if wave == 32:
@@ -233,6 +233,16 @@ def _tiles(query: torch.Tensor) -> tuple[int, int, int]:
     return (32 if wide else BLOCK), (4 if padded_dim <= 64 else 8), 2
 
 
+def launched_with(query: torch.Tensor, key: torch.Tensor, softcap: float | None) -> dict[str, Any]:
+    """Settings of a launch that all kernels here have in common."""
+    head_dim, (tile, warps, stages) = query.shape[-1], tiles_of(query)
+    return {
+        "GROUP": query.shape[1] // key.shape[1], "HEAD_DIM": head_dim, "PADDED_DIM": max(triton.next_power_of_2(head_dim), 16),
+        "TILE": tile, "PARTS": BLOCK // tile, "CAPPED": softcap is not None, "PRECISION": precision(query),
+        "num_warps": warps, "num_stages": stages,
+    }  # fmt: skip
+
+
 class _Drawn(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -240,17 +250,12 @@ class _Drawn(torch.autograd.Function):
         sink_tokens: int, scale: float, softcap: float | None, reach: int | None, sink_logits: torch.Tensor | None,
     ) -> torch.Tensor:  # fmt: skip
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        batch, heads, n_tokens, head_dim = query.shape
+        batch, heads, n_tokens, _ = query.shape
         output = torch.empty_like(query)
         normaliser = query.new_empty(batch, heads, n_tokens, dtype=torch.float32)
-        padded_dim = max(triton.next_power_of_2(head_dim), 16)
-        tile, warps, stages = _tiles(query)
-        settings = {
-            "GROUP": heads // key.shape[1], "HEAD_DIM": head_dim, "PADDED_DIM": padded_dim, "TILE": tile, "PARTS": BLOCK // tile,
-            "CAPPED": softcap is not None, "PRECISION": precision(query), "num_warps": warps, "num_stages": stages,
-        }  # fmt: skip
+        settings = launched_with(query, key, softcap)
         numbers = (-(-sink_tokens // BLOCK), reach or NO_REACH, scale, softcap or 1.0)
-        grid = (shift.shape[-1] * (BLOCK // tile), batch * heads)
+        grid = (shift.shape[-1] * settings["PARTS"], batch * heads)
         counts = counts.to(query.device, torch.int32).contiguous()
         # One per row and head, in the order of the grid.
         logits = None if sink_logits is None else sink_logits.float().flatten().repeat(batch)

@@ -12,8 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from moa_lab.kernels.devices import precision
-from moa_lab.kernels.drawn import columns_kernel, scores_of_tile, tile_of_rows
+from moa_lab.kernels.drawn import columns_kernel, holds_tiles, launched_with, scores_of_tile, tile_of_rows, tiles_of
 from moa_lab.kernels.mixture import BLOCK
 from moa_lab.kernels.prefill import NO_REACH
 
@@ -32,42 +31,42 @@ class InfluenceSums(NamedTuple):
 def influence_kernel(
     query, key, value, slope, sink_logits, normaliser, expected, query_slope, blocks, distances, effects,
     n_tokens, n_blocks, sink_tokens, reach, scale, softcap,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK: tl.constexpr, CAPPED: tl.constexpr,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, CAPPED: tl.constexpr,
     PRECISION: tl.constexpr, SINK_LOGITS: tl.constexpr,
 ):  # fmt: skip
     block, head = tl.program_id(0), tl.program_id(1)
     size = tl.cast(n_tokens, tl.int64) * HEAD_DIM
-    inner = tl.arange(0, BLOCK)
-    rows = block * BLOCK + inner
+    inner = tl.arange(0, TILE)
+    rows = block * TILE + inner
     dims = tl.arange(0, PADDED_DIM)
-    asked = tile_of_rows(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    asked = tile_of_rows(query + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
     # Rows past the end have no slope, and add nothing.
-    wanted = tile_of_rows(slope + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
+    wanted = tile_of_rows(slope + head * size, block, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
     key += head // GROUP * size
     value += head // GROUP * size
-    oldest = tl.maximum(block * BLOCK - reach + 1, 0) // BLOCK
+    oldest = tl.maximum(block * TILE - reach + 1, 0) // TILE
 
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    gained = tl.zeros((BLOCK,), tl.float32)
-    sink_total = tl.zeros((BLOCK,), tl.float32)
-    sink_gained = tl.zeros((BLOCK,), tl.float32)
+    highest = tl.full((TILE,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE,), tl.float32)
+    gained = tl.zeros((TILE,), tl.float32)
+    sink_total = tl.zeros((TILE,), tl.float32)
+    sink_gained = tl.zeros((TILE,), tl.float32)
     logit = 0.0
     if SINK_LOGITS:
         # The sink logit is a key of this score and value 0 that every query sees.
         logit = tl.load(sink_logits + head)
-        highest = tl.zeros((BLOCK,), tl.float32) + logit
+        highest = tl.zeros((TILE,), tl.float32) + logit
         total += 1.0
     for near in range(oldest, block + 1):
-        known = tile_of_rows(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        values = tile_of_rows(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        scores = scores_of_tile(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+        known = tile_of_rows(key, near, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
+        values = tile_of_rows(value, near, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
+        scores = scores_of_tile(asked, known, block, near, n_tokens, reach, scale, softcap, TILE, CAPPED, PRECISION)
         gain = tl.dot(wanted, tl.trans(values), input_precision=PRECISION)
         higher = tl.maximum(highest, tl.max(scores, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         weights = tl.exp(scores - safe[:, None])
         shrink = tl.exp(highest - safe)
-        of_sink = tl.where(near * BLOCK + inner[None, :] < sink_tokens, weights, 0.0)
+        of_sink = tl.where(near * TILE + inner[None, :] < sink_tokens, weights, 0.0)
         total = total * shrink + tl.sum(weights, axis=1)
         gained = gained * shrink + tl.sum(weights * gain, axis=1)
         sink_total = sink_total * shrink + tl.sum(of_sink, axis=1)
@@ -91,12 +90,12 @@ def influence_kernel(
     place = (tl.cast(head, tl.int64) * n_blocks + block) * n_blocks
     alone = tl.minimum(rows + 1, reach) == 1
     nearer = 0.0
-    gathered = tl.zeros((BLOCK, PADDED_DIM), tl.float32)
+    gathered = tl.zeros((TILE, PADDED_DIM), tl.float32)
     for back in range(0, block + 1 - oldest):
         near = block - back
-        known = tile_of_rows(key, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        values = tile_of_rows(value, near, n_tokens, HEAD_DIM, PADDED_DIM, BLOCK)
-        scores = scores_of_tile(asked, known, block, near, n_tokens, reach, scale, softcap, BLOCK, CAPPED, PRECISION)
+        known = tile_of_rows(key, near, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
+        values = tile_of_rows(value, near, n_tokens, HEAD_DIM, PADDED_DIM, TILE)
+        scores = scores_of_tile(asked, known, block, near, n_tokens, reach, scale, softcap, TILE, CAPPED, PRECISION)
         gain = tl.dot(wanted, tl.trans(values), input_precision=PRECISION)
         # Not less the logarithm of the sum, which would round what is left beside a weight near 1.
         weights = tl.exp(scores - highest[:, None]) * share[:, None]
@@ -108,7 +107,7 @@ def influence_kernel(
         tl.store(blocks + place + near, tl.sum(magnitude))
         # Keys beyond the sink: of those before the row's place in its own tile, 64 b tokens back to 64 b + 63 is in the same tile,
         # of those behind it in the tile before.
-        beyond = near * BLOCK + inner[None, :] >= sink_tokens
+        beyond = near * TILE + inner[None, :] >= sink_tokens
         behind = beyond & (inner[None, :] > inner[:, None])
         before = beyond & (inner[None, :] <= inner[:, None])
         further = tl.sum(tl.where(behind, magnitude, 0.0))
@@ -118,7 +117,7 @@ def influence_kernel(
         kept_slopes += tl.sum(tl.where(behind, slopes, 0.0), axis=1)
         # A window of 64 * back tokens.
         change = tl.where(kept > 0.0, kept_slopes / tl.where(kept > 0.0, kept, 1.0), -mean)
-        tl.store(effects + place + back, tl.sum(tl.where(rows - back * BLOCK >= sink_tokens, change, 0.0)))
+        tl.store(effects + place + back, tl.sum(tl.where(rows - back * TILE >= sink_tokens, change, 0.0)))
         kept += tl.sum(tl.where(before, weights, 0.0), axis=1)
         kept_slopes += tl.sum(tl.where(before, slopes, 0.0), axis=1)
         change_of = slopes * scale
@@ -130,6 +129,11 @@ def influence_kernel(
     real = (rows[:, None] < n_tokens) & (dims[None, :] < HEAD_DIM)
     places = head * size + rows[:, None] * HEAD_DIM + dims[None, :]
     tl.store(query_slope + places, gathered.to(query_slope.dtype.element_ty), mask=real)
+
+
+def holds_blocks(query: torch.Tensor) -> bool:
+    """Whether the device holds blocks of 64 queries and keys of heads as wide as these: influence is added up in no smaller ones."""
+    return tiles_of(query)[0] == BLOCK and holds_tiles(query)
 
 
 def backward_with_influence(
@@ -150,7 +154,7 @@ def backward_with_influence(
     `moa_lab.kernels.reference.masked_attention`. Sums are in float32, in a fixed order.
     """
     query, key, value, slope = (x.contiguous() for x in (query, key, value, slope.to(query.dtype)))
-    batch, heads, n_tokens, head_dim = query.shape
+    batch, heads, n_tokens, _ = query.shape
     group, n_blocks = heads // key.shape[1], triton.cdiv(n_tokens, BLOCK)
 
     def floats(*shape: int) -> torch.Tensor:
@@ -159,10 +163,7 @@ def backward_with_influence(
     normaliser, expected = floats(batch, heads, n_tokens), floats(batch, heads, n_tokens)
     slopes = [torch.empty_like(query, dtype=torch.float32) for _ in range(3)]
     found = [floats(batch, heads, n_blocks, n_blocks) for _ in range(3)]
-    numbers, settings = (reach or NO_REACH, scale, softcap or 1.0), {
-        "GROUP": group, "HEAD_DIM": head_dim, "PADDED_DIM": max(triton.next_power_of_2(head_dim), 16), "BLOCK": BLOCK,
-        "CAPPED": softcap is not None, "PRECISION": precision(query), "num_warps": 4 if head_dim <= 64 else 8, "num_stages": 2,
-    }  # fmt: skip
+    numbers, settings = (reach or NO_REACH, scale, softcap or 1.0), launched_with(query, key, softcap)
     logits = None if sink_logits is None else sink_logits.float().flatten().repeat(batch)
     influence_kernel[n_blocks, batch * heads](
         query, key, value, slope, normaliser if logits is None else logits, normaliser, expected, slopes[0], *found, n_tokens, n_blocks,

@@ -105,9 +105,9 @@ def by_kernel(query: torch.Tensor, mask: KeyMask, windows: np.ndarray | None) ->
     if windows is not None or not whole or not kernel_applies(query):
         return False
     # Imported here: Triton may be missing.
-    from moa_lab.kernels.drawn import holds_tiles
+    from moa_lab.kernels.influence import holds_blocks
 
-    return holds_tiles(query) and works(query.device, query.dtype, query.shape[-1])
+    return holds_blocks(query) and works(query.device, query.dtype, query.shape[-1])
 
 
 @cache

@@ -112,7 +112,7 @@ def _drawn(dtype: torch.dtype, head_dim: int) -> None:
 
 def _influence(dtype: torch.dtype, head_dim: int) -> None:
     query, key, value, slope = (torch.zeros(1, heads, 300, head_dim, dtype=dtype) for heads in (4, 2, 2, 4))
-    if drawn.holds_tiles(query):
+    if influence.holds_blocks(query):
         influence.backward_with_influence(query, key, value, slope, 64, 0.1)
 
 

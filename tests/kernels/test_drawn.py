@@ -113,7 +113,7 @@ def test_a_sink_logit_is_part_of_every_window(reach: int | None) -> None:
 
 @pytest.mark.parametrize("rows", [16, 32])
 def test_a_block_may_be_several_tiles(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_tiles", lambda *_: (rows, 4, 1))
+    monkeypatch.setattr(kernels, "tiles_of", lambda *_: (rows, 4, 1))
     counts = torch.tensor([[1], [2]], dtype=torch.int32, device=DEVICE)
     check(210, 1, 1, counts=counts)
     check(150, 2, 1, counts=counts, sink=100, softcap=2.0, reach=110)
@@ -123,7 +123,7 @@ def test_a_block_may_be_several_tiles(rows: int, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("wave", "rows"), [(None, [64, 64, 64]), (64, [64, 64, 32]), (32, [32, 16, 16])])
 def test_tiles_follow_from_the_registers_of_a_wave(wave: int | None, rows: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "wave_lanes", lambda _: wave)
-    assert [kernels._tiles(torch.empty(1, head_dim, dtype=torch.float16))[0] for head_dim in (64, 128, 256)] == rows
+    assert [kernels.tiles_of(torch.empty(1, head_dim, dtype=torch.float16))[0] for head_dim in (64, 128, 256)] == rows
 
 
 @pytest.mark.parametrize(("capability", "rows"), [((8, 0), 32), ((9, 0), 64), ((10, 0), 32)])
@@ -131,9 +131,9 @@ def test_tiles_of_wide_heads_follow_from_the_capability(capability: tuple[int, i
     monkeypatch.setattr(kernels, "nvidia_capability", lambda _: capability)
     monkeypatch.setattr(kernels, "room_for_tiles", lambda _: 88 * 1024)
     query = torch.empty(1, 256, dtype=torch.float16)
-    assert kernels._tiles(query)[0] == rows
+    assert kernels.tiles_of(query)[0] == rows
     assert kernels.holds_tiles(query) == (rows == 32)
-    assert kernels._tiles(query.float())[0] == BLOCK
+    assert kernels.tiles_of(query.float())[0] == BLOCK
 
 
 def test_scores_that_dwarf_the_window_leave_its_slope_finite() -> None:
