@@ -19,8 +19,18 @@ from moa_lab.trace.case import Case
 CHUNK_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of a prompt that are run at once; between chunks the work can be stopped."""
 
-Progress = Callable[[int, int], None]
+SAID_TOKENS = 32
+"""Tokens of a prompt that take as long as one that is said, on a CPU: progress counts in them."""
+
+Progress = Callable[[float, float], None]
 """Called with (steps done, steps in all); what it raises ends the work."""
+
+
+def within(progress: Progress | None, number: int, count: int) -> Progress | None:
+    """The progress of step `number` of `count`, from 0, told to `progress` as a part of all of them."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(number + (done / total if total else 0.0), count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,14 +74,14 @@ class Answer:
 def answer(model: PreTrainedModel, case: Case, plan: Plan, stops: Sequence[int] | None = None, progress: Progress | None = None) -> Answer:
     """Answer `case` under `plan`: its answer token by token, and the plan's own from the first token that differs.
 
-    stops: tokens that end an answer. progress: counts chunks of the prompt and tokens said. The prompt is run once, over the ring cache.
+    stops: tokens that end an answer. progress: of the prompt and of what is said. The prompt is run once, over the ring cache.
     Raises ValueError for a plan of another geometry and a length beyond the model.
     """
     model = plain_model(model)
     wanted = torch.from_numpy(case.answer).to(model.device)
     with apply_plan(model, plan, case.n_tokens):
         cache = ring_cache(model, case.n_tokens)
-        last = _read(model, cache, case.prompt, progress)
+        last = _read(model, cache, case.prompt, len(wanted), progress)
         logits = last[None]
         if len(wanted) > 1:
             # On a copy: the plan may go on from the prompt in other words.
@@ -81,7 +91,7 @@ def answer(model: PreTrainedModel, case: Case, plan: Plan, stops: Sequence[int] 
         likeliest = logits.argmax(dim=-1)
         told = logits.log_softmax(dim=-1).gather(-1, wanted[:, None])[:, 0]
         same = bool((likeliest == wanted).all())
-        said = case.answer.tolist() if same else _say(model, cache, last, len(wanted), stops or (), progress)
+        said = case.answer.tolist() if same else _say(model, cache, last, len(case.prompt), len(wanted), stops or (), progress)
     return Answer(plan, case.answer, told.double().cpu().numpy(), likeliest.cpu().numpy(), tuple(said))
 
 
@@ -94,15 +104,16 @@ def say(
     model = plain_model(model)
     with apply_plan(model, plan, n_tokens):
         cache = ring_cache(model, n_tokens)
-        return _say(model, cache, _read(model, cache, prompt, progress), max_new_tokens, stops, progress)
+        last = _read(model, cache, prompt, max_new_tokens, progress)
+        return _say(model, cache, last, len(prompt), max_new_tokens, stops, progress)
 
 
-def _read(model: PreTrainedModel, cache: RingCache, prompt: np.ndarray, progress: Progress | None) -> torch.Tensor:
-    """Run the prompt into the cache: logits (vocabulary,) of the token after it."""
+def _read(model: PreTrainedModel, cache: RingCache, prompt: np.ndarray, count: int, progress: Progress | None) -> torch.Tensor:
+    """Run the prompt, after which at most `count` tokens are said, into the cache: logits (vocabulary,) of the token after it."""
     step = CHUNK_TOKENS.get(model.device.type, CHUNK_TOKENS["cpu"])
     for start in range(0, len(prompt), step):
         if progress:
-            progress(start, len(prompt))
+            progress(start, len(prompt) + SAID_TOKENS * count)
         ids = torch.from_numpy(prompt[start : start + step]).to(model.device)[None]
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     last: torch.Tensor = logits[0, -1]
@@ -110,12 +121,13 @@ def _read(model: PreTrainedModel, cache: RingCache, prompt: np.ndarray, progress
 
 
 def _say(
-    model: PreTrainedModel, cache: RingCache, logits: torch.Tensor, count: int, stops: Sequence[int], progress: Progress | None
+    model: PreTrainedModel, cache: RingCache, logits: torch.Tensor, read: int, count: int, stops: Sequence[int], progress: Progress | None
 ) -> list[int]:
+    """At most `count` tokens after a prompt of `read`, the first of them from its `logits`."""
     said = [int(logits.argmax())]
     while len(said) < count and said[-1] not in stops:
         if progress:
-            progress(len(said), count)
+            progress(read + SAID_TOKENS * len(said), read + SAID_TOKENS * count)
         ids = torch.tensor([[said[-1]]], device=model.device)
         said.append(int(model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1].argmax()))
     return said

@@ -15,7 +15,7 @@ from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import chat_ids, geometry_of, prompt_ids
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.runtime.arguments import stop_ids
-from moa_lab.trace.answer import Answer, Progress, answer, say
+from moa_lab.trace.answer import Answer, Progress, answer, say, within
 from moa_lab.trace.case import Case
 
 MAKES: dict[str, Callable[..., list[Sample]]] = {"needle": needle_samples, "line": line_samples}
@@ -81,12 +81,12 @@ class Lost:
 def first_lost(
     model: PreTrainedModel, plan: Plan, cases: list[Case], stops: list[int] | None = None, progress: Progress | None = None
 ) -> Lost | None:
-    """The first of `cases` that is lost under `plan`; None where none is. progress: counts cases."""
+    """The first of `cases` that is lost under `plan`; None where none is. progress: of all cases."""
     dense = dense_plan(geometry_of(plain_model(model)))
     for tried, case in enumerate(cases):
         if progress:
             progress(tried, len(cases))
-        cut = answer(model, case, plan, stops)
+        cut = answer(model, case, plan, stops, within(progress, tried, len(cases)))
         if cut.first_difference is None:
             continue
         whole = answer(model, case, dense, stops)

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.models import geometry_of
 from moa_lab.plan import Plan
-from moa_lab.profiling.token import Prefix, Progress, TokenInfluence, prefix_of, token_influence
+from moa_lab.profiling.token import Prefix, TokenInfluence, prefix_of, token_influence
+from moa_lab.trace.answer import Progress, within
 from moa_lab.trace.case import Case
 
 QUESTION_TOKENS = 64
@@ -110,10 +111,11 @@ class Tracer:
         tokens = case.tokens[: case.start + index + 1]
         near = np.full((geometry.layers, geometry.kv_heads), min(NEAR_TOKENS, max(1, len(tokens) // 4)))
         cuts = [near, plan.windows(case.n_tokens)]
-        dense = token_influence(self.model, tokens, self._prefix(None, progress), cuts, plan.sink_tokens)
+        passes = 1 if plan.is_dense else 2
+        dense = token_influence(self.model, tokens, self._prefix(None, within(progress, 0, passes)), cuts, plan.sink_tokens)
         cut = dense
         if not plan.is_dense:
-            cut = token_influence(self.model, tokens, self._prefix(plan, progress), cuts, plan.sink_tokens)
+            cut = token_influence(self.model, tokens, self._prefix(plan, within(progress, 1, passes)), cuts, plan.sink_tokens)
         shares = _shares(case, plan, dense, cut)
         order = sorted(shares, key=lambda share: -max(share.regained, 0.0) if not plan.is_dense else -share.brought)
         return TokenTrace(case, plan, index, dense, cut, tuple(order))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, TypeVar
 
 from moa_lab.text import one_line
+from moa_lab.trace.answer import within
 
 T = TypeVar("T")
 Status = Literal["waiting", "running", "done", "cancelled", "failed"]
@@ -23,16 +24,30 @@ class Handle:
     """Given to the work of a job, to report its progress and to stop when asked to."""
 
     cancel: threading.Event
-    _tell: Callable[[int, int], None]
+    _tell: Callable[[float, float], None]
+    _say: Callable[[str], None] = lambda _: None
 
-    def progress(self, done: int, total: int) -> None:
+    def progress(self, done: float, total: float) -> None:
         """Report that `done` of `total` steps are done. Raises Cancelled where the job is to stop."""
         self.check()
         self.tell(done, total)
 
-    def tell(self, done: int, total: int) -> None:
+    def tell(self, done: float, total: float) -> None:
         """As `progress`, for work that checks `cancel` itself and ends early with what it has."""
         self._tell(done, total)
+
+    def part(self, number: int, count: int, what: str = "") -> Handle:
+        """For step `number` of `count`, from 0, called `what`: what it reports is a part of the progress over all steps.
+
+        Raises Cancelled where the job is to stop.
+        """
+        self.check()
+        if what:
+            self._say(what)
+        told = within(self._tell, number, count)
+        assert told is not None
+        told(0, 1)
+        return Handle(self.cancel, told, self._say)
 
     def check(self) -> None:
         """Raise Cancelled where the job is to stop."""
@@ -43,7 +58,7 @@ class Handle:
 class Job(Generic[T]):
     """Work in a thread. status: waiting, running, done, cancelled, failed. on_change is called, in that thread, when anything changes.
 
-    done, total: steps. result: what the work returned. error: why it failed, in words. elapsed_s, left_s: seconds since the start, and
+    done, total: steps. step: what it does now, "" where it does not say. result: what the work returned. error: why it failed, in words. elapsed_s, left_s: seconds since the start, and
     estimated seconds to the end.
     """
 
@@ -52,7 +67,8 @@ class Job(Generic[T]):
         self._cancel, self._ended = threading.Event(), threading.Event()
         self._began = self._stopped = 0.0
         self.status: Status = "waiting"
-        self.done, self.total = 0, 0
+        self.done, self.total = 0.0, 0.0
+        self.step = ""
         self.result: T | None = None
         self.error = ""
 
@@ -91,7 +107,7 @@ class Job(Generic[T]):
     def _run(self) -> None:
         status: Status = "failed"
         try:
-            self.result = self._work(Handle(self._cancel, self._progress))
+            self.result = self._work(Handle(self._cancel, self._progress, self._stepped))
             # Work that checks the event itself may end early without an exception.
             status = "done"
         except Cancelled:
@@ -104,9 +120,12 @@ class Job(Generic[T]):
         self._ended.set()
         self._changed()
 
-    def _progress(self, done: int, total: int) -> None:
+    def _progress(self, done: float, total: float) -> None:
         self.done, self.total = done, total
         self._changed()
+
+    def _stepped(self, step: str) -> None:
+        self.step = step
 
     def _changed(self) -> None:
         if self._on_change is not None:

@@ -18,7 +18,7 @@ from moa_lab.workbench.measure_panel import PROMPT, TEXT_TOKENS
 from moa_lab.workbench.measuring import Plans
 from moa_lab.workbench.state import State
 from moa_lab.workbench.token_heads import TokenHeads
-from moa_lab.workbench.tracing import Tracing, given
+from moa_lab.workbench.tracing import DENSE_STEP, HEADS_STEP, LOST_STEP, PLAN_STEP, Tracing, given
 from moa_lab.workbench.what_if import WhatIf
 from moa_lab.workbench.widgets import Errors, Work, button, choice, row, whole
 
@@ -86,7 +86,7 @@ class TracePanel:
         """Trace token `index` of the answer; while another is traced, it comes next."""
         self._wanted = index
         if not self.work.is_running:
-            self._do(lambda tracing, handle: tracing.look(index, handle))
+            self._do(lambda tracing, handle: tracing.look(index, handle.part(0, 1, HEADS_STEP)))
 
     def give_room(self) -> None:
         """Give the head that lost the token the span it needs, and answer again.
@@ -168,21 +168,22 @@ class TracePanel:
 
         def todo(tracing: Tracing, handle: Handle) -> None:
             plan = self._plan(tracing)
+            asking = handle.part(0, 3, LOST_STEP if kind in (LOST, LOST_LINE) else DENSE_STEP)
             if kind == OWN:
-                tracing.ask(prompt, new, handle, text)
+                tracing.ask(prompt, new, asking, text)
             elif kind in (LOST, LOST_LINE):
-                tracing.draw_lost(kind.split()[-1], length, seed, plan, handle)
+                tracing.draw_lost(kind.split()[-1], length, seed, plan, asking)
             else:
-                tracing.draw(kind, length, seed, handle)
-            self._follow(tracing, plan, plan.name, handle)
+                tracing.draw(kind, length, seed, asking)
+            self._follow(tracing, plan, plan.name, handle, 1)
 
         return todo
 
-    def _follow(self, tracing: Tracing, plan: Plan, what: str, handle: Handle) -> None:
-        """Answer under `plan`, and look at the same token as before, or else at the first that differs."""
+    def _follow(self, tracing: Tracing, plan: Plan, what: str, handle: Handle, done: int = 0) -> None:
+        """Answer under `plan`, and look at the same token as before, or else at the first that differs; after so many steps."""
         before = tracing.trace
-        tracing.try_plan(plan, what, handle)
-        tracing.look(tracing.telling() if before is None else before.index, handle)
+        tracing.try_plan(plan, what, handle.part(done, done + 2, PLAN_STEP))
+        tracing.look(tracing.telling() if before is None else before.index, handle.part(done + 1, done + 2, HEADS_STEP))
         if before is None:
             share = tracing.head()
             self.state.set(layer=share.layer, kv_head=share.kv_head)
@@ -202,13 +203,13 @@ class TracePanel:
         """Change the plan, answer again, and look at the same token."""
 
         def todo(tracing: Tracing, handle: Handle) -> None:
-            change(tracing, handle)
-            self._again_in(tracing, handle)
+            change(tracing, handle.part(0, 2, PLAN_STEP))
+            self._again_in(tracing, handle.part(1, 2, HEADS_STEP))
 
         self._do(todo)
 
     def _again(self) -> None:
-        self._do(self._again_in)
+        self._do(lambda tracing, handle: self._again_in(tracing, handle.part(0, 1, HEADS_STEP)))
 
     def _again_in(self, tracing: Tracing, handle: Handle) -> None:
         """Look at the same token under the current trial's plan, which becomes the state's."""

@@ -40,6 +40,9 @@ Room = tuple[int, int, int]
 NO_HEAD = "no head that the plan cuts would bring this token back: choose another token, or set a span yourself"
 FEW = 0.1
 """Nats that a token loses from which it counts as less likely."""
+DENSE_STEP, PLAN_STEP, HEADS_STEP = "the dense model answers", "the plan answers", "heads behind the token"
+LOST_STEP = "looking for a lost sample"
+"""What a job says that it does."""
 ROUNDS = 6
 """Of `Tracing.rescue`."""
 NAMED = 2
@@ -80,10 +83,11 @@ class Tracing:
 
     def ask(self, prompt: str, max_new_tokens: int, handle: Handle, text_tokens: int = 0) -> Case:
         """Trace `prompt` and the dense model's answer to it (`moa_lab.trace.prompt_case`)."""
+        asking = handle.part(0, 2)
         case = prompt_case(
-            self.model, self.tokenizer, prompt, max_new_tokens, text_tokens=text_tokens, progress=handle.progress
+            self.model, self.tokenizer, prompt, max_new_tokens, text_tokens=text_tokens, progress=asking.progress
         )  # fmt: skip
-        return self.take(case, handle)
+        return self.take(case, handle.part(1, 2))
 
     def draw(self, kind: str, length: int, seed: int, handle: Handle) -> Case:
         """Trace a test sample of `length` tokens, "needle" or "line" (`moa_lab.trace.drawn_cases`)."""
@@ -207,14 +211,18 @@ class Tracing:
         Every round is a trial; other heads keep what they had, so density grows. Raises ValueError where no head would bring a token
         back, and where the answer is still another after `rounds`.
         """
-        for _ in range(rounds):
+        for number in range(rounds):
             trial = self._current()
             if trial.answer.first_difference is None:
                 return trial
-            shares = culprits(self.look(trial.answer.first_difference, handle))
+            looking, giving = 2 * number, 2 * number + 1
+            shares = culprits(self.look(trial.answer.first_difference, handle.part(looking, 2 * rounds, HEADS_STEP)))
             if not shares:
                 raise ValueError(NO_HEAD)
-            self._give([(share.layer, share.kv_head, max(share.room, trial.plan.min_span)) for share in shares], handle)
+            self._give(
+                [(share.layer, share.kv_head, max(share.room, trial.plan.min_span)) for share in shares],
+                handle.part(giving, 2 * rounds, PLAN_STEP),
+            )
         if not self._current().is_same:
             raise ValueError(f"after {rounds} rounds the answer is still another one; a further press goes on")
         return self._current()

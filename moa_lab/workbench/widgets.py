@@ -85,7 +85,7 @@ class Work:
         self.job: Job[Any] | None = None
         self.start = w.Button(description=label, button_style="primary", layout=w.Layout(width="auto"))
         self.cancel = w.Button(description="Cancel", disabled=True, layout=w.Layout(width="auto"))
-        self.bar = w.IntProgress(0, 0, 1, layout=w.Layout(width="160px", display="none"))
+        self.bar = w.FloatProgress(0.0, min=0.0, max=1.0, layout=w.Layout(width="160px", display="none"))
         self.label = w.HTML()
         self.label.add_class(f"moa-{name}-status")
         self.start.on_click(errors.guard(self._started))
@@ -115,13 +115,19 @@ class Work:
         self.start.disabled, self.cancel.disabled = job.is_running, not job.is_running
         self.bar.layout.display = "" if job.is_running else "none"
         self.bar.max, self.bar.value = max(job.total, 1), job.done
-        left = f", about {job.left_s:.0f} s left" if job.left_s is not None else ""
-        steps = f" {job.done} of {job.total}{left}" if job.is_running and job.total else ""
-        self.label.value = f"{job.status}{steps}" if job.is_running else f"{job.status} after {job.elapsed_s:.1f} s"
+        self.label.value = told_progress(job) if job.is_running else f"{job.status} after {job.elapsed_s:.1f} s"
         if job.status == "failed":
             self._errors.show(job.error)
         elif job.status == "done":
             self._errors.guard(self._finish)(job.result)
+
+
+def told_progress(job: Job[Any]) -> str:
+    """How far a running job is: of the work over all steps where it names them, or else of what it counts."""
+    left = f", about {job.left_s:.0f} s left" if job.left_s is not None else ""
+    if job.step:
+        return f"running: {job.step}, {job.done / max(job.total, 1):.0%} of all{left}"
+    return f"running {job.done:.0f} of {job.total:.0f}{left}" if job.total else "running"
 
 
 def row(*children: w.Widget) -> w.HBox:

@@ -42,6 +42,32 @@ def test_the_time_left_follows_from_what_is_done() -> None:
     assert job.wait(5)
 
 
+def test_parts_of_a_job_are_one_progress_which_names_its_step() -> None:
+    heard: list[tuple[str, float, float]] = []
+
+    def work(handle: Handle) -> None:
+        for number, (what, total) in enumerate([("first", 4), ("second", 0), ("third", 2)]):
+            part = handle.part(number, 3, what)
+            for done in range(total + 1):
+                part.progress(done, total)
+        inner = handle.part(2, 3).part(1, 2, "fourth")
+        inner.progress(1, 2)
+
+    job = Job(work, lambda job: heard.append((job.step, job.done, job.total))).start()
+    assert job.wait(5)
+    assert (job.status, job.step, job.done) == ("done", "fourth", 2.75)
+    assert ("first", 0.25, 3) in heard
+    assert ("second", 1.0, 3) in heard
+    assert ("third", 2.5, 3) in heard
+
+
+def test_a_part_is_not_begun_once_the_job_is_cancelled() -> None:
+    job = Job(lambda handle: handle.cancel.wait(5) and handle.part(1, 2, "more")).start()
+    job.cancel()
+    assert job.wait(5)
+    assert (job.status, job.step) == ("cancelled", "")
+
+
 def test_a_cancelled_job_ends_at_its_next_step_and_another_can_start() -> None:
     reached, steps = threading.Event(), []
 

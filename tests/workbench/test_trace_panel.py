@@ -43,6 +43,23 @@ def plain(html: str) -> str:
     return re.sub(r"<[^>]+>", "", html)
 
 
+@pytest.mark.parametrize("kind", ["prompt", "needle", "lost needle"])
+def test_one_progress_runs_over_all_steps_of_an_answer_and_says_which_it_is_at(kind: str) -> None:
+    panel, done, steps = panel_of(), [], []
+    panel.kind.value = kind
+    panel.work.bar.observe(lambda change: done.append(change["new"] / panel.work.bar.max), "value")
+    panel.work.label.observe(lambda change: steps.append(change["new"]), "value")
+    press(panel, "Answer")
+    ended(panel.work)
+    assert done == sorted(done), "a bar that starts again tells nothing"
+    told = " ".join(steps)
+    assert "running: looking for a lost sample" in told if kind == "lost needle" else "running: the dense model answers" in told
+    if said(panel) == "":
+        assert done[-1] > 0.6
+        assert "running: the plan answers" in told
+        assert "running: heads behind the token" in told
+
+
 @pytest.mark.parametrize("family", ["llama", "mqa", "gemma3", "gpt_oss", "gpt_neox"])
 def test_a_prompt_is_answered_and_a_click_on_a_token_shows_its_heads(family: str) -> None:
     panel = asked(family)
