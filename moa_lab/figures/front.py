@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -11,8 +12,10 @@ from moa_lab.figures import theme
 from moa_lab.figures.comparisons import with_rank_correlation
 from moa_lab.figures.intervals import error_bars, told
 from moa_lab.figures.measurements import Score, metric_label, pooled, shown
+from moa_lab.figures.plan_kinds import origin_styles
 from moa_lab.plan import Plan
 from moa_lab.records import Front, FrontPoint, Measurements
+from moa_lab.records.candidates import origin_text
 
 
 def front_scatter(front: Front, x: str, y: str, chosen: Plan | str | None = None, reference: Iterable[FrontPoint] = ()) -> go.Figure:
@@ -26,10 +29,9 @@ def front_scatter(front: Front, x: str, y: str, chosen: Plan | str | None = None
     if not points:
         raise ValueError(f"no point of the front has both {x!r} and {y!r}; it has {', '.join(goals(front)) or 'no points'}")
     traces = [front_line((float(goal(point, x) or 0), float(goal(point, y) or 0)) for point in points)] if len(points) > 1 else []
-    styles = theme.series_styles(sorted({point.origin for point in points}))
-    for origin, style in styles.items():
+    for origin, style in origin_styles(point.origin for point in points).items():
         group = [point for point in points if point.origin == origin]
-        traces.append(_markers(group, x, y, f"found by {origin}", {"color": style.color, "symbol": style.symbol, "size": 10}))
+        traces.append(_markers(group, x, y, origin_text(origin), {"color": style.color, "symbol": style.symbol, "size": 10}))
     outside = [point for point in reference if goal(point, x) is not None and goal(point, y) is not None]
     picked = [point for point in (*points, *outside) if _is(point, chosen)]
     if picked:
@@ -68,7 +70,7 @@ def predicted_against_measured(
     length = max(row.length for row in rows if row.metric == metric)
     scored = [(point, score) for point in points if (score := pooled(measurements, point.plan.name, metric, length)) is not None]
     traces = []
-    for origin, style in theme.series_styles(sorted({point.origin for point, _ in scored})).items():
+    for origin, style in origin_styles(point.origin for point, _ in scored).items():
         group = [(point, score) for point, score in scored if point.origin == origin]
         value = np.array([score.value for _, score in group])
         traces.append(
@@ -76,7 +78,7 @@ def predicted_against_measured(
                 x=[goal(point, objective) for point, _ in group],
                 y=value,
                 mode="markers",
-                name=f"found by {theme.plain(origin)}",
+                name=theme.plain(origin_text(origin)),
                 error_y=error_bars((score for _, score in group), thickness=1),
                 marker={"color": style.color, "symbol": style.symbol, "size": 10},
                 text=[_measured(point, metric, score) for point, score in group],
@@ -132,6 +134,12 @@ def goal_label(front: Front, name: str) -> str:
     return f"predicted loss (dense = 0)<br>{theme.plain(goal_text(name))}"
 
 
+def _steps(styles: Mapping[str, theme.Style]) -> list[list[Any]]:
+    """A colour scale of as many equal steps as there are styles."""
+    count = len(styles)
+    return [[end / count, style.color] for number, style in enumerate(styles.values()) for end in (number, number + 1)]
+
+
 def _measured(point: FrontPoint, metric: str, score: Score) -> str:
     interval = f"{told(score, lambda end: shown(metric, end))}, n = {score.n:,}"
     return f"<b>{theme.plain(point.plan.name)}</b><br>{shown(metric, score.value)} ({interval})"
@@ -185,8 +193,8 @@ def front_line(corners: Iterable[tuple[float, float]]) -> go.Scatter:
 
 
 def _hover(point: FrontPoint) -> str:
-    lines = [f"<b>{theme.plain(point.plan.name)}</b>, found by {theme.plain(point.origin)}"]
-    lines += [f"{theme.plain(name)}: {value:.3g}" for name, value in list(point.predicted.items())[:8]]
+    lines = [f"<b>{theme.plain(point.plan.name)}</b>, {theme.plain(origin_text(point.origin))}"]
+    lines += [f"{theme.plain(goal_text(name))}: {value:.3g}" for name, value in list(point.predicted.items())[:8]]
     densities = sorted((int(length), value) for length, value in point.density.items())
     lines += [f"density at {length:,}: {theme.percent(value, 1)}" for length, value in densities]
     if point.gap is not None:
@@ -195,7 +203,7 @@ def _hover(point: FrontPoint) -> str:
 
 
 def parallel_goals(front: Front, names: Sequence[str] | None = None) -> go.Figure:
-    """Every plan as a line through its goals and its density: drag along an axis to keep those that pass there.
+    """Every plan as a line through its goals and its density, in the colour of its kind: drag along an axis to keep those that pass there.
 
     names: the axes, in order; None: all that `axes` gives.
     `dimensions[i].name` is the goal of an axis. A goal that some plan lacks is left out: plotly would draw that plan at the end of the
@@ -211,9 +219,9 @@ def parallel_goals(front: Front, names: Sequence[str] | None = None) -> go.Figur
         {"name": name, "label": theme.plain(goal_text(name)), "values": values, "range": _ends(values), **_goal_format(name, ".3~f")}
         for name, values in common.items()
     ]
-    # Not cividis: thin lines in its end colours are invisible on a dark or a white page.
-    scale = [[0, theme.MAIN_STYLE.color], [1, theme.UNIFORM_STYLE.color]]
-    line = {"color": dimensions[-1]["values"], "colorscale": scale}
+    styles = origin_styles(point.origin for point in front)
+    numbers = {origin: number for number, origin in enumerate(styles)}
+    line = {"color": [numbers[point.origin] for point in front], "cmin": -0.5, "cmax": len(styles) - 0.5, "colorscale": _steps(styles)}
     left_out = ", ".join(theme.plain(name) for name in columns if name not in common)
     title = f"{len(front)} plans, by goal" + (f"; not every plan has {left_out}" if left_out else "")
     # Tilted labels: names are longer than the distance between axes.

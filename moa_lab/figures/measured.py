@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import plotly.graph_objects as go
 
 from moa_lab.figures import theme
 from moa_lab.figures.front import front_line
+from moa_lab.figures.plan_kinds import KIND_ORDER, kind_styles
 from moa_lab.records import Candidate, Measurements, candidates
-from moa_lab.records.candidates import KINDS, SEARCHED
-
-KIND_ORDER = (KINDS["uniform"], SEARCHED, KINDS["ranked"], KINDS["learned"], KINDS["layers"], KINDS["refined"], KINDS["far"])
 
 
 def measured_front(validation: Measurements) -> go.Figure:
@@ -49,15 +46,6 @@ def measured_front(validation: Measurements) -> go.Figure:
         ),
         height=460,
     )
-
-
-def kind_styles() -> dict[str, theme.Style]:
-    """A style per kind of plan, the same in every figure, whichever kinds were measured."""
-    uniform, *others, far = KIND_ORDER
-    styles = theme.series_styles(("uniform", *others))
-    # There are six styles: both kinds of whole heads share a colour, and differ in shape.
-    alike = replace(styles[KINDS["ranked"]], symbol="triangle-down")
-    return {uniform: styles["uniform"], **{kind: styles[kind] for kind in others}, far: alike}
 
 
 def _markers(group: Sequence[Candidate], up: Callable[[Candidate], float], name: str, marker: dict[str, object]) -> go.Scatter:

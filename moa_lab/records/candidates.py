@@ -14,11 +14,22 @@ KINDS = {
 }  # fmt: skip
 """Kinds of plans by origin; the others were searched."""
 SEARCHED = "searched spans"
+SEARCHES = {
+    "default": "", "given": "", "paper": "the paper's goals", "worst-questions": "questions at their worst distance",
+    "worst-others": "other tasks at their worst distance", "budget": "as the slider does", "evolve": "NSGA-II", "milp": "exact",
+}  # fmt: skip
+"""What searches go by that are no others' way, by origin; "" for the usual one."""
 
 
 def kind_text(origin: str) -> str:
     """What an origin of candidates is, in words."""
     return KINDS.get(origin, SEARCHED)
+
+
+def origin_text(origin: str) -> str:
+    """As `kind_text`, with what a search went by where that is not the usual goals."""
+    by = "" if origin in KINDS else SEARCHES.get(origin, origin)
+    return f"searched: {by}" if by else kind_text(origin)
 
 
 @dataclass(frozen=True)

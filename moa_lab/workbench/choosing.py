@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from moa_lab.evaluate.worse import chosen_text
-from moa_lab.figures.front import axes, goal
+from moa_lab.figures.front import axes, goal, goal_text
 from moa_lab.figures.theme import percent
 from moa_lab.records import Candidate, Front, FrontPoint, LossTable, Measurements, candidates
+from moa_lab.records.candidates import origin_text
 from moa_lab.search import default_goals, epsilon_front, evolve, front_values, hypervolume
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.opening import validation_of
@@ -193,9 +194,9 @@ class Choosing:
         n = self.state.n_tokens
         rows = [
             ("plan", [point.plan.name for point in self.picked]),
-            ("found by", [point.origin for point in self.picked]),
+            ("kind", [origin_text(point.origin) for point in self.picked]),
             (f"density at {n:,}", [percent(point.plan.density(n), 1) for point in self.picked]),
-            *((name, [_shown(goal(point, name)) for point in self.picked]) for name in dict.fromkeys(names)),
+            *((goal_text(name), [_shown(goal(point, name)) for point in self.picked]) for name in dict.fromkeys(names)),
         ]
         if len(self.picked) == 2:
             first, last = (point.plan.spans(n) for point in self.picked)
@@ -221,8 +222,10 @@ class Choosing:
 
     def listed(self) -> tuple[list[str], list[list[str]]]:
         """A table of the plans that the brushes leave, with all their goals: its head, and its rows."""
-        head = ["plan", "found by", *self.goals]
-        return head, [[point.plan.name, point.origin, *(_shown(goal(point, name)) for name in self.goals)] for point in self.kept()]
+        head = ["plan", "kind", *map(goal_text, self.goals)]
+        return head, [
+            [point.plan.name, origin_text(point.origin), *(_shown(goal(point, name)) for name in self.goals)] for point in self.kept()
+        ]
 
     def _reference(self, table: LossTable, choice: np.ndarray, name: str, lengths: Sequence[int]) -> FrontPoint:
         predicted = table.predict(choice)

@@ -58,8 +58,8 @@ class Handle:
 class Job(Generic[T]):
     """Work in a thread. status: waiting, running, done, cancelled, failed. on_change is called, in that thread, when anything changes.
 
-    done, total: steps. step: what it does now, "" where it does not say. result: what the work returned. error: why it failed, in words. elapsed_s, left_s: seconds since the start, and
-    estimated seconds to the end.
+    done, total: steps. step: what it does now, "" where it does not say. result: what the work returned. error: why it failed, in words.
+    elapsed_s, left_s: seconds since the start, and estimated seconds to the end.
     """
 
     def __init__(self, work: Callable[[Handle], T], on_change: Callable[[Job[T]], None] | None = None) -> None:

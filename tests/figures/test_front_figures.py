@@ -6,6 +6,7 @@ from figure_records import make_baselines, make_front, make_measurements
 
 from moa_lab import figures
 from moa_lab.figures.front import goal
+from moa_lab.figures.plan_kinds import kind_styles
 from moa_lab.records import Front, FrontPoint, Measurements
 
 X, Y = "questions@2048/all_or_nothing", "summaries@2048/sum"
@@ -18,9 +19,28 @@ def named(fig: go.Figure) -> dict[str, go.Scatter]:
 def test_points_are_grouped_by_origin_with_a_marker_each() -> None:
     front = make_front()
     traces = named(figures.front_scatter(front, X, Y))
-    assert set(traces) == {"found by budget", "found by evolve", "found by milp"}
+    assert set(traces) == {"searched: as the slider does", "searched: NSGA-II", "searched: exact"}
     assert len({trace.marker.symbol for trace in traces.values()}) == 3
     assert sum(len(trace.x) for trace in traces.values()) == len(front)
+
+
+def test_a_plan_looks_as_its_kind_does_where_it_was_measured() -> None:
+    points = [
+        dataclasses.replace(point, origin=origin)
+        for point, origin in zip(make_front(), ("uniform", "ranked", "default", "paper", "worst-questions"), strict=False)
+    ]
+    front, styles = Front(tuple(points), (X, Y)), kind_styles()
+    traces = named(figures.front_scatter(front, X, Y))
+    names = ["uniform spans", "searched spans", "searched: the paper's goals", "searched: questions at their worst distance"]
+    assert list(traces) == [*names, "whole heads over a floor"]
+    for kind in ("uniform spans", "searched spans", "whole heads over a floor"):
+        assert (traces[kind].marker.color, traces[kind].marker.symbol) == (styles[kind].color, styles[kind].symbol)
+    assert {traces[name].marker.color for name in names[1:]} == {styles["searched spans"].color}
+    assert len({trace.marker.symbol for trace in traces.values()}) == 5
+    lines = figures.parallel_goals(front).data[0].line
+    steps = dict(lines.colorscale)
+    drawn = [steps[min(1.0, max(end for end in steps if end <= (place + 0.5) / 5 + 1e-9))] for place in lines.color]
+    assert drawn == [styles[kind].color for kind in ("uniform spans", "whole heads over a floor", *["searched spans"] * 3)]
 
 
 def test_the_line_joins_only_points_that_nothing_beats_in_the_picture() -> None:

@@ -3,7 +3,7 @@ import pytest
 from figure_records import LOST, make_measurements, make_validation
 
 from moa_lab.figures import measured_front
-from moa_lab.figures.measured import kind_styles
+from moa_lab.figures.plan_kinds import kind_styles
 from moa_lab.records.candidates import KINDS, SEARCHED
 
 KIND_NAMES = {*KINDS.values(), SEARCHED}

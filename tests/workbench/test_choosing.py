@@ -11,6 +11,7 @@ from figure_records import make_front, make_plan, make_profile
 
 from moa_lab.bench.lifelike import lifelike_table
 from moa_lab.figures import parallel_goals
+from moa_lab.figures.front import goal_text
 from moa_lab.records import Front, LossTable
 from moa_lab.search import InfeasibleError, limit_lengths
 from moa_lab.storage import RecordError
@@ -172,7 +173,7 @@ def test_two_picks_are_compared_by_density_goals_and_the_heads_that_differ(choos
     rows, n = dict(choosing.compared([X, Y, "poems"])), choosing.state.n_tokens
     assert rows["plan"] == [first.plan.name, last.plan.name]
     assert rows[f"density at {n:,}"] == [f"{point.plan.density(n):.1%}" for point in (first, last)]
-    assert rows[X] == [f"{point.predicted[X]:.4f}" for point in (first, last)]
+    assert rows[goal_text(X)] == [f"{point.predicted[X]:.4f}" for point in (first, last)]
     assert rows["poems"] == ["-", "-"], "a goal that a plan has not"
     differ = (first.plan.spans(n) != last.plan.spans(n)).sum()
     assert rows["heads that differ"] == [f"{differ} of 90"]
@@ -189,7 +190,7 @@ def test_brushes_keep_the_plans_within_any_range_of_every_brushed_goal(choosing:
     choosing.brush({X: (low, high), Y: ((0.0, middle),)})
     assert len(choosing.kept()) == 3
     head, rows = choosing.listed()
-    assert head == ["plan", "found by", X, Y, "density"]
+    assert head == ["plan", "kind", goal_text(X), goal_text(Y), "density"]
     assert [row[0] for row in rows] == [point.plan.name for point in choosing.kept()]
     assert rows[0][2] == f"{choosing.kept()[0].predicted[X]:.4f}"
     choosing.brush({X: ()})
