@@ -23,6 +23,8 @@ NEEDLES = "needles"
 TEXTS = {"documents": "documents", "summaries": "own answers"}
 """Tasks of running text, and what they are called."""
 
+RUN = "run"
+"""Entry of a row's detail: where it was measured."""
 FEW = 0.25
 """Samples, as a share of those of the plan that has most, below which a plan is tried after all others: chance may fail it."""
 MORE = " (more test samples may decide)"
@@ -163,17 +165,28 @@ def recommend(options: Sequence[Option], wish: Wish) -> Advice:
 
 
 def scores_over_bytes(options: Iterable[Option], task: str, length: int) -> list[Measurement]:
-    """Scores of all plans, each named for its samples and the bytes it keeps ("moa, n = 512-25"), and the dense model's of most samples
-    once, for a figure over density."""
+    """Scores of all plans, and the dense model's of most samples once, for a figure over density.
+
+    Runs whose plans have one name and as many samples are a line: every row is named for them and for the bytes it keeps, as in
+    "moa (standard-25, standard-50)-25". `detail["run"]` is a row's own run. The order is that of the runs' names.
+    """
     found: list[Measurement] = []
     dense: Measurement | None = None
-    for option in options:
+    lines: dict[tuple[str, int], list[str]] = {}
+    for option in sorted(options, key=lambda one: one.source):
         for row in option.rows:
             if (row.task, row.length) == (task, length) and row.plan == option.plan.name:
-                found.append(replace(row, plan=f"{row.plan}, n = {row.n}-{100 * row.density:.3g}"))
+                lines.setdefault((row.plan, row.n), []).append(option.source)
+                found.append(replace(row, detail={**row.detail, RUN: option.source}))
             elif (row.task, row.length, row.plan) == (task, length, "dense") and (dense is None or row.n > dense.n):
                 dense = row
-    return found if dense is None else [*found, dense]
+    named = [replace(row, plan=f"{_line(row, lines[row.plan, row.n])}-{100 * row.density:.3g}") for row in found]
+    return named if dense is None else [*named, dense]
+
+
+def _line(row: Measurement, runs: Sequence[str]) -> str:
+    known = [run for run in runs if run]
+    return f"{row.plan} ({', '.join(known)})" if known else f"{row.plan}, n = {row.n}"
 
 
 def measured_at(options: Iterable[Option], tasks: Iterable[str] = (NEEDLES, *TEXTS)) -> list[tuple[str, int]]:

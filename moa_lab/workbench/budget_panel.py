@@ -97,6 +97,7 @@ class BudgetPanel:
                 self.slider,
                 row(self.number, self.mib, self.mean, self.length, self.bits, self.map.order, self.map.find),
                 self.errors.box,
+                self.curves.lost,
                 looked_at,
                 self.served.box,
                 row(self.rules, self.exact.box),

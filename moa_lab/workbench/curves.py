@@ -11,16 +11,15 @@ from dataclasses import replace
 import ipywidgets as w
 
 from moa_lab.evaluate.recommend import NEEDLES, TEXTS, Option, measured_at, scores_over_bytes
-from moa_lab.figures.densities import family, score_by_density
-from moa_lab.figures.intervals import told
-from moa_lab.figures.measurements import shown
-from moa_lab.figures.theme import OUTLINE, percent
+from moa_lab.figures.densities import score_by_density
+from moa_lab.figures.theme import OUTLINE
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Measurement
 from moa_lab.workbench.advising import Advising
 from moa_lab.workbench.canvas import HALF, Canvas
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measuring import Entry, Measuring
+from moa_lab.workbench.nearest import lost_text, nearest_text
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import Errors, Work, choice, row, whole
 
@@ -30,7 +29,7 @@ NOW = "measured now"
 
 
 class MeasuredCurves:
-    """Drawn where anything was measured; `mark` moves a line to a density.
+    """Drawn where anything was measured; `mark` moves a line to a density. lost: what runs measured nearest to it, in a sentence.
 
     measuring: makes the controller that measures the state's plan, and with it loads the model, when that is first asked for; None:
     nothing is measured here. density: marked at first.
@@ -51,6 +50,8 @@ class MeasuredCurves:
         self.canvas = Canvas("measured-curve", HALF)
         self.nearest = w.HTML(layout=w.Layout(max_width=f"{HALF}px"))
         self.nearest.add_class("moa-nearest")
+        self.lost = w.HTML()
+        self.lost.add_class("moa-lost")
         self.place.observe(errors.guard(lambda _: self.draw()), "value")
         self.texts = whole("texts", 16, 1, 1024, "measured-texts", "130px")
         self.work = Work("Measure this density", "measure-density", errors, self._begin, self._measured)
@@ -70,6 +71,7 @@ class MeasuredCurves:
     def mark(self, density: float) -> None:
         """Show where a density lies; nothing else is drawn anew."""
         self._marked = density
+        self.lost.value = f'<div role="status">{html.escape(lost_text(self.options, density))}</div>' if self.options else ""
         if self.places and self.canvas.box.layout.display == "":
             line = {"type": "line", "x0": 100 * density, "x1": 100 * density, "y0": 0, "y1": 1, "yref": "paper"}
             self.canvas.widget.layout.shapes = [{**line, "line": {"color": OUTLINE, "width": 2, "dash": "dot"}}]
@@ -108,20 +110,3 @@ class MeasuredCurves:
             named = row_.plan if row_.density >= 1 else f"{NOW}, n = {row_.n}-{100 * row_.density:.3g}"
             self.now.append(replace(row_, plan=named))
         self.draw()
-
-
-def nearest_text(rows: Sequence[Measurement], density: float) -> str:
-    """What was measured nearest to a density, in words, beside the dense model's score; "" where no plan was measured.
-
-    rows: as `scores_over_bytes` names them, of one task and length.
-    """
-    plans = [row for row in rows if row.density < 1]
-    if not plans:
-        return ""
-    row = min(plans, key=lambda one: (abs(one.density - density), -one.n))
-    dense = next((f"; dense {_score(one)}" for one in rows if one.density >= 1), "")
-    return f"Measured nearest, at {percent(row.density, 1)}: {_score(row)} ({family(row)}){dense}."
-
-
-def _score(row: Measurement) -> str:
-    return f"{shown(row.metric, row.value)} [{told(row, lambda value: shown(row.metric, value), ', ')}]"

@@ -26,6 +26,7 @@ STYLE = """<style>
   .moa-budget > .moa-budget-facts { flex-basis: 100% !important; }
 }
 .moa-budget-facts th { white-space: nowrap; }
+.moa-lost .widget-html-content { white-space: normal; line-height: 1.4; max-width: 1120px; }
 .moa-pins .widget-html-content { white-space: normal; line-height: 1.4; }
 .moa-keys:focus-visible { outline: 2px solid #ff5c39; outline-offset: -2px; }
 .moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }

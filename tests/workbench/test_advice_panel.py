@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from moa_lab.workbench.advising import Advising
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measuring import Entry
+from moa_lab.workbench.nearest import lost_text
 from moa_lab.workbench.opening import open_run
 from moa_lab.workbench.state import State
 from tests.workbench.hands import press, said, within
@@ -50,7 +52,7 @@ def test_a_wish_is_answered_shown_and_taken(panel: AdvicePanel) -> None:
     assert "fewer bytes was measured" in panel.told.value
     assert "standard-50" in panel.table.value
     assert panel.canvas.box.layout.display == ""
-    assert {trace.name for trace in panel.canvas.widget.data} >= {"moa, n = 128"}
+    assert {trace.name for trace in panel.canvas.widget.data} >= {"moa (standard-25, standard-50)"}
     press(panel, "Take it")
     assert panel.state.plan.density(4096) == pytest.approx(0.25, abs=0.01)
     # Words cost more: 25% is not sure to stay within 5%.
@@ -114,7 +116,7 @@ def test_a_script_can_ask_as_well() -> None:
     advising.take()
     assert advising.state.plan is advice.plan
     rows = scores_over_bytes(advising.options(f"{HALF},{QUARTER}"), "needles", 4096)
-    assert {row.plan for row in rows} == {"dense", "moa, n = 128-25", "moa, n = 128-49.9"}
+    assert {row.plan for row in rows} == {"dense", "moa (standard-25, standard-50)-25", "moa (standard-25, standard-50)-49.9"}
 
 
 def test_measured_scores_stand_beside_the_budget_and_follow_its_density() -> None:
@@ -128,7 +130,8 @@ def test_measured_scores_stand_beside_the_budget_and_follow_its_density() -> Non
     rows = panel.curves._drawn
     nearest = min((row for row in rows if row.density < 1), key=lambda row: (abs(row.density - line.x0 / 100), -row.n))
     assert f"Measured nearest, at {100 * nearest.density:.1f}%: " in panel.curves.nearest.value
-    assert f": {nearest.value:.0%} [" in panel.curves.nearest.value
+    assert f": {nearest.value:.1%} [" in panel.curves.nearest.value
+    assert f"({nearest.detail['run']}, n = {nearest.n})" in panel.curves.nearest.value
     assert "; dense " in panel.curves.nearest.value
     panel.curves.place.value = panel.curves.places[-1]
     assert "own answers" in {value: name for name, value in panel.curves.place.options}[panel.curves.places[-1]]
@@ -175,3 +178,14 @@ def test_without_measured_runs_the_dense_model_is_measured_too() -> None:
     within(10, lambda: len(panel.curves.now) == 2)
     assert {row.plan.partition(",")[0] for row in panel.curves.now} == {"dense", "measured now"}
     within(10, lambda: panel.curves.canvas.box.layout.display == "")
+
+
+def test_what_a_density_loses_is_told_in_one_sentence_of_the_run_that_is_nearest() -> None:
+    panel = BudgetPanel(replace(open_run(RUNS / "demo")))
+    panel.number.value = 0.25
+    told = panel.curves.lost.value
+    assert "Measured at 25.0%, the nearest (smollm2-135m-25): needles at 2,048 tokens 93.0% [90.4%, 94.9%], dense 98.4%" in told
+    assert re.search(r"own answers at 2,048 tokens 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\], dense 0\.\d{3} nats a token", told)
+    panel.number.value = 0.5
+    assert "Measured at 50.0%, the nearest (standard-50)" in panel.curves.lost.value
+    assert lost_text((), 0.5) == ""
