@@ -269,7 +269,13 @@ def advice_table(advice: Advice) -> list[Mapping[str, str]]:
     return [
         {
             "plan": one.option.name, "bytes": f"{one.density:.1%}",
-            "verdict": "take" if one.option.plan is advice.plan else "holds" if not one.short else "no", "why": one.short or one.sure,
+            "verdict": "take" if one.option.plan is advice.plan else _verdict(one), "why": one.short or one.sure,
         }
         for one in advice.judged
     ]  # fmt: skip
+
+
+def _verdict(judged: Judged) -> str:
+    if not judged.short:
+        return "holds"
+    return "not sure" if judged.short.endswith(MORE) else "no"

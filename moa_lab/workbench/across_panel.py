@@ -14,7 +14,7 @@ from moa_lab.workbench.across import Across
 from moa_lab.workbench.canvas import WIDE, Canvas, with_legend
 from moa_lab.workbench.opening import known_runs, named
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, button, choice, grid, row, side_by_side
+from moa_lab.workbench.widgets import OWN_WIDTH, Errors, button, choice, grid, row, side_by_side
 
 TAB = "Runs"
 
@@ -25,7 +25,11 @@ class AcrossPanel:
     def __init__(self, state: State, across: Across | None = None) -> None:
         self.state, self.errors, self.across = state, Errors("across"), across or Across()
         self.path = w.Combobox(
-            options=[named(path) for path in known_runs()], placeholder="a run's folder", description="run", layout=w.Layout(width="420px")
+            options=[named(path) for path in known_runs()],
+            placeholder="a run's folder",
+            description="run",
+            layout=w.Layout(width="420px"),
+            style=OWN_WIDTH,
         )
         self.path.add_class("moa-across-run")
         add, every = button("Add run", "add-run"), button("Add all known", "add-runs", "in ./runs and the recorded ones")
@@ -115,4 +119,4 @@ class AcrossPanel:
 
 def _two_a_line(fig: go.Figure) -> go.Figure:
     """The figure with a legend of two names per line, which are as long as a model's and a run's."""
-    return with_legend(fig).update_layout(legend={"entrywidth": WIDE // 2 - 80, "entrywidthmode": "pixels"})
+    return with_legend(fig).update_layout(legend={"entrywidth": WIDE // 2 - 70, "entrywidthmode": "pixels"})

@@ -15,8 +15,9 @@ from moa_lab.figures import template
 from moa_lab.figures.theme import OUTLINE, TITLE_HEIGHT
 from moa_lab.workbench.page import Figure
 
-WIDE, HALF = 840, 520
-"""Pixels of a figure that is as wide as a panel on a laptop (1366 pixels, the file browser open), and of one with facts beside it."""
+WIDE, HALF, PAIR = 790, 520, 389
+"""Pixels of a figure that is as wide as a panel on a small laptop (1280 pixels, the file browser open), of one with facts beside it, and of
+each of two that stand side by side there."""
 
 
 class Canvas:

@@ -32,7 +32,7 @@ from moa_lab.workbench.state import State
 from moa_lab.workbench.told import Told
 from moa_lab.workbench.trace_panel import TAB, TracePanel
 from moa_lab.workbench.tracing import Tracing
-from moa_lab.workbench.widgets import STYLE, Errors, button, row
+from moa_lab.workbench.widgets import OWN_WIDTH, STYLE, Errors, button, row
 
 
 class Workbench:
@@ -50,12 +50,10 @@ class Workbench:
         self.dark = w.ToggleButton(description="dark figures", value=state.dark, layout=w.Layout(width="auto"))
         self.run = w.Combobox(
             value=str(run or ""), options=[named(path) for path in known_runs()], description="run", placeholder="a run's folder",
-            layout=w.Layout(width="380px"), style={"description_width": "initial"},
+            layout=w.Layout(width="380px"), style=OWN_WIDTH,
         )  # fmt: skip
         self.run.add_class("moa-run")
-        self.model = w.Text(
-            description="model", continuous_update=False, layout=w.Layout(width="220px"), style={"description_width": "initial"}
-        )
+        self.model = w.Text(description="model", continuous_update=False, layout=w.Layout(width="220px"), style=OWN_WIDTH)
         self.model.add_class("moa-model")
         again = button("Open run", "open-run", "its profile, loss table, front, plan and measurements, in all panels")
         again.on_click(self.errors.guard(lambda _: self.reopen(self.run.value)))

@@ -16,7 +16,7 @@ from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.launching import LAUNCHERS, launch
 from moa_lab.workbench.state import State
 from moa_lab.workbench.tracing import Tracing
-from moa_lab.workbench.widgets import Errors, Work, button, choice, grid, row
+from moa_lab.workbench.widgets import OWN_WIDTH, Errors, Work, button, choice, grid, row
 
 
 class ExportPanel:
@@ -24,8 +24,8 @@ class ExportPanel:
 
     def __init__(self, state: State, folder: str | Path = "exported", tracing: Callable[[], Tracing | None] = lambda: None) -> None:
         self.state, self.errors, self._tracing = state, Errors("export"), tracing
-        self.folder = w.Text(str(folder), description="folder")
-        self.name = w.Text("my_plan", description="name")
+        self.folder = w.Text(str(folder), description="folder", style=OWN_WIDTH)
+        self.name = w.Text("my_plan", description="name", style=OWN_WIDTH)
         self.folder.add_class("moa-export-folder")
         self.name.add_class("moa-export-name")
         self.engine = choice("to run with", list(LAUNCHERS), "export-engine", "260px")

@@ -14,11 +14,11 @@ import plotly.graph_objects as go
 from moa_lab.figures import archive_scatter, front_scatter, hypervolume_curve, measured_front, parallel_goals, span_map
 from moa_lab.figures.front import goal_text
 from moa_lab.records import Front
-from moa_lab.workbench.canvas import HALF, WIDE, Canvas, ring, with_legend
+from moa_lab.workbench.canvas import HALF, PAIR, WIDE, Canvas, ring, with_legend
 from moa_lab.workbench.choosing import SOLVERS, Choosing, Generation, Ranges
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, grid, number, row, side_by_side, whole
+from moa_lab.workbench.widgets import OWN_WIDTH, Errors, Work, button, choice, facts, grid, number, row, side_by_side, whole
 
 DRAW_S = 0.25
 """Least seconds between two drawings of a running search."""
@@ -38,7 +38,7 @@ class FrontPanel:
         self.path.add_class("moa-front-path")
         load = button("Load front", "load-front")
         load.on_click(self.errors.guard(lambda _: self.choosing.load(self.path.value)))
-        self.archive, self.volumes = Canvas("archive", WIDE // 2), Canvas("volumes", WIDE // 2)
+        self.archive, self.volumes = Canvas("archive", PAIR), Canvas("volumes", PAIR)
         self.live = w.HBox([self.archive.box, self.volumes.box], layout=w.Layout(flex_flow="row wrap", display="none"))
         self._drawn_s, self._loading = 0.0, False
         self._newest: Generation | None = None
@@ -52,7 +52,7 @@ class FrontPanel:
         self.won.add_class("moa-won")
         self.volume.add_class("moa-hypervolume")
         self.kept.add_class("moa-kept")
-        self.axes = w.SelectMultiple(description="axes", rows=5, layout=w.Layout(width="430px"), style={"description_width": "initial"})
+        self.axes = w.SelectMultiple(description="axes", rows=5, layout=w.Layout(width="430px"), style=OWN_WIDTH)
         self.axes.add_class("moa-front-axes")
         self.axes.observe(self.errors.guard(lambda _: None if self._loading else self._new_axes()), "value")
         self.clear = button("Clear brushes", "clear-brushes")

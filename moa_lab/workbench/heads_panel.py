@@ -11,10 +11,10 @@ from moa_lab.figures import difference_map, head_blocks, influence_by_distance, 
 from moa_lab.records import InfluenceProfile
 from moa_lab.workbench.biography import Biography
 from moa_lab.workbench.biography_panel import BiographyPanel
-from moa_lab.workbench.canvas import WIDE, Canvas, ring
+from moa_lab.workbench.canvas import PAIR, WIDE, Canvas, ring
 from moa_lab.workbench.heads import NUMBER, ORDERS, OWN, SPAN, Heads, described
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, button, choice, facts, row, side_by_side, whole
+from moa_lab.workbench.widgets import OWN_WIDTH, Errors, button, choice, facts, row, side_by_side, whole
 
 INFLUENCE, DIFFERENCE, KIND, SCORES = "influence", "difference", "kind of head", "others' scores"
 BY_KV_HEAD = (KIND, SCORES)
@@ -38,11 +38,13 @@ class HeadsPanel:
         self.against = choice("compared with", self._sources(), "against", "380px")
         self.against.value = self.heads.against
         self.order = choice("heads by", ORDERS, "heads-order", "230px")
-        self.name = w.Text(placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="170px"))
+        self.name = w.Text(
+            placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="160px"), style=OWN_WIDTH
+        )
         self.name.add_class("moa-heads-find")
         self.path = w.Text(
             placeholder="a run's folder, or its profile.safetensors", description="another profile", layout=w.Layout(width="400px"),
-            style={"description_width": "initial"},
+            style=OWN_WIDTH,
         )  # fmt: skip
         self.path.add_class("moa-profile-path")
         load = button("Load profile", "load-profile", "of other calibration texts, lengths or weights of the same model")
@@ -53,7 +55,7 @@ class HeadsPanel:
             "influence", WIDE, self.errors.guard(self._clicked), on_hover=self.errors.guard(self._hovered, keep=True), keys=True
         )
         self.biography = BiographyPanel(state, self.heads, self.errors)
-        self.blocks, self.curve = Canvas("blocks", WIDE // 2), Canvas("curve", WIDE // 2)
+        self.blocks, self.curve = Canvas("blocks", PAIR), Canvas("curve", PAIR)
         self._mapped: tuple[Any, ...] = ()
         self.what.observe(self.errors.guard(lambda change: self.heads.choose_key(*change["new"])), "value")
         self.beyond.observe(self.errors.guard(self._new_beyond), "value")

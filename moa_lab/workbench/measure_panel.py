@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
+import pandas as pd
 
 from moa_lab.evaluate.equal_bytes import unequal_rows
 from moa_lab.evaluate.parity import Parity
 from moa_lab.evaluate.parity import table as parity_table
-from moa_lab.figures.theme import byte_size
+from moa_lab.evaluate.recommend import TEXTS
+from moa_lab.figures.measurements import metric_label
+from moa_lab.figures.theme import byte_size, percent
 from moa_lab.plan import Plan
 from moa_lab.records import ALLOCATED, Measurements
 from moa_lab.runtime.generate import Generation
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measuring import KINDS, Entry, Measuring, Plans, history_table, recorded
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, Work, button, number, row, whole
+from moa_lab.workbench.widgets import OWN_WIDTH, Errors, Work, button, grid, number, row, whole
 
 PROMPT = "Say in one sentence what this is about."
 TEXT_TOKENS = 512
@@ -39,7 +42,7 @@ class MeasurePanel:
         self._past: list[Entry] = recorded(self._before)
         self.known = Plans(state)
         longest = self.known.geometry.max_length if self.known.geometry else 131072
-        self.plans = w.SelectMultiple(description="plans", rows=5, layout=w.Layout(width="380px"))
+        self.plans = w.SelectMultiple(description="plans", rows=5, layout=w.Layout(width="380px"), style=OWN_WIDTH)
         self.plans.add_class("moa-plans")
         self.kinds = [
             w.Checkbox(kind in ("retrieval", "memory"), description=kind, indent=False, layout=w.Layout(width="auto")) for kind in KINDS
@@ -48,14 +51,14 @@ class MeasurePanel:
         self.n = whole("texts", n, 1, 1024, "measure-n", "130px")
         self.seed = whole("seed", 0, 0, 2**31 - 1, "measure-seed", "130px")
         self.work = Work("Measure", "measure", self.errors, self._measurer, lambda _: self.show())
-        self.prompt = w.Textarea(value=PROMPT, description="prompt", layout=w.Layout(width="400px", height="60px"))
+        self.prompt = w.Textarea(value=PROMPT, description="prompt", layout=w.Layout(width="400px", height="60px"), style=OWN_WIDTH)
         self.text = whole("after a text of (tokens)", min(TEXT_TOKENS, longest // 2), 0, longest, "text-tokens", "230px")
         self.new = whole("new tokens", 48, 1, 4096, "new-tokens", "170px")
         self.generate = Work("Generate", "generate", self.errors, self._generator, self._said)
         self.parity = Work("Parity", "parity", self.errors, self._comparer, self._compared)
         self.where, self.said, self.checked, self.history = w.HTML(), w.HTML(), w.HTML(), w.HTML()
         self.history.add_class("moa-history-box")
-        self.file = w.Text("history.json", description="file", layout=w.Layout(width="240px"))
+        self.file = w.Text("history.json", description="file", layout=w.Layout(width="240px"), style=OWN_WIDTH)
         self.path = w.Text(placeholder="a config card, or a run's folder", layout=w.Layout(width="260px"))
         self.path.add_class("moa-plan-path")
         load = button("Load plan", "load-plan")
@@ -102,13 +105,8 @@ class MeasurePanel:
         table = history_table([*self._past, *measured])
         if not len(table):
             return
-        values = {name: [_shown(*pair) for pair in zip(table["metric"], table[name], strict=True)] for name in ("value", "low", "high")}
-        told = table.assign(density=table["density"].map("{:.1%}".format), when=table["when"].str[:16].str.replace("T", " "), **values)
-        told = told.rename(columns={"low": "95% from", "high": "to"})
-        told["on"] = table["model"] + ", " + table["device"]
-        told = told.drop(columns=["device", "model"])
         unequal = html.escape(unequal_rows(entry.row for entry in measured))
-        self.history.value = f'<div class="moa-history">{told.to_html(index=False, border=0)}<p>{unequal}</p></div>'
+        self.history.value = f"{grid(*_told(table))}<p>{unequal}</p>"
 
     def _with(self, measured: Sequence[Entry]) -> Measurements:
         """The measurements known before and those made here: a log, in which a row may occur twice."""
@@ -199,7 +197,28 @@ class MeasurePanel:
         self.plans.value = tuple(each for _, each in self.plans.options if each.identity() == plan.identity())
 
 
+def _told(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
+    """The head of the table of measurements, and its rows in words."""
+    head = ["plan", "density", "measured", "texts", "tokens", "value [95% interval]", "n", "when", "on"]
+    rows = [
+        [
+            str(one.plan), percent(one.density, 1), metric_label(one.metric)[0], TEXTS.get(one.task, one.task), f"{one.length:,}",
+            _scored(one.metric, one.value, one.low, one.high), f"{one.n:,}", one.when[:16].replace("T", " "), f"{one.model}, {one.device}",
+        ]
+        for one in table.itertuples()
+    ]  # fmt: skip
+    return head, rows
+
+
+def _scored(metric: str, *score: float) -> str:
+    """A value and, where it has one, its interval."""
+    value, low, high = (_shown(metric, one) for one in score)
+    return value if low == high or "-" in (low, high) else f"{value} [{low}, {high}]"
+
+
 def _shown(metric: str, value: float) -> str:
     if not math.isfinite(value):
         return "-"
-    return byte_size(value) if metric == ALLOCATED else f"{value:.4g}"
+    if metric == ALLOCATED:
+        return byte_size(value)
+    return percent(value, 1) if metric_label(metric)[1] == "%" else f"{value:.4g}"

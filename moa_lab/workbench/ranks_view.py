@@ -14,7 +14,7 @@ from moa_lab.figures import ranks_compared
 from moa_lab.text import interval_text
 from moa_lab.workbench.canvas import HALF, Canvas
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, button
+from moa_lab.workbench.widgets import OWN_WIDTH, Errors, button
 
 
 class RanksView:
@@ -55,7 +55,7 @@ def scores_path(errors: Errors, load: Callable[[str], object]) -> tuple[w.Text, 
     """A box for the file of scores that another method publishes, and the button that calls `load` with what it holds."""
     path = w.Text(
         placeholder="full_attention_heads.tsv, or KVzip's .pt", description="scores of DuoAttention or KVzip",
-        layout=w.Layout(width="480px"), style={"description_width": "initial"},
+        layout=w.Layout(width="480px"), style=OWN_WIDTH,
     )  # fmt: skip
     path.add_class("moa-scores-path")
     pressed = button("Load scores", "load-scores", "what another method says of the heads of this model, from its own file")

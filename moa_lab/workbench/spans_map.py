@@ -19,7 +19,7 @@ from moa_lab.workbench.canvas import HALF, Canvas, ring
 from moa_lab.workbench.finding import find_head
 from moa_lab.workbench.heads import INFLUENCE, NUMBER, SPAN
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, choice
+from moa_lab.workbench.widgets import OWN_WIDTH, Errors, choice
 
 LARGE = 1000
 """Heads of a model from which on its map is `LARGE_MAP` pixels across, and tells less of a head."""
@@ -51,7 +51,9 @@ class SpansMap:
         self.state, self._geometry, self._is_large = state, geometry, is_large(geometry)
         orders = [NUMBER, SPAN, *([INFLUENCE] if state.profile is not None else [])]
         self.order = choice("heads by", orders, order, "230px")
-        self.find = w.Text(placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="170px"))
+        self.find = w.Text(
+            placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="160px"), style=OWN_WIDTH
+        )
         self.find.add_class(f"moa-{find}")
         width = LARGE_MAP if self._is_large else HALF
         self.canvas = Canvas(name, width, errors.guard(self.choose), on_hover=errors.guard(self._hovered, keep=True), keys=True)

@@ -20,7 +20,7 @@ from moa_lab.workbench.state import State
 from moa_lab.workbench.token_heads import TokenHeads
 from moa_lab.workbench.tracing import DENSE_STEP, HEADS_STEP, LOST_STEP, PLAN_STEP, Tracing, given
 from moa_lab.workbench.what_if import WhatIf
-from moa_lab.workbench.widgets import Errors, Work, button, choice, row, whole
+from moa_lab.workbench.widgets import OWN_WIDTH, Errors, Work, button, choice, row, whole
 
 TAB = "Trace"
 OWN, NEEDLE, LOST, LINE, LOST_LINE = "prompt", "needle", "lost needle", "line", "lost line"
@@ -50,7 +50,7 @@ class TracePanel:
         self.kind = choice("trace", KINDS, "trace-kind", "290px")
         self.length = whole("of (tokens)", min(length, longest), 64, longest, "trace-length", "170px")
         self.seed = whole("seed", 0, 0, 2**31 - 1, "trace-seed", "120px")
-        self.prompt = w.Textarea(value=PROMPT, description="prompt", layout=w.Layout(width="400px", height="60px"))
+        self.prompt = w.Textarea(value=PROMPT, description="prompt", layout=w.Layout(width="400px", height="60px"), style=OWN_WIDTH)
         self.prompt.add_class("moa-trace-prompt")
         self.text = whole("after a text of (tokens)", min(TEXT_TOKENS, longest // 2), 0, longest, "trace-text", "230px")
         self.new = whole("new tokens", 32, 1, 512, "trace-new", "170px")

@@ -36,13 +36,21 @@ STYLE = """<style>
 .moa-facts td, .moa-facts th, .moa-history td, .moa-history th { padding: 2px 10px 2px 0; text-align: left; font-size: 13px; }
 .moa-history { max-width: 100%; max-height: 320px; overflow: auto; }
 .moa-parallel .axis .domain, .moa-parallel .axis line { stroke: #7a808a !important; stroke-opacity: 0.8 !important; }
-.moa-history td, .moa-history th { white-space: nowrap; text-align: left !important; }
+.moa-history td { white-space: nowrap; }
+.moa-history td, .moa-history th { text-align: left !important; }
+.moa-history th { white-space: normal; vertical-align: bottom; line-height: 1.2; }
+/* A table that is wider than its panel scrolls by itself. */
+.moa-bench .widget-html, .moa-bench .widget-html-content { min-width: 0; max-width: 100%; }
 .moa-history td:last-child { white-space: normal; min-width: 12em; }
 .moa-advice { max-width: 860px; }
 .moa-advice .widget-html-content { line-height: 1.5; }
 .moa-bench pre { white-space: pre; overflow-x: auto; max-width: 860px; line-height: 1.3; }
 .moa-said { white-space: pre-wrap; max-height: 240px; overflow: auto; }
 </style>"""
+
+
+OWN_WIDTH = {"description_width": "initial"}
+"""Style of a box whose label takes as much room as its words."""
 
 
 class Errors:
@@ -143,25 +151,21 @@ def side_by_side(*children: w.Widget) -> w.HBox:
 
 def number(label: str, value: float, low: float, high: float, step: float, name: str, width: str = "190px") -> w.BoundedFloatText:
     """A number box, which unlike a slider has a name for screen readers."""
-    box = w.BoundedFloatText(
-        value=value, min=low, max=high, step=step, description=label, layout=w.Layout(width=width), style={"description_width": "initial"}
-    )
+    box = w.BoundedFloatText(value=value, min=low, max=high, step=step, description=label, layout=w.Layout(width=width), style=OWN_WIDTH)
     box.add_class(f"moa-{name}")
     return box
 
 
 def whole(label: str, value: int, low: int, high: int, name: str, width: str = "150px") -> w.BoundedIntText:
     """A box for a whole number."""
-    box = w.BoundedIntText(
-        value=value, min=low, max=high, description=label, layout=w.Layout(width=width), style={"description_width": "initial"}
-    )
+    box = w.BoundedIntText(value=value, min=low, max=high, description=label, layout=w.Layout(width=width), style=OWN_WIDTH)
     box.add_class(f"moa-{name}")
     return box
 
 
 def choice(label: str, options: Any, name: str, width: str = "230px") -> w.Dropdown:
     """A list to choose from."""
-    box = w.Dropdown(options=options, description=label, layout=w.Layout(width=width), style={"description_width": "initial"})
+    box = w.Dropdown(options=options, description=label, layout=w.Layout(width=width), style=OWN_WIDTH)
     box.add_class(f"moa-{name}")
     return box
 

@@ -62,6 +62,7 @@ def test_few_samples_without_a_miss_promise_nothing() -> None:
     advice = recommend([option(0.5, [1] * 16, [1] * 16)], Wish(needles=0.95))
     assert advice.plan is None
     assert "(more test samples may decide)" in advice.reason
+    assert advice_table(advice)[-1]["verdict"] == "not sure"
     assert "a run at another density" in advice.next_one
 
 

@@ -212,7 +212,7 @@ def test_a_measurement_is_cancelled_and_started_again(measured: Page) -> None:
     measured.fill("moa-measure-n", 2)
     measured.press("Measure")
     measured.until("moa-measure-status", "done", 120)
-    assert "retrieval" in measured.until("moa-history-box", "retrieval")
+    assert "2 " in measured.until("moa-history-box", "needles retrieved")
     measured.picture("measured")
 
 

@@ -208,14 +208,15 @@ def test_one_job_at_a_time_runs_on_the_model_and_another_model_keeps_the_history
     panel.another_model()
     press(panel, "Measure")
     ended(panel.work)
-    within(5, lambda: panel.history.value.count("kv_bytes_allocated") == 2)
+    within(5, lambda: panel.history.value.count("KV cache of one sequence") == 2)
     assert len(made) == 2
     assert len(panel.state.measurements.rows) == 2
 
 
 def test_what_a_run_measured_is_in_the_history_before_anything_is_measured_here() -> None:
     panel = Workbench.open(DEMO).panels["Apply & measure"]
-    assert "retrieval" in panel.history.value
+    assert "<td>needles retrieved</td><td>needles</td><td>2,048</td><td>93.8% [71.7%, 98.9%]</td><td>16</td>" in panel.history.value
+    assert "<td>cache</td><td>2,048</td><td>22.5 MiB</td>" in panel.history.value, "what is counted has no interval"
     assert "x86_64 CPU" in panel.history.value
 
 
