@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import ipywidgets as w
 import numpy as np
@@ -54,6 +54,7 @@ class BudgetPanel:
         self.length.value = self.budget.n_tokens
         self.bits = choice("stored in", BITS, "budget-bits", "230px")
         self._answer: Answer | None = None
+        self._before: dict[str, tuple[float, dict[tuple[int, int], int]]] = {}
         self.served = OnGpu(state, "budget", self.errors.guard(self._tell))
         self.map = SpansMap(state, geometry, self.errors, "spans", find="budget-find", order="budget-order")
         self.layer = whole("layer", state.layer, 0, geometry.layers - 1, "layer", "120px")
@@ -152,17 +153,37 @@ class BudgetPanel:
 
     def holds(self, plan: Plan | None) -> bool:
         """Whether `plan` is what this panel found last."""
-        return plan is not None and self._answer is not None and plan.identity() == self._answer.plan.identity()
+        if plan is None or self._answer is None:
+            return False
+        return plan is self._answer.plan or plan.identity() == self._answer.plan.identity()
+
+    def pins_of(self, plan: Plan | None) -> Collection[tuple[int, int]]:
+        """The heads that are pinned in `plan`: none where it is another than this panel's."""
+        return self.budget.pinned if self.holds(plan) else ()
 
     def give(self, layer: int, kv_head: int, tokens: int, n_tokens: int) -> Plan:
         """Pin a head to the shortest span that keeps `tokens` at length `n_tokens`, and solve again; the plan becomes the state's.
 
         Raises ValueError as `Budget.pin`.
         """
+        self._remember()
         self.budget.pin(layer, kv_head, tokens, n_tokens)
         answer = self.budget.answer()
         self.show(answer)
+        self._remember()
         return answer.plan
+
+    def back_to(self, plan: Plan) -> None:
+        """Have the pins and the density again that `plan` was found with, before or after a `give`; of another plan nothing is known."""
+        found = self._before.get(plan.identity())
+        if found is not None and not self.holds(plan):
+            density, pinned = found
+            self.budget.pinned = dict(pinned)
+            self.show(self.budget.answer(density))
+
+    def _remember(self) -> None:
+        if self._answer is not None:
+            self._before[self._answer.plan.identity()] = (self.budget.density, dict(self.budget.pinned))
 
     def _draw(self) -> None:
         self._redraw()

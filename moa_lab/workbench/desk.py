@@ -148,7 +148,7 @@ class Workbench:
             state.set(plan=budget.answer().plan, n_tokens=budget.n_tokens)
         heads = panels.get("Heads")
         self.line = HeadLine(
-            state, None if heads is None else heads.known, lambda: panels["Budget"].budget.pinned if "Budget" in panels.made else ()
+            state, None if heads is None else heads.known, lambda: panels["Budget"].pins_of(state.plan) if "Budget" in panels.made else ()
         )
         self.head.children = (self.line.box,)
         self.tabs.children, self.tabs.titles = list(panels.boxes.values()), list(panels)

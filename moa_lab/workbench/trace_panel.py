@@ -44,7 +44,8 @@ class TracePanel:
         self._tracing: Tracing | None = None
         self._todo: Todo | None = None
         self._wanted: int | None = None
-        self._giving = False
+        self._giving = self._has_given = False
+        self._is_older = False
         geometry = Plans(state).geometry
         longest = geometry.max_length if geometry else 131072
         self.kind = choice("trace", KINDS, "trace-kind", "290px")
@@ -100,7 +101,7 @@ class TracePanel:
         budget = self._budget()
         if budget is None or tracing.case is None or not budget.holds(self._plan(tracing)):
             return self._step(lambda tracing, handle: tracing.change(layer, kv_head, tokens, handle))
-        self._giving = True
+        self._giving = self._has_given = True
         try:
             plan = budget.give(layer, kv_head, tokens, tracing.case.n_tokens)
         finally:
@@ -120,10 +121,10 @@ class TracePanel:
         if tracing is None or trial is None:
             self.tokens.show([])
             self.hint.value = trace_views.heading("", trace_views.START_HINT)
-            self.said.value = "" if tracing is None else trace_views.said_html(tracing, None)
+            self.said.value = "" if tracing is None else trace_views.said_html(tracing, None, self._is_older)
             self.behind.layout.display = "none"
             return
-        self.said.value = trace_views.said_html(tracing, trial)
+        self.said.value = trace_views.said_html(tracing, trial, self._is_older)
         self.hint.value = trace_views.heading("Token by token", trace_views.TOKENS_HINT)
         trace = self._trace()
         self.tokens.show(trace_views.token_chips(tracing.rows(), None if trace is None else trace.index))
@@ -149,12 +150,17 @@ class TracePanel:
         self.own.layout.display, self.test.layout.display = ("", "none") if own else ("none", "")
 
     def _begin(self) -> Callable[[Handle], Any]:
+        asks = self._todo is None
         todo, self._todo = self._todo or self._ask(), None
+        before = None if self._tracing is None else self._tracing.case
 
         def work(handle: Handle) -> None:
+            # Of the answer before, until there is another.
+            self._is_older = self._is_older or (asks and before is not None)
             try:
                 todo(self._model(), handle)
             finally:
+                self._is_older = self._is_older and self._tracing is not None and self._tracing.case is before
                 # Also what was done before a cancellation.
                 self.errors.guard(self.show)()
 
@@ -215,7 +221,11 @@ class TracePanel:
         """Look at the same token under the current trial's plan, which becomes the state's."""
         tracing.look(tracing.telling() if tracing.trace is None else tracing.trace.index, handle)
         if tracing.trials.current is not None:
-            self.state.set(plan=tracing.trials.current.plan)
+            plan = tracing.trials.current.plan
+            budget = self._budget() if self._has_given else None
+            if budget is not None:
+                budget.back_to(plan)
+            self.state.set(plan=plan)
 
     def _new_plan(self) -> None:
         """Another panel chose a plan: answer again under it."""

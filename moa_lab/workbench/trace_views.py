@@ -25,6 +25,7 @@ STYLE = """<style>
 .moa-tokens .moa-chip.much-worse { border-bottom-color: #d55e00; background: rgba(213, 94, 0, 0.14); }
 .moa-tokens .moa-chip.better { border-bottom-color: #009e73; }
 .moa-chips .moa-chip.selected { outline: 2px solid #ff5c39; outline-offset: 0; }
+.moa-tried .moa-chip { white-space: pre-wrap; }
 .moa-share .moa-chip, .moa-tried .moa-chip { font-family: var(--jp-code-font-family, monospace); font-size: 12px;
   border-color: transparent; }
 .moa-share .moa-chip.cut { border-left: 4px solid #d55e00; }
@@ -35,10 +36,13 @@ STYLE = """<style>
 .moa-hint { font-size: 12px; color: var(--jp-ui-font-color2, #59616b); line-height: 1.4; }
 .moa-why { font-size: 14px; line-height: 1.5; max-width: 1120px; border-left: 4px solid #1a80c4; padding: 4px 12px; margin: 6px 0; }
 .moa-said-two { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 2px 14px; max-width: 1120px; line-height: 1.5; }
+.moa-older { border-left: 4px solid #d55e00; padding: 2px 10px; margin: 4px 0; }
 .moa-said-two .what { color: var(--jp-ui-font-color2, #59616b); }
 .moa-said-two .words { white-space: pre-wrap; overflow-wrap: anywhere; }
 </style>"""
 
+KINDS = {"prompt": "your own prompt", "needle": "a needle", "line": "a line of a register"}
+"""Kinds of cases, in words."""
 START_HINT = "Press Answer: the model answers with everything kept and under the plan, and each token of the answer can be clicked."
 TOKENS_HINT = (
     "Below each token: its probability with everything kept → under the plan. ▲ the first token that the plan would not say; "
@@ -59,8 +63,8 @@ def heading(text: str, hint: str = "") -> str:
     return f'<div class="moa-head">{html.escape(text)}</div><div class="moa-hint">{html.escape(hint)}</div>'
 
 
-def said_html(tracing: Tracing, trial: Trial | None) -> str:
-    """What is asked for, and what the dense model and the plan say."""
+def said_html(tracing: Tracing, trial: Trial | None, is_older: bool = False) -> str:
+    """What is asked for, and what the dense model and the plan say. is_older: another question was asked since, without an answer."""
     case, dense = tracing.case, tracing.dense
     if case is None or dense is None:
         return ""
@@ -74,12 +78,9 @@ def said_html(tracing: Tracing, trial: Trial | None) -> str:
         f'<div class="what">{html.escape(what)}</div><div class="words">{html.escape(said.strip()) or "(nothing)"}</div>'
         for what, said in rows
     )
-    return f'<div class="moa-said-two">{cells}</div><div class="moa-hint">{_tokens_in(tracing)}</div>'
-
-
-def _tokens_in(tracing: Tracing) -> str:
-    assert tracing.case is not None
-    return f"{tracing.case.start:,} tokens of prompt, {len(tracing.case.answer)} of answer"
+    older = '<div class="moa-older" role="note">Below is the answer before: the last question has none.</div>' if is_older else ""
+    told = f"{KINDS.get(case.kind, case.kind)}: {case.start:,} tokens of prompt, {len(case.answer)} of answer"
+    return f'{older}<div class="moa-hint">{html.escape(told)}</div><div class="moa-said-two">{cells}</div>'
 
 
 def token_chips(rows: list[TokenRow], selected: int | None) -> list[Chip]:

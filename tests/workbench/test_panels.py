@@ -78,6 +78,25 @@ def test_a_head_that_needs_room_is_pinned_and_the_rest_is_solved_again(table: Lo
     assert list(panel.budget.pinned) == [(0, 0)]
 
 
+def test_a_plan_from_before_room_was_given_has_its_density_and_its_pins_again(table: LossTable) -> None:
+    panel = BudgetPanel(State(table=table), density=0.4)
+    n = max(panel.budget.lengths)
+    before = panel.state.plan
+    after = panel.give(0, 0, n // 2, n)
+    assert list(panel.pins_of(after)) == [(0, 0)]
+    assert not panel.pins_of(before), "a head is pinned in the plan that was found with it pinned, and in no other"
+    panel.number.value = 0.6
+    panel.back_to(before)
+    assert (panel.budget.density, panel.budget.pinned, panel.pins.value) == (0.4, {}, "no head is pinned")
+    assert panel.holds(before)
+    panel.back_to(after)
+    assert (panel.budget.density, list(panel.budget.pinned)) == (0.4, [(0, 0)])
+    panel.number.value = 0.5
+    other = panel.state.plan
+    panel.back_to(dense_plan(table.geometry))
+    assert panel.holds(other), "of a plan that was not found here nothing is known"
+
+
 def test_the_gpu_of_choice_tells_what_it_holds_and_how_fast(table: LossTable) -> None:
     panel = BudgetPanel(State(table=table), density=0.5)
     plan, n = panel.state.plan, panel.state.n_tokens

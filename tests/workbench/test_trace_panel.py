@@ -150,6 +150,7 @@ def test_room_for_the_head_that_lost_a_token_changes_the_plan() -> None:
 def test_room_in_a_plan_of_the_budget_is_pinned_there_and_the_rest_is_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
     panel = asked()
     pinned: list[tuple[int, ...]] = []
+    backs: list[object] = []
 
     class Budget:
         def holds(self, plan: object) -> bool:
@@ -160,6 +161,9 @@ def test_room_in_a_plan_of_the_budget_is_pinned_there_and_the_rest_is_solved_aga
             panel.state.set(plan=mixed_plan(panel._tracing.model))
             return panel.state.plan
 
+        def back_to(self, plan: object) -> None:
+            backs.append(plan)
+
     panel._budget = lambda: Budget()
     monkeypatch.setattr(panel._tracing, "room", lambda: (1, 0, 30))
     panel.give_room()
@@ -168,6 +172,10 @@ def test_room_in_a_plan_of_the_budget_is_pinned_there_and_the_rest_is_solved_aga
     assert pinned == [(1, 0, 30, panel._tracing.case.n_tokens)]
     assert panel._tracing.trials.current.plan is panel.state.plan
     assert panel._tracing.trials.current.what == "layer 1, KV head 0: room for its source, the rest solved again"
+    first = panel._tracing.trials.tried[0].plan
+    press(panel, "Undo")
+    ended(panel.work)
+    assert backs[-1] is panel.state.plan is first, "the budget goes back with the answer"
 
 
 def test_the_answer_comes_back_with_room_for_all_heads_that_lost_it() -> None:
@@ -197,6 +205,12 @@ def test_a_plan_that_keeps_everything_and_what_cannot_be_asked_are_told_in_words
     press(panel, "Answer")
     ended(panel.work)
     assert "the prompt is empty" in said(panel)
+    assert "the last question has none" in plain(panel.said.value), "what is shown is the answer before"
+    panel.prompt.value = "And what else?"
+    press(panel, "Answer")
+    ended(panel.work)
+    assert "the last question has none" not in plain(panel.said.value)
+    assert re.search(r"your own prompt: \d+ tokens of prompt, 6 of answer", plain(panel.said.value))
     panel.kind.value = "lost needle"
     panel.length.value = 64
     press(panel, "Answer")
