@@ -20,7 +20,7 @@ TAB = "Runs"
 
 
 class AcrossPanel:
-    """Draws `across`: nothing is read before a run is added."""
+    """Draws `across`; other runs are read when they are added."""
 
     def __init__(self, state: State, across: Across | None = None) -> None:
         self.state, self.errors, self.across = state, Errors("across"), across or Across()
@@ -33,7 +33,7 @@ class AcrossPanel:
         )
         self.path.add_class("moa-across-run")
         add, every = button("Add run", "add-run"), button("Add all known", "add-runs", "in ./runs and the recorded ones")
-        self.open = choice("open", [("", "")], "across-open", "330px")
+        self.open = choice("compared", [("", "")], "across-open", "330px")
         remove = button("Remove", "remove-run")
         self.place = choice("measured", [("nothing yet", None)], "across-place", "330px")
         self.every = w.Checkbox(False, description="all plans that were measured", indent=False, layout=w.Layout(width="auto"))
@@ -80,7 +80,7 @@ class AcrossPanel:
                 self.x.value, self.y.value = goals[-1], goals[0]
         finally:
             self._loading = False
-        self.table.value = grid(*across.table()) if across.runs else "no run is open: add some"
+        self.table.value = grid(*across.table()) if across.runs else "no run is compared: add some"
         self._tell_head()
         self.draw()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import ipywidgets as w
 
 from moa_lab.models import load_model, weight_count
 from moa_lab.models.size import is_at_hand
+from moa_lab.workbench.across import Across
 from moa_lab.workbench.across_panel import TAB as RUNS
 from moa_lab.workbench.across_panel import AcrossPanel
 from moa_lab.workbench.advice_panel import TAB as WHICH
@@ -28,6 +30,7 @@ from moa_lab.workbench.opening import default_run, known_runs, model_of, named, 
 from moa_lab.workbench.page import Keys, PageTheme
 from moa_lab.workbench.panels import Panels
 from moa_lab.workbench.plan_heads_panel import PlanHeadsPanel
+from moa_lab.workbench.profiles import with_profile
 from moa_lab.workbench.state import State
 from moa_lab.workbench.told import Told
 from moa_lab.workbench.trace_panel import TAB, TracePanel
@@ -89,11 +92,12 @@ class Workbench:
             raise ValueError("name the folder of a run")
         state = open_run(run)
         state.dark = self.state.dark
-        for panel in self.panels.made.values():
-            for work in getattr(panel, "works", ()):
-                work.stop()
         self.run.value = str(run)
-        self._look_at(state, model)
+        self._instead(state, model)
+
+    def load_profile(self, path: str | Path) -> None:
+        """Show the run with the profile of a file or a folder, in all panels. Raises ValueError, and changes nothing, as `with_profile`."""
+        self._instead(with_profile(self.state, path), self.model.value)
 
     def show(self, title: str) -> w.Widget:
         """Select a panel, and return the whole workbench. Raises ValueError for an unknown title."""
@@ -122,6 +126,21 @@ class Workbench:
         else:
             raise ValueError(f"keys are {', '.join(moves)} and space, got {key!r}")
 
+    def _instead(self, state: State, model: str | None) -> None:
+        """Show another state; what runs is asked to stop."""
+        for panel in self.panels.made.values():
+            for work in getattr(panel, "works", ()):
+                work.stop()
+        self._look_at(state, model)
+
+    def _across(self) -> Across:
+        """The run that is open, the first of those that are compared."""
+        across = Across()
+        # A state that no run holds, and a run that has only begun, have no results.
+        with contextlib.suppress(ValueError, OSError):
+            across.open(self.run.value)
+        return across
+
     def _look_at(self, state: State, model: str | None) -> None:
         self.state, self._open, self._counting = state, False, None
         self.model.value = model or model_of(state)
@@ -129,11 +148,11 @@ class Workbench:
         self.worse.value = f'<div class="moa-error" role="note">{warned}</div>' if warned else ""
         self.worse.layout.display = "" if warned else "none"
         makes: dict[str, Callable[[], Any]] = {
-            "Heads": lambda: HeadsPanel(state) if state.profile is not None else PlanHeadsPanel(state),
+            "Heads": lambda: HeadsPanel(state) if state.profile is not None else PlanHeadsPanel(state, self.load_profile),
             "Budget": lambda: BudgetPanel(state, measuring=lambda: Measuring(*self._loaded()), budget=budget),
             "Front": lambda: FrontPanel(state),
             WHICH: lambda: AdvicePanel(state),
-            RUNS: lambda: AcrossPanel(state),
+            RUNS: lambda: AcrossPanel(state, self._across()),
             TAB: lambda: TracePanel(state, lambda: Tracing(*self._loaded()), lambda: panels.get("Budget")),
             "Apply & measure": lambda: MeasurePanel(state, lambda: Measuring(*self._loaded()), **self._sizes),
             "Export": lambda: ExportPanel(state, tracing=lambda: panels.made[TAB].tracing if TAB in panels.made else None),

@@ -13,6 +13,7 @@ from moa_lab.plan import Plan
 from moa_lab.records import InfluenceProfile, ProfileKey
 from moa_lab.text import from_to
 from moa_lab.workbench.finding import find_head
+from moa_lab.workbench.profiles import FILE, profile_file
 from moa_lab.workbench.state import State
 
 OWN = "this profile"
@@ -192,11 +193,8 @@ class Heads:
 
         Raises ValueError for what is no profile of this model, FileNotFoundError where there is no such file.
         """
-        given = Path(path).expanduser()
-        file = given / "profile.safetensors" if given.is_dir() else given
-        if not str(path).strip() or not file.is_file():
-            raise FileNotFoundError(f"there is no profile at {str(path)!r}: name a profile.safetensors, or the folder of a run")
-        name = file.parent.name if file.name == "profile.safetensors" else file.stem
+        file = profile_file(path)
+        name = file.parent.name if file.name == FILE else file.stem
         self.add(name, InfluenceProfile.load(file))
         keys = self.profiles[name].keys
         self.against = (name, self.key if self.key in keys else keys[0])

@@ -13,8 +13,9 @@ from moa_lab.workbench.biography import Biography
 from moa_lab.workbench.biography_panel import BiographyPanel
 from moa_lab.workbench.canvas import PAIR, WIDE, Canvas, ring
 from moa_lab.workbench.heads import NUMBER, ORDERS, OWN, SPAN, Heads, described
+from moa_lab.workbench.profiles import profile_path
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import OWN_WIDTH, Errors, button, choice, facts, row, side_by_side, whole
+from moa_lab.workbench.widgets import OWN_WIDTH, Errors, choice, facts, row, side_by_side, whole
 
 INFLUENCE, DIFFERENCE, KIND, SCORES = "influence", "difference", "kind of head", "others' scores"
 BY_KV_HEAD = (KIND, SCORES)
@@ -42,12 +43,8 @@ class HeadsPanel:
             placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="160px"), style=OWN_WIDTH
         )
         self.name.add_class("moa-heads-find")
-        self.path = w.Text(
-            placeholder="a run's folder, or its profile.safetensors", description="another profile", layout=w.Layout(width="400px"),
-            style=OWN_WIDTH,
-        )  # fmt: skip
-        self.path.add_class("moa-profile-path")
-        load = button("Load profile", "load-profile", "of other calibration texts, lengths or weights of the same model")
+        tooltip = "of other calibration texts, lengths or weights of the same model"
+        self.path, load = profile_path(self.errors, self.load, "another profile", tooltip)
         self.stability, self.facts = w.HTML(), w.HTML()
         self.stability.add_class("moa-stability")
         self.facts.add_class("moa-head-facts")
@@ -65,7 +62,6 @@ class HeadsPanel:
         self.name.observe(self.errors.guard(lambda change: self._find(change["new"])), "value")
         self.against.observe(self.errors.guard(self._new_against), "value")
         self.biography.versus.observe(self.errors.guard(lambda _: self.draw()), "value")
-        load.on_click(self.errors.guard(lambda _: self.load(self.path.value)))
         # One watcher for all: a plan and a head that change together are drawn once.
         watched = ["layer", "kv_head", "task", "length", "plan", "n_tokens", "dark"]
         state.watch_in("Heads", ["hovered"], self._spot)

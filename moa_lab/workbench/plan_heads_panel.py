@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ipywidgets as w
@@ -13,6 +14,7 @@ from moa_lab.workbench.biography import Biography
 from moa_lab.workbench.canvas import HALF, Canvas, ring
 from moa_lab.workbench.heads import rule_text
 from moa_lab.workbench.measuring import Plans
+from moa_lab.workbench.profiles import profile_path
 from moa_lab.workbench.published_scores import HeadScores, read_head_scores
 from moa_lab.workbench.ranks_view import RanksView, scores_path
 from moa_lab.workbench.spans_map import SpansMap
@@ -21,7 +23,7 @@ from moa_lab.workbench.widgets import Errors, choice, facts, row, side_by_side
 
 NO_PROFILE = (
     "This run keeps no profile, so nothing was measured of its heads one by one: no influence, no kinds, no ranks. "
-    "<code>moa-lab run</code> keeps one, profile.safetensors, in its folder."
+    "<code>moa-lab run</code> keeps one, profile.safetensors, in its folder; one of the same model can be loaded below."
 )
 NO_PLAN = "No plan is chosen either: click one in Front, and what it keeps of every head is shown here."
 NO_SCORES = "no scores yet"
@@ -30,10 +32,12 @@ NO_SCORES = "no scores yet"
 class PlanHeadsPanel:
     """Draws the state's plan; scores of DuoAttention and KVzip are loaded and held against its spans. known: these scores.
 
+    take_profile: shows the run with the profile of a file or folder, in all panels; None: none can be loaded.
+
     Raises ValueError where no record tells the model's heads.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: State, take_profile: Callable[[str], object] | None = None) -> None:
         geometry = Plans(state).geometry
         if geometry is None:
             raise ValueError("no record tells the heads of the model: load a run")
@@ -43,13 +47,15 @@ class PlanHeadsPanel:
             box.add_class(f"moa-{name}")
         self.map = SpansMap(state, geometry, self.errors, "head-spans", find="heads-find", order="heads-order")
         self.path, load = scores_path(self.errors, self.load)
+        self.profile, take = profile_path(self.errors, take_profile or (lambda _: None))
         self.versus = choice("spans against", [(NO_SCORES, None)], "ranks-against", "380px")
         self.scores = Canvas("head-scores", HALF, self.errors.guard(self._clicked), on_hover=state.hover, keys=True)
         self.ranks = RanksView(state, "Heads", self.errors)
         self.versus.observe(self.errors.guard(lambda _: self.draw()), "value")
         self.spans = w.VBox([row(self.map.order, self.map.find), side_by_side(self.map.canvas.box, self.facts)])
         self.compared = side_by_side(self.scores.box, self.ranks.canvas.box, self.agreed)
-        self.box = w.VBox([self.note, self.errors.box, self.spans, row(self.versus, self.path, load), self.compared])
+        profiles = [row(self.profile, take)] if take_profile is not None else []
+        self.box = w.VBox([self.note, *profiles, self.errors.box, self.spans, row(self.versus, self.path, load), self.compared])
         state.watch_in("Heads", ["hovered"], self._spot)
         state.watch_in("Heads", ["layer", "kv_head", "plan", "n_tokens", "dark"], self.errors.guard(self.draw))()
 

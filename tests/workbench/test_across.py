@@ -104,7 +104,7 @@ def test_fronts_lie_over_each_other_each_with_its_own_line() -> None:
 def test_the_panel_reads_nothing_before_it_is_asked_and_says_what_it_cannot_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(PROJECT)
     panel = AcrossPanel(State())
-    assert "no run is open" in panel.table.value
+    assert "no run is compared" in panel.table.value
     assert panel.measured.layout.display == panel.predicted.layout.display == "none"
     panel.path.value = str(tmp_path)
     press(panel, "Add run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from figure_records import SMOL, make_front, make_plan, make_profile
 from moa_lab.bench.lifelike import lifelike_profile
 from moa_lab.evaluate.compare import rank_agreement
 from moa_lab.geometry import ModelGeometry
+from moa_lab.records import InfluenceProfile
 from moa_lab.shipped import data_folder
 from moa_lab.workbench.desk import Workbench
 from moa_lab.workbench.heads import SPAN
@@ -94,3 +96,43 @@ def test_a_profile_that_does_not_keep_where_heads_look_is_shown_without_that_and
     assert whole.blocks.box.layout.display == ""
     assert "cannot be told apart" not in whole.biography.counts.value
     assert "unknown" not in whole.biography.counts.value
+
+
+def test_a_profile_of_the_same_model_is_taken_into_a_run_that_keeps_none() -> None:
+    runs = data_folder("runs")
+    bench = Workbench.open(runs / "standard-50")
+    assert "Budget" not in bench.panels
+    panel, chosen = bench.panels["Heads"], bench.state.plan
+    panel.profile.value = str(runs / "demo")
+    press(panel, "Load profile")
+    heads = bench.panels["Heads"]
+    assert isinstance(heads, HeadsPanel)
+    assert heads.heads.key == ("questions", 1536)
+    assert list(bench.tabs.titles)[:3] == ["Heads", "Budget", "Front"], "its losses follow from it, so densities can be solved"
+    assert chosen in bench.state.plans
+    assert bench.state.plan.density(1536) <= 0.5
+    assert "nats lost" in heads.biography.table.value
+
+
+def test_a_profile_of_another_model_and_a_path_without_one_are_refused_in_words(tmp_path: Path) -> None:
+    bench = Workbench.open(QWEN)
+    panel, state = bench.panels["Heads"], bench.state
+    panel.profile.value = str(data_folder("runs") / "demo")
+    press(panel, "Load profile")
+    assert "profile.safetensors is of another model: it has 30 layers x 9 query heads / 3 KV heads" in said(panel)
+    assert bench.state is state
+    panel.profile.value = str(tmp_path)
+    press(panel, "Load profile")
+    assert f"there is no profile at &#x27;{tmp_path}&#x27;" in said(panel)
+    profile = InfluenceProfile.load(data_folder("runs") / "demo" / "profile.safetensors")
+    other = replace(profile, provenance=replace(profile.provenance, weights="others", model="a sibling"))
+    other.save(tmp_path / "profile.safetensors")
+    standard = Workbench.open(data_folder("runs") / "standard-50")
+    with pytest.raises(ValueError, match="is of other weights: it was made with a sibling, this run with smollm2"):
+        standard.load_profile(tmp_path)
+
+
+def test_the_run_that_is_open_is_the_first_of_those_compared() -> None:
+    bench = Workbench.open(QWEN)
+    assert [Path(path).name for path in bench.panels["Runs"].across.runs] == [QWEN.name]
+    assert not Workbench(State(plan=make_plan())).panels["Runs"].across.runs
