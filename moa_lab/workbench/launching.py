@@ -45,7 +45,7 @@ LAUNCHERS = {
         ("config card", "Python snippet"), "The snippet loads the model and generates over the ring cache.", _python, lambda plan: None
     ),
     "vLLM": Launcher(
-        ("config card",), 'An OpenAI-compatible server, in an environment with pip install "moa-lab[serve]"; on a CPU so far.', _served,
+        ("config card",), 'An OpenAI-compatible server, in an environment with pip install "moa-lab[serve]"; on a CPU or an NVIDIA GPU.', _served,
         lambda plan: plan.check_untouched("serving"),
     ),
     "the authors' code": Launcher(
