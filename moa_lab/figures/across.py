@@ -36,10 +36,10 @@ def fronts_over(fronts: Mapping[str, Front], x: str, y: str) -> go.Figure:
             ),
         ]  # fmt: skip
     first = next(iter(fronts.values()))
-    percent = {"tickformat": ".0%"}
+    percent = {"tickformat": ".2~%"}
     return theme.figure(
         traces,
-        f"{len(fronts)} fronts",
+        "1 front" if len(fronts) == 1 else f"{len(fronts)} fronts",
         xaxis={"title": goal_label(first, x), **(percent if x.startswith("density") else {})},
         yaxis={"title": goal_label(first, y), **(percent if y.startswith("density") else {})},
         height=440,

@@ -99,11 +99,9 @@ class AcrossPanel:
             rows = self.across.scores(*place, every=self.every.value)
             what = f"{TEXTS.get(place[0], place[0])}, {place[1]:,} tokens"
             title = "density (% of the dense KV cache)"
-            self.scores.draw(_two_a_line(score_by(rows, lambda row: 100 * row.density, title, series="line", what=what)), self.state.dark)
+            self.scores.draw(_listed(score_by(rows, lambda row: 100 * row.density, title, series="line", what=what)), self.state.dark)
         if fronts and self.x.value:
-            fig = with_legend(fronts_over(fronts, self.x.value, self.y.value), per_line=1)
-            # A model's and a run's name are too long for two on a line.
-            self.fronts.draw(fig.update_layout(legend={"orientation": "v", "tracegroupgap": 0}), self.state.dark)
+            self.fronts.draw(_listed(fronts_over(fronts, self.x.value, self.y.value)), self.state.dark)
 
     def _add_all(self) -> None:
         for path in known_runs():
@@ -117,6 +115,6 @@ class AcrossPanel:
         self.load()
 
 
-def _two_a_line(fig: go.Figure) -> go.Figure:
-    """The figure with a legend of two names per line, which are as long as a model's and a run's."""
-    return with_legend(fig).update_layout(legend={"entrywidth": WIDE // 2 - 70, "entrywidthmode": "pixels"})
+def _listed(fig: go.Figure) -> go.Figure:
+    """The figure with a legend of a name a line: a model's and a run's are too long for two."""
+    return with_legend(fig, per_line=1).update_layout(legend={"orientation": "v", "tracegroupgap": 0})

@@ -10,7 +10,7 @@ from moa_lab.evaluate.recommend import NEEDLES, Wish, advice_table, measured_at,
 from moa_lab.figures.densities import score_by_density
 from moa_lab.plan import dense_plan
 from moa_lab.workbench.advising import Advising
-from moa_lab.workbench.canvas import HALF, Canvas
+from moa_lab.workbench.canvas import HALF, Canvas, with_legend
 from moa_lab.workbench.on_gpu import OnGpu
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import Errors, button, facts, grid, number, row
@@ -110,4 +110,5 @@ class AdvicePanel:
         places = measured_at(options, [NEEDLES])
         self.canvas.box.layout.display = "" if places else "none"
         if places:
-            self.canvas.draw(score_by_density(scores_over_bytes(options, *places[0]), *places[0]), self.state.dark)
+            fig = score_by_density(scores_over_bytes(options, *places[0]), *places[0])
+            self.canvas.draw(with_legend(fig, per_line=1), self.state.dark)

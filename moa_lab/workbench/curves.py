@@ -16,7 +16,7 @@ from moa_lab.figures.theme import OUTLINE
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Measurement
 from moa_lab.workbench.advising import Advising
-from moa_lab.workbench.canvas import HALF, Canvas
+from moa_lab.workbench.canvas import HALF, Canvas, with_legend
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measuring import Entry, Measuring
 from moa_lab.workbench.nearest import lost_text, nearest_text
@@ -65,7 +65,7 @@ class MeasuredCurves:
         rows = self._drawn = self._rows()
         self.canvas.box.layout.display = "" if rows else "none"
         if rows:
-            self.canvas.draw(score_by_density(rows, *self.place.value), self.state.dark)
+            self.canvas.draw(with_legend(score_by_density(rows, *self.place.value), per_line=1), self.state.dark)
             self.mark(self._marked)
 
     def mark(self, density: float) -> None:

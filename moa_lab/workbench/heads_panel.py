@@ -91,13 +91,13 @@ class HeadsPanel:
             self._draw_map()
             self._mapped = mapped
         task, length = heads.key
-        where = f"Layer {state.layer}, head {head}"
         has_blocks = heads.profile.has_blocks(task, length)
         self.blocks.box.layout.display = "" if has_blocks else "none"
         if has_blocks:
             blocks = head_blocks(heads.profile, task, length, state.layer, head, state.plan)
             # A shorter title: the full one, with task and length, is wider than the figure.
-            self.blocks.draw(blocks.update_layout(title_text=f"{where}; outlined: seen" if state.plan else where), state.dark)
+            title = f"L{state.layer} H{head}{'; outlined: seen' if state.plan else ''}"
+            self.blocks.draw(blocks.update_layout(title_text=title), state.dark)
         curve = influence_by_distance(heads.profile, task, length, state.layer, head, state.plan)
         self.curve.draw(curve.update_layout(title_text="Influence by distance"), state.dark)
         self.facts.value = facts(heads.facts())

@@ -45,8 +45,8 @@ LAUNCHERS = {
         ("config card", "Python snippet"), "The snippet loads the model and generates over the ring cache.", _python, lambda plan: None
     ),
     "vLLM": Launcher(
-        ("config card",), 'An OpenAI-compatible server, in an environment with pip install "moa-lab[serve]"; on a CPU or an NVIDIA GPU.', _served,
-        lambda plan: plan.check_untouched("serving"),
+        ("config card",), 'An OpenAI-compatible server, in an environment with pip install "moa-lab[serve]"; on a CPU or an NVIDIA GPU.',
+        _served, lambda plan: plan.check_untouched("serving"),
     ),
     "the authors' code": Launcher(
         ("published {alphas, betas}",), "Their format holds a rule per query head; the command says what is in the file.", _published,

@@ -30,24 +30,22 @@ def nearest_text(rows: Sequence[Measurement], density: float) -> str:
 def lost_text(options: Sequence[Option], density: float) -> str:
     """All that the run measured whose plan is nearest to a density, beside its own dense model, in one sentence; "" where none was.
 
-    Of every task, the longest length that all `options` were measured at.
+    At the longest length that all `options` were measured at, of the first task that they have in common.
     """
-    longest: dict[str, int] = {}
-    for task, length in measured_at(options):
-        longest.setdefault(task, length)
-    if not longest:
+    places = measured_at(options)
+    if not places:
         return ""
-    first = next(iter(longest.items()))
-    rows = [(option, row_of(option.rows, option.plan.name, *first)) for option in options]
+    task, length = places[0]
+    rows = [(option, row_of(option.rows, option.plan.name, task, length)) for option in options]
     option, row = min(rows, key=lambda pair: (abs(pair[1].density - density), -pair[1].n))
-    told_of = "; ".join(_beside(option, task, length) for task, length in longest.items())
-    return f"Measured at {percent(row.density, 1)}, the nearest ({option.source or option.plan.name}): {told_of}."
+    scores = "; ".join(_beside(option, task, length) for task, n in measured_at([option]) if n == length)
+    return f"Measured at {percent(row.density, 1)} and {length:,} tokens, the nearest ({option.source or option.plan.name}): {scores}."
 
 
 def _beside(option: Option, task: str, length: int) -> str:
     ours, dense = (row_of(option.rows, name, task, length) for name in (option.plan.name, "dense"))
     unit = "" if task == NEEDLES else " nats a token"
-    return f"{TEXTS.get(task, task)} at {length:,} tokens {_score(ours)}, dense {_shown(dense, dense.value)}{unit}"
+    return f"{TEXTS.get(task, task)} {_score(ours)}, dense {_shown(dense, dense.value)}{unit}"
 
 
 def _score(row: Measurement) -> str:
