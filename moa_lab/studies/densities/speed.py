@@ -11,6 +11,7 @@ from dataclasses import replace
 from statistics import fmean, variance
 from typing import Any
 
+import pandas as pd
 from scipy.stats import ttest_ind
 from transformers import PreTrainedModel
 
@@ -28,6 +29,7 @@ from moa_lab.records import Measurement
 from moa_lab.studies.plans import NEEDLES, candidates_of, chosen_plans, dense_and_uniform, equal_uniform, name_of, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
+from moa_lab.studies.tables import scored
 from moa_lab.text import has_interval, interval_text
 
 TOKENS_PER_S = "tokens_per_s"
@@ -112,6 +114,17 @@ def speedup(row: Measurement, against: Measurement) -> Interval:
         return unknown(value, n)
     ends = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
     return Interval(value, n, math.exp(ends.low), math.exp(ends.high))
+
+
+def decode_table(rows: Sequence[Measurement]) -> pd.DataFrame:
+    """Tokens per second of every plan, for as many rows at once as fit, for one row and for the prompt, and times the dense model's."""
+    rates = {(row.plan, row.task): row for row in rows if row.metric == TOKENS_PER_S}
+    columns = {"decode": "decode, all rows", "decode one": "decode, one row", "prefill": "prefill"}
+    plans = dict.fromkeys(plan for plan, _ in rates)
+    told = {title: {plan: f"{rates[plan, task].value:,.0f}" for plan in plans} for task, title in columns.items()}
+    told["rows"] = {plan: f"{rates[plan, 'decode'].detail['batch']:,}" for plan in plans}
+    told["times dense"] = {plan: scored(speedup(rates[plan, "decode"], rates["dense", "decode"])) for plan in plans if plan != "dense"}
+    return pd.DataFrame(told).reindex(plans).fillna("1")
 
 
 def _choice(gains: Mapping[str, Interval], kept: Mapping[str, Interval], searched: Sequence[str], length: int) -> tuple[str, str]:

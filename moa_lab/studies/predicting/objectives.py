@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 
 from moa_lab.pipeline import Run
 from moa_lab.plan import Plan, dense_plan
@@ -187,3 +188,42 @@ def _thinned(front: Front, names: Sequence[str]) -> Front:
 
 def _volume_row(name: str, volume: float, plans: int, seconds: float) -> Measurement:
     return Measurement(name, "hypervolume", "front", 0, volume, plans, volume, volume, 0.0, {"seconds": seconds, "plans": plans})
+
+
+def solver_table(record: StudyRecord, lengths: Sequence[int]) -> pd.DataFrame:
+    """Every solver's front and seconds, and the mean scores of the plan that was chosen from it, over all of `lengths`."""
+    return pd.DataFrame(
+        {
+            row.plan: {
+                "hypervolume of the front": f"{row.value:.3f}",
+                "plans": f"{row.detail['plans']:,}",
+                "seconds": f"{row.detail['seconds']:.1f}",
+                **_mean_scores(record, row.plan, lengths),
+            }
+            for row in record.select(metric="hypervolume")
+        }
+    ).T
+
+
+MINIMISED = {
+    "element, sum": "element, sum", "span, all or nothing": "all or nothing", "span, default": "all or nothing + sum",
+    "span, sum": "span, sum", "span, worst distance": "worst distance", "slopes under drawn plans": "learned",
+}  # fmt: skip
+"""By predictor, the plan that minimises what it predicts."""
+
+
+def predictor_table(record: StudyRecord, density: str, lengths: Sequence[int]) -> pd.DataFrame:
+    """Predictors by their rank correlation with measured losses of random plans of `density` ("25%"), beside the plans that minimise
+    them and what these score, over all of `lengths`; the best predictor last.
+    """
+    ranks = {row.plan: row.value for row in record.select(metric="rank_correlation") if row.task.split()[-1] == density}
+    told = {
+        name: {"predicts, rank correlation": f"{ranks[name]:.2f}", "plan": plan, **_mean_scores(record, plan, lengths)}
+        for name, plan in sorted(MINIMISED.items(), key=lambda pair: ranks[pair[0]])
+    }
+    return pd.DataFrame(told).T
+
+
+def _mean_scores(record: StudyRecord, plan: str, lengths: Sequence[int]) -> dict[str, str]:
+    metrics = {NEEDLES: "retrieval", DOCUMENTS: "cross_entropy", SUMMARIES: "cross_entropy"}
+    return {task: f"{record.mean_score(plan, task, metric, lengths):.3f}" for task, metric in metrics.items()}

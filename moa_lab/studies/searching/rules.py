@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass
 from itertools import product
 
 import numpy as np
+import pandas as pd
 
 from moa_lab.pipeline import Run
 from moa_lab.plan import DENSE, EQUAL_BYTES, MIN_SPAN, Plan, SpanRule, dense_plan
 from moa_lab.records import InfluenceProfile, LossTable, Measurement
 from moa_lab.search import BudgetAnswer, InfeasibleError, limit_lengths, loss_table, rule_grid, solve_budget
-from moa_lab.studies.gains import Gain, gains, overall, unequal
+from moa_lab.studies.gains import NATS_SAVED, NEEDLES_GAINED, Gain, gains, marked, overall, unequal
 from moa_lab.studies.plans import DOCUMENTS, NEEDLES, SUMMARIES, record_of
 from moa_lab.studies.record import StudyRecord
 from moa_lab.studies.scale import Scale
@@ -225,3 +226,18 @@ def _described(table: LossTable, answer: BudgetAnswer) -> Mapping[str, object]:
         "candidates": len(table.rules), "predicted": answer.value, "gap": answer.gap,
         "density": {str(n): kept for n, kept in answer.density.items()},
     }  # fmt: skip
+
+
+def against_linear(record: StudyRecord) -> pd.DataFrame:
+    """Gains of the families over linear rules, with what the two keep: at a profiled length over linear rules of the same goal, beyond
+    over linear rules of the same bytes.
+    """
+    profiled, table = record.settings["profiled_lengths"], dict[tuple[str, str, str], dict[str, str]]()
+    for row in record.rows:
+        if row.metric not in (NEEDLES_GAINED, NATS_SAVED) or not row.length:
+            continue
+        against = row.detail["against"]
+        if against == (LINEAR if row.length in profiled else f"{LINEAR} as {row.plan}"):
+            kept = {"kept by the two": f"{row.density:.1%} / {row.detail['against_density']:.1%}"}
+            table.setdefault((f"{row.length:,}", row.plan, against), kept)[row.task] = marked(row)
+    return pd.DataFrame(table).T
