@@ -41,7 +41,7 @@ NO_HEAD = "no head that the plan cuts would bring this token back: choose anothe
 FEW = 0.1
 """Nats that a token loses from which it counts as less likely."""
 DENSE_STEP, PLAN_STEP, HEADS_STEP = "the dense model answers", "the plan answers", "heads behind the token"
-LOST_STEP = "looking for a lost sample"
+LOST_STEP = "looking for a lost sample, at most in 16"
 """What a job says that it does."""
 ROUNDS = 6
 """Of `Tracing.rescue`."""
