@@ -12,6 +12,8 @@ from moa_lab.text import one_line
 from moa_lab.trace.answer import within
 
 T = TypeVar("T")
+EARLY = 0.05
+"""Share of the steps that must be done before the time left is estimated."""
 Status = Literal["waiting", "running", "done", "cancelled", "failed"]
 
 
@@ -101,8 +103,9 @@ class Job(Generic[T]):
 
     @property
     def left_s(self) -> float | None:
-        """Estimated seconds to the end, at the speed so far; None where nothing is known."""
-        return self.elapsed_s * (self.total - self.done) / self.done if self.is_running and self.done else None
+        """Estimated seconds to the end, at the speed so far; None where too little is done to tell (`EARLY`)."""
+        told = self.is_running and self.done > 0 and self.done >= EARLY * self.total
+        return self.elapsed_s * (self.total - self.done) / self.done if told else None
 
     def _run(self) -> None:
         status: Status = "failed"

@@ -175,7 +175,7 @@ def test_a_measured_plan_is_recommended_with_its_reason_and_taken(measured: Page
 
 def test_runs_of_two_models_are_drawn_over_each_other(measured: Page) -> None:
     measured.tab("Runs")
-    assert "no run is open" in measured.text("moa-across-table")
+    assert "demo" in measured.text("moa-across-table")
     measured.press("Add all known")
     told = measured.until("moa-across-table", "qwen2.5-coder-0.5b-50")
     assert "standard-25" in told

@@ -11,6 +11,7 @@ import pytest
 from moa_lab.records import LossTable
 from moa_lab.search import Goal, InfeasibleError
 from moa_lab.workbench.budget import Answer, Budget
+from moa_lab.workbench.budget_facts import kept
 
 DEMO = Path(__file__).resolve().parents[2] / "data" / "runs" / "demo"
 
@@ -153,3 +154,9 @@ def test_bits_that_hold_everything_keep_everything_and_one_mix_is_asked_for(tabl
     assert budget.answer(0.5).plan.bits == ()
     with pytest.raises(ValueError, match="one mix"):
         budget.bits = "16,8"
+
+
+def test_where_a_limit_binds_at_another_length_the_facts_say_so(budget: Budget) -> None:
+    assert dict(kept(budget.answer(0.5), budget))["density"] == "49.8% of the bytes at 1,536 tokens"
+    told = dict(kept(budget.answer(0.25), budget))["density"]
+    assert told == "24.2% of the bytes at 1,536 tokens, 25.0% at 1,024: the limit holds at every length"

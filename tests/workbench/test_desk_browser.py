@@ -143,6 +143,31 @@ def follows(page: Page, dark: bool) -> bool:
     return all((ink > 150) == dark for ink in inks)
 
 
+def scrolled(page: Page) -> list[str]:
+    """Boxes of the panel in front that scroll sideways, but for tables, which may."""
+    found: list[str] = page.page.evaluate(
+        """() => [...document.querySelectorAll('.moa-bench .widget-tab-contents *')].filter((box) => box.clientWidth > 0
+            && box.scrollWidth > box.clientWidth + 1 && ['auto', 'scroll'].includes(getComputedStyle(box).overflowX)
+            && !box.matches('.moa-history, pre')).map((box) => String(box.className))"""
+    )
+    return found
+
+
+def overlapping(page: Page) -> list[str]:
+    """Titles of figures that lie over their legend or under their buttons."""
+    found: list[str] = page.page.evaluate(
+        """() => [...document.querySelectorAll('.moa-bench .js-plotly-plot')].filter((plot) => plot.offsetParent).flatMap((plot) => {
+            const title = plot.querySelector('.gtitle');
+            const others = [...plot.querySelectorAll('.legend, .modebar-group')];
+            if (!title || !title.textContent) return [];
+            const own = title.getBoundingClientRect();
+            return others.map((other) => other.getBoundingClientRect()).filter((other) => other.width > 0 && own.left < other.right - 2
+                && other.left < own.right - 2 && own.top < other.bottom - 2 && other.top < own.bottom - 4).map(() => title.textContent);
+        })"""
+    )
+    return found
+
+
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [1280, 1920, 2560])
 def test_nothing_is_wider_than_its_screen_and_figures_follow_the_theme(page: Page, width: int, dark: bool) -> None:
@@ -156,8 +181,10 @@ def test_nothing_is_wider_than_its_screen_and_figures_follow_the_theme(page: Pag
             "() => { const box = document.querySelector('.moa-bench .widget-tab-contents'); return [box.scrollWidth, box.clientWidth]; }"
         )
         assert wide <= room, title
+        assert scrolled(page) == [], title
         within(10, lambda: follows(page, dark), pause=lambda: page.page.wait_for_timeout(100))
         assert all(right <= width for right, _ in figures(page)), title
+        assert overlapping(page) == [], title
         page.picture(f"{'dark' if dark else 'light'}_{width}_{title.split()[0].lower()}")
     page.tab("Heads")
 

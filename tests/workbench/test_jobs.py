@@ -28,13 +28,19 @@ def test_a_job_tells_its_progress_and_returns_its_result() -> None:
 def test_the_time_left_follows_from_what_is_done() -> None:
     reached, go = threading.Event(), threading.Event()
 
+    early: list[float | None] = []
+
     def work(handle: Handle) -> None:
+        handle.progress(1, 40)
+        early.append(job.left_s)
         handle.progress(1, 4)
         reached.set()
         go.wait(5)
 
-    job = Job(work).start()
+    job = Job(work)
+    job.start()
     assert reached.wait(5)
+    assert early == [None], "a fortieth tells nothing yet"
     left = job.left_s
     assert left is not None
     assert left == pytest.approx(3 * job.elapsed_s, rel=0.2)
