@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import ipywidgets as w
 
@@ -30,16 +31,20 @@ class OnGpu:
         own = [("this machine's", HERE)] if is_here() else []
         self.gpu = choice("on", [*own, *((gpu.name, key) for key, gpu in GPUS.items())], f"{name}-gpu", "200px")
         # Measured when it is asked for, not before the first paint.
-        self.gpu.value = next(iter(GPUS))
+        self.gpu.value = state.gpu or next(iter(GPUS))
         self.weights = number("weights (GB)", 0.01, 0.0, 10_000.0, 0.1, f"{name}-weights", "170px")
-        self.tokens = number("tokens a sequence", max(state.n_tokens, 1), 1, 10_000_000, 1024, f"{name}-tokens", "210px")
+        self.tokens = number(
+            "tokens a sequence", max(state.sequence_tokens or state.n_tokens, 1), 1, 10_000_000, 1024, f"{name}-tokens", "210px"
+        )
         self.note = w.HTML()
         self.box = row(self.gpu, self.tokens, self.weights, self.note)
         self._read()
         self.weights.observe(lambda _: self._written(), "value")
-        for box in (self.gpu, self.tokens):
-            box.observe(lambda _: self._changed(), "value")
+        self.gpu.observe(lambda change: self._chose(gpu=change["new"]), "value")
+        self.tokens.observe(lambda change: self._chose(sequence_tokens=int(change["new"])), "value")
         state.watch(["weights_bytes"], self._read)
+        # One GPU and one length in all panels.
+        state.watch(["gpu", "sequence_tokens"], self._follow)
 
     @property
     def device(self) -> Gpu:
@@ -80,6 +85,14 @@ class OnGpu:
         """What is wrong with a sequence that is longer than the model takes; "" where it is not."""
         longest = plan.geometry.max_length
         return f"the model takes {longest:,} tokens at most" if self.n_tokens > longest else ""
+
+    def _chose(self, **chosen: Any) -> None:
+        self.state.set(**chosen)
+        self._changed()
+
+    def _follow(self) -> None:
+        self.gpu.value = self.state.gpu or self.gpu.value
+        self.tokens.value = self.state.sequence_tokens or self.tokens.value
 
     def _read(self) -> None:
         if self._is_written:

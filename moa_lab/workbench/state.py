@@ -20,6 +20,8 @@ class State:
     n_tokens: the length that spans and bytes are shown at; length: a profiled one. measurements: the run's and those made here; a row's
     `detail["plan"]` is the plan's identity. plan: what the budget or the front chose last. plans: others, of the run or loaded.
     hovered: the (layer, KV head) that the pointer is over in some figure. weights_bytes: of the model in 16 bits, 0 before it is known.
+    gpu, sequence_tokens: the GPU that capacities are told for, by its key, and the tokens of a sequence there; "" and 0 before one is
+    chosen.
     dark: the colours of figures. validation: what the plans of the front were chosen by; worse: sentences on where the run's plan is
     worse than a simple one. tab: the selected panel, "" for all.
     """
@@ -40,6 +42,8 @@ class State:
     length: int = 0
     n_tokens: int = 0
     weights_bytes: int = 0
+    gpu: str = ""
+    sequence_tokens: int = 0
     dark: bool = False
     tab: str = ""
     _watchers: list[tuple[frozenset[str], Watcher]] = field(default_factory=list, repr=False)

@@ -191,3 +191,15 @@ def test_what_a_density_loses_is_told_in_one_sentence_of_the_run_that_is_nearest
     panel.number.value = 0.5
     assert "Measured at 50.0% and 2,048 tokens, the nearest (standard-50)" in panel.curves.lost.value
     assert lost_text((), 0.5) == ""
+
+
+def test_a_gpu_and_a_length_are_chosen_once_for_all_panels() -> None:
+    state = replace(open_run(RUNS / "demo"))
+    budget, advice = BudgetPanel(state), AdvicePanel(state)
+    advice.on.gpu.value, advice.on.tokens.value = "l4", 8192
+    assert (budget.served.gpu.value, budget.served.n_tokens) == ("l4", 8192)
+    assert f"on {GPUS['l4'].name}" in budget.facts.value
+    budget.served.gpu.value = "a10"
+    assert advice.on.gpu.value == "a10"
+    assert AdvicePanel(state).on.gpu.value == "a10", "also a panel that is made later"
+    assert AdvicePanel(state).on.n_tokens == 8192
