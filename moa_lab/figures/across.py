@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import plotly.graph_objects as go
 
 from moa_lab.figures import theme
-from moa_lab.figures.front import front_line, goal, goal_label
+from moa_lab.figures.front import front_line, goal, goal_axis, goal_label
 from moa_lab.records import Front
 
 
@@ -36,12 +36,12 @@ def fronts_over(fronts: Mapping[str, Front], x: str, y: str) -> go.Figure:
             ),
         ]  # fmt: skip
     first = next(iter(fronts.values()))
-    percent = {"tickformat": ".2~%"}
+    points = [point for front in fronts.values() for point in front]
     return theme.figure(
         traces,
         "1 front" if len(fronts) == 1 else f"{len(fronts)} fronts",
-        xaxis={"title": goal_label(first, x), **(percent if x.startswith("density") else {})},
-        yaxis={"title": goal_label(first, y), **(percent if y.startswith("density") else {})},
+        xaxis={"title": goal_label(first, x), **goal_axis(x, [goal(point, x) for point in points])},
+        yaxis={"title": goal_label(first, y), **goal_axis(y, [goal(point, y) for point in points])},
         height=440,
         showlegend=True,
     )

@@ -45,8 +45,8 @@ def front_scatter(front: Front, x: str, y: str, chosen: Plan | str | None = None
     return theme.figure(
         traces,
         f"The front: {len(front)} plans",
-        xaxis={"title": goal_label(front, x), **_goal_format(x)},
-        yaxis={"title": goal_label(front, y), **_goal_format(y)},
+        xaxis={"title": goal_label(front, x), **goal_axis(x, [goal(point, x) for point in (*points, *outside)])},
+        yaxis={"title": goal_label(front, y), **goal_axis(y, [goal(point, y) for point in (*points, *outside)])},
         height=440,
     )
 
@@ -150,8 +150,15 @@ def _is_density(name: str) -> bool:
 
 
 def _goal_format(name: str, loss: str = "~g") -> dict[str, str]:
-    # Of densities that are almost one, the marks differ after the point.
-    return {"tickformat": ".2~%" if _is_density(name) else loss}
+    return {"tickformat": ".0%" if _is_density(name) else loss}
+
+
+def goal_axis(name: str, values: Sequence[float | None]) -> dict[str, Any]:
+    """The marks of a goal's axis; where all densities are almost one, an axis of a twentieth, whose marks can be told apart."""
+    low, high = _ends(values)
+    known = [value for value in values if value is not None]
+    narrow = _is_density(name) and (low, high) != (min(known), max(known))
+    return {**_goal_format(name), **({"range": [low, high]} if narrow else {})}
 
 
 def _ends(values: Sequence[float | None]) -> list[float]:

@@ -191,7 +191,7 @@ def _with_none(grid: Any) -> Any:
 def with_legend(fig: go.Figure, per_line: int = 2) -> go.Figure:
     """The figure with room for its legend, which has so many names per line."""
     lines = -(-sum(trace.showlegend is not False for trace in fig.data) // per_line)
-    return fig.update_layout(margin_t=TITLE_HEIGHT + 20 * lines, height=360 + 20 * lines)
+    return fig.update_layout(margin_t=TITLE_HEIGHT + 10 + 20 * lines, height=370 + 20 * lines)
 
 
 def ring(x: float, y: float) -> dict[str, Any]:

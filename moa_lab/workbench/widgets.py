@@ -26,7 +26,7 @@ STYLE = """<style>
   .moa-budget > .moa-budget-facts { flex-basis: 100% !important; }
   .moa-budget-facts table, .moa-budget-facts tbody { display: block; }
   .moa-budget-facts tbody { columns: 2 340px; column-gap: 24px; }
-  .moa-budget-facts tr { display: grid; grid-template-columns: 172px minmax(0, 1fr); break-inside: avoid; }
+  .moa-budget-facts tr { display: grid; grid-template-columns: 196px minmax(0, 1fr); break-inside: avoid; }
   .moa-budget-facts th { white-space: normal !important; }
 }
 .moa-budget-facts th { white-space: nowrap; }

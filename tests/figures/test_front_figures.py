@@ -105,3 +105,12 @@ def test_rank_correlation_is_one_when_the_prediction_sorts_the_plans_as_the_loss
 def test_an_unmeasured_front_is_refused_with_the_cure() -> None:
     with pytest.raises(ValueError, match="validate the front first"):
         figures.predicted_against_measured(make_front(), make_measurements())
+
+
+def test_densities_that_are_almost_one_have_an_axis_whose_marks_differ() -> None:
+    points = [dataclasses.replace(point, density={"2048": 0.5 - 1e-5 * index}) for index, point in enumerate(make_front())]
+    axis = figures.front_scatter(Front(tuple(points), (X, Y)), "density", X).layout.xaxis
+    assert axis.range[1] - axis.range[0] > 0.04
+    assert axis.range[0] < 0.5 < axis.range[1]
+    points[0] = dataclasses.replace(points[0], density={"2048": 0.25})
+    assert figures.front_scatter(Front(tuple(points), (X, Y)), "density", X).layout.xaxis.range is None
