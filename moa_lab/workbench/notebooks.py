@@ -25,6 +25,8 @@ from moa_lab.figures import CONFIG
 TIMEOUT_S = 600
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PLOTLY = "application/vnd.plotly.v1+json"
+SOLVER_LINES = re.compile(r"^Highs\w+::.*\n", re.MULTILINE)
+"""What HiGHS prints past its own switch for that."""
 WIDTH = 860
 
 
@@ -96,7 +98,10 @@ def execute(path: Path) -> nbformat.NotebookNode:
         # Times of execution would change with every run.
         cell.metadata.pop("execution", None)
         if "outputs" in cell:
-            cell.outputs = [output for output in cell.outputs if not _is_progress(output)]
+            for output in cell.outputs:
+                if output.output_type == "stream":
+                    output.text = SOLVER_LINES.sub("", output.text)
+            cell.outputs = [output for output in cell.outputs if not _is_progress(output) and output.get("text") != ""]
     return notebook
 
 

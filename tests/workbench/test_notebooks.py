@@ -71,6 +71,16 @@ def test_a_notebook_runs_from_first_to_last_cell(path: Path, tmp_path: Path) -> 
     check_outputs(execute(Path(shutil.copy(path, tmp_path / "notebooks"))))
 
 
+def test_what_a_solver_prints_past_its_switch_is_not_kept(tmp_path: Path) -> None:
+    line = "HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();"
+    sources = [f"print({line!r})\nprint('found')", f"print({line!r})"]
+    path = tmp_path / "noise.ipynb"
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources]), path)
+    first, second = execute(path).cells
+    assert [output.text for output in first.outputs] == ["found\n"]
+    assert second.outputs == []
+
+
 @pytest.mark.skipif(find_chromium() is None, reason="no Chromium on this machine")
 def test_a_figure_is_shown_in_both_forms_and_its_picture_is_made_in_another_process() -> None:
     bundle = mime_bundle(go.Figure(go.Scatter(y=[1, 3, 2])))
