@@ -24,7 +24,19 @@ from moa_lab.evaluate.validate import Validation, choose
 from moa_lab.forecast import Forecast
 from moa_lab.learning import learn_spans
 from moa_lab.models import model_name, tokenizer_fingerprint, weights_fingerprint
-from moa_lab.plan import WHOLE_BITS, Plan, dense_plan, name_of_bits, share_bought, stored_plan, told_bits, uniform_plan
+from moa_lab.plan import (
+    WHOLE_BITS,
+    Bits,
+    Plan,
+    dense_plan,
+    mix_of,
+    mixed_name,
+    mixes_of,
+    share_bought,
+    stored_plan,
+    told_bits,
+    uniform_plan,
+)
 from moa_lab.profiling import profile, profiling_examiner
 from moa_lab.provenance import Provenance, provenance
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement, Measurements, candidates
@@ -221,24 +233,42 @@ class Run(RunInputs):
         )  # fmt: skip
 
     def learned(self) -> Front:
-        """Stage learn: the plans of two descents, `QUESTIONS_FIRST` and `WORDS_FIRST`; none where the preset learns nothing. Of several
-        mixes of bits those of every head are learned with its rule."""
+        """Stage learn: the plans of two descents, `QUESTIONS_FIRST` and `WORDS_FIRST`; none where the preset learns nothing."""
         steps = self.preset.learning_steps
         if not steps:
             return Front((), ())
-        asked = self._descended("learned", steps, QUESTIONS_FIRST)
-        words = self._descended("learned-words", max(1, steps // 2), WORDS_FIRST)
+        mix = self._learned_mix()
+        asked = self._descended("learned", steps, QUESTIONS_FIRST, mix)
+        words = self._descended("learned-words", max(1, steps // 2), WORDS_FIRST, mix)
         return replace(asked, points=(*asked.points, *words.points), settings={"learned": asked.settings, "learned-words": words.settings})
 
-    def _descended(self, name: str, steps: int, weights: Mapping[str, float]) -> Front:
-        # Of several mixes each head's bits are learned as its rule is.
-        bits = told_bits(self.mixes[0]) if len(self.mixes) == 1 else 16
+    def _learned_mix(self) -> Bits:
+        """The mix to learn in: of several that of the plan which loses least in validation, needles and words alike, before any is learned.
+
+        A descent takes minutes in each, and what the plans lose tells mixes apart sooner than what spans they have. All heads are learned
+        in the same one: drawn head by head with the spans (`moa-lab learn --bits`), bits left less to spans in as many steps (see
+        `data/studies/LOG.md`).
+        """
+        if len(self.mixes) == 1:
+            return self.mixes[0]
+        searched = self._found()
+        alike = replace(searched, points=tuple(point for point in searched if len(mixes_of(point.plan)) == 1))
+        found = choose(
+            self.model, alike, self.suites.validation, name="mix", store=self.score_store, progress=self._steps("validate mixes")
+        )
+        mix = mix_of(found.best)
+        logger.info(
+            "learning in %s bits, those of %s, which loses least of what was searched", told_bits(mix), found.best.search["candidate"]
+        )
+        return mix
+
+    def _descended(self, name: str, steps: int, weights: Mapping[str, float], mix: Bits) -> Front:
         return self._stored(
             f"front-{name}.json", Front.load,
             lambda: learn_spans(
-                self.model, self.lessons(), self._table_of_bits(), self.limits, steps=steps, weights=weights, name=name, bits=bits,
+                self.model, self.lessons(), self.table(), self.limits, steps=steps, weights=weights, name=name, bits=told_bits(mix),
                 max_rules_per_layer=self.settings.max_rules_per_layer, engine=self.settings.engine, seed=self.settings.seed,
-                parts_dir=self.parts_dir("learn"), progress=self._steps(f"learn {name_of_bits(name, self.mixes)}"),
+                parts_dir=self.parts_dir("learn"), progress=self._steps(f"learn {mixed_name(name, mix)}"),
             ),
         )  # fmt: skip
 

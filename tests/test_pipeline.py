@@ -12,7 +12,7 @@ import pytest
 from tiny import tiny_model, tiny_tokenizer
 
 from moa_lab.pipeline import Run
-from moa_lab.plan import Plan, mixes_of
+from moa_lab.plan import Plan, mix_of, mixes_of
 from moa_lab.presets import PRESETS, SETTINGS_SCHEMA, Preset, RunSettings
 from moa_lab.records import Front, InfluenceProfile, Measurements
 from moa_lab.storage import to_json
@@ -114,24 +114,18 @@ def test_a_run_that_cannot_make_its_samples_is_refused_before_the_model_answers(
     assert not (tmp_path / "run").exists()
 
 
-def test_of_several_mixes_of_bits_those_of_every_head_are_learned_with_its_span_and_refined(
+def test_of_several_mixes_of_bits_spans_are_learned_in_the_one_whose_searched_plans_lose_least(
     inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = replace(PRESETS["sketch"], lengths=(640,), test_lengths=(640,), learning_steps=2, refine_rounds=1, refine_heads=2)
+    small = replace(PRESETS["sketch"], lengths=(640,), test_lengths=(640,), learning_steps=2)
     monkeypatch.setitem(cast(dict[str, Preset], PRESETS), "sketch", small)
     columns = "text=text,summary=summary"
     settings = RunSettings(model=str(inputs[0]), density=0.4, preset="sketch", source=str(inputs[1]), columns=columns, bits="16,8,4")
     run = Run(tmp_path / "run", settings)
-    front = run.front()
-    learned = [point for point in front if point.origin == "learned"]
-    assert {point.plan.name.partition("@")[0] for point in learned} >= {"learned", "learned-words"}
-    assert {point.plan.name.partition("@")[2] for point in learned} == {"per-head"}
-    for point in learned:
-        assert set(mixes_of(point.plan)) <= {(16, 16), (8, 8), (4, 4)}
-        assert all(point.plan.density(n) <= 0.4 + 1e-9 for n in run.limits)
-    # Refinement starts at what validates best, in whatever bits, and measures its heads in others.
-    assert any(run.parts_dir("refine").iterdir())
-    assert all(point.plan.name == "refined-1@per-head" for point in front if point.origin == "refined")
-    # What rounding loses is predicted of all alike.
+    learned = run.learned()
     searched = Front.load(run.records.place("front-search.json"))
-    assert {frozenset(point.predicted) for point in learned} == {frozenset(point.predicted) for point in searched}
+    alike = replace(searched, points=tuple(point for point in searched if len(mixes_of(point.plan)) == 1))
+    best = run.validation(alike, "best").best
+    assert {mix_of(point.plan) for point in alike} == {(16, 16), (8, 8), (4, 4)}
+    assert len(alike) < len(searched)
+    assert {mix_of(point.plan) for point in learned} == {mix_of(best)}
