@@ -163,7 +163,9 @@ class _Outcome:
 def _program(
     problem: Instance, keep: np.ndarray, scale: float, relaxed: Relaxation, seconds: float, mip_gap: float, cancel: threading.Event | None
 ) -> _Outcome:
-    """What HiGHS finds among the entries `keep`."""
+    """What HiGHS finds among the entries `keep`; where a head has none, no choice is as good as the known one."""
+    if not keep.any(axis=1).all():
+        return _Outcome("infeasible", None, np.inf)
     model, entries = program(problem, keep, scale)
     if problem.max_rules is None and problem.windows is None:
         short = condensed(model, entries, relaxed.dual.lead)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moa_lab.search import InfeasibleError, mean_goal, solve_milp
+from moa_lab.search import InfeasibleError, mean_goal, milp, solve_milp
+from moa_lab.search.reduction import worth_keeping
 from tests.search.tables import all_choices, goal_values, keeps, large_table, random_table, rules_per_layer, task_goals
 
 MIXED = (("questions", 1024, "all_or_nothing"), ("summaries", 2048, "sum"), ("summaries", 2048, "worst_distance"))
@@ -146,3 +148,21 @@ def test_1024_heads_and_45_rules_are_solved_within_ten_seconds() -> None:
     assert time.perf_counter() - began <= 10
     assert answer.status == "optimal"
     assert answer.gap <= 1e-4
+
+
+def test_where_no_entry_of_a_head_can_better_the_known_choice_that_one_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def nothing_left(*given: Any) -> np.ndarray:
+        keep = np.array(worth_keeping(*given))
+        keep[0] = False
+        asked.append(True)
+        return keep
+
+    monkeypatch.setattr(milp, "worth_keeping", nothing_left)
+    for seed in range(20):
+        table = random_table(seed, objectives=MIXED, monotone=True)
+        answer = solve_milp(table, {2048: 0.6}, goal=mean_goal(task_goals(table)), mip_gap=0.0)
+        assert answer.status == "optimal"
+        assert keeps(table, answer.choice[None], {2048: 0.6}).all()
+    assert asked
