@@ -46,7 +46,8 @@ def compiled(*arguments: str) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("chip", ["sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "gfx90a", "gfx942", "gfx1100"])
 def test_kernels_compile_and_fit(chip: str) -> None:
     found = compiled(chip, *CASES)
-    assert {row["kernel"] for row in found} >= KERNELS
+    # Waves of 32 lanes hold no block of 64 queries and keys, in which influence is added up.
+    assert {row["kernel"] for row in found} >= KERNELS - ({"influence_kernel"} if chip == "gfx1100" else set())
     assert ("decode_warps_kernel" in {row["kernel"] for row in found}) == (chip in SHARED)
     for row in found:
         assert row["shared"] <= SHARED.get(chip, AMD), row
