@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from moa_lab.bench.compiled import COMPILED_SCHEMA, chips_table
 from moa_lab.bench.engine import ENGINE_SCHEMA
 from moa_lab.bench.record import BENCH_SCHEMA, BenchRecord
 from moa_lab.bench.record import table as bench_table
@@ -210,6 +211,15 @@ def _serving(path: Path) -> str:
     return "\n".join([head, serving_table(data)])
 
 
+def _compiled(path: Path) -> str:
+    chips = [
+        {name: str(told) for name, told in row.items() if name not in ("run on", "spill here alone", "bytes")}
+        for row in chips_table(path, ())
+    ]
+    lines = aligned([list(chips[0]), *(list(row.values()) for row in chips)]) if chips else []
+    return "\n".join(["what kernels take where they were compiled, at most", *lines])
+
+
 def _study(path: Path) -> str:
     found = StudyRecord.load(path)
     return "\n".join([f"study {found.name!r}", study_table(found), _origin(found.provenance)])
@@ -234,6 +244,7 @@ _DESCRIPTIONS: Mapping[str, Callable[[Path], str]] = {
     BENCH_SCHEMA: _bench,
     ENGINE_SCHEMA: _engine,
     SERVING_SCHEMA: _serving,
+    COMPILED_SCHEMA: _compiled,
     PARITY_SCHEMA: _parity,
     STUDY_SCHEMA: _study,
 }
