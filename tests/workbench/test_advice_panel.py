@@ -189,7 +189,7 @@ def test_what_a_density_loses_is_told_in_one_sentence_of_the_run_that_is_nearest
     for task in ("documents", "own answers"):
         assert re.search(rf"{task} \d\.\d{{3}} \[\d\.\d{{3}}, \d\.\d{{3}}\], dense \d\.\d{{3}} nats a token", told)
     panel.number.value = 0.5
-    assert "Measured at 50.0% and 2,048 tokens, the nearest (standard-50)" in panel.curves.lost.value
+    assert "Measured at 50.0% and 2,048 tokens, the nearest (smollm2-135m-50)" in panel.curves.lost.value
     assert lost_text((), 0.5) == ""
 
 
