@@ -68,7 +68,7 @@ class Forecast:
         cost = estimate_cost(model, [Sample("probe", np.zeros(longest, np.int64), ((longest - 1, longest),))])
         samples = {n: sum(request.count for request in run.wanted) for n in run.lengths}
         many = len(run.mixes)
-        # Where the mix of the most bits holds all tokens, nothing is learned.
+        # Spans are learned in one of the mixes; where fewer bits hold all tokens, nothing is.
         descents = int(share_bought(run.settings.density, run.mixes[0], run.geometry) < 1)
         learned = descents * LEARNED_PLANS * bool(preset.learning_steps)
         measured = preset.candidates + (many + run.rounding) * SIMPLE_PLANS + learned + preset.refine_rounds

@@ -52,7 +52,7 @@ def test_every_stage_is_foretold_and_more_samples_and_longer_ones_take_longer(
     assert set(large.foretold) == {"calibrate", "profile", "search", "lessons", "learn", "refine", "validate", "evaluate"}
     for stage in ("calibrate", "profile", "learn", "validate", "evaluate"):
         assert large.foretold[stage] > 3 * small.foretold[stage], stage
-    # Refinement also stores every head that it measures in the other mixes; learning draws them, at no more passes.
+    # Refinement also stores every head that it measures in the other mixes; spans are learned in one of them.
     of_bits = run_of(inputs, tmp_path / "bits", "full", bits="16,8,4")
     heads, climbing = of_bits.geometry.layers * of_bits.geometry.kv_heads, forecast.CLIMBS * len(forecast.MOVES)
     told = Forecast.of(of_bits).foretold

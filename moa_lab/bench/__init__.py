@@ -25,14 +25,8 @@ __all__ = ["BENCH_SCHEMA", "GOALS", "INTERPRETER", "ROWS", "BenchRecord", "Bench
 
 ROWS = tuple(SHAPES)
 Together = Callable[[Shape, Lab, Collection[str]], list[BenchRow]]
-TOGETHER: dict[str, Together] = {
-    "B1": stored_rows,
-    "B2": stored_rows,
-    "B3": stored_rows,
-    "P1": prefill_rows,
-    "P2": prefill_rows,
-    "P3": prefill_rows,
-}
+_MEASURES: tuple[tuple[Together, tuple[str, ...]], ...] = ((stored_rows, ("B1", "B2", "B3")), (prefill_rows, ("P1", "P2", "P3")))
+TOGETHER: dict[str, Together] = {row: measure for measure, rows in _MEASURES for row in rows}
 """Rows that share a measurement of their shapes."""
 
 

@@ -15,8 +15,7 @@ from typing import Any
 from moa_lab.bench.record import BENCH_SCHEMA, BenchRecord, BenchRow
 from moa_lab.bench.serving import SERVING_SCHEMA
 from moa_lab.evaluate.compare import excess_perplexity, row_of, share_of_hits
-from moa_lab.plan import Plan, bits_of, read_mix
-from moa_lab.plan.bits import UNTOUCHED, vector_bytes
+from moa_lab.plan import UNTOUCHED, Plan, bits_of, read_mix, token_price
 from moa_lab.records import Measurement, Measurements
 from moa_lab.records.intervals import Interval, unknown
 from moa_lab.storage import RecordError, read_json, schema_of
@@ -143,18 +142,12 @@ def _speeds(row: BenchRow) -> list[Speed]:
     shape = row.shape
     bits = str(shape.get("bits", UNTOUCHED))
     # Earlier records tell the share of tokens alone.
-    share = shape["bytes"] if "bytes" in shape else shape["density"] * _price(bits, shape["head_dim"])
+    share = shape["bytes"] if "bytes" in shape else shape["density"] * token_price(read_mix(bits), shape["head_dim"])
     found = [Speed(bits, share, row.ours, shape["batch"])]
     for peer, other in row.detail.get("peers", {}).items():
         if bits != str(UNTOUCHED) and peer.startswith("ours ") and peer != "ours dense" and "rate" in other:
             found.append(Speed(str(UNTOUCHED), shape["density"], other["rate"], other.get("batch")))
     return found
-
-
-def _price(bits: str, head_dim: int) -> float:
-    """Bytes of a token in these bits, as a share of 16-bit ones."""
-    keys, values = read_mix(bits)
-    return (vector_bytes(head_dim, keys) + vector_bytes(head_dim, values)) / (2 * vector_bytes(head_dim, UNTOUCHED))
 
 
 def _served(record: dict[str, Any]) -> dict[int, Session]:

@@ -15,8 +15,8 @@ from moa_lab.bench.shapes import Shape, described, prefill_flops
 from moa_lab.bench.timing import time_calls
 from moa_lab.cache import LayerLayout, RingLayer
 
-CHUNK = 4
-"""The last of so many chunks of a prompt is measured."""
+CHUNKS = 4
+"""Of a prompt; the last is measured."""
 WHOLE = "the same without a ring"
 
 
@@ -25,18 +25,18 @@ def chunk_row(shape: Shape, lab: Lab) -> BenchRow:
     # Imported here: Triton may be missing.
     from moa_lab.kernels.prefill import chunk_attention, prefill_attention
 
-    spans, past = lab.spans(shape), shape.n_tokens - shape.n_tokens // CHUNK
+    spans, past = lab.spans(shape), shape.n_tokens - shape.n_tokens // CHUNKS
     inputs = all_inputs(shape, lab)
     expected = expected_prefill(*inputs[0], spans, shape.scale)[:, :, past:]
     layout = LayerLayout(spans.sink_tokens, spans.windows, None, shape.n_tokens)
     lengths = torch.full((shape.batch,), shape.n_tokens, dtype=torch.int32, device=lab.device)
-    padding = torch.zeros_like(lengths)
+    padding, before = torch.zeros_like(lengths), torch.full_like(lengths, past)
 
     def over_ring(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         ring = RingLayer(layout, shape.batch, shape.head_dim, lab.dtype, lab.device)
-        ring.write(key[:, :, :past], value[:, :, :past], lengths - shape.n_tokens // CHUNK, padding)
-        new = query[:, :, past:].contiguous(), key[:, :, past:].contiguous(), value[:, :, past:].contiguous()
-        return partial(chunk_attention, *new, ring, lengths, padding, shape.scale)
+        ring.write(key[:, :, :past], value[:, :, :past], before, padding)
+        asked, new_key, new_value = (x[:, :, past:].contiguous() for x in (query, key, value))
+        return partial(chunk_attention, asked, new_key, new_value, ring, lengths, padding, shape.scale)
 
     def without(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Any:
         return partial(prefill_attention, query[:, :, past:].contiguous(), key, value, spans.windows, spans.sink_tokens, shape.scale)

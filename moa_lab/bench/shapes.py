@@ -93,7 +93,7 @@ def stretched_spans(plan: Plan, kv_heads: int, n_tokens: int) -> Spans:
 
 def stretched(plan: Plan, heads: int, n_tokens: int) -> tuple[np.ndarray, int]:
     """The fractions that `heads` heads keep, ascending, and the sink at `n_tokens`: see `stretched_spans`."""
-    home = max(plan.lengths, default=plan.geometry.max_length)
+    home = plan.longest
     fractions = (plan.spans(home).ravel() / home)[by_fraction(plan)]
     # Every head repeated `heads` times, so that the parts have equal size.
     parts = np.repeat(fractions, heads).reshape(heads, -1).mean(axis=1)
@@ -102,7 +102,7 @@ def stretched(plan: Plan, heads: int, n_tokens: int) -> tuple[np.ndarray, int]:
 
 def by_fraction(plan: Plan) -> np.ndarray:
     """The plan's heads, flattened, by the fraction that they keep at the longest length of its card, ascending."""
-    return np.argsort(plan.spans(max(plan.lengths, default=plan.geometry.max_length)).ravel(), kind="stable")
+    return np.argsort(plan.spans(plan.longest).ravel(), kind="stable")
 
 
 def described(shape: Shape, spans: Spans) -> dict[str, Any]:

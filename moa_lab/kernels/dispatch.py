@@ -70,15 +70,9 @@ def span_attention(
     Shapes as in `windowed_attention`. mask: what the model itself hides.
     """
     if kernel_applies(query, key, value) and mask.first is not None:
-        # Asked last, since it waits for the device.
-        if HAS_FLASH and softcap is None and sink_logits is None and mask.is_plain:
-            return prompt_by_kernel(query, key, value, windows, sink_tokens, scale)
-        # Imported here, since Triton may be missing.
-        from moa_lab.kernels.prefill import prefill_attention
-
-        return prefill_attention(
-            query, key, value, windows, sink_tokens, scale, first=mask.first, reach=mask.reach, softcap=softcap, sink_logits=sink_logits
-        )
+        # Whether anything is padded is asked last, since it waits for the device.
+        first = None if _flash_fits(mask.reach, softcap, sink_logits) and mask.is_plain else mask.first
+        return prompt_by_kernel(query, key, value, windows, sink_tokens, scale, mask.reach, softcap, sink_logits, first)
     if mask.hides_the_future_alone and softcap is None and sink_logits is None:
         return blockwise_attention(query, key, value, sink_tokens, windows, scale)
     positions = mask.positions
@@ -97,15 +91,24 @@ def prompt_by_kernel(
     reach: int | None = None,
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
+    first: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`moa_lab.kernels.prefill.prefill_attention` of a whole prompt without padding, by FlashAttention-4 where that is the faster one."""
-    from moa_lab.kernels.prefill import prefill_attention
-
-    if HAS_FLASH and reach is None and softcap is None and sink_logits is None:
+    """`moa_lab.kernels.prefill.prefill_attention`, of a whole prompt without padding (first: None) by FlashAttention-4 where that is the
+    faster one."""
+    # Imported here, since Triton may be missing.
+    if first is None and _flash_fits(reach, softcap, sink_logits):
         from moa_lab.kernels.flash import prompt_attention
 
         return prompt_attention(query, key, value, [int(window) for window in windows], sink_tokens, scale)
-    return prefill_attention(query, key, value, windows, sink_tokens, scale, reach=reach, softcap=softcap, sink_logits=sink_logits)
+    from moa_lab.kernels.prefill import prefill_attention
+
+    return prefill_attention(
+        query, key, value, windows, sink_tokens, scale, first=first, reach=reach, softcap=softcap, sink_logits=sink_logits
+    )
+
+
+def _flash_fits(reach: int | None, softcap: float | None, sink_logits: torch.Tensor | None) -> bool:
+    return HAS_FLASH and reach is None and softcap is None and sink_logits is None
 
 
 def drawn_attention(

@@ -157,12 +157,9 @@ def backward_with_influence(
     batch, heads, n_tokens, _ = query.shape
     group, n_blocks = heads // key.shape[1], triton.cdiv(n_tokens, BLOCK)
 
-    def floats(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.float32, device=query.device)
-
-    normaliser, expected = floats(batch, heads, n_tokens), floats(batch, heads, n_tokens)
+    normaliser, expected = query.new_empty(2, batch, heads, n_tokens, dtype=torch.float32)
     slopes = [torch.empty_like(query, dtype=torch.float32) for _ in range(3)]
-    found = [floats(batch, heads, n_blocks, n_blocks) for _ in range(3)]
+    found = [query.new_zeros(batch, heads, n_blocks, n_blocks, dtype=torch.float32) for _ in range(3)]
     numbers, settings = (reach or NO_REACH, scale, softcap or 1.0), launched_with(query, key, softcap)
     logits = None if sink_logits is None else sink_logits.float().flatten().repeat(batch)
     influence_kernel[n_blocks, batch * heads](

@@ -141,6 +141,11 @@ class Plan:
         return found
 
     @property
+    def longest(self) -> int:
+        """The longest length that the plan names, in tokens; the model's maximum where it names none."""
+        return max(self.lengths, default=self.geometry.max_length)
+
+    @property
     def is_dense(self) -> bool:
         """True when every head keeps everything at every length, as it is."""
         return not self.bits and all(rule.keeps_everything for row in self.rules for rule in row)

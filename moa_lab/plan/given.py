@@ -42,7 +42,7 @@ def named_apart(plans: Sequence[Plan]) -> list[Plan]:
     counts = Counter(plan.name for plan in plans)
 
     def named(plan: Plan) -> Plan:
-        return plan.renamed(f"{plan.name}-{plan.density(max(plan.lengths, default=plan.geometry.max_length)):.0%}")
+        return plan.renamed(f"{plan.name}-{plan.density(plan.longest):.0%}")
 
     found = [named(plan) if counts[plan.name] > 1 else plan for plan in plans]
     if len({plan.name for plan in found}) < len(found):

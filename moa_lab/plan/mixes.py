@@ -63,12 +63,12 @@ def tokens_bought(targets: Mapping[int, float], mix: Bits, geometry: ModelGeomet
 
 def share_bought(share: float, mix: Bits, geometry: ModelGeometry) -> float:
     """`tokens_bought` of one share."""
-    return min(1.0, share / token_price(mix, geometry))
+    return min(1.0, share / token_price(mix, geometry.head_dim))
 
 
-def token_price(mix: Bits, geometry: ModelGeometry) -> float:
+def token_price(mix: Bits, head_dim: int) -> float:
     """The bytes of a token stored in `mix` as a share of those in 16 bits."""
-    return sum(vector_bytes(geometry.head_dim, width) for width in mix) / (2 * vector_bytes(geometry.head_dim, UNTOUCHED))
+    return sum(vector_bytes(head_dim, width) for width in mix) / (2 * vector_bytes(head_dim, UNTOUCHED))
 
 
 def mixes_of(plan: Plan) -> dict[Bits, float]:

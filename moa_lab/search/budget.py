@@ -68,7 +68,7 @@ class BudgetSolver:
         targets = tokens_bought(asked, mix, self.table.geometry)
         known = tuple(targets) == self.lengths
         limits = (self._usage if known else Usage(self.table, targets)).limits(targets)
-        check_feasible(self.table, limits, pinned, price=token_price(mix, self.table.geometry))
+        check_feasible(self.table, limits, pinned, price=token_price(mix, self.table.geometry.head_dim))
         problem = Instance(
             self._terms, limits, (), allowed_rules(self.table, pinned), self.table.geometry.layers, None, windows_of(self.table, targets),
         )  # fmt: skip

@@ -61,7 +61,7 @@ def whole_heads(table: LossTable, targets: Mapping[int, float]) -> list[Plan]:
 
 def _whole_heads(table: LossTable, targets: Mapping[int, float], mixes: tuple[Bits, Bits] | None) -> list[Plan]:
     """mixes: bits of whole heads and of the others."""
-    tokens = min(targets.values()) / (1.0 if mixes is None else token_price(mixes[1], table.geometry))
+    tokens = min(targets.values()) / (1.0 if mixes is None else token_price(mixes[1], table.geometry.head_dim))
     shares = [SpanRule(0.0, min(share * tokens, 1.0)) for share in FLOOR_SHARES]
     floors = [SpanRule(float(tokens), 0.0) for tokens in sorted({table.min_span, *FLOORS})]
     plans = []

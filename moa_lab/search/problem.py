@@ -134,7 +134,7 @@ def check_floor(
 
     The message names the length that binds most, the least that is feasible there, and the cure.
     """
-    price, bought = token_price(mix, geometry), tokens_bought(targets, mix, geometry)
+    price, bought = token_price(mix, geometry.head_dim), tokens_bought(targets, mix, geometry)
     # In tokens of the whole cache, as in `Usage.limits`; 1e-6 for floating-point rounding.
     heads = geometry.layers * geometry.kv_heads
     excess = {n: (least_density(geometry, n, min_span, engine) - asked) * n * heads - 1e-6 for n, asked in bought.items()}
@@ -175,7 +175,7 @@ def feasible(
     """The share of the tokens that `densities` of the bytes hold in `mix`, checked against the shortest rules: raises InfeasibleError as
     `check_feasible` does."""
     targets = tokens_bought(densities(table, density, lengths), mix, table.geometry)
-    check_feasible(table, Usage(table, targets).limits(targets), None, max_rules_per_layer, token_price(mix, table.geometry))
+    check_feasible(table, Usage(table, targets).limits(targets), None, max_rules_per_layer, token_price(mix, table.geometry.head_dim))
     return targets
 
 

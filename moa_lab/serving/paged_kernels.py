@@ -70,7 +70,7 @@ class PagedKernels:
                 scoring.sink_logits,
             )
             return found[0].transpose(0, 1)
-        ring, starts = self._held(bucket, max(16, 1 << max(past - 1, 0).bit_length()))
+        ring, starts = self._held(bucket, max(16, 1 << (past - 1).bit_length()))
         columns, within = self.places(bucket, starts, ring.layout.total)
         ring, vectors, page = copy.copy(ring), pool.view(-1, pool.shape[-1]), 2 * self.heads.page_tokens
         # Places that the row does not hold yet are page 0, and are not read.

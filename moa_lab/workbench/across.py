@@ -161,7 +161,7 @@ class Across:
 
 def _kept(plan: Plan, layer: int, kv_head: int) -> tuple[str, str]:
     """A plan's density, and the span that it gives a head, at the longest length that it names."""
-    n = max(plan.lengths, default=plan.geometry.max_length)
+    n = plan.longest
     spans = plan.spans(n)
     rank = int((spans > spans[layer, kv_head]).sum()) + 1
     return f"{plan.density(n):.1%}", f"{int(spans[layer, kv_head]):,} of {n:,} tokens, rank {rank} of {spans.size}"

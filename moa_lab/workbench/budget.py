@@ -85,7 +85,7 @@ class Budget:
     def bits(self, bits: int | str) -> None:
         """Raises ValueError for what is no single mix."""
         self._mix = read_mix(bits)
-        self._price = token_price(self._mix, self.table.geometry)
+        self._price = token_price(self._mix, self.table.geometry.head_dim)
         self.least = self._least_tokens * self._price
 
     @property
