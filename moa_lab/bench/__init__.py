@@ -37,7 +37,7 @@ def bench_kernels(
     out: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> BenchRecord:
-    """Measure the rows named, of D1 to D4, P1 to P4, M1 and, of stored bits, B1, B2 and B3; a few minutes on a GPU.
+    """Measure the rows named, of D1 to D4, P1 to P4, M1 and, of stored bits, B1 to B4; a few minutes on a GPU.
 
     quick: tiny shapes, to test that everything runs; also without a GPU under TRITON_INTERPRET=1 (set before Triton is imported),
     where no row meets its goal. plan: a plan or config card whose spans are stretched to the shapes; default: the recorded ones of
@@ -83,7 +83,8 @@ def _tasks(rows: Collection[str], quick: bool, lab: Lab) -> list[Callable[[], li
 
 
 def _one(row: str, shape: Shape, lab: Lab) -> list[BenchRow]:
-    alone: dict[str, Callable[[Shape, Lab], BenchRow]] = {"D2": heterogeneity_row, "D4": paged_row, "P4": chunk_row, "M1": memory_row}
+    alone: dict[str, Callable[[Shape, Lab], BenchRow]] = {"D2": heterogeneity_row, "P4": chunk_row, "M1": memory_row}
+    alone |= {paged: partial(paged_row, paged) for paged in ("D4", "B4")}
     return [alone[row](shape, lab) if row in alone else decode_row(row, shape, lab)]
 
 

@@ -53,6 +53,7 @@ GOALS = {
     "B2": Goal(0.56, at_most=True),
     "B3": Goal(0.36, at_most=True),
     "B3 8+4": Goal(0.46, at_most=True, informs=True),
+    "B4": Goal(0.85),
     "E1": Goal(1.9),
     "E1 DynamicCache 4096": Goal(8.2),
     "E1 DynamicCache 8192": Goal(6.0),

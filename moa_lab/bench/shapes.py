@@ -176,6 +176,12 @@ PAGED = (
     Shape(32, 8, 128, 64, 16384),
     Shape(32, 32, 128, 8, 4096),
 )
+# B4: the same in 8 bits, and in the bits of a quarter of the bytes.
+PAGED_STORED = (
+    Shape(32, 32, 128, 215, 4096, bits=(8, 8)),
+    Shape(32, 8, 128, 64, 16384, bits=(8, 8)),
+    Shape(32, 32, 128, 32, 4096, bits=(8, 4)),
+)
 # P3: other head_dims, of models of half a billion to 27 billion weights.
 OTHER_DIMS = (
     Shape(32, 32, 64, 1, 8192),
@@ -203,6 +209,7 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
     "B1": STORED,
     "B2": STORED,
     "B3": STORED,
+    "B4": PAGED_STORED,
 }
 
 _TINY = Shape(4, 2, 32, 1, 256)
@@ -219,6 +226,7 @@ QUICK_SHAPES: dict[str, tuple[Shape, ...]] = {
     "B1": (_TINY,),
     "B2": (_TINY,),
     "B3": (_TINY,),
+    "B4": (replace(_TINY, batch=2, bits=(8, 8)),),
 }
 
 

@@ -24,12 +24,12 @@ def bench() -> None:
 @app.command()
 def kernels(
     out: Annotated[Path, typer.Option("--out", help="the record, JSON")],
-    rows: Annotated[str | None, typer.Option("--rows", help="some of D1,D2,D3,D4,P1,P2,P3,P4,M1,B1,B2,B3; all when not given")] = None,
+    rows: Annotated[str | None, typer.Option("--rows", help="some of D1,D2,D3,D4,P1,P2,P3,P4,M1,B1,B2,B3,B4; all when not given")] = None,
     plan: Annotated[Path | None, typer.Option("--plan", help="a config card whose spans are stretched to the shapes")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="tiny shapes: shows that everything runs, and no more")] = False,
     force: ForceOption = False,
 ) -> None:
-    """The prefill and decode kernels, also over stored bits (B1 to B3), and the memory of the ring cache."""
+    """The prefill and decode kernels, also over stored bits (B1 to B4), and the memory of the ring cache."""
     from moa_lab.bench import ROWS, bench_kernels, table
 
     free(out, force)

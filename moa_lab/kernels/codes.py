@@ -9,8 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from moa_lab.cache.storage import GRID_MAX
+
 CODES = tl.constexpr(2.0**24)
 """A code over the float16 with its bits."""
+LIMIT = tl.constexpr(GRID_MAX)
 
 
 @triton.jit
@@ -24,8 +27,31 @@ def words_of(places, BITS: tl.constexpr):
 
 
 @triton.jit
+def on_grid(given, there, levels):
+    """`moa_lab.cache.storage.places` of vectors (n, m), of which `there` are the numbers: int32 (n, m), float16 (n, 1) twice."""
+    exact = tl.minimum(tl.maximum(given.to(tl.float32), -LIMIT), LIMIT)
+    low = tl.min(tl.where(there, exact, LIMIT), axis=1, keep_dims=True).to(tl.float16)
+    wide = exact - low.to(tl.float32)
+    high = tl.max(tl.where(there, wide, -2 * LIMIT), axis=1, keep_dims=True)
+    # Division must round to the nearest; Triton's own does not on a GPU.
+    step = tl.div_rn(high, tl.zeros_like(high) + levels).to(tl.float16)
+    found = tl.where(step > 0, tl.div_rn(wide, tl.where(step > 0, step.to(tl.float32), 1.0)), 0.0)
+    # Adding 1.5 * 2^23 leaves no bits for a fraction: halves go to the even number, as in torch.
+    found = tl.maximum(tl.minimum((found + 12582912.0) - 12582912.0, levels), 0.0)
+    return tl.where(there, found, 0.0).to(tl.int32), low, step
+
+
+@triton.jit
+def store_words(target, words, slots, kept, HEAD_DIM: tl.constexpr, BITS: tl.constexpr):
+    """Words (n, m), of which the first are a vector's, to their slots (n, 1)."""
+    WIDTH: tl.constexpr = (HEAD_DIM * BITS + 31) // 32
+    at = tl.arange(0, words.shape[1])[None, :]
+    tl.store(target + slots * WIDTH + at, words, mask=kept[:, None] & (at < WIDTH))
+
+
+@triton.jit
 def vectors(base, slots, held, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """The vectors at `slots`, (TILE, PADDED_DIM): numbers as they are, or 2^-24 times their codes as DTYPE."""
+    """The vectors at `slots`, (TILE, PADDED_DIM): numbers as they are, or 2^-24 times their codes as DTYPE. base: one, or (TILE, 1)."""
     NUMBERS: tl.constexpr = 1 if BITS == 16 else 32 // BITS
     WIDTH: tl.constexpr = (HEAD_DIM + NUMBERS - 1) // NUMBERS
     at = tl.arange(0, PADDED_DIM // NUMBERS)

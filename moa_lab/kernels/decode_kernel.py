@@ -37,11 +37,17 @@ def _fold(
 
 
 @triton.jit
-def paged_places(pages, steps, rank, slots, held, PAGE: tl.constexpr):
-    """Where the keys of `slots` of a head lie in a pool of pages, in vectors, int64; values lie PAGE behind. slots: one, or several; held:
-    those that there are. pages: the row's block table. steps, rank: of `moa_lab.serving.page_layout`, of the head."""
+def pages_of(pages, steps, rank, slots, held, PAGE: tl.constexpr):
+    """The pages in which `slots` of a head lie, int64: one, or several; held: those that there are. pages: the row's block table. steps,
+    rank: of `moa_lab.serving.page_layout`, of the head."""
     column = tl.load(steps + slots // PAGE, mask=held, other=0) + rank
-    return tl.load(pages + column, mask=held, other=0).to(tl.int64) * (2 * PAGE) + slots % PAGE
+    return tl.load(pages + column, mask=held, other=0).to(tl.int64)
+
+
+@triton.jit
+def at_page(base, page, BYTES: tl.constexpr):
+    """`base`, of the first page, moved on to a page or pages, which are so many bytes each."""
+    return base + page * (BYTES // (base.dtype.element_ty.primitive_bitwidth // 8))
 
 
 @triton.jit
@@ -50,13 +56,13 @@ def attend(
     query_head, sink_tokens, reach, scale, softcap, pages, steps, rank,
     GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr,
     CAPPED: tl.constexpr, REACHES: tl.constexpr, PRECISION: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    PAGE: tl.constexpr,
+    PAGE: tl.constexpr, PAGE_BYTES: tl.constexpr,
 ):  # fmt: skip
     """The query heads of one KV head over its slots from `low` to `high`: their output before division, greatest score and sum.
 
     query: of the first of these heads. key, value: of the head's first slot, numbers or codes; key_grids, value_grids: its grid.
-    PAGE: 0, or slots lie in pages of so many, a multiple of TILE, and so is `low`: key, value are then of the first page, and pages,
-    steps, rank are as in `paged_places`.
+    PAGE: 0, or slots lie in pages of so many, a multiple of TILE, and so is `low`: key, value and grids are then of the first page, of
+    PAGE_BYTES, and pages, steps, rank are as in `pages_of`.
     """
     DTYPE: tl.constexpr = tl.float32 if query.dtype.element_ty == tl.float32 else tl.float16
     rows = tl.arange(0, ROWS)
@@ -75,33 +81,34 @@ def attend(
     output = tl.zeros([ROWS, PADDED_DIM], tl.float32)
     if VALUE_BITS < 16:
         shift = tl.zeros([ROWS], tl.float32)
-    start = tl.zeros([], tl.int64)
+    page = tl.zeros([], tl.int64)
     if PAGE > 0:
-        start = paged_places(pages, steps, rank, low, low < high, PAGE)
+        page = pages_of(pages, steps, rank, low, low < high, PAGE)
     for at in range(low, high, TILE):
         slots = at + tl.arange(0, TILE)
         held = slots < high
         places = slots
+        here = page
         if PAGE > 0:
             # A tile lies in one page, so that its vectors follow one another. Where the next one lies is looked up a turn
             # ahead: in the turn that reads it, the lookup would take a stage of the pipeline. Two turns ahead there is no pipeline.
-            places = start + tl.arange(0, TILE)
-            start = paged_places(pages, steps, rank, at + TILE, at + TILE < high, PAGE)
-        near = vectors(key, places, held, HEAD_DIM, PADDED_DIM, KEY_BITS, DTYPE)
+            places = at % PAGE + tl.arange(0, TILE)
+            page = pages_of(pages, steps, rank, at + TILE, at + TILE < high, PAGE)
+        near = vectors(at_page(key, here, PAGE_BYTES), places, held, HEAD_DIM, PADDED_DIM, KEY_BITS, DTYPE)
         scores = tl.dot(asked, tl.trans(near), input_precision=PRECISION)
         if KEY_BITS == 16:
             scores = scores * scale
         else:
-            smallest, step = grid_of(key_grids, slots, held)
+            smallest, step = grid_of(at_page(key_grids, here, PAGE_BYTES), places, held)
             scores = (scores * (step * CODES)[None, :] + asked_sum[:, None] * smallest[None, :]) * factor[:, None]
         weights, shrink, scores_max, scores_sum = _fold(
             scores, scores_max, scores_sum, slots, held, length, sink, ring, window, sink_tokens, reach, softcap, CAPPED, REACHES
         )
-        near = vectors(value, places, held, HEAD_DIM, PADDED_DIM, VALUE_BITS, DTYPE)
+        near = vectors(at_page(value, here, PAGE_BYTES), places, held, HEAD_DIM, PADDED_DIM, VALUE_BITS, DTYPE)
         if VALUE_BITS == 16:
             output = tl.dot(weights.to(near.dtype), near, output * shrink[:, None], input_precision=PRECISION)
         else:
-            smallest, step = grid_of(value_grids, slots, held)
+            smallest, step = grid_of(at_page(value_grids, here, PAGE_BYTES), places, held)
             shift = shift * shrink + tl.sum(weights * smallest[None, :], axis=1)
             # Relative to the greatest step, so that float16 holds the weights.
             greatest = tl.max(step, axis=0)
@@ -153,7 +160,7 @@ def decode_kernel(
             attend(
                 asking, keys + base, grids, values + base, grids, low, high, length, sink, ring, window,
                 output, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap, table, table, 0,
-                GROUP, ROWS, HEAD_DIM, PADDED_DIM, TILE, CAPPED, REACHES, PRECISION, 16, 16, 0,
+                GROUP, ROWS, HEAD_DIM, PADDED_DIM, TILE, CAPPED, REACHES, PRECISION, 16, 16, 0, 0,
             )  # fmt: skip
         side = sides + head * 6
         numbers = keys + batch * ring_batch
@@ -166,7 +173,7 @@ def decode_kernel(
                     _first(numbers, words, side + 3, HEAD_DIM, ALIGNED, PAIRS[pair][1]), grid + tl.load(side + 5),
                     low, high, length, sink, ring, window,
                     output, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap, table, table, 0,
-                    GROUP, ROWS, HEAD_DIM, PADDED_DIM, TILE, CAPPED, REACHES, PRECISION, PAIRS[pair][0], PAIRS[pair][1], 0,
+                    GROUP, ROWS, HEAD_DIM, PADDED_DIM, TILE, CAPPED, REACHES, PRECISION, PAIRS[pair][0], PAIRS[pair][1], 0, 0,
                 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
-"""Keys and values in pages of single heads, in Triton: new tokens are written, and rows of one new token attend to what they hold.
+"""Keys and values in pages of single heads, in Triton: new tokens are written, rows of one new token attend to what they hold, and what a
+row holds is read for the rest.
 
-pool, throughout: (pages, 2, page_tokens, head_dim), K before V, contiguous. A pass of several requests: `Pass`. No host synchronisation.
+A pass of several requests: `Pass`. No host synchronisation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton
 
 from moa_lab.kernels.decode import stages, tile_of, warps
 from moa_lab.kernels.devices import precision
-from moa_lab.kernels.paged_kernel import paged_decode_kernel, paged_merge_kernel, paged_write_kernel
+from moa_lab.kernels.paged_kernel import paged_decode_kernel, paged_merge_kernel, paged_read_kernel, paged_write_kernel
 from moa_lab.plan.bits import UNTOUCHED
 
 SPLIT = 512
@@ -35,6 +36,18 @@ class PagedHeads:
 
 
 @dataclass(frozen=True)
+class PooledPages:
+    """What a pool of pages holds. numbers, words: all of it, as numbers of the model's type and as int32, contiguous. key, value: the
+    bits of a page's K or V, and at which of its bytes they and their grids begin."""
+
+    numbers: torch.Tensor
+    words: torch.Tensor
+    page_bytes: int
+    key: tuple[int, int, int]
+    value: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Pass:
     """The requests of one pass of the model, int32 each. table: (rows, columns), the pages of the block tables. lengths: (rows,), tokens
     with the new ones. firsts: (rows + 1,), the first new token of every row, then the number of all. rows: (tokens,), the row of every new
@@ -47,22 +60,44 @@ class Pass:
     buckets: torch.Tensor
 
 
-def paged_write(layer: PagedHeads, pool: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Pass) -> None:
-    """Write the new tokens to their slots: key, value (tokens, kv_heads, head_dim), the last dimension contiguous."""
+def paged_write(layer: PagedHeads, pool: PooledPages, key: torch.Tensor, value: torch.Tensor, step: Pass) -> None:
+    """Write the new tokens to their slots: key, value (tokens, kv_heads, head_dim), the last dimension contiguous. Codes are equal to those
+    of `moa_lab.cache.storage` to the last bit."""
     tokens, kv_heads, head_dim = key.shape
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    block = max(1, min(triton.next_power_of_2(tokens), 2048 // padded_dim))
+    # Quantising takes registers.
+    most = 2048 if min(pool.key[0], pool.value[0]) == UNTOUCHED else 1024
+    block = max(1, min(triton.next_power_of_2(tokens), most // padded_dim))
     paged_write_kernel[(triton.cdiv(tokens, block), kv_heads)](
-        key, value, pool, step.table, step.lengths, step.firsts, step.rows, step.buckets, layer.heads, layer.steps, step.table.stride(0),
-        layer.steps.stride(0), kv_heads,
-        *key.stride()[:2], *value.stride()[:2], tokens,
-        HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PAGE=layer.page_tokens, BLOCK=block, num_warps=4,
+        key, value, pool.numbers, pool.words, step.table, step.lengths, step.firsts, step.rows, step.buckets, layer.heads, layer.steps,
+        step.table.stride(0), layer.steps.stride(0), kv_heads, *key.stride()[:2], *value.stride()[:2], tokens,
+        KEY=pool.key, VALUE=pool.value, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PAGE=layer.page_tokens, PAGE_BYTES=pool.page_bytes,
+        BLOCK=block, num_warps=4,
+    )  # fmt: skip
+
+
+def paged_read(
+    layer: PagedHeads, pool: PooledPages, table: torch.Tensor, bucket: int, length: int, starts: torch.Tensor, keys: torch.Tensor,
+    values: torch.Tensor,
+) -> None:  # fmt: skip
+    """What the heads of one row hold at `length` tokens, as numbers, to `keys` and `values` (slots of all heads, head_dim).
+
+    table: int32, the row's block table. starts: int64 (kv_heads + 1,), the first slot of every head there. Slots that hold nothing are left
+    alone.
+    """
+    head_dim = keys.shape[-1]
+    padded_dim = max(triton.next_power_of_2(head_dim), 16)
+    block = max(1, 2048 // padded_dim)
+    paged_read_kernel[(triton.cdiv(min(layer.most_slots, length), block), len(starts) - 1)](
+        keys, values, pool.numbers, pool.words, table, layer.steps[bucket], layer.heads[bucket], starts, length,
+        KEY=pool.key, VALUE=pool.value, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PAGE=layer.page_tokens, PAGE_BYTES=pool.page_bytes,
+        BLOCK=block, num_warps=4,
     )  # fmt: skip
 
 
 def paged_decode(
     layer: PagedHeads,
-    pool: torch.Tensor,
+    pool: PooledPages,
     query: torch.Tensor,
     output: torch.Tensor,
     step: Pass,
@@ -80,18 +115,20 @@ def paged_decode(
     rows, kv_heads = len(step.lengths), layer.heads.shape[1]
     group = query_heads // kv_heads
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    tile = min(tile_of(query, query.itemsize), layer.page_tokens & -layer.page_tokens)
+    most_bits = max(pool.key[0], pool.value[0])
+    tile = min(tile_of(query, query.itemsize if most_bits == UNTOUCHED else 1), layer.page_tokens & -layer.page_tokens)
     splits = triton.cdiv(layer.most_slots, SPLIT)
     parts = rows * kv_heads * splits
     part_output = torch.empty(parts, group, padded_dim, dtype=torch.float32, device=query.device)
     part_max, part_sum = torch.empty(2, parts, group, dtype=torch.float32, device=query.device)
     paged_decode_kernel[(rows * kv_heads, splits)](
-        query, pool, step.table, step.lengths, step.firsts, step.buckets, layer.heads, layer.steps, part_output, part_max, part_sum,
-        step.table.stride(0), layer.steps.stride(0), *query.stride()[:2], kv_heads, layer.sink_tokens, layer.reach, scale, softcap or 1.0,
-        GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
-        TILE=tile, SPLIT=SPLIT, CAPPED=softcap is not None, REACHES=layer.reach != 0,
-        PRECISION=precision(query), PAGE=layer.page_tokens,
-        num_warps=warps(query), num_stages=stages(query, tile, UNTOUCHED),
+        query, pool.numbers, pool.words, step.table, step.lengths, step.firsts, step.buckets, layer.heads, layer.steps,
+        part_output, part_max, part_sum, step.table.stride(0), layer.steps.stride(0), *query.stride()[:2], kv_heads,
+        layer.sink_tokens, layer.reach, scale, softcap or 1.0,
+        KEY=pool.key, VALUE=pool.value, GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim,
+        PADDED_DIM=padded_dim, TILE=tile, SPLIT=SPLIT, CAPPED=softcap is not None, REACHES=layer.reach != 0,
+        PRECISION=precision(query), PAGE=layer.page_tokens, PAGE_BYTES=pool.page_bytes,
+        num_warps=warps(query), num_stages=stages(query, tile, most_bits),
     )  # fmt: skip
     paged_merge_kernel[(rows * query_heads,)](
         part_output, part_max, part_sum, step.lengths, step.firsts, step.buckets, layer.heads,

@@ -1,6 +1,7 @@
-"""The kernels over pages of single heads: writing new tokens, a step of one new token a row, and its merge.
+"""The kernels over pages of single heads: writing new tokens, reading what a row holds, a step of one new token a row, and its merge.
 
-Of a head they are told its sink, ring, window, slots and rank, int32 each, `HEAD` of them, by the bucket of a request.
+Of a head they are told its sink, ring, window, slots and rank, int32 each, `HEAD` of them, by the bucket of a request. A pool comes twice,
+as numbers and as 32-bit words: a page holds the K of its tokens, then their V, each as numbers, or as all codes and then all grids.
 """
 
 from __future__ import annotations
@@ -8,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moa_lab.kernels.decode_kernel import attend, merged, paged_places
+from moa_lab.kernels.codes import CODES, grid_of, grid_word, on_grid, store_words, vectors, words_of
+from moa_lab.kernels.decode_kernel import at_page, attend, merged, pages_of
 from moa_lab.kernels.write import kept_slots
 
 HEAD = tl.constexpr(5)
@@ -16,10 +18,36 @@ HEAD = tl.constexpr(5)
 
 
 @triton.jit
+def _lies(numbers, words, AT: tl.constexpr, BITS: tl.constexpr):
+    """What lies at byte AT of the first page: numbers, or words of codes or grids."""
+    return numbers + AT // (numbers.dtype.element_ty.primitive_bitwidth // 8) if BITS == 16 else words + AT // 4
+
+
+@triton.jit
+def _keep(
+    source, numbers, words, pages, slots, kept, these, token,
+    PART: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """K or V of `these` new tokens, which lie `token` elements apart, to their pages and slots. PART: `moa_lab.serving.page_pool.Part`."""
+    dims = tl.arange(0, PADDED_DIM)[None, :]
+    there = kept[:, None] & (dims < HEAD_DIM)
+    slots = slots[:, None]
+    given = tl.load(source + these[:, None].to(tl.int64) * token + dims, mask=there, other=0.0)
+    target = at_page(_lies(numbers, words, PART[1], PART[0]), pages[:, None], PAGE_BYTES)
+    if PART[0] == 16:
+        tl.store(target + slots * HEAD_DIM + dims, given, mask=there)
+    else:
+        places, low, step = on_grid(given, there, 2.0 ** PART[0] - 1.0)
+        store_words(target, words_of(places, PART[0]), slots, kept, HEAD_DIM, PART[0])
+        tl.store(at_page(_lies(words, words, PART[2], 4), pages[:, None], PAGE_BYTES) + slots, grid_word(low, step), mask=kept[:, None])
+
+
+@triton.jit
 def paged_write_kernel(
-    key, value, pool, table, lengths, firsts, rows, buckets, heads, steps, table_row, steps_row, kv_heads,
+    key, value, numbers, words, table, lengths, firsts, rows, buckets, heads, steps, table_row, steps_row, kv_heads,
     key_token, key_head, value_token, value_head, tokens,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE: tl.constexpr, BLOCK: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK new tokens of one head to their slots."""
     these = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -34,22 +62,53 @@ def paged_write_kernel(
     length = tl.load(lengths + row)
     kept, slots = kept_slots(these + length - tl.load(firsts + row + 1), length, sink, ring)
     kept = kept & real
-    places = paged_places(table + row.to(tl.int64) * table_row, steps + bucket * steps_row, rank, slots, kept, PAGE)
-    dims = tl.arange(0, PADDED_DIM)
-    there = kept[:, None] & (dims[None, :] < HEAD_DIM)
-    target = pool + places[:, None] * HEAD_DIM + dims[None, :]
-    source = these[:, None].to(tl.int64) * key_token + head.to(tl.int64) * key_head + dims[None, :]
-    tl.store(target, tl.load(key + source, mask=there, other=0.0), mask=there)
-    source = these[:, None].to(tl.int64) * value_token + head.to(tl.int64) * value_head + dims[None, :]
-    tl.store(target + PAGE * HEAD_DIM, tl.load(value + source, mask=there, other=0.0), mask=there)
+    pages = pages_of(table + row.to(tl.int64) * table_row, steps + bucket * steps_row, rank, slots, kept, PAGE)
+    slots = slots % PAGE
+    head = head.to(tl.int64)
+    _keep(key + head * key_head, numbers, words, pages, slots, kept, these, key_token, KEY, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
+    _keep(value + head * value_head, numbers, words, pages, slots, kept, these, value_token, VALUE, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
+
+
+@triton.jit
+def _take(
+    target, numbers, words, pages, slots, at, held,
+    PART: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE_BYTES: tl.constexpr,
+):  # fmt: skip
+    """K or V of slots, by their pages and their places there, to `at` of target; as `moa_lab.cache.storage.values_at`."""
+    dims = tl.arange(0, PADDED_DIM)[None, :]
+    source = at_page(_lies(numbers, words, PART[1], PART[0]), pages[:, None], PAGE_BYTES)
+    found = vectors(source, slots, held, HEAD_DIM, PADDED_DIM, PART[0], tl.float32)
+    if PART[0] < 16:
+        smallest, step = grid_of(at_page(_lies(words, words, PART[2], 4), pages, PAGE_BYTES), slots, held)
+        found = smallest[:, None] + (step[:, None] * CODES) * found
+    there = held[:, None] & (dims < HEAD_DIM)
+    tl.store(target + at[:, None].to(tl.int64) * HEAD_DIM + dims, found.to(target.dtype.element_ty), mask=there)
+
+
+@triton.jit(do_not_specialize=["length"])
+def paged_read_kernel(
+    keys, values, numbers, words, table, steps, heads, starts, length,
+    KEY: tl.constexpr, VALUE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK slots of one head of one row, which has `length` tokens. table, steps, heads: of the row and its bucket."""
+    head = tl.program_id(1)
+    slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.load(starts + head).to(tl.int32)
+    held = (slots < length) & (slots < tl.load(starts + head + 1).to(tl.int32) - start)
+    pages = pages_of(table, steps, tl.load(heads + head * HEAD + 4), slots, held, PAGE)
+    within = slots % PAGE
+    _take(keys, numbers, words, pages, within, start + slots, held, KEY, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
+    _take(values, numbers, words, pages, within, start + slots, held, VALUE, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
 
 
 @triton.jit
 def paged_decode_kernel(
-    query, pool, table, lengths, firsts, buckets, heads, steps, part_output, part_max, part_sum,
+    query, numbers, words, table, lengths, firsts, buckets, heads, steps, part_output, part_max, part_sum,
     table_row, steps_row, query_token, query_head, kv_heads, sink_tokens, reach, scale, softcap,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, TILE: tl.constexpr, SPLIT: tl.constexpr,
-    CAPPED: tl.constexpr, REACHES: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    KEY: tl.constexpr, VALUE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    TILE: tl.constexpr, SPLIT: tl.constexpr, CAPPED: tl.constexpr, REACHES: tl.constexpr, PRECISION: tl.constexpr, PAGE: tl.constexpr,
+    PAGE_BYTES: tl.constexpr,
 ):  # fmt: skip
     """SPLIT slots of one head of a row that has one new token, which is written."""
     row = tl.program_id(0) // kv_heads
@@ -64,11 +123,12 @@ def paged_decode_kernel(
         place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * GROUP
         attend(
             query + first.to(tl.int64) * query_token + head.to(tl.int64) * GROUP * query_head,
-            pool, table, pool + PAGE * HEAD_DIM, table, low, tl.minimum(low + SPLIT, count), length,
-            tl.load(told), tl.load(told + 1), tl.load(told + 2),
+            _lies(numbers, words, KEY[1], KEY[0]), _lies(words, words, KEY[2], 4),
+            _lies(numbers, words, VALUE[1], VALUE[0]), _lies(words, words, VALUE[2], 4),
+            low, tl.minimum(low + SPLIT, count), length, tl.load(told), tl.load(told + 1), tl.load(told + 2),
             part_output + place * PADDED_DIM, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap,
             table + row.to(tl.int64) * table_row, steps + bucket * steps_row, tl.load(told + 4),
-            GROUP, ROWS, HEAD_DIM, PADDED_DIM, TILE, CAPPED, REACHES, PRECISION, 16, 16, PAGE,
+            GROUP, ROWS, HEAD_DIM, PADDED_DIM, TILE, CAPPED, REACHES, PRECISION, KEY[0], VALUE[0], PAGE, PAGE_BYTES,
         )  # fmt: skip
 
 

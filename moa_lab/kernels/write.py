@@ -7,10 +7,7 @@ import triton
 import triton.language as tl
 
 from moa_lab.cache import PackedRing, RingLayer
-from moa_lab.cache.storage import GRID_MAX
-from moa_lab.kernels.codes import grid_word, words_of
-
-LIMIT = tl.constexpr(GRID_MAX)
+from moa_lab.kernels.codes import grid_word, on_grid, store_words, words_of
 
 
 def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, padding: torch.Tensor) -> None:
@@ -64,7 +61,7 @@ def _store(
     source, numbers, codes, grids, side, slots, kept, columns, token,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
 ):  # fmt: skip
-    """K or V of one head at `columns`, which lie `token` elements apart, to their slots; as `moa_lab.cache.storage.places`."""
+    """K or V of one head at `columns`, which lie `token` elements apart, to their slots."""
     bits = tl.load(side)
     first = tl.load(side + 1)
     dims = tl.arange(0, PADDED_DIM)[None, :]
@@ -74,29 +71,12 @@ def _store(
     if bits == 16:
         tl.store(numbers + first + slots * HEAD_DIM + dims, given, mask=there)
     else:
-        levels = tl.where(bits == 8, 255.0, 15.0)
-        exact = tl.minimum(tl.maximum(given.to(tl.float32), -LIMIT), LIMIT)
-        low = tl.min(tl.where(there, exact, LIMIT), axis=1, keep_dims=True).to(tl.float16)
-        wide = exact - low.to(tl.float32)
-        high = tl.max(tl.where(there, wide, -2 * LIMIT), axis=1, keep_dims=True)
-        # Division must round to the nearest; Triton's own does not on a GPU.
-        step = tl.div_rn(high, tl.zeros_like(high) + levels).to(tl.float16)
-        found = tl.where(step > 0, tl.div_rn(wide, tl.where(step > 0, step.to(tl.float32), 1.0)), 0.0)
-        # Adding 1.5 * 2^23 leaves no bits for a fraction: halves go to the even number, as in torch.
-        found = tl.maximum(tl.minimum((found + 12582912.0) - 12582912.0, levels), 0.0)
-        places = tl.where(there, found, 0.0).to(tl.int32)
+        places, low, step = on_grid(given, there, tl.where(bits == 8, 255.0, 15.0))
         tl.store(grids + tl.load(side + 2) + slots, grid_word(low, step), mask=kept[:, None])
         if bits == 8:
-            _store_words(codes + first, words_of(places, 8), slots, kept, (HEAD_DIM + 3) // 4)
+            store_words(codes + first, words_of(places, 8), slots, kept, HEAD_DIM, 8)
         else:
-            _store_words(codes + first, words_of(places, 4), slots, kept, (HEAD_DIM + 7) // 8)
-
-
-@triton.jit
-def _store_words(target, words, slots, kept, COUNT: tl.constexpr):
-    """Words (n, m), of which the first COUNT are the vector's, to their slots."""
-    at = tl.arange(0, words.shape[1])[None, :]
-    tl.store(target + slots * COUNT + at, words, mask=kept[:, None] & (at < COUNT))
+            store_words(codes + first, words_of(places, 4), slots, kept, HEAD_DIM, 4)
 
 
 @triton.jit

@@ -1,17 +1,21 @@
 """What a pool of pages holds: K and V of one head a page, as numbers, or as codes on a grid of each token's own.
 
-Every page holds the K of its tokens, then their V; a vector in fewer bits is its codes and then its grid (`moa_lab.cache.storage`).
+Every page holds the K of its tokens, then their V; in fewer bits the codes of all tokens and then their grids (`moa_lab.cache.storage`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
 from moa_lab.cache.storage import pack, places, unpack, values_at
 from moa_lab.plan import Plan, mix_of
-from moa_lab.plan.bits import UNTOUCHED, Bits, code_words, vector_bytes
+from moa_lab.plan.bits import GRID_BYTES, UNTOUCHED, Bits, vector_bytes
+
+Part = tuple[int, int, int]
+"""Of the K or V of a page: the bits, at which of its bytes they begin, and where their grids do (or would)."""
 
 
 @dataclass(frozen=True)
@@ -31,45 +35,45 @@ class PagePool:
         return min(self.bits) == UNTOUCHED
 
     @property
-    def numbers(self) -> torch.Tensor:
-        """Of an untouched pool: (pages, 2, page_tokens, head_dim)."""
-        return self.raw.view(self.dtype).view(len(self.raw), 2, self.page_tokens, self.head_dim)
+    def parts(self) -> tuple[Part, Part]:
+        """Where K and V lie in a page."""
+        return _parts(self.page_tokens, self.head_dim, self.dtype.itemsize, self.bits)
 
     def write(self, part: int, pages: torch.Tensor, slots: torch.Tensor, values: torch.Tensor) -> None:
         """K (part 0) or V (1) of tokens, (tokens, head_dim), each to a page and a slot of it: int64 (tokens,)."""
-        if self.is_untouched:
-            self.numbers[pages, part, slots] = values
+        bits, first, grids = self.parts[part]
+        if bits == UNTOUCHED:
+            self._between(first, grids, self.dtype)[pages, slots] = values.to(self.dtype)
         else:
-            self._stored(part)[pages, slots] = self._words(values, self.bits[part])
+            where, low, step = places(values, bits)
+            self._between(first, grids, torch.int32)[pages, slots] = pack(where, bits)
+            self._grids(grids)[pages, slots] = torch.cat([low, step], dim=-1)
 
     def read(self, part: int, pages: torch.Tensor) -> torch.Tensor:
         """K or V of whole `pages`, int64 of any shape: (*pages.shape, page_tokens, head_dim)."""
-        if self.is_untouched:
-            # Rows of a matrix: copied whole, several times as fast as by index.
-            found = self.numbers.flatten(0, 1).flatten(1).index_select(0, (2 * pages + part).flatten())
-        else:
-            found = self._numbers(self._stored(part).index_select(0, pages.flatten()), self.bits[part])
+        bits, first, grids = self.parts[part]
+        # Rows of a matrix: copied whole, several times as fast as by index.
+        found = self._between(first, grids, self.dtype if bits == UNTOUCHED else torch.int32).index_select(0, pages.flatten())
+        if bits < UNTOUCHED:
+            low, step = self._grids(grids).index_select(0, pages.flatten()).split(1, dim=-1)
+            found = values_at(unpack(found, bits, self.head_dim), low, step, self.dtype)
         return found.view(*pages.shape, self.page_tokens, self.head_dim)
 
-    def _stored(self, part: int) -> torch.Tensor:
-        """32-bit words of one part: (pages, page_tokens, words)."""
-        counts = [vector_bytes(self.head_dim, bits, self.dtype.itemsize) // 4 for bits in self.bits]
-        first = part * self.page_tokens * counts[0]
-        words = self.raw.view(len(self.raw), -1).view(torch.int32)[:, first : first + self.page_tokens * counts[part]]
-        return words.unflatten(1, (self.page_tokens, counts[part]))
+    def _between(self, first: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+        """What lies between two bytes of every page: (pages, page_tokens, n)."""
+        return self.raw.view(len(self.raw), -1).view(torch.int8)[:, first:stop].view(dtype).unflatten(1, (self.page_tokens, -1))
 
-    def _words(self, values: torch.Tensor, bits: int) -> torch.Tensor:
-        if bits == UNTOUCHED:
-            return values.to(self.dtype).contiguous().view(torch.int32)
-        where, low, step = places(values, bits)
-        return torch.cat([pack(where, bits), torch.cat([low, step], dim=-1).view(torch.int32)], dim=-1)
+    def _grids(self, first: int) -> torch.Tensor:
+        """Smallest values and steps: float16 (pages, page_tokens, 2)."""
+        return self._between(first, first + self.page_tokens * GRID_BYTES, torch.float16)
 
-    def _numbers(self, words: torch.Tensor, bits: int) -> torch.Tensor:
-        if bits == UNTOUCHED:
-            return words.contiguous().view(self.dtype)
-        codes, grid = words.split([code_words(self.head_dim, bits), 1], dim=-1)
-        low, step = grid.contiguous().view(torch.float16).split(1, dim=-1)
-        return values_at(unpack(codes, bits, self.head_dim), low, step, self.dtype)
+
+@lru_cache(maxsize=64)
+def _parts(page_tokens: int, head_dim: int, itemsize: int, bits: Bits) -> tuple[Part, Part]:
+    (key, ends), (value, others) = (
+        (page_tokens * vector_bytes(head_dim, each, itemsize), page_tokens * GRID_BYTES * (each < UNTOUCHED)) for each in bits
+    )
+    return (bits[0], 0, key - ends), (bits[1], key, key + value - others)
 
 
 def page_bytes(page_tokens: int, head_dim: int, dtype: torch.dtype, bits: Bits = (UNTOUCHED, UNTOUCHED)) -> int:

@@ -64,8 +64,8 @@ def paged_attention(
 
     query: (tokens, query_heads, head_dim); key, value: (tokens, kv_heads, head_dim). A token is seen as it is stored.
     """
-    if pool.is_untouched and pool.page_tokens % LEAST_TILE == 0 and kernel_applies(query, key, value):
-        return layer.kernels.attend(pool.numbers, query, key, value, step, scoring)
+    if pool.page_tokens % LEAST_TILE == 0 and kernel_applies(query, key, value):
+        return layer.kernels.attend(pool, query, key, value, step, scoring)
     output = torch.empty_like(query)
     # Before they are written: in a full ring they take the place of tokens that the first of them still see.
     for row in step.several:

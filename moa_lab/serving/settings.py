@@ -18,7 +18,7 @@ PLAN_LENGTH_VARIABLE = "MOA_LAB_PLAN_LENGTH"
 """The length N in tokens at which the rules of all requests are evaluated; unless given, a request's own."""
 
 GPU_VARIABLE = "MOA_LAB_SERVE_ON_GPU"
-"""Set to 1 to serve on an NVIDIA GPU with a version of vLLM that was not seen to work there."""
+"""Set to 1 to serve on an NVIDIA GPU what was not seen to work there: with another version of vLLM, or in stored bits."""
 SEEN_ON_GPU = "0.26."
 """What the versions of vLLM that served plans on an NVIDIA GPU (H200) begin with."""
 
@@ -83,5 +83,8 @@ def check_device(served: ServedPlan, device: str, version: str, environment: Map
         raise ValueError(f"a device of type {device} cannot be combined with a plan yet, only cpu and cuda")
     if not version.startswith(SEEN_ON_GPU) and environment.get(GPU_VARIABLE) != "1":
         raise ValueError(f"on a GPU plans were seen to be served by vLLM {SEEN_ON_GPU}x, and this is {version}; {GPU_VARIABLE}=1 tries it")
-    if served.plan.bits:
-        raise ValueError(f"stored bits are served on a CPU alone yet, and plan {served.plan.name!r} has some: pass plan.with_bits(16)")
+    if served.plan.bits and environment.get(GPU_VARIABLE) != "1":
+        raise ValueError(
+            f"stored bits were not yet seen to be served on a GPU, and plan {served.plan.name!r} has some: "
+            f"pass plan.with_bits(16), or {GPU_VARIABLE}=1 to try it"
+        )

@@ -35,6 +35,7 @@ from moa_lab.bench.compiled import COMPILED_SCHEMA
 from moa_lab.cache import LayerLayout
 from moa_lab.kernels import decode, devices, drawn, influence, prefill
 from moa_lab.kernels.devices import SPARE
+from moa_lab.plan import WHOLE_BITS
 from moa_lab.provenance import provenance
 from moa_lab.serving import paged
 from moa_lab.serving.page_layout import PAGE_TOKENS
@@ -84,10 +85,12 @@ def cases() -> dict[str, Callable[[], object]]:
         found[f"ring {name}"] = partial(_turns, rings, dtype=dtype, head_dim=head_dim)
     for head_dim in (64, 128, 256):
         found[f"drawn {head_dim}"] = partial(_drawn, HALF, head_dim)
-        found[f"pages {head_dim}"] = partial(_pages, HALF, head_dim)
+        found[f"pages {head_dim}"] = partial(_pages, head_dim)
         found[f"influence {head_dim}"] = partial(_influence, HALF, head_dim)
     for bits, head_dim in (([(8, 8), (8, 8)], 128), ([(8, 4), (8, 4)], 64), ([(4, 4), (16, 8)], 80), ([(8, 8), (8, 8)], 256)):
         found[f"ring {head_dim}, bits {bits}"] = partial(_turns, rings, dtype=HALF, head_dim=head_dim, bits=bits)
+    for bits, head_dim in (((8, 8), 128), ((8, 4), 64), ((4, 4), 256), ((16, 8), 128)):
+        found[f"pages {head_dim}, bits {bits}"] = partial(_pages, head_dim, [bits, bits])
     found["ring with all there is"] = partial(_turns, reach, dtype=HALF, head_dim=128, group=8, softcap=30.0, sinks=True)
     return found
 
@@ -116,10 +119,11 @@ def _influence(dtype: torch.dtype, head_dim: int) -> None:
         influence.backward_with_influence(query, key, value, slope, 64, 0.1)
 
 
-def _pages(dtype: torch.dtype, head_dim: int) -> None:
-    rows = Sequences(LayerLayout(4, (60, 300), None, 1000), 2, dtype=dtype, head_dim=head_dim)
-    pages = Pages(rows.layout, PAGE_TOKENS, 2, sample=rows.ring.sample)
-    for counts in ([1, 1], [1, 1]):
+def _pages(head_dim: int, bits: list[tuple[int, int]] | None = None) -> None:
+    rows = Sequences(LayerLayout(4, (60, 300), None, 1000), 2, dtype=HALF, head_dim=head_dim, bits=bits)
+    pages = Pages(rows.layout, PAGE_TOKENS, 2, sample=rows.ring.sample, bits=(bits or [WHOLE_BITS])[0])
+    # The second chunk reads what is held.
+    for counts in ([1, 1], [40, 1], [40, 1]):
         by_pages(rows, pages, rows.chunk(counts))
 
 

@@ -74,7 +74,7 @@ def test_heads_in_different_bits_are_refused(model: PreTrainedModel, tmp_path: P
         served_plan({PLAN_VARIABLE: str(path)})
 
 
-def test_a_gpu_takes_the_version_that_was_seen_there_others_when_asked_to_and_no_stored_bits(model: PreTrainedModel) -> None:
+def test_a_gpu_takes_the_version_that_was_seen_there_others_and_stored_bits_when_asked_to(model: PreTrainedModel) -> None:
     served = ServedPlan(small_plan(model))
     check_device(served, "cpu", "0.32.0", {})
     check_device(served, "cuda", "0.26.1", {})
@@ -83,8 +83,11 @@ def test_a_gpu_takes_the_version_that_was_seen_there_others_when_asked_to_and_no
         check_device(served, "cuda", "0.32.0", {})
     with pytest.raises(ValueError, match="type tpu cannot be combined with a plan"):
         check_device(served, "tpu", "0.26.0", {GPU_VARIABLE: "1"})
-    with pytest.raises(ValueError, match="stored bits are served on a CPU alone"):
-        check_device(ServedPlan(small_plan(model).with_bits(8)), "cuda", "0.26.0", {})
+    stored = ServedPlan(small_plan(model).with_bits(8))
+    check_device(stored, "cpu", "0.32.0", {})
+    check_device(stored, "cuda", "0.26.0", {GPU_VARIABLE: "1"})
+    with pytest.raises(ValueError, match=rf"stored bits were not yet seen to be served on a GPU, .* {GPU_VARIABLE}=1 to try it"):
+        check_device(stored, "cuda", "0.26.0", {})
 
 
 def test_a_model_of_another_geometry_is_refused_with_both(model: PreTrainedModel) -> None:
