@@ -159,9 +159,10 @@ def _describes(tensor: torch.Tensor) -> bool:
 
 def _tiles(padded_dim: int, query: torch.Tensor) -> tuple[int, int, int, int]:
     """Queries and keys per tile, warps, and as many stages as fit in the device's shared memory."""
-    if query.dtype == torch.float32:
-        return (64, 32, 4, 1) if padded_dim <= 128 else (32, 32, 4, 1)
     wave = wave_lanes(query)
+    if query.dtype == torch.float32:
+        # Products of such numbers are sums in registers, which hold both operands.
+        return (32, 32, 8, 1) if padded_dim <= 128 and wave != 32 else (16, 16, 8, 1)
     if wave == 32:
         return 32, (32 if padded_dim <= 128 else 16), 8, 1
     block_m, block_n, warps, stages = (64, 64, 4, 3) if padded_dim <= 128 else (128, 64, 8, 2)
