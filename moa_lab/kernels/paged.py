@@ -51,7 +51,7 @@ class PooledPages:
 class Pass:
     """The requests of one pass of the model, int32 each. table: (rows, columns), the pages of the block tables. lengths: (rows,), tokens
     with the new ones. firsts: (rows + 1,), the first new token of every row, then the number of all. rows: (tokens,), the row of every new
-    token. buckets: (rows,)."""
+    token, which is not written where there is no such row. buckets: (rows,)."""
 
     table: torch.Tensor
     lengths: torch.Tensor
@@ -70,7 +70,7 @@ def paged_write(layer: PagedHeads, pool: PooledPages, key: torch.Tensor, value: 
     block = max(1, min(triton.next_power_of_2(tokens), most // padded_dim))
     paged_write_kernel[(triton.cdiv(tokens, block), kv_heads)](
         key, value, pool.numbers, pool.words, step.table, step.lengths, step.firsts, step.rows, step.buckets, layer.heads, layer.steps,
-        step.table.stride(0), layer.steps.stride(0), kv_heads, *key.stride()[:2], *value.stride()[:2], tokens,
+        step.table.stride(0), layer.steps.stride(0), kv_heads, *key.stride()[:2], *value.stride()[:2], tokens, len(step.lengths),
         KEY=pool.key, VALUE=pool.value, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PAGE=layer.page_tokens, PAGE_BYTES=pool.page_bytes,
         BLOCK=block, num_warps=4,
     )  # fmt: skip

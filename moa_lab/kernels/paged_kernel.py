@@ -45,7 +45,7 @@ def _keep(
 @triton.jit
 def paged_write_kernel(
     key, value, numbers, words, table, lengths, firsts, rows, buckets, heads, steps, table_row, steps_row, kv_heads,
-    key_token, key_head, value_token, value_head, tokens,
+    key_token, key_head, value_token, value_head, tokens, row_count,
     KEY: tl.constexpr, VALUE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE: tl.constexpr,
     PAGE_BYTES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -54,6 +54,9 @@ def paged_write_kernel(
     real = these < tokens
     head = tl.program_id(1)
     row = tl.load(rows + these, mask=real, other=0)
+    # A graph may have been captured for more tokens.
+    real = real & (row < row_count)
+    row = tl.where(real, row, 0)
     bucket = tl.load(buckets + row)
     told = heads + (bucket * kv_heads + head) * HEAD
     sink = tl.load(told)

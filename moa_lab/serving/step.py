@@ -42,8 +42,8 @@ class Step:
 
     @cached_property
     def rows(self) -> torch.Tensor:
-        """The row of every new token: int64 (tokens,)."""
-        return torch.repeat_interleave(self.new, output_size=self.told[0][-1])
+        """The row of every new token: int64 (tokens,). Where a captured graph has more tokens than rows bring, the row behind the last."""
+        return torch.searchsorted(self.firsts[1:], torch.arange(self.told[0][-1], device=self.firsts.device), right=True)
 
     @cached_property
     def narrow(self) -> tuple[torch.Tensor, ...]:

@@ -6,12 +6,13 @@ import pytest
 import torch
 from pages_oracle import CAPACITY, Pages, by_pages, check
 from ring_attends import DEVICE
-from ring_oracle import Sequences
+from ring_oracle import HEAD_DIM, Sequences
 
 from moa_lab.cache import LayerLayout
 from moa_lab.kernels import paged as paged_launch
 from moa_lab.serving import paged
 from moa_lab.serving.page_pool import page_bytes
+from moa_lab.serving.step import Scoring, Step
 
 STEPS = [[70, 3, 1], [1, 40, 1], [1, 1, 0], [33, 0, 64], [1, 1, 1], [2, 90, 1], [1, 1, 1], [64, 1, 65]]
 
@@ -76,6 +77,69 @@ def test_rows_of_other_lengths_have_windows_of_their_own() -> None:
         )
         expected = torch.stack([rows[0].expected(first)[0], rows[1].expected(second)[1]])
         torch.testing.assert_close(by_pages(rows[0], pages, chunk), expected, atol=2e-5, rtol=2e-5)
+
+
+def test_a_pass_with_more_tokens_than_rows_bring_writes_those_of_its_rows_alone(request: pytest.FixtureRequest) -> None:
+    """As in a graph that was captured for more requests: the rows behind the last have no token and no length."""
+    only_kernels(request)
+    layout = LayerLayout(4, (20, 1000), None, CAPACITY)
+    rows, pages = Sequences(layout, 2, device=DEVICE), Pages(layout, 16, 4)
+    by_pages(rows, pages, rows.chunk([50, 17]))
+    chunk = rows.chunk([1, 1])
+    pages.grow(chunk.lengths.tolist())
+    before = pages.pool.raw.clone()
+    step = padded(pages, chunk.lengths.long())
+    flat = [torch.cat([x[:, :, 0], torch.full_like(x[:, :, 0], torch.nan)]) for x in (chunk.query, chunk.key, chunk.value)]
+    found = paged.paged_attention(pages.layer, pages.pool, *flat, step, Scoring(rows.scale))
+    torch.testing.assert_close(found[:2, :, None], rows.expected(chunk), atol=2e-5, rtol=2e-5)
+    written = (pages.pool.raw != before).any(dim=1).nonzero().flatten()
+    assert len(written)
+    assert set(written.tolist()) <= set(pages.table[:2].flatten().tolist()) - {0}
+
+
+def only_kernels(request: pytest.FixtureRequest) -> None:
+    if "plain" in request.node.callspec.id:
+        pytest.skip("graphs are captured of kernels alone")
+
+
+def padded(pages: Pages, lengths: torch.Tensor) -> Step:
+    """One new token of each of the first rows, in a pass for all rows of `pages`."""
+    count, rows = len(pages.table), len(lengths)
+    firsts = torch.arange(count + 1, device=lengths.device).clamp(max=rows)
+    filled = torch.nn.functional.pad(lengths, (0, count - rows))
+    # What the host knew when the graph was captured.
+    return Step(pages.table, torch.tensor(pages.buckets, device=lengths.device), filled, firsts, (list(range(count + 1)), [1] * count))
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: graphs are CUDA's")
+def test_a_captured_pass_holds_for_later_lengths_and_fewer_rows(request: pytest.FixtureRequest) -> None:
+    only_kernels(request)
+    layout = LayerLayout(4, (20, 1000), None, CAPACITY)
+    rows, pages = Sequences(layout, 3, device=DEVICE), Pages(layout, 16, 4)
+    by_pages(rows, pages, rows.chunk([50, 17, 90]))
+    lengths = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+    firsts = torch.zeros(5, dtype=torch.int64, device=DEVICE)
+    query, key, value = (torch.zeros(4, heads, HEAD_DIM, device=DEVICE) for heads in (4, 2, 2))
+    buckets, on_host = torch.tensor(pages.buckets, device=DEVICE), (list(range(5)), [1] * 4)
+
+    def attend() -> torch.Tensor:
+        step = Step(pages.table, buckets, lengths, firsts, on_host)
+        return paged.paged_attention(pages.layer, pages.pool, query, key, value, step, Scoring(rows.scale))
+
+    attend()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = attend()
+    for counts in ([1, 1, 1], [1, 1, 1], [1, 1, 1]):
+        chunk = rows.chunk(counts)
+        pages.grow(chunk.lengths.tolist())
+        step = padded(pages, chunk.lengths.long())
+        lengths.copy_(step.lengths)
+        firsts.copy_(step.firsts)
+        for held, given in zip((query, key, value), (chunk.query, chunk.key, chunk.value), strict=True):
+            held[:3] = given[:, :, 0]
+        graph.replay()
+        torch.testing.assert_close(found[:3, :, None], rows.expected(chunk), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("bits", [(8, 8), (8, 4), (16, 4), (4, 16)])

@@ -7,12 +7,20 @@ from typing import Any, ClassVar
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionMetadataBuilder, AttentionType, CommonAttentionMetadata
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
 
+from moa_lab.kernels.dispatch import HAS_TRITON, MAX_HEAD_DIM
 from moa_lab.plan.bits import UNTOUCHED, Bits
 from moa_lab.serving.page_layout import request_pages
 from moa_lab.serving.page_pool import PagePool, page_bits, page_bytes
-from moa_lab.serving.paged import PagedLayer, paged_attention, paged_layers
+from moa_lab.serving.paged import LEAST_TILE, PagedLayer, paged_attention, paged_layers
 from moa_lab.serving.settings import ServedPlan, served_plan
 from moa_lab.serving.step import Scoring, Step
 from moa_lab.serving.vllm.specs import BUCKET_COLUMNS, HeadPagesSpec
@@ -81,13 +89,31 @@ class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
         pages, self._bits = kv_cache_spec.pages, page_bits(served.plan)
         self._layers = paged_layers(pages, device)
         self._last_bucket = len(pages.lengths) - 1
+        # Where they are now a captured graph finds the numbers of its later passes too.
+        most = vllm_config.scheduler_config.max_num_seqs
+        self._lengths, self._firsts, self._buckets = (
+            torch.zeros(size, dtype=torch.int64, device=device) for size in (most, most + 1, most)
+        )
+        if device.type == "cuda":
+            for layer in self._layers:
+                # Made before any graph is captured, which copies nothing from the host.
+                _ = layer.kernels
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """Passes of one token a request, where kernels do them: plain PyTorch waits for the device."""
+        by_kernels = HAS_TRITON and kv_cache_spec.block_size % LEAST_TILE == 0 and vllm_config.model_config.get_head_size() <= MAX_HEAD_DIM
+        return AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE if by_kernels else AttentionCGSupport.NEVER
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> PlanStep:
         """Of the requests that are scheduled."""
         common, rows = common_attn_metadata, common_attn_metadata.num_reqs
-        lengths, firsts, table = common.seq_lens[:rows].long(), common.query_start_loc[: rows + 1].long(), common.block_table_tensor[:rows]
+        table = common.block_table_tensor[:rows]
+        lengths, firsts, buckets = self._lengths[:rows], self._firsts[: rows + 1], self._buckets[:rows]
+        lengths.copy_(common.seq_lens[:rows])
+        firsts.copy_(common.query_start_loc[: rows + 1])
         # vLLM warms up over block tables of its own, whose first column is no bucket.
-        buckets = table[:, 0].long().clamp(0, self._last_bucket)
+        buckets.copy_(table[:, 0].clamp(0, self._last_bucket))
         told = common.seq_lens_cpu_upper_bound
         # Without speculative decoding the bound is exact, and the host need not wait for the device.
         on_host = None if told is None else (common.query_start_loc_cpu[: rows + 1].tolist(), told[:rows].tolist())
