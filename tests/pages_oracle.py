@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 from ring_attends import DEVICE
 from ring_oracle import HEAD_DIM, Chunk, Sequences
 
 from moa_lab.cache import LayerLayout
-from moa_lab.plan.bits import UNTOUCHED, Bits
-from moa_lab.serving import PageLayout, RequestPages
-from moa_lab.serving.page_pool import PagePool, page_bytes
-from moa_lab.serving.paged import PagedLayer, paged_attention
+from moa_lab.plan import WHOLE_BITS, Bits
+from moa_lab.serving import RequestPages
+from moa_lab.serving.page_layout import layout_of
+from moa_lab.serving.page_pool import shape_of
+from moa_lab.serving.paged import LayerHeads, layer_attention
 from moa_lab.serving.step import Scoring, Step
 
 CAPACITY = 400
@@ -23,29 +26,30 @@ class Pages:
 
     def __init__(
         self, layout: LayerLayout, page_tokens: int, rows: int, seed: int = 0, sample: torch.Tensor | None = None,
-        bits: Bits = (UNTOUCHED, UNTOUCHED), others: tuple[LayerLayout, ...] = (),
+        bits: list[Bits] | None = None, others: tuple[LayerLayout, ...] = (),
     ) -> None:  # fmt: skip
-        # A second layer, whose pages lie between.
-        layouts = tuple(
-            PageLayout((LayerLayout(2, (9, 500)[: len(layout.windows)], None, CAPACITY), each), page_tokens) for each in (*others, layout)
-        )
+        head_dim, dtype = (HEAD_DIM, torch.float32) if sample is None else (sample.shape[-1], sample.dtype)
+        stored = bits or [WHOLE_BITS] * len(layout.windows)
+        shape = shape_of(Counter(stored), page_tokens, head_dim, dtype)
+        # A second layer, whose pages lie between, and whose heads store alike the other way round.
+        between = LayerLayout(2, (9, 500, 60, 31)[: len(layout.windows)], None, CAPACITY)
+        layouts = tuple(layout_of((between, each), (stored[::-1], stored), shape.tokens) for each in (*others, layout))
         self.pages = RequestPages(tuple(range(CAPACITY - len(others), CAPACITY + 1)), layouts)
-        self.layer = PagedLayer(self.pages, 1, torch.device(DEVICE))
+        self.kinds = [LayerHeads(alike, torch.device(DEVICE)) for alike in self.pages.of_layer(1)]
         self.buckets = [len(others)] * rows
         columns = self.pages.most_pages(CAPACITY)
         self.free = (1 + torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))).tolist()
-        head_dim, dtype = (HEAD_DIM, torch.float32) if sample is None else (sample.shape[-1], sample.dtype)
+        self.dtype = dtype
         # All bits set is NaN, as a number and as a grid.
-        raw = torch.full((1 + rows * columns, page_bytes(page_tokens, head_dim, dtype, bits)), -1, dtype=torch.int8, device=DEVICE)
-        raw[0] = 0
-        self.pool = PagePool(raw, page_tokens, head_dim, dtype, bits)
+        self.raw = torch.full((1 + rows * columns, shape.nbytes), -1, dtype=torch.int8, device=DEVICE)
+        self.raw[0] = 0
         self.table = torch.zeros(rows, columns, dtype=torch.int32, device=DEVICE)
         self.taken = [0] * rows
 
     def leave(self, row: int) -> None:
         """A row ends, NaN in all that it had."""
         self.free += self.table[row, : self.taken[row]].tolist()
-        self.pool.raw[self.table[row, : self.taken[row]].long()] = -1
+        self.raw[self.table[row, : self.taken[row]].long()] = -1
         self.taken[row] = 0
 
     def grow(self, lengths: list[int]) -> None:
@@ -64,7 +68,7 @@ def by_pages(rows: Sequences, pages: Pages, chunk: Chunk) -> torch.Tensor:
     flat = [torch.cat([x[row, :, -counts[row] :].transpose(0, 1) for row in has]) for x in (chunk.query, chunk.key, chunk.value)]
     firsts = torch.tensor([0, *np.cumsum([counts[row] for row in has])], device=DEVICE)
     step = Step(pages.table[has], torch.tensor(pages.buckets, device=DEVICE)[has], chunk.lengths[has].long(), firsts)
-    found = paged_attention(pages.layer, pages.pool, *flat, step, Scoring(rows.scale, rows.softcap, rows.sink_logits))
+    found = layer_attention(pages.kinds, pages.raw, *flat, step, Scoring(rows.scale, rows.softcap, rows.sink_logits))
     output = torch.zeros_like(chunk.query)
     for at, row in enumerate(has):
         output[row, :, -counts[row] :] = found[firsts[at] : firsts[at + 1]].transpose(0, 1)
@@ -73,9 +77,9 @@ def by_pages(rows: Sequences, pages: Pages, chunk: Chunk) -> torch.Tensor:
 
 def check(layout: LayerLayout, page_tokens: int, steps: list[list[int]], **settings: object) -> None:
     rows = Sequences(layout, len(steps[0]), device=DEVICE, **settings)  # type: ignore[arg-type]
-    pages = Pages(layout, page_tokens, len(steps[0]), sample=rows.ring.sample, bits=(settings.get("bits") or [(UNTOUCHED, UNTOUCHED)])[0])
-    close = 2e-5 if pages.pool.dtype == torch.float32 else 5e-3
+    pages = Pages(layout, page_tokens, len(steps[0]), sample=rows.ring.sample, bits=settings.get("bits"))  # type: ignore[arg-type]
+    close = 2e-5 if pages.dtype == torch.float32 else 5e-3
     for counts in steps:
         chunk = rows.chunk(counts)
-        torch.testing.assert_close(by_pages(rows, pages, chunk), rows.expected(chunk).to(pages.pool.dtype), atol=close, rtol=close)
-    assert pages.pool.raw[0].eq(0).all()
+        torch.testing.assert_close(by_pages(rows, pages, chunk), rows.expected(chunk).to(pages.dtype), atol=close, rtol=close)
+    assert pages.raw[0].eq(0).all()

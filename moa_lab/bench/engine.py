@@ -17,6 +17,7 @@ from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan
 from moa_lab.provenance import provenance
 from moa_lab.serving import bucket_lengths, request_pages
+from moa_lab.serving.page_pool import page_shape
 from moa_lab.serving.vllm.in_process import prepare
 
 ENGINE_SCHEMA = "moa-lab/engine/1"
@@ -103,7 +104,8 @@ def _blocks(served: Plan | None, total: int, longest: int, block_tokens: int) ->
     """Blocks of the cache that a request of `total` tokens takes."""
     if served is None:
         return -(-total // block_tokens)
-    pages = request_pages(served, bucket_lengths(longest, block_tokens), longest, block_tokens)
+    tokens = page_shape(served, block_tokens, torch.bfloat16).tokens
+    pages = request_pages(served, bucket_lengths(longest, block_tokens), longest, block_tokens, tokens)
     return pages.layouts[pages.bucket(total)].pages_for(total)
 
 

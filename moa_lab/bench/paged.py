@@ -74,7 +74,7 @@ def _in_pages(given: DecodeInputs, shape: Shape, seed: int) -> PagedInputs:
 
     ring, device = given.ring, given.query.device
     tokens, slots = ring.layout.capacity, [np.arange(count) for count in ring.layout.slots]
-    layout = PageLayout((ring.layout,), PAGE_TOKENS)
+    layout = PageLayout((ring.layout,), PAGE_TOKENS, shape.bits)
     pages = RequestPages((tokens,), (layout,))
     columns = pages.most_pages(tokens)
     order = torch.randperm(shape.batch * columns, generator=torch.Generator().manual_seed(seed)).to(device, torch.int32)
@@ -90,4 +90,4 @@ def _in_pages(given: DecodeInputs, shape: Shape, seed: int) -> PagedInputs:
             pool.write(part, table[row, at].long(), within, held[row])
     rows = torch.arange(shape.batch + 1, dtype=torch.int32, device=device)
     step = Pass(table, given.lengths, rows, rows[:-1], torch.zeros_like(given.lengths))
-    return PagedInputs(PagedKernels(pages, 0, device), pooled(pool), given.query[:, :, 0].contiguous(), step, given.scale)
+    return PagedInputs(PagedKernels(pages.of_layer(0)[0], device), pooled(pool), given.query[:, :, 0].contiguous(), step, given.scale)

@@ -9,22 +9,22 @@ import numpy as np
 import torch
 
 from moa_lab.masks import visible
-from moa_lab.serving.page_layout import RequestPages
+from moa_lab.serving.page_layout import LayerPages
 from moa_lab.serving.step import Step
 
 
 class HeadSlots:
-    """The slots of all heads: int64 (layers, buckets, kv_heads) each, but steps, (buckets, steps + 1), of `RequestPages`."""
+    """The slots of heads of one kind, as many in every layer: int64 (layers, buckets, kv_heads) each, but steps, (buckets, steps + 1)."""
 
-    def __init__(self, pages: RequestPages, layers: Sequence[int], device: torch.device) -> None:
-        layouts = [[each.layers[layer] for each in pages.layouts] for layer in layers]
-        self.page_tokens, self.sink_tokens = pages.page_tokens, layouts[0][0].sink_tokens
+    def __init__(self, layers: Sequence[LayerPages], device: torch.device) -> None:
+        layouts = [pages.layouts for pages in layers]
+        self.page_tokens, self.sink_tokens = layers[0].page_tokens, layouts[0][0].sink_tokens
         self.slots, self.sinks, self.rings, self.windows = (
             torch.from_numpy(np.array([[getattr(each, name) for each in row] for row in layouts])).to(device)
             for name in ("slots", "sinks", "rings", "windows")
         )
-        self.ranks = torch.from_numpy(np.array([[each.ranks[layer] for each in pages.layouts] for layer in layers])).to(device)
-        self.steps = torch.from_numpy(pages.steps).to(device)
+        self.ranks = torch.from_numpy(np.stack([pages.ranks for pages in layers])).to(device)
+        self.steps = torch.from_numpy(layers[0].steps).to(device)
         self.reaches = [row[0].reach for row in layouts]
 
     def of_pass(self, step: Step) -> PassSlots:

@@ -6,6 +6,9 @@ their order, and a head takes a page when the first token comes to lie in it; a 
 holds depends only on its number of tokens, and its block table is written once, from front to back: step j of the table has the
 page j of every head that has one.
 
+Heads that store other bits have pages of as many bytes, which hold another number of tokens: each kind of head has steps of its own, and
+the table has the steps of all kinds in the order in which tokens need them.
+
 Where spans grow with the length, requests of other lengths have other windows. Lengths are taken in buckets: all that share a bucket have
 the windows of its greatest length, and the first column of a block table, before the pages, is the bucket of the request.
 """
@@ -13,13 +16,14 @@ the windows of its greatest length, and the first column of a block table, befor
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from moa_lab.cache import LayerLayout, layer_layouts
-from moa_lab.plan import Plan
+from moa_lab.plan import WHOLE_BITS, Bits, Plan
 
 PAGE_TOKENS = 64
 """Tokens of a page unless the engine is told otherwise: spans are mostly multiples of it."""
@@ -29,10 +33,13 @@ BUCKETS = 64
 
 @dataclass(frozen=True)
 class PageLayout:
-    """layers: of every layer, the slots of its heads, with room for the longest request. page_tokens: slots per page."""
+    """Pages of heads of one kind. layers: of every layer, the slots of its heads, with room for the longest request. page_tokens: slots per
+    page. bits: of what they store. heads: of every layer those of this kind; empty: all of all layers."""
 
     layers: tuple[LayerLayout, ...]
     page_tokens: int
+    bits: Bits = WHOLE_BITS
+    heads: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1 or not self.layers:
@@ -40,9 +47,11 @@ class PageLayout:
 
     @cached_property
     def most_pages(self) -> np.ndarray:
-        """Pages that a head takes at most: int64 (layers, kv_heads)."""
+        """Pages that a head takes at most: int64 (layers, kv_heads); none of another kind."""
         slots = np.stack([layer.slots for layer in self.layers])
         found: np.ndarray = -(-slots // self.page_tokens)
+        for row, heads in zip(found, self.heads, strict=False):
+            row[[head for head in range(len(row)) if head not in heads]] = 0
         return found
 
     @cached_property
@@ -68,37 +77,107 @@ class PageLayout:
         """Pages of a request of `n_tokens`, all heads together."""
         return int(self.steps[min(-(-n_tokens // self.page_tokens), len(self.steps) - 1)])
 
+    @property
+    def kinds(self) -> tuple[tuple[PageLayout, np.ndarray], ...]:
+        """Of every kind of heads its pages, and where in the table the steps of these begin: int64 (steps + 1,)."""
+        return ((self, self.steps),)
+
     def columns(self, layer: int, kv_head: int) -> np.ndarray:
         """Where the pages of a head lie in a request's block table, in order: int64 (most pages,)."""
         return self.steps[: self.most_pages[layer, kv_head]] + self.ranks[layer, kv_head]
 
 
-def page_layout(plan: Plan, n_tokens: int, max_tokens: int, page_tokens: int = PAGE_TOKENS) -> PageLayout:
-    """The pages of requests of up to `max_tokens`, under the windows that `plan` has at length N = `n_tokens`."""
-    return PageLayout(tuple(layer_layouts(plan, n_tokens, max_tokens)), page_tokens)
+@dataclass(frozen=True)
+class MixedLayout:
+    """Pages of heads of several kinds, which share a table."""
+
+    of_kinds: tuple[PageLayout, ...]
+
+    @cached_property
+    def kinds(self) -> tuple[tuple[PageLayout, np.ndarray], ...]:
+        """As `PageLayout.kinds`."""
+        return tuple((kind, self._begin(at, kind)) for at, kind in enumerate(self.of_kinds))
+
+    def _begin(self, at: int, kind: PageLayout) -> np.ndarray:
+        """Where the steps of a kind begin. Of steps that are needed at the same token, those of the first kinds come first."""
+        others = [
+            sum(other.pages_for(page * kind.page_tokens + (earlier < at)) for earlier, other in enumerate(self.of_kinds) if earlier != at)
+            for page in range(len(kind.steps))
+        ]
+        found: np.ndarray = kind.steps + np.array(others)
+        return found
+
+    def pages_for(self, n_tokens: int) -> int:
+        """As `PageLayout.pages_for`."""
+        return sum(kind.pages_for(n_tokens) for kind in self.of_kinds)
+
+
+def page_layout(
+    plan: Plan, n_tokens: int, max_tokens: int, page_tokens: int = PAGE_TOKENS, tokens: Mapping[Bits, int] | None = None
+) -> PageLayout | MixedLayout:
+    """The pages of requests of up to `max_tokens`, under the windows that `plan` has at length N = `n_tokens`.
+
+    tokens: of a page, by what it stores (`moa_lab.serving.page_pool.PageShape`); None: `page_tokens` in all.
+    """
+    layers = tuple(layer_layouts(plan, n_tokens, max_tokens))
+    return layout_of(layers, plan.bits, tokens) if tokens else PageLayout(layers, page_tokens)
+
+
+def layout_of(layers: tuple[LayerLayout, ...], bits: Sequence[Sequence[Bits]], tokens: Mapping[Bits, int]) -> PageLayout | MixedLayout:
+    """Pages of heads that store `bits`, by layer and KV head, in pages of so many tokens. bits: empty where all store alike."""
+    if len(tokens) == 1:
+        ((alike, count),) = tokens.items()
+        return PageLayout(layers, count, alike)
+    kinds = [
+        PageLayout(layers, count, kind, tuple(tuple(head for head, own in enumerate(row) if own == kind) for row in bits))
+        for kind, count in tokens.items()
+    ]
+    return MixedLayout(tuple(kinds))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPages:
+    """Heads of one layer that store the same bits, in requests of every bucket. heads: which; layouts: their slots by bucket. ranks: int64
+    (buckets, heads); steps: int64 (buckets, steps + 1), where in the table the steps of their kind begin."""
+
+    heads: tuple[int, ...]
+    bits: Bits
+    page_tokens: int
+    layouts: tuple[LayerLayout, ...]
+    ranks: np.ndarray
+    steps: np.ndarray
 
 
 @dataclass(frozen=True)
 class RequestPages:
-    """The pages of requests of any length. lengths: the greatest of every bucket, rising; layouts: of every bucket, of one page size."""
+    """The pages of requests of any length. lengths: the greatest of every bucket, rising; layouts: of every bucket, of the same kinds."""
 
     lengths: tuple[int, ...]
-    layouts: tuple[PageLayout, ...]
+    layouts: tuple[PageLayout | MixedLayout, ...]
 
     def __post_init__(self) -> None:
         if not self.lengths or len(self.lengths) != len(self.layouts) or list(self.lengths) != sorted(set(self.lengths)):
             raise ValueError(f"buckets need rising lengths and a layout for each, got {self.lengths} and {len(self.layouts)} layouts")
 
-    @property
-    def page_tokens(self) -> int:
-        """Slots per page."""
-        return self.layouts[0].page_tokens
+    def of_layer(self, layer: int) -> tuple[LayerPages, ...]:
+        """The heads of a layer, by kind."""
+        found = []
+        for alike in zip(*(layout.kinds for layout in self.layouts), strict=True):
+            kind = alike[0][0]
+            heads = kind.heads[layer] if kind.heads else tuple(range(len(kind.layers[layer].windows)))
+            if heads:
+                layers = (each.layers[layer] for each, _ in alike)
+                layouts = tuple(replace(own, windows=tuple(own.windows[head] for head in heads)) for own in layers)
+                ranks = np.stack([each.ranks[layer, list(heads)] for each, _ in alike])
+                most = max(len(begin) for _, begin in alike)
+                steps = np.stack([np.pad(begin, (0, most - len(begin)), mode="edge") for _, begin in alike])
+                found.append(LayerPages(heads, kind.bits, kind.page_tokens, layouts, ranks, steps))
+        return tuple(found)
 
-    @cached_property
-    def steps(self) -> np.ndarray:
-        """`PageLayout.steps` of every bucket, the last one repeated up to the longest: int64 (buckets, steps + 1)."""
-        most = max(len(each.steps) for each in self.layouts)
-        return np.stack([np.pad(each.steps, (0, most - len(each.steps)), mode="edge") for each in self.layouts])
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        return len(self.layouts[0].kinds[0][0].layers)
 
     def bucket(self, n_tokens: int) -> int:
         """The bucket of a request that will have `n_tokens`: the first that is no shorter, or the last."""
@@ -116,6 +195,8 @@ def bucket_lengths(max_tokens: int, page_tokens: int = PAGE_TOKENS) -> tuple[int
     return (*range(step, max_tokens, step), max_tokens)
 
 
-def request_pages(plan: Plan, lengths: tuple[int, ...], max_tokens: int, page_tokens: int = PAGE_TOKENS) -> RequestPages:
-    """The pages of requests of up to `max_tokens`, under the windows that `plan` has at the length of their bucket."""
-    return RequestPages(lengths, tuple(page_layout(plan, n_tokens, max_tokens, page_tokens) for n_tokens in lengths))
+def request_pages(
+    plan: Plan, lengths: tuple[int, ...], max_tokens: int, page_tokens: int = PAGE_TOKENS, tokens: Mapping[Bits, int] | None = None
+) -> RequestPages:
+    """The pages of requests of up to `max_tokens`, under the windows that `plan` has at the length of their bucket; as `page_layout`."""
+    return RequestPages(lengths, tuple(page_layout(plan, n_tokens, max_tokens, page_tokens, tokens) for n_tokens in lengths))

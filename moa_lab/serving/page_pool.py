@@ -5,14 +5,21 @@ Every page holds the K of its tokens, then their V; in fewer bits the codes of a
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
 from moa_lab.cache.storage import pack, places, unpack, values_at
-from moa_lab.plan import Plan, mix_of
+from moa_lab.plan import WHOLE_BITS, Plan
 from moa_lab.plan.bits import GRID_BYTES, UNTOUCHED, Bits, vector_bytes
+
+GRAIN = 32
+"""Tokens that pages of unequal heads have multiples of, so that kernels read as many at a time."""
+LARGEST = 1.25
+"""Pages of unequal heads are so much larger at most, if that leaves less of them unused."""
 
 Part = tuple[int, int, int]
 """Of the K or V of a page: the bits, at which of its bytes they begin, and where their grids do (or would)."""
@@ -81,11 +88,41 @@ def page_bytes(page_tokens: int, head_dim: int, dtype: torch.dtype, bits: Bits =
     return page_tokens * sum(vector_bytes(head_dim, each, dtype.itemsize) for each in bits)
 
 
-def page_bits(plan: Plan) -> Bits:
-    """The bits of all heads' K and V. Raises ValueError where heads differ: pages that all heads take are of one size."""
-    try:
-        return mix_of(plan)
-    except ValueError:
-        raise ValueError(
-            f"all heads take pages of one size, and plan {plan.name!r} stores heads in different bits: {', '.join(plan.stored_text())}"
-        ) from None
+@dataclass(frozen=True)
+class PageShape:
+    """What the pages of a plan's heads hold. nbytes: of every page; tokens: of a page, by the bits of its K and V."""
+
+    nbytes: int
+    tokens: dict[Bits, int]
+
+
+def page_shape(plan: Plan, page_tokens: int, dtype: torch.dtype) -> PageShape:
+    """Pages of `page_tokens` where all heads store alike; of so many at least elsewhere, and of the size that leaves fewest bytes unused.
+
+    dtype: of the model's K and V.
+    """
+    stored = Counter(pair for row in plan.bits for pair in row) or Counter({WHOLE_BITS: 1})
+    return shape_of(stored, page_tokens, plan.geometry.head_dim, dtype)
+
+
+def shape_of(stored: Mapping[Bits, int], page_tokens: int, head_dim: int, dtype: torch.dtype) -> PageShape:
+    """As `page_shape`, for so many heads of each kind."""
+    each = {bits: page_bytes(1, head_dim, dtype, bits) for bits in sorted(stored, reverse=True)}
+    least = page_tokens * max(each.values())
+    if len(each) == 1:
+        return PageShape(least, dict.fromkeys(each, page_tokens))
+    grain = page_tokens & -page_tokens
+    grain = min(grain, GRAIN)
+    # An engine takes K and V of a page for so many tokens of as many bytes each.
+    sizes = {-(-nbytes // (2 * page_tokens)) * 2 * page_tokens for nbytes in (least, *_sizes(each, grain, least))}
+    shapes = [PageShape(nbytes, {bits: nbytes // (grain * size) * grain for bits, size in each.items()}) for nbytes in sorted(sizes)]
+    return min(shapes, key=lambda shape: sum(count * shape.nbytes / shape.tokens[bits] for bits, count in stored.items()))
+
+
+def _sizes(each: dict[Bits, int], grain: int, least: int) -> list[int]:
+    """Sizes from `least` on, to a quarter more, that some heads fill."""
+    return [
+        grain * count * size
+        for size in each.values()
+        for count in range(-(-least // (grain * size)), int(LARGEST * least) // (grain * size) + 1)
+    ]

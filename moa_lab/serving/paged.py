@@ -5,6 +5,8 @@ Kernels do it where they run (`paged_kernels`); plain PyTorch, their reference, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ from moa_lab.kernels.dispatch import kernel_applies
 from moa_lab.kernels.reference import masked_attention
 from moa_lab.masks import visible
 from moa_lab.serving.head_slots import HeadSlots
-from moa_lab.serving.page_layout import RequestPages
+from moa_lab.serving.page_layout import LayerPages, RequestPages
 from moa_lab.serving.page_pool import PagePool
 from moa_lab.serving.step import Scoring, Step
 
@@ -27,20 +29,30 @@ LEAST_TILE = 16
 """Pages of a multiple of so many tokens are read by kernels: the fewest keys that they multiply with."""
 
 
-class PagedLayer:
-    """Where the heads of one layer have their slots, in requests of every bucket. slots: of several layers, this one the `index`-th."""
+class LayerHeads:
+    """Where heads of one kind have their slots in a layer, in requests of every bucket. slots: of several layers, of which this is the
+    `index`-th."""
 
-    def __init__(self, pages: RequestPages, layer: int, device: torch.device, slots: HeadSlots | None = None, index: int = 0) -> None:
-        self.slots, self.index = slots or HeadSlots(pages, [layer], device), index
-        self._kernels_of = pages, layer, device
+    def __init__(self, pages: LayerPages, device: torch.device, slots: HeadSlots | None = None, index: int = 0) -> None:
+        self.slots, self.index = slots or HeadSlots([pages], device), index
+        self._pages, self._device = pages, device
 
     @cached_property
     def kernels(self) -> PagedKernels:
-        """The layer as kernels want it told."""
+        """These heads as kernels want them told."""
         # Imported here: Triton may be missing.
         from moa_lab.serving.paged_kernels import PagedKernels
 
-        return PagedKernels(*self._kernels_of)
+        return PagedKernels(self._pages, self._device)
+
+    @cached_property
+    def heads(self) -> torch.Tensor:
+        """Which of the layer's KV heads these are: int64."""
+        return torch.tensor(self._pages.heads, device=self._device)
+
+    def pool(self, raw: torch.Tensor, head_dim: int, dtype: torch.dtype) -> PagePool:
+        """An engine's buffer as these heads use it."""
+        return PagePool(raw, self._pages.page_tokens, head_dim, dtype, self._pages.bits)
 
     def write(self, pool: PagePool, key: torch.Tensor, value: torch.Tensor, step: Step) -> None:
         """Write the new tokens: key, value (tokens, kv_heads, head_dim)."""
@@ -50,15 +62,36 @@ class PagedLayer:
             pool.write(part, pages[self.index], slots[self.index], given.flatten(0, 1) if mask is None else given[mask])
 
 
-def paged_layers(pages: RequestPages, device: torch.device) -> list[PagedLayer]:
-    """All layers; a pass is worked out for them together."""
-    layers = range(len(pages.layouts[0].layers))
-    slots = HeadSlots(pages, layers, device)
-    return [PagedLayer(pages, layer, device, slots, layer) for layer in layers]
+def paged_layers(pages: RequestPages, device: torch.device) -> list[list[LayerHeads]]:
+    """The heads of all layers, by kind; where there is one, a pass is worked out for all layers together."""
+    layers = [pages.of_layer(layer) for layer in range(pages.layers)]
+    if len(pages.layouts[0].kinds) > 1:
+        return [[LayerHeads(alike, device) for alike in kinds] for kinds in layers]
+    slots = HeadSlots([alike for (alike,) in layers], device)
+    return [[LayerHeads(alike, device, slots, layer)] for layer, (alike,) in enumerate(layers)]
+
+
+def layer_attention(
+    kinds: Sequence[LayerHeads], raw: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    step: Step, scoring: Scoring,
+) -> torch.Tensor:  # fmt: skip
+    """`paged_attention` of all heads of a layer. raw: the engine's buffer, a page a row."""
+    head_dim, group = key.shape[2], query.shape[1] // key.shape[1]
+    if len(kinds) == 1:
+        return paged_attention(kinds[0], kinds[0].pool(raw, head_dim, key.dtype), query, key, value, step, scoring)
+    output = torch.empty_like(query)
+    for alike in kinds:
+        asking = _query_heads(alike.heads, group)
+        sinks = None if scoring.sink_logits is None else scoring.sink_logits[asking]
+        output[:, asking] = paged_attention(
+            alike, alike.pool(raw, head_dim, key.dtype), query[:, asking], key[:, alike.heads], value[:, alike.heads],
+            step, replace(scoring, sink_logits=sinks),
+        )  # fmt: skip
+    return output
 
 
 def paged_attention(
-    layer: PagedLayer, pool: PagePool, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, scoring: Scoring
+    layer: LayerHeads, pool: PagePool, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, scoring: Scoring
 ) -> torch.Tensor:
     """Attention of the new tokens to what their heads hold and to one another: (tokens, query_heads, head_dim). They are kept from here on.
 
@@ -83,7 +116,7 @@ def paged_attention(
 
 
 def _chunk(
-    layer: PagedLayer, pool: PagePool, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    layer: LayerHeads, pool: PagePool, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
     step: Step, row: int, scoring: Scoring,
 ) -> torch.Tensor:  # fmt: skip
     """Of one row's new tokens, which are not yet written."""
@@ -118,7 +151,7 @@ def _chunk(
     return output
 
 
-def _newest(layer: PagedLayer, pool: PagePool, query: torch.Tensor, output: torch.Tensor, step: Step, scoring: Scoring) -> None:
+def _newest(layer: LayerHeads, pool: PagePool, query: torch.Tensor, output: torch.Tensor, step: Step, scoring: Scoring) -> None:
     """Of one new token a row, already written, into `output`: both (rows, query_heads, head_dim)."""
     found, index = layer.slots.of_pass(step), layer.index
     pages, shown, empty = found.held.pages[index], found.shown[index], found.empty[index]

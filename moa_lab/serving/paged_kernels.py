@@ -13,19 +13,18 @@ from moa_lab.cache.storage import heads_as_stored
 from moa_lab.kernels.dispatch import prompt_by_kernel
 from moa_lab.kernels.paged import PagedHeads, Pass, PooledPages, paged_decode, paged_read, paged_write
 from moa_lab.kernels.prefill import chunk_attention
-from moa_lab.serving.page_layout import RequestPages
+from moa_lab.serving.page_layout import LayerPages
 from moa_lab.serving.page_pool import PagePool
 from moa_lab.serving.step import Scoring, Step
 
 
 class PagedKernels:
-    """The heads of one layer, as kernels want them told."""
+    """Heads of one layer, as kernels want them told."""
 
-    def __init__(self, pages: RequestPages, layer: int, device: torch.device) -> None:
-        self._layouts = [each.layers[layer] for each in pages.layouts]
+    def __init__(self, pages: LayerPages, device: torch.device) -> None:
+        self._layouts = pages.layouts
         table = [
-            np.stack([*layout.table().T[1:], layout.slots, each.ranks[layer]], axis=1)
-            for layout, each in zip(self._layouts, pages.layouts, strict=True)
+            np.stack([*layout.table().T[1:], layout.slots, ranks], axis=1) for layout, ranks in zip(self._layouts, pages.ranks, strict=True)
         ]
         self.heads = PagedHeads(
             torch.from_numpy(np.stack(table).astype(np.int32)).to(device), torch.from_numpy(pages.steps.astype(np.int32)).to(device),

@@ -10,7 +10,6 @@ from typing import Any
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan
 from moa_lab.serving.page_layout import PAGE_TOKENS, bucket_lengths
-from moa_lab.serving.page_pool import page_bits
 
 PLAN_VARIABLE = "MOA_LAB_PLAN"
 """Path of the config card that all requests are served under."""
@@ -49,14 +48,12 @@ def _at_lengths(lengths: tuple[int, ...]) -> str:
 def served_plan(environment: Mapping[str, str] = os.environ) -> ServedPlan | None:
     """The plan that the environment names; None where it names none.
 
-    Raises ValueError for a file that is no config card, for heads stored in different bits, and for a length that is no whole number from
-    1 on.
+    Raises ValueError for a file that is no config card, and for a length that is no whole number from 1 on.
     """
     path = environment.get(PLAN_VARIABLE)
     if not path:
         return None
     plan = Plan.load(path)
-    page_bits(plan)
     text = environment.get(PLAN_LENGTH_VARIABLE)
     if not text:
         return ServedPlan(plan)

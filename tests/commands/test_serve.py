@@ -6,7 +6,7 @@ import pytest
 from command_line import exit_code
 from texts import bpe_tokenizer
 from tiny import tiny_model
-from tiny_plans import small_plan, stored_plan
+from tiny_plans import small_plan
 
 from moa_lab.models import model_folder
 
@@ -18,7 +18,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(made)
     bpe_tokenizer().save_pretrained(made)
     small_plan(model).save(made / "plan.json")
-    stored_plan(model).save(made / "bits.json")
     (made / "broken.json").write_text("{")
     small_plan(tiny_model("llama", layers=3)).save(made / "other.json")
     return made
@@ -28,7 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("card", "options", "message"),
     [
         ("other.json", (), "another geometry: plan has 3 layers"),
-        ("bits.json", (), "stores heads in different bits"),
         ("broken.json", (), "broken.json"),
         ("none.json", (), "none.json"),
         ("plan.json", ("--plan-length", "600"), "takes requests of at most 512 tokens"),

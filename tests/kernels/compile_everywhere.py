@@ -35,7 +35,6 @@ from moa_lab.bench.compiled import COMPILED_SCHEMA
 from moa_lab.cache import LayerLayout
 from moa_lab.kernels import decode, devices, drawn, influence, prefill
 from moa_lab.kernels.devices import SPARE
-from moa_lab.plan import WHOLE_BITS
 from moa_lab.provenance import provenance
 from moa_lab.serving import paged
 from moa_lab.serving.page_layout import PAGE_TOKENS
@@ -121,7 +120,7 @@ def _influence(dtype: torch.dtype, head_dim: int) -> None:
 
 def _pages(head_dim: int, bits: list[tuple[int, int]] | None = None) -> None:
     rows = Sequences(LayerLayout(4, (60, 300), None, 1000), 2, dtype=HALF, head_dim=head_dim, bits=bits)
-    pages = Pages(rows.layout, PAGE_TOKENS, 2, sample=rows.ring.sample, bits=(bits or [WHOLE_BITS])[0])
+    pages = Pages(rows.layout, PAGE_TOKENS, 2, sample=rows.ring.sample, bits=bits)
     # The second chunk reads what is held.
     for counts in ([1, 1], [40, 1], [40, 1]):
         by_pages(rows, pages, rows.chunk(counts))

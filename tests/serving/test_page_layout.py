@@ -4,11 +4,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from moa_lab.cache import LayerLayout
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import DENSE, Plan, SpanRule, dense_plan
 from moa_lab.serving import PageLayout, RequestPages, page_layout, request_pages
-from moa_lab.serving.page_layout import BUCKETS, bucket_lengths
+from moa_lab.serving.page_layout import BUCKETS, bucket_lengths, layout_of
+from moa_lab.serving.page_pool import page_bytes, shape_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -85,10 +88,58 @@ def test_a_request_takes_the_windows_of_the_next_length_that_holds_it() -> None:
     # Half of the length: 32, 64, 96, 125 tokens.
     assert [layout.pages_for(250) for layout in pages.layouts] == [2, 4, 6, 8]
     assert pages.most_pages(250) == 8
-    assert pages.steps.tolist()[0][-1] == 2
+    assert pages.of_layer(0)[0].steps.tolist()[0][-1] == 2
 
 
 def test_lengths_that_do_not_rise_are_refused() -> None:
     layout = page_layout(HARD, 64, 64)
     with pytest.raises(ValueError, match="rising lengths"):
         RequestPages((64, 64), (layout, layout))
+
+
+KINDS = {(16, 16): 64, (8, 8): 128, (8, 4): 160}
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_kinds_of_heads_share_a_table_in_the_order_in_which_tokens_need_their_pages(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    layers = tuple(
+        LayerLayout(int(rng.integers(0, 9)), tuple(rng.integers(1, 900, size=4).tolist()), rng.choice([None, 300]), 700) for _ in range(3)
+    )
+    bits = [[list(KINDS)[kind] for kind in row] for row in rng.integers(0, 3, size=(3, 4))]
+    pages = RequestPages((700,), (layout_of(layers, bits, KINDS),))
+    columns, (layout,) = [], pages.layouts
+    for layer in range(pages.layers):
+        parts = pages.of_layer(layer)
+        assert sorted(head for part in parts for head in part.heads) == [0, 1, 2, 3]
+        for part in parts:
+            assert {bits[layer][head] for head in part.heads} == {part.bits}
+            assert part.page_tokens == KINDS[part.bits]
+            for slots, rank in zip(part.layouts[0].slots, part.ranks[0], strict=True):
+                for page in range(-(-slots // part.page_tokens)):
+                    columns.append(part.steps[0, page] + rank)
+                    before = page * part.page_tokens
+                    assert layout.pages_for(before) <= columns[-1] < layout.pages_for(before + 1)
+    assert sorted(columns) == list(range(layout.pages_for(700)))
+    assert pages.most_pages(700) == len(columns)
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 0, 0), (1, 99, 0, 0), (99, 1, 0, 0), (10, 10, 10, 10), (0, 1, 1, 0)])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+@pytest.mark.parametrize(("page_tokens", "filled"), [(16, 0.75), (64, 0.9), (128, 0.9)])
+def test_pages_of_all_kinds_are_filled_but_for_a_tenth(counts: tuple[int, ...], head_dim: int, page_tokens: int, filled: float) -> None:
+    stored = {bits: count for bits, count in zip([(16, 16), (8, 8), (8, 4), (4, 4)], counts, strict=True) if count}
+    shape = shape_of(stored, page_tokens, head_dim, torch.bfloat16)
+    least = page_tokens * max(page_bytes(1, head_dim, torch.bfloat16, bits) for bits in stored)
+    assert least <= shape.nbytes <= 1.26 * least
+    assert shape.nbytes % (2 * page_tokens) == 0
+    used = {bits: count * page_bytes(1, head_dim, torch.bfloat16, bits) / shape.nbytes for bits, count in shape.tokens.items()}
+    assert all(share <= 1 for share in used.values())
+    assert sum(stored[bits] * share for bits, share in used.items()) > filled * sum(stored.values())
+    assert all(count >= page_tokens and count % 16 == 0 for count in shape.tokens.values())
+
+
+def test_where_all_heads_store_alike_a_page_has_the_tokens_that_were_asked_for() -> None:
+    shape = shape_of({(8, 4): 90}, 64, 128, torch.bfloat16)
+    assert shape.tokens == {(8, 4): 64}
+    assert shape.nbytes == 64 * (128 + 4 + 64 + 4)

@@ -87,12 +87,12 @@ def test_a_pass_with_more_tokens_than_rows_bring_writes_those_of_its_rows_alone(
     by_pages(rows, pages, rows.chunk([50, 17]))
     chunk = rows.chunk([1, 1])
     pages.grow(chunk.lengths.tolist())
-    before = pages.pool.raw.clone()
+    before = pages.raw.clone()
     step = padded(pages, chunk.lengths.long())
     flat = [torch.cat([x[:, :, 0], torch.full_like(x[:, :, 0], torch.nan)]) for x in (chunk.query, chunk.key, chunk.value)]
-    found = paged.paged_attention(pages.layer, pages.pool, *flat, step, Scoring(rows.scale))
+    found = paged.layer_attention(pages.kinds, pages.raw, *flat, step, Scoring(rows.scale))
     torch.testing.assert_close(found[:2, :, None], rows.expected(chunk), atol=2e-5, rtol=2e-5)
-    written = (pages.pool.raw != before).any(dim=1).nonzero().flatten()
+    written = (pages.raw != before).any(dim=1).nonzero().flatten()
     assert len(written)
     assert set(written.tolist()) <= set(pages.table[:2].flatten().tolist()) - {0}
 
@@ -124,7 +124,7 @@ def test_a_captured_pass_holds_for_later_lengths_and_fewer_rows(request: pytest.
 
     def attend() -> torch.Tensor:
         step = Step(pages.table, buckets, lengths, firsts, on_host)
-        return paged.paged_attention(pages.layer, pages.pool, query, key, value, step, Scoring(rows.scale))
+        return paged.layer_attention(pages.kinds, pages.raw, query, key, value, step, Scoring(rows.scale))
 
     attend()
     graph = torch.cuda.CUDAGraph()
@@ -147,6 +147,12 @@ def test_a_captured_pass_holds_for_later_lengths_and_fewer_rows(request: pytest.
 def test_pages_of_codes_hold_what_a_packed_ring_does(bits: tuple[int, int], dtype: torch.dtype) -> None:
     layout = LayerLayout(4, (28, 1000), None, CAPACITY)
     check(layout, 16, STEPS, bits=[bits, bits], dtype=dtype, head_dim=24)
+
+
+@pytest.mark.parametrize("bits", [[(8, 8), (16, 16), (8, 4), (8, 8)], [(16, 16), (4, 4), (4, 4), (4, 4)]])
+def test_heads_that_store_other_bits_have_pages_of_as_many_bytes(bits: list[tuple[int, int]]) -> None:
+    layout = LayerLayout(4, (28, 1000, 60, 300), None, CAPACITY)
+    check(layout, 32, STEPS, bits=bits, dtype=torch.float16, head_dim=24, sinks=True)
 
 
 def test_a_page_takes_what_the_plan_says_of_its_bits() -> None:

@@ -17,11 +17,10 @@ from vllm.v1.attention.backend import (
 )
 
 from moa_lab.kernels.dispatch import HAS_TRITON, MAX_HEAD_DIM
-from moa_lab.plan.bits import UNTOUCHED, Bits
 from moa_lab.serving.page_layout import request_pages
-from moa_lab.serving.page_pool import PagePool, page_bits, page_bytes
-from moa_lab.serving.paged import LEAST_TILE, PagedLayer, paged_attention, paged_layers
-from moa_lab.serving.settings import ServedPlan, served_plan
+from moa_lab.serving.page_pool import page_shape
+from moa_lab.serving.paged import LEAST_TILE, LayerHeads, layer_attention, paged_layers
+from moa_lab.serving.settings import ServedPlan
 from moa_lab.serving.step import Scoring, Step
 from moa_lab.serving.vllm.specs import BUCKET_COLUMNS, HeadPagesSpec
 
@@ -64,19 +63,20 @@ class PlanBackend(AttentionBackend):
 def pool_spec(served: ServedPlan, layer: Any, vllm_config: VllmConfig) -> HeadPagesSpec:
     """The pool of all layers: the KV cache of the layer that owns it, and of no other."""
     page_tokens, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
-    pages = request_pages(served.plan, served.lengths(longest, page_tokens), longest, page_tokens)
-    head_size, dtype, bits = layer.head_size, layer.kv_cache_torch_dtype, page_bits(served.plan)
-    if min(bits) < UNTOUCHED:
-        # K and V of a token together, in bytes.
-        head_size, dtype = page_bytes(1, head_size, dtype, bits) // 2, torch.int8
+    head_size, dtype = layer.head_size, layer.kv_cache_torch_dtype
+    shape = page_shape(served.plan, page_tokens, dtype)
+    pages = request_pages(served.plan, served.lengths(longest, page_tokens), longest, page_tokens, shape.tokens)
+    if served.plan.bits:
+        # In bytes: of K, as of V.
+        head_size, dtype = shape.nbytes // (2 * page_tokens), torch.int8
     return HeadPagesSpec(block_size=page_tokens, num_kv_heads=1, head_size=head_size, dtype=dtype, pages=pages)
 
 
 class PlanStep:
-    """The requests of one pass, and where each layer's heads have their slots. bits: of all pages."""
+    """The requests of one pass, and where each layer's heads have their slots."""
 
-    def __init__(self, step: Step, layers: list[PagedLayer], bits: Bits) -> None:
-        self.step, self.layers, self.bits = step, layers, bits
+    def __init__(self, step: Step, layers: list[list[LayerHeads]]) -> None:
+        self.step, self.layers = step, layers
 
 
 class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
@@ -84,9 +84,7 @@ class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
 
     def __init__(self, kv_cache_spec: HeadPagesSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        served = served_plan()
-        assert served is not None
-        pages, self._bits = kv_cache_spec.pages, page_bits(served.plan)
+        pages = kv_cache_spec.pages
         self._layers = paged_layers(pages, device)
         self._last_bucket = len(pages.lengths) - 1
         # Where they are now a captured graph finds the numbers of its later passes too.
@@ -95,9 +93,9 @@ class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
             torch.zeros(size, dtype=torch.int64, device=device) for size in (most, most + 1, most)
         )
         if device.type == "cuda":
-            for layer in self._layers:
+            for alike in (alike for kinds in self._layers for alike in kinds):
                 # Made before any graph is captured, which copies nothing from the host.
-                _ = layer.kernels
+                _ = alike.kernels, alike.heads
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -117,7 +115,7 @@ class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
         told = common.seq_lens_cpu_upper_bound
         # Without speculative decoding the bound is exact, and the host need not wait for the device.
         on_host = None if told is None else (common.query_start_loc_cpu[: rows + 1].tolist(), told[:rows].tolist())
-        return PlanStep(Step(table[:, BUCKET_COLUMNS:], buckets, lengths, firsts, on_host), self._layers, self._bits)
+        return PlanStep(Step(table[:, BUCKET_COLUMNS:], buckets, lengths, firsts, on_host), self._layers)
 
 
 class PlanAttention(AttentionImpl[PlanStep]):
@@ -164,7 +162,6 @@ class PlanAttention(AttentionImpl[PlanStep]):
             return output.zero_()
         step = attn_metadata.step
         tokens = step.told[0][-1]
-        paged = attn_metadata.layers[extract_layer_index(layer.layer_name)]
-        pool = PagePool(kv_cache, paged.slots.page_tokens, self.head_size, key.dtype, attn_metadata.bits)
-        output[:tokens] = paged_attention(paged, pool, query[:tokens], key[:tokens], value[:tokens], step, self._scoring)
+        kinds = attn_metadata.layers[extract_layer_index(layer.layer_name)]
+        output[:tokens] = layer_attention(kinds, kv_cache, query[:tokens], key[:tokens], value[:tokens], step, self._scoring)
         return output

@@ -6,6 +6,7 @@ import logging
 from typing import Any
 
 from moa_lab.serving.page_layout import PAGE_TOKENS
+from moa_lab.serving.page_pool import page_shape
 from moa_lab.serving.settings import ServedPlan, check_device, check_served
 
 logger = logging.getLogger("vllm.moa_lab")
@@ -46,4 +47,6 @@ def check_engine(served: ServedPlan, config: Any) -> None:
     check_device(served, config.device_config.device_type, vllm.__version__)
     check_served(served, model.hf_config, model.max_model_len)
     logger.warning("serving under %s", served.told(model.max_model_len, cache.block_size))
-    logger.warning("prefix caching is off under a plan; pages hold %d tokens of one head", cache.block_size)
+    shape = page_shape(served.plan, cache.block_size, model.dtype)
+    held = " or ".join(str(count) for count in sorted(set(shape.tokens.values())))
+    logger.warning("prefix caching is off under a plan; pages of %d bytes hold %s tokens of one head", shape.nbytes, held)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from served_engine import Engine, Start
 from tiny import random_tokens, tiny_model
-from tiny_plans import mixed_plan, small_plan, stored_plan
+from tiny_plans import mixed_plan, small_plan
 from transformers import PreTrainedModel
 
 from moa_lab.plan import Plan, full_or_floor_plan
@@ -133,11 +133,7 @@ def test_settings_that_rule_a_plan_out_are_refused_by_name(
         start(llama, small_plan(llama), **settings)
 
 
-def test_heads_in_different_bits_and_broken_cards_are_refused(
-    start: Start, llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(ValueError, match="stores heads in different bits"):
-        start(llama, stored_plan(llama))
+def test_broken_cards_are_refused(start: Start, llama: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     monkeypatch.setenv("MOA_LAB_PLAN", str(broken))

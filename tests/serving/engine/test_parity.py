@@ -3,12 +3,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from served_engine import Start, check_tokens
 from tiny import random_tokens, tiny_model
-from tiny_plans import mixed_plan, small_plan
+from tiny_plans import mixed_plan, small_plan, stored_plan
 from transformers import PreTrainedModel
 
 from moa_lab.plan import Plan, SpanRule
+from moa_lab.serving.page_pool import page_shape
 
 RAGGED = (1, 2, 15, 16, 17, 40, 90, 130)
 
@@ -79,6 +81,16 @@ def test_stored_bits_are_pages_of_fewer_bytes_that_hold_what_a_packed_ring_does(
     check_tokens(llama, plan, asked, engine.tokens(asked, 50))
     # 16 tokens of 16 codes and a grid, K and V.
     assert engine.pages == (1 << 20) // (16 * 2 * (16 + 4))
+
+
+def test_heads_that_store_other_bits_share_a_pool(start: Start, llama: PreTrainedModel) -> None:
+    rules = growing(llama).rules
+    plan = replace(stored_plan(llama), rules=rules)
+    assert len({pair for row in plan.bits for pair in row}) > 2
+    engine = start(llama, plan, max_num_batched_tokens=64, kv_cache_memory_bytes=1 << 20)
+    asked = prompts((130, 20, 90, 1, 50))
+    check_tokens(llama, plan, asked, engine.tokens(asked, 50))
+    assert engine.pages == (1 << 20) // page_shape(plan, 16, torch.float32).nbytes
 
 
 def test_windows_as_at_another_length_and_the_same_engine_asked_twice(
