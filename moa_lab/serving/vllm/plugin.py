@@ -78,7 +78,7 @@ def _in_one_line() -> Iterator[None]:
 def _replace(owner: type, name: str, ours: Callable[..., Any]) -> None:
     """Let `ours(own, served, self, ...)` stand for a method wherever the environment names a plan."""
     own = getattr(owner, name)
-    if hasattr(own, "__wrapped__"):
+    if getattr(own, "stands_for", None) == name:
         return
 
     @functools.wraps(own)
@@ -86,6 +86,8 @@ def _replace(owner: type, name: str, ours: Callable[..., Any]) -> None:
         served = _served()
         return own(self, *arguments, **settings) if served is None else ours(own, served, self, *arguments, **settings)
 
+    # vLLM wraps some of its methods too, so that `__wrapped__` would not tell.
+    method.stands_for = name  # type: ignore[attr-defined]
     setattr(owner, name, method)
 
 
