@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -22,11 +23,11 @@ CAPACITY = 400
 
 class Pages:
     """A pool, and the pages that rows took from it; pages that nobody has hold NaN. others: layouts of requests of other lengths, which
-    have lower buckets."""
+    have lower buckets. at_least: of `PageLayout`."""
 
     def __init__(
         self, layout: LayerLayout, page_tokens: int, rows: int, seed: int = 0, sample: torch.Tensor | None = None,
-        bits: list[Bits] | None = None, others: tuple[LayerLayout, ...] = (),
+        bits: list[Bits] | None = None, others: tuple[LayerLayout, ...] = (), at_least: tuple[int, ...] = (),
     ) -> None:  # fmt: skip
         head_dim, dtype = (HEAD_DIM, torch.float32) if sample is None else (sample.shape[-1], sample.dtype)
         stored = bits or [WHOLE_BITS] * len(layout.windows)
@@ -34,6 +35,8 @@ class Pages:
         # A second layer, whose pages lie between, and whose heads store alike the other way round.
         between = LayerLayout(2, (9, 500, 60, 31)[: len(layout.windows)], None, CAPACITY)
         layouts = tuple(layout_of((between, each), (stored[::-1], stored), shape.tokens) for each in (*others, layout))
+        if at_least:
+            layouts = tuple(replace(each, at_least=at_least) for each in layouts)
         self.pages = RequestPages(tuple(range(CAPACITY - len(others), CAPACITY + 1)), layouts)
         self.kinds = [LayerHeads(alike, torch.device(DEVICE)) for alike in self.pages.of_layer(1)]
         self.buckets = [len(others)] * rows
@@ -75,11 +78,35 @@ def by_pages(rows: Sequences, pages: Pages, chunk: Chunk) -> torch.Tensor:
     return output
 
 
-def check(layout: LayerLayout, page_tokens: int, steps: list[list[int]], **settings: object) -> None:
+def check(layout: LayerLayout, page_tokens: int, steps: list[list[int]], at_least: tuple[int, ...] = (), **settings: object) -> None:
     rows = Sequences(layout, len(steps[0]), device=DEVICE, **settings)  # type: ignore[arg-type]
-    pages = Pages(layout, page_tokens, len(steps[0]), sample=rows.ring.sample, bits=settings.get("bits"))  # type: ignore[arg-type]
+    pages = Pages(
+        layout,
+        page_tokens,
+        len(steps[0]),
+        sample=rows.ring.sample,
+        bits=settings.get("bits"),
+        at_least=at_least,  # type: ignore[arg-type]
+    )
     close = 2e-5 if pages.dtype == torch.float32 else 5e-3
     for counts in steps:
         chunk = rows.chunk(counts)
         torch.testing.assert_close(by_pages(rows, pages, chunk), rows.expected(chunk).to(pages.dtype), atol=close, rtol=close)
     assert pages.raw[0].eq(0).all()
+
+
+def check_columns(pages: RequestPages, bucket: int, longest: int) -> int:
+    """Each page of each head has a column of its own, which a request has once it has the page's first token; their number."""
+    columns, layout = [], pages.layouts[bucket]
+    taken = [layout.pages_for(n) for n in range(longest + 1)]
+    for layer in range(pages.layers):
+        parts = pages.of_layer(layer)
+        heads = sorted(head for part in parts for head in part.heads)
+        assert heads == list(range(len(heads)))
+        for part in parts:
+            for slots, rank in zip(part.layouts[bucket].slots, part.ranks[bucket], strict=True):
+                for page in range(-(-slots // part.page_tokens)):
+                    columns.append(part.steps[bucket, page] + rank)
+                    assert taken[page * part.page_tokens] <= columns[-1] < taken[page * part.page_tokens + 1]
+    assert len(set(columns)) == len(columns)
+    return len(columns)

@@ -1,12 +1,13 @@
-"""Plans for tiny models, shared by the tests of the runtime."""
+"""Plans for tiny models, shared by the tests of the runtime and of serving."""
 
 from __future__ import annotations
 
 import numpy as np
 from transformers import PreTrainedModel
 
+from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of
-from moa_lab.plan import WIDTHS, Plan, SpanRule
+from moa_lab.plan import DENSE, WIDTHS, Plan, SpanRule
 
 
 def small_plan(model: PreTrainedModel) -> Plan:
@@ -31,3 +32,10 @@ def stored_plan(model: PreTrainedModel) -> Plan:
     plan = mixed_plan(model)
     shape = (plan.geometry.layers, plan.geometry.kv_heads, 2)
     return plan.with_bits(np.array(WIDTHS)[np.arange(np.prod(shape)) % 3].reshape(shape))
+
+
+def constant_plan(spans: list[list[int | None]], sink_tokens: int = 4, max_length: int = 4096, **settings: int) -> Plan:
+    """Constant spans by layer and KV head; None keeps everything."""
+    geometry = ModelGeometry(len(spans), 2 * len(spans[0]), len(spans[0]), 8, max_length)
+    rules = tuple(tuple(DENSE if span is None else SpanRule(float(span), 0.0) for span in row) for row in spans)
+    return Plan(geometry=geometry, rules=rules, sink_tokens=sink_tokens, min_span=sink_tokens + 1, **settings)

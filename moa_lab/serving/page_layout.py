@@ -34,12 +34,14 @@ BUCKETS = 64
 @dataclass(frozen=True)
 class PageLayout:
     """Pages of heads of one kind. layers: of every layer, the slots of its heads, with room for the longest request. page_tokens: slots per
-    page. bits: of what they store. heads: of every layer those of this kind; empty: all of all layers."""
+    page. bits: of what they store. heads: of every layer those of this kind; empty: all of all layers. at_least: places of every step of
+    the table, where devices share a table and another one has more heads with that page (see `moa_lab.serving.shares`)."""
 
     layers: tuple[LayerLayout, ...]
     page_tokens: int
     bits: Bits = WHOLE_BITS
     heads: tuple[tuple[int, ...], ...] = ()
+    at_least: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.page_tokens < 1 or not self.layers:
@@ -55,12 +57,18 @@ class PageLayout:
         return found
 
     @cached_property
+    def having(self) -> np.ndarray:
+        """Heads that have a page j: int64 (steps,)."""
+        counts = np.bincount(self.most_pages.ravel())
+        found: np.ndarray = self.most_pages.size - np.cumsum(counts)[:-1]
+        return found
+
+    @cached_property
     def steps(self) -> np.ndarray:
         """Pages of a request after so many steps of its table: int64 (steps + 1,), from 0 to all that it may take."""
-        counts = np.bincount(self.most_pages.ravel())
-        # Step j has the heads with more than j pages.
-        having = self.most_pages.size - np.cumsum(counts)[:-1]
-        return np.concatenate([[0], np.cumsum(having)])
+        count = max(len(self.having), len(self.at_least))
+        own, others = (np.pad(each, (0, count - len(each))) for each in (self.having, np.array(self.at_least, dtype=np.int64)))
+        return np.concatenate([[0], np.cumsum(np.maximum(own, others))])
 
     @cached_property
     def ranks(self) -> np.ndarray:
@@ -112,18 +120,31 @@ class MixedLayout:
         return sum(kind.pages_for(n_tokens) for kind in self.of_kinds)
 
 
+AnyLayout = PageLayout | MixedLayout
+
+
+@dataclass(frozen=True)
+class PageShape:
+    """What the pages of a plan's heads hold. nbytes: of every page; tokens: of a page, by the bits of its K and V. untouched: bytes of a
+    page as an engine has it, of numbers of the model's own type."""
+
+    nbytes: int
+    tokens: dict[Bits, int]
+    untouched: int
+
+
 def page_layout(
     plan: Plan, n_tokens: int, max_tokens: int, page_tokens: int = PAGE_TOKENS, tokens: Mapping[Bits, int] | None = None
-) -> PageLayout | MixedLayout:
+) -> AnyLayout:
     """The pages of requests of up to `max_tokens`, under the windows that `plan` has at length N = `n_tokens`.
 
-    tokens: of a page, by what it stores (`moa_lab.serving.page_pool.PageShape`); None: `page_tokens` in all.
+    tokens: of a page, by what it stores (see `PageShape`); None: `page_tokens` in all.
     """
     layers = tuple(layer_layouts(plan, n_tokens, max_tokens))
     return layout_of(layers, plan.bits, tokens) if tokens else PageLayout(layers, page_tokens)
 
 
-def layout_of(layers: tuple[LayerLayout, ...], bits: Sequence[Sequence[Bits]], tokens: Mapping[Bits, int]) -> PageLayout | MixedLayout:
+def layout_of(layers: tuple[LayerLayout, ...], bits: Sequence[Sequence[Bits]], tokens: Mapping[Bits, int]) -> AnyLayout:
     """Pages of heads that store `bits`, by layer and KV head, in pages of so many tokens. bits: empty where all store alike."""
     if len(tokens) == 1:
         ((alike, count),) = tokens.items()
@@ -153,7 +174,7 @@ class RequestPages:
     """The pages of requests of any length. lengths: the greatest of every bucket, rising; layouts: of every bucket, of the same kinds."""
 
     lengths: tuple[int, ...]
-    layouts: tuple[PageLayout | MixedLayout, ...]
+    layouts: tuple[AnyLayout, ...]
 
     def __post_init__(self) -> None:
         if not self.lengths or len(self.lengths) != len(self.layouts) or list(self.lengths) != sorted(set(self.lengths)):

@@ -15,6 +15,7 @@ import torch
 from moa_lab.cache.storage import pack, places, unpack, values_at
 from moa_lab.plan import WHOLE_BITS, Plan
 from moa_lab.plan.bits import GRID_BYTES, UNTOUCHED, Bits, vector_bytes
+from moa_lab.serving.page_layout import PageShape
 
 GRAIN = 32
 """Tokens that pages of unequal heads have multiples of, so that kernels read as many at a time."""
@@ -88,14 +89,6 @@ def page_bytes(page_tokens: int, head_dim: int, dtype: torch.dtype, bits: Bits =
     return page_tokens * sum(vector_bytes(head_dim, each, dtype.itemsize) for each in bits)
 
 
-@dataclass(frozen=True)
-class PageShape:
-    """What the pages of a plan's heads hold. nbytes: of every page; tokens: of a page, by the bits of its K and V."""
-
-    nbytes: int
-    tokens: dict[Bits, int]
-
-
 def page_shape(plan: Plan, page_tokens: int, dtype: torch.dtype) -> PageShape:
     """Pages of `page_tokens` where all heads store alike; of so many at least elsewhere, and of the size that leaves fewest bytes unused.
 
@@ -108,14 +101,17 @@ def page_shape(plan: Plan, page_tokens: int, dtype: torch.dtype) -> PageShape:
 def shape_of(stored: Mapping[Bits, int], page_tokens: int, head_dim: int, dtype: torch.dtype) -> PageShape:
     """As `page_shape`, for so many heads of each kind."""
     each = {bits: page_bytes(1, head_dim, dtype, bits) for bits in sorted(stored, reverse=True)}
+    untouched = page_bytes(page_tokens, head_dim, dtype)
     least = page_tokens * max(each.values())
     if len(each) == 1:
-        return PageShape(least, dict.fromkeys(each, page_tokens))
+        return PageShape(least, dict.fromkeys(each, page_tokens), untouched)
     grain = page_tokens & -page_tokens
     grain = min(grain, GRAIN)
     # An engine takes K and V of a page for so many tokens of as many bytes each.
     sizes = {-(-nbytes // (2 * page_tokens)) * 2 * page_tokens for nbytes in (least, *_sizes(each, grain, least))}
-    shapes = [PageShape(nbytes, {bits: nbytes // (grain * size) * grain for bits, size in each.items()}) for nbytes in sorted(sizes)]
+    shapes = [
+        PageShape(nbytes, {bits: nbytes // (grain * size) * grain for bits, size in each.items()}, untouched) for nbytes in sorted(sizes)
+    ]
     return min(shapes, key=lambda shape: sum(count * shape.nbytes / shape.tokens[bits] for bits, count in stored.items()))
 
 

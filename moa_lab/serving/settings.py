@@ -9,7 +9,8 @@ from typing import Any
 
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan
-from moa_lab.serving.page_layout import PAGE_TOKENS, bucket_lengths
+from moa_lab.serving.page_layout import PAGE_TOKENS, PageShape, bucket_lengths
+from moa_lab.serving.shares import HeadShares
 
 PLAN_VARIABLE = "MOA_LAB_PLAN"
 """Path of the config card that all requests are served under."""
@@ -33,12 +34,23 @@ class ServedPlan:
         """The lengths N, rising, that windows are taken at where requests have up to `max_tokens`: each takes the next that holds it."""
         return (self.n_tokens,) if self.n_tokens else bucket_lengths(max_tokens, page_tokens)
 
-    def told(self, max_tokens: int, page_tokens: int = PAGE_TOKENS) -> str:
-        """A line for the log: the plan, what it keeps, and which length a request's windows are taken at."""
+    def told(
+        self, max_tokens: int, page_tokens: int = PAGE_TOKENS, shares: HeadShares | None = None, shape: PageShape | None = None
+    ) -> str:
+        """A line for the log: the plan, what it keeps, which length a request's windows are taken at, and what that takes on devices, in
+        pages of that shape."""
         lengths = self.lengths(max_tokens, page_tokens)
         kept = f"keeps {self.plan.density(lengths[-1]):.1%} of {lengths[-1]:,} tokens"
         at = f"windows as at {lengths[0]:,} tokens" if self.n_tokens else _at_lengths(lengths)
-        return f"plan {self.plan.name!r} ({self.plan.identity()}), {at}: {kept}"
+        devices = self._on_devices(shares, lengths[-1], page_tokens, shape)
+        return f"plan {self.plan.name!r} ({self.plan.identity()}), {at}: {kept}{devices}"
+
+    def _on_devices(self, shares: HeadShares | None, n_tokens: int, page_tokens: int, shape: PageShape | None) -> str:
+        if shares is None or shares.count == 1:
+            return ""
+        held = "in the model's order" if shares.is_natural else "dealt so that devices hold about as many pages"
+        taken = f"{shares.density(self.plan, n_tokens, page_tokens, shape):.1%}"
+        return f"; in {shares.count} shares of the heads, {held}, a request takes {taken} of a dense cache's bytes on each device"
 
 
 def _at_lengths(lengths: tuple[int, ...]) -> str:

@@ -140,7 +140,7 @@ def main() -> None:
             print("  dense        ", measure({f"layer {at}": dense for at in range(plan.geometry.layers)}, n_tokens))
             for classes in (4, 8, 90):
                 print(f"  A, {classes:2} windows", measure(per_head(plan, n_tokens, classes), n_tokens))
-            pool = HeadPagesSpec(num_kv_heads=1, pages=request_pages(plan, (n_tokens,), n_tokens), **shape)
+            pool = HeadPagesSpec(num_kv_heads=1, shares=(request_pages(plan, (n_tokens,), n_tokens),), **shape)
             print("  B            ", measure({"pool": pool}, n_tokens))
 
 

@@ -5,10 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pages_oracle import check_columns
+from tiny_plans import constant_plan
 
 from moa_lab.cache import LayerLayout
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import DENSE, Plan, SpanRule, dense_plan
+from moa_lab.plan import Plan, SpanRule, dense_plan
 from moa_lab.serving import PageLayout, RequestPages, page_layout, request_pages
 from moa_lab.serving.page_layout import BUCKETS, bucket_lengths, layout_of
 from moa_lab.serving.page_pool import page_bytes, shape_of
@@ -16,14 +18,7 @@ from moa_lab.serving.page_pool import page_bytes, shape_of
 ROOT = Path(__file__).parents[2]
 
 
-def plan_of(spans: list[list[int | None]], sink_tokens: int = 4, max_length: int = 4096, **settings: int) -> Plan:
-    """Constant spans by layer and KV head; None keeps everything."""
-    geometry = ModelGeometry(len(spans), 2 * len(spans[0]), len(spans[0]), 8, max_length)
-    rules = tuple(tuple(DENSE if span is None else SpanRule(float(span), 0.0) for span in row) for row in spans)
-    return Plan(geometry=geometry, rules=rules, sink_tokens=sink_tokens, min_span=sink_tokens + 1, **settings)
-
-
-HARD = plan_of([[33, None], [128, 7], [64, 65]])
+HARD = constant_plan([[33, None], [128, 7], [64, 65]])
 
 
 @pytest.mark.parametrize("page_tokens", [16, 32, 64, 128])
@@ -108,20 +103,11 @@ def test_kinds_of_heads_share_a_table_in_the_order_in_which_tokens_need_their_pa
     )
     bits = [[list(KINDS)[kind] for kind in row] for row in rng.integers(0, 3, size=(3, 4))]
     pages = RequestPages((700,), (layout_of(layers, bits, KINDS),))
-    columns, (layout,) = [], pages.layouts
-    for layer in range(pages.layers):
-        parts = pages.of_layer(layer)
-        assert sorted(head for part in parts for head in part.heads) == [0, 1, 2, 3]
-        for part in parts:
-            assert {bits[layer][head] for head in part.heads} == {part.bits}
+    assert check_columns(pages, 0, 700) == pages.most_pages(700) == pages.layouts[0].pages_for(700)
+    for layer, row in enumerate(bits):
+        for part in pages.of_layer(layer):
+            assert {row[head] for head in part.heads} == {part.bits}
             assert part.page_tokens == KINDS[part.bits]
-            for slots, rank in zip(part.layouts[0].slots, part.ranks[0], strict=True):
-                for page in range(-(-slots // part.page_tokens)):
-                    columns.append(part.steps[0, page] + rank)
-                    before = page * part.page_tokens
-                    assert layout.pages_for(before) <= columns[-1] < layout.pages_for(before + 1)
-    assert sorted(columns) == list(range(layout.pages_for(700)))
-    assert pages.most_pages(700) == len(columns)
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 0, 0), (1, 99, 0, 0), (99, 1, 0, 0), (10, 10, 10, 10), (0, 1, 1, 0)])

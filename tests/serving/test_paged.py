@@ -39,6 +39,11 @@ def test_capped_scores_sink_logits_and_groups_are_those_of_the_reference(setting
     check(LayerLayout(4, (20, 1000), None, CAPACITY), 16, STEPS, **settings)
 
 
+@pytest.mark.parametrize("at_least", [(7,), (4, 4, 4, 4), (6, 5, 1)])
+def test_places_that_another_device_has_heads_for_are_left_out(at_least: tuple[int, ...]) -> None:
+    check(LayerLayout(4, (20, 60), None, CAPACITY), 16, STEPS, at_least)
+
+
 def test_rings_wrap_many_times() -> None:
     check(LayerLayout(3, (7, 13), None, CAPACITY), 8, [[30, 1]] + [[1, 1]] * 40)
 

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -17,11 +18,11 @@ from vllm.v1.attention.backend import (
 )
 
 from moa_lab.kernels.dispatch import HAS_TRITON, MAX_HEAD_DIM
-from moa_lab.serving.page_layout import request_pages
 from moa_lab.serving.page_pool import page_shape
 from moa_lab.serving.paged import LEAST_TILE, LayerHeads, layer_attention, paged_layers
 from moa_lab.serving.settings import ServedPlan
 from moa_lab.serving.step import Scoring, Step
+from moa_lab.serving.vllm.shares import engine_shares
 from moa_lab.serving.vllm.specs import BUCKET_COLUMNS, HeadPagesSpec
 
 
@@ -65,11 +66,11 @@ def pool_spec(served: ServedPlan, layer: Any, vllm_config: VllmConfig) -> HeadPa
     page_tokens, longest = vllm_config.cache_config.block_size, vllm_config.model_config.max_model_len
     head_size, dtype = layer.head_size, layer.kv_cache_torch_dtype
     shape = page_shape(served.plan, page_tokens, dtype)
-    pages = request_pages(served.plan, served.lengths(longest, page_tokens), longest, page_tokens, shape.tokens)
+    shares = engine_shares(vllm_config).pages(served.plan, served.lengths(longest, page_tokens), longest, page_tokens, shape.tokens)
     if served.plan.bits:
         # In bytes: of K, as of V.
         head_size, dtype = shape.nbytes // (2 * page_tokens), torch.int8
-    return HeadPagesSpec(block_size=page_tokens, num_kv_heads=1, head_size=head_size, dtype=dtype, pages=pages)
+    return HeadPagesSpec(block_size=page_tokens, num_kv_heads=1, head_size=head_size, dtype=dtype, shares=shares)
 
 
 class PlanStep:
@@ -84,7 +85,9 @@ class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
 
     def __init__(self, kv_cache_spec: HeadPagesSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        pages = kv_cache_spec.pages
+        shares, devices = kv_cache_spec.shares, vllm_config.parallel_config.tensor_parallel_size
+        # With more devices than KV heads, several hold the same ones.
+        pages = shares[get_tensor_model_parallel_rank() * len(shares) // devices]
         self._layers = paged_layers(pages, device)
         self._last_bucket = len(pages.lengths) - 1
         # Where they are now a captured graph finds the numbers of its later passes too.

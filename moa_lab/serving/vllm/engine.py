@@ -8,6 +8,7 @@ from typing import Any
 from moa_lab.serving.page_layout import PAGE_TOKENS
 from moa_lab.serving.page_pool import page_shape
 from moa_lab.serving.settings import ServedPlan, check_device, check_served
+from moa_lab.serving.vllm.shares import deal_heads
 
 logger = logging.getLogger("vllm.moa_lab")
 
@@ -27,7 +28,6 @@ def check_engine(served: ServedPlan, config: Any) -> None:
 
     model, parallel, cache = config.model_config, config.parallel_config, config.cache_config
     refused = {
-        "tensor parallelism": parallel.tensor_parallel_size > 1,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
         "data parallelism": parallel.data_parallel_size > 1,
         "context parallelism": parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -46,7 +46,8 @@ def check_engine(served: ServedPlan, config: Any) -> None:
             raise ValueError(f"{what} cannot be combined with a plan yet")
     check_device(served, config.device_config.device_type, vllm.__version__)
     check_served(served, model.hf_config, model.max_model_len)
-    logger.warning("serving under %s", served.told(model.max_model_len, cache.block_size))
     shape = page_shape(served.plan, cache.block_size, model.dtype)
+    shares = deal_heads(served, config, shape)
+    logger.warning("serving under %s", served.told(model.max_model_len, cache.block_size, shares, shape))
     held = " or ".join(str(count) for count in sorted(set(shape.tokens.values())))
     logger.warning("prefix caching is off under a plan; pages of %d bytes hold %s tokens of one head", shape.nbytes, held)

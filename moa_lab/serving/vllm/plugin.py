@@ -51,8 +51,10 @@ def _register() -> None:
         raise ValueError(f"{PLAN_VARIABLE}: plans are served by vLLM {known}, which were seen to work, and this is {vllm.__version__}")
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
+    from moa_lab.serving.vllm.shares import load_weights
     from moa_lab.serving.vllm.specs import register_specs
 
     # The second model runner of 0.26 makes block tables of as many columns as a dense cache has; the first asks the spec.
@@ -62,6 +64,7 @@ def _register() -> None:
     _replace(EngineArgs, "create_engine_config", _create_engine_config)
     _replace(Attention, "__init__", _make_layer)
     _replace(Attention, "get_kv_cache_spec", _kv_cache_spec)
+    _replace(DefaultModelLoader, "load_weights", load_weights)
 
 
 @contextlib.contextmanager

@@ -22,11 +22,17 @@ BUCKET_COLUMNS = 1
 class HeadPagesSpec(AttentionSpec):
     """Pages of one KV head each, which all layers take from the pool of the first one.
 
-    pages: the layouts; they travel from the worker to the scheduler with the spec. num_kv_heads, head_size, dtype: of a page, whose
+    shares: the layouts of the heads that each device holds, alike in their numbers of pages; they travel from the worker to the scheduler
+    with the spec. num_kv_heads, head_size, dtype: of a page, whose
     codes are bytes.
     """
 
-    pages: RequestPages
+    shares: tuple[RequestPages, ...]
+
+    @property
+    def pages(self) -> RequestPages:
+        """What the scheduler hands out, on all devices alike."""
+        return self.shares[0]
 
     def max_num_blocks_per_req(self, vllm_config: VllmConfig, max_len: int) -> int:
         """Columns of the block table: as many at least as a dense cache has, since vLLM 0.26 makes a slot mapping that nobody reads."""

@@ -120,7 +120,6 @@ def test_other_geometry_is_refused_with_both(start: Start, llama: PreTrainedMode
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
-        ({"tensor_parallel_size": 2}, "tensor parallelism"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}}, "speculative decoding"),

