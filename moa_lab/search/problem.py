@@ -19,6 +19,8 @@ from moa_lab.search.goals import Goal, default_goals, mean_goal
 
 Density = float | Mapping[int, float]
 Pinned = Mapping[tuple[int, int], int]
+LOW_SINK = 4
+"""Tokens of a low sink: as many as hold the attention that goes nowhere (StreamingLLM)."""
 
 
 class InfeasibleError(ValueError):
@@ -144,19 +146,31 @@ def check_floor(
         held = f" in {engine.name} ({engine.told()})" if engine is not None else ""
         raise InfeasibleError(
             f"density {targets[worst]:.4g} at length {worst} is infeasible: min_span {min_span}{held} needs at least {least}; "
-            f"raise density{_lower_floor(geometry, worst, bought[worst], min_span, sink_tokens, price, engine)}, or take longer lengths"
+            f"{_cures(geometry, worst, bought[worst], min_span, sink_tokens, price, engine)}"
         )
 
 
-def _lower_floor(
+def _cures(
     geometry: ModelGeometry, n_tokens: int, density: float, min_span: int, sink_tokens: int, price: float, engine: EngineLimits | None
 ) -> str:
-    """The cure by a lower floor: the largest that fits a share of the tokens, or the density of bytes that the lowest needs."""
-    fitting = [tokens for tokens in range(sink_tokens + 1, min_span) if least_density(geometry, n_tokens, tokens, engine) <= density]
-    if fitting:
-        return f", lower min_span (--min-span) to at most {fitting[-1]}"
-    least = _rounded_up(price * least_density(geometry, n_tokens, sink_tokens + 1, engine))
-    return f" (to {least} with the lowest floor, --min-span {sink_tokens + 1})"
+    """What helps where the floor exceeds the share of the tokens `density`: a higher density, a lower floor, a lower sink with it, longer
+    lengths; without those that do not help here."""
+
+    def fits(n: int, floor: int) -> bool:
+        return least_density(geometry, n, floor, engine) <= density
+
+    cures = ["raise density"]
+    floor = max((tokens for tokens in range(1, min_span) if fits(n_tokens, tokens)), default=0)
+    if floor > sink_tokens:
+        cures.append(f"lower min_span (--min-span) to at most {floor}")
+    elif sink_tokens + 1 < min_span and (least := price * least_density(geometry, n_tokens, sink_tokens + 1, engine)) < 1:
+        cures[0] += f" (to {_rounded_up(least)} with the lowest floor, --min-span {sink_tokens + 1})"
+    if 0 < floor <= sink_tokens:
+        cures.append(f"lower sink and floor (--sink {min(LOW_SINK, floor - 1)} --min-span {floor})")
+    # Layers with windows of their own see no more at any length.
+    if fits(geometry.max_length, min_span):
+        cures.append("take longer lengths")
+    return f"{', '.join(cures[:-1])}{',' * (len(cures) > 2)} or {cures[-1]}" if len(cures) > 1 else cures[0]
 
 
 def densities(table: LossTable, density: Density, lengths: Iterable[int] | None = None) -> dict[int, float]:
