@@ -125,8 +125,10 @@ def _given_back(keys: np.ndarray, grown: np.ndarray, room: np.ndarray) -> np.nda
     _, member = np.unique(keys, axis=1, return_inverse=True)
     member = member.ravel()
     gains = np.stack([np.bincount(member, weights=row) for row in grown])
-    worth = (gains / np.maximum(room, 1.0)[:, None]).sum(axis=0)
-    back = np.zeros(gains.shape[1], dtype=bool)
+    # A token more where there is no room, as rounding leaves it, is worth nothing, and nobody can keep it.
+    worth = (gains / np.maximum(room, 1.0)[:, None])[room >= 1].sum(axis=0)
+    freed = -np.minimum(gains, 0.0).sum(axis=1)
+    back = (gains > (room + freed)[:, None]).any(axis=0)
     while (over := gains[:, ~back].sum(axis=1) - room).max() > 0:
         takes = np.where(back, 0.0, gains[over.argmax()])
         # First what is worth least for the tokens that are missing.

@@ -123,3 +123,18 @@ def test_lines_with_parts_of_tokens_find_room_where_one_length_is_full(seed: int
     for n in (4096, 8192, 16384):
         assert (grown.spans(n) >= plan.spans(n)).all()
         assert grown.density(n) <= 0.9
+
+
+def test_tokens_that_rounding_adds_to_full_lengths_take_no_room_from_heads_that_have_it_elsewhere() -> None:
+    # Full at 384 and 768 tokens; at 600 there is room for 38 tokens, which the last head alone can take.
+    rules = (
+        (SpanRule(-12.0, 0.6142578125), SpanRule(116.0, 0.0517578125)),
+        (SpanRule(-12.0, 0.3642578125), SpanRule(-268.0, 0.8017578125)),
+    )
+    plan = Plan(geometry=small_geometry(layers=2, kv_heads=2, max_length=2048), rules=rules)
+    grown = spend(plan, {384: 0.4, 600: 0.4, 768: 0.4})
+    assert plan.density(600) < 0.385
+    assert grown.density(600) > 0.396
+    for n in (384, 600, 768):
+        assert (grown.spans(n) >= plan.spans(n)).all()
+        assert grown.density(n) <= 0.4
