@@ -25,8 +25,8 @@ VALUE_NAMES = {"retrieval": "accuracy", "cross_entropy": "value"}
 def summarise(plans: Sequence[Plan], measurements: Measurements, n_tokens: int, density: float | None = None) -> dict[str, Any]:
     """Scores of every plan by name; `density` and bytes at 2 bytes a number, predicted and allocated, are those at `n_tokens`.
 
-    density: the one that plans are compared at; `unequal` says which do not keep it at a measured length, and why. `worse` says where
-    the last plan is worse than a simple one, `chosen` which candidate it is. Raises ValueError for different plans of one name.
+    density: the one that plans are compared at; `unequal` says which do not keep it, measured or made for that length, and why. `worse`
+    says where the last plan is worse than a simple one, `chosen` which candidate it is. Raises ValueError for different plans of one name.
     """
     check_names(plans)
     lengths = sorted({row.length for row in measurements})

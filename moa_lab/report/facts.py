@@ -89,7 +89,7 @@ class Facts:
         return max(self.lengths() or self.plan.lengths or profiled or (self.plan.geometry.max_length,))
 
     def unequal(self) -> list[str]:
-        """A clause for every plan of the page that does not keep the density asked for at a length that was measured, with the reason."""
+        """A clause for every plan of the page and length, measured or made for, where it does not keep the density asked for; and why."""
         return unequal_plans(self.plans, self.density, self.lengths()) if self.density is not None else []
 
     def warnings(self) -> list[str]:

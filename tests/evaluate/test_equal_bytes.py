@@ -37,6 +37,13 @@ def test_a_plan_that_spends_less_is_named() -> None:
     assert told.startswith("ranked keeps 54.7% at 2,048 tokens, not 60%: its rules keep no more")
 
 
+def test_a_length_that_was_not_measured_counts_where_the_plan_will_be_used_there() -> None:
+    # One head of each layer keeps no more at 4,096 tokens than at 1,024.
+    plan = Plan(PLAIN, ((SpanRule(512, 0), SpanRule(0, 0.5)),) * 2, name="moa", lengths=(1024, 4096))
+    (told,) = unequal_plans([plan], 0.5, [1024])
+    assert told == "moa keeps 31.2% at 4,096 tokens, not 50%: it does at 1,024 tokens, which binds"
+
+
 def test_rounding_to_whole_tokens_is_named() -> None:
     (told,) = unequal_plans([uniform_plan(PLAIN, 0.3, sink_tokens=4, min_span=8)], 0.3, [63])
     assert told == "uniform keeps 28.6% at 63 tokens, not 30%: spans are whole tokens"
