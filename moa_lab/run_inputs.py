@@ -234,5 +234,4 @@ class RunInputs:
 
     def _check_lengths(self) -> None:
         for n in (*self.lengths, *self.test_lengths, *(self.settings.use_lengths or ())):
-            if not 1 <= n <= self.geometry.max_length:
-                raise ValueError(f"length {n} is beyond the model's maximum of {self.geometry.max_length} tokens")
+            self.geometry.check_length(n)

@@ -269,9 +269,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tu
 def _check(model: PreTrainedModel, lengths: Sequence[int], wanted: Sequence[Request]) -> None:
     # Refuse a model that no plan can be applied to before it answers anything.
     attention_sites(model)
-    longest = geometry_of(model).max_length
+    geometry = geometry_of(model)
     for length in lengths:
-        if not 1 <= length <= longest:
-            raise ValueError(f"length {length} is beyond the model's maximum of {longest} tokens")
+        geometry.check_length(length)
     if not lengths or not sum(request.count for request in wanted):
         raise ValueError("nothing to calibrate: give at least one length and one sample")

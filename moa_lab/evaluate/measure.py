@@ -87,10 +87,9 @@ def _chosen(model: PreTrainedModel, plan: PlanOrPath | None) -> Plan:
 
 def _checked(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[int, ...]:
     """The lengths, each once: a repeated length would give the same samples again."""
-    longest = geometry_of(model).max_length
+    geometry = geometry_of(model)
     for length in lengths:
-        if not 1 <= length <= longest:
-            raise ValueError(f"length {length} is beyond the model's maximum of {longest} tokens")
+        geometry.check_length(length)
     return once(lengths, "lengths")
 
 

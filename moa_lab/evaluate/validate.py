@@ -124,8 +124,7 @@ def validate(
     Preference.parse(prefer)
     model = plain_model(model)
     geometry = geometry_of(model)
-    if not 1 <= length <= geometry.max_length:
-        raise ValueError(f"length {length} is beyond the model's maximum of {geometry.max_length} tokens")
+    geometry.check_length(length)
     for point in front:
         point.plan.check_model(geometry)
     check_names([dense_plan(geometry), *(point.plan for point in front)])

@@ -54,6 +54,13 @@ class ModelGeometry:
         window = self.layer_windows[layer]
         return n_tokens if window is None else min(n_tokens, window)
 
+    def check_length(self, n_tokens: int) -> None:
+        """Raises ValueError for a number of tokens that the model does not take."""
+        if n_tokens < 1:
+            raise ValueError(f"a length must be at least 1 token, got {n_tokens}")
+        if n_tokens > self.max_length:
+            raise ValueError(f"length {n_tokens} is beyond the model's maximum of {self.max_length} tokens")
+
     def kv_bytes_per_token(self, dtype_bytes: int = 2) -> int:
         """Bytes of K and V of one token in one KV head."""
         return 2 * self.head_dim * dtype_bytes

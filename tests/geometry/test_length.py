@@ -110,3 +110,9 @@ def test_calibration_knows_the_stretched_length() -> None:
     model = tiny_model("llama", max_length=64, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4})
     with pytest.raises(ValueError, match="length 257 is beyond the model's maximum of 256 tokens"):
         calibrate(model, None, [257])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("length", [0, -5])
+def test_a_length_of_no_tokens_is_not_called_too_long(length: int) -> None:
+    with pytest.raises(ValueError, match=f"a length must be at least 1 token, got {length}"):
+        calibrate(tiny_model("llama"), None, [length])  # type: ignore[arg-type]
