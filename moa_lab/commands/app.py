@@ -139,7 +139,7 @@ def run(
 
 
 def show(
-    file: Annotated[Path, typer.Argument(help="any record or config card")],
+    file: Annotated[Path, typer.Argument(help="any record or config card, or the folder of a run or of a shared plan")],
     figure: Annotated[Path | None, typer.Option("--figure", help="draw a benchmark's record to this file (.html, or .png)")] = None,
     quality: Annotated[
         list[Path] | None, typer.Option("--quality", help="folder of a run, whose needles and perplexity --figure draws over the speeds")
@@ -149,8 +149,9 @@ def show(
 ) -> None:
     """Describe a record."""
     from moa_lab.commands.draw import draw
-    from moa_lab.commands.show import describe, kind_of
+    from moa_lab.commands.show import describe, kind_of, record_of
 
+    file = record_of(file)
     schema = kind_of(file)
     if figure is None and (quality or length):
         raise ValueError("--quality and --length say what --figure draws: name a file with --figure")

@@ -49,6 +49,12 @@ SUMMARY = "summary of a run"
 """What `kind_of` calls the summary.json of a run, which names no schema either."""
 
 
+def record_of(path: Path) -> Path:
+    """The record that stands for a folder: a run's summary, or its plan while there is none; the card of a shared plan."""
+    found = (path / name for name in ("summary.json", "plan.json") if path.is_dir())
+    return next((one for one in found if one.is_file()), path)
+
+
 def kind_of(path: Path) -> str:
     """The schema of a record, PUBLISHED or SUMMARY. Raises RecordError for another file."""
     data = read_description(path)

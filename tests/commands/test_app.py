@@ -17,10 +17,11 @@ from moa_lab.bench.search import search_table
 from moa_lab.calibration import SampleSet
 from moa_lab.evaluate.parity import Parity, ParityRow
 from moa_lab.evaluate.parity import table as parity_table
+from moa_lab.evaluate.summary import summarise
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan, mixes_of, uniform_plan
 from moa_lab.provenance import Provenance
-from moa_lab.records import Front
+from moa_lab.records import Front, Measurements
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +153,22 @@ def bench_record(row: str, **shape: object) -> BenchRecord:
     described = {"model": "tiny", "batch": 3, "n_tokens": 96, "plan": "half", "density": 0.5, "skew": 2.0, **shape}
     rows = tuple(judged(row, GOALS[row], described, ours, 10.0, "limit", "s", True, {}) for ours in (5.0, 20.0))
     return BenchRecord(rows, {"device": "a machine", "cpus": 2}, Provenance(device="a machine", command="moa-lab bench"))
+
+
+def test_show_takes_the_folder_of_a_run_or_of_a_shared_plan(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    plan = uniform_plan(ModelGeometry(2, 4, 2, 16, 4096), 0.5, [256])
+    plan.save_pretrained(tmp_path / "shared")
+    assert exit_code(monkeypatch, "show", tmp_path / "shared") == 0
+    assert "at 256 tokens: density 50.0%" in capsys.readouterr().out
+    summary = summarise([plan], Measurements((), {}), 256)
+    (tmp_path / "shared" / "summary.json").write_text(json.dumps(summary))
+    assert exit_code(monkeypatch, "show", tmp_path / "shared") == 0
+    assert capsys.readouterr().out.startswith("plan ")
+    (tmp_path / "empty").mkdir()
+    assert exit_code(monkeypatch, "show", tmp_path / "empty") == 2
+    assert "is a folder" in one_line_error(capsys)
 
 
 def test_show_prints_the_table_of_a_benchmark_and_how_much_of_it_meets_its_goals(
