@@ -128,18 +128,19 @@ def head_blocks(profile: InfluenceProfile, task: str, length: int, layer: int, h
 def _draw_cut(fig: go.Figure, plan: Plan, profile: InfluenceProfile, mean: np.ndarray, length: int, layer: int, head: int) -> None:
     plan.check_model(profile.geometry)
     kv_head = head // profile.geometry.group_size
-    window = min(int(plan.windows(length)[layer, kv_head]), profile.geometry.layer_windows[layer] or length)
+    window, seen = int(plan.windows(length)[layer, kv_head]), profile.geometry.dense_span_tokens(layer, length)
     span = int(plan.spans(length)[layer, kv_head])
     # Of the bin that contains the cut, the part beyond it counts as lost.
     lost_part = np.clip((np.arange(len(mean)) + 1) - window / BLOCK_TOKENS, 0, 1)
     total = float(mean.sum())
     kept = 1 - float((mean * lost_part).sum()) / total if total > 0 else 1.0
-    if window + plan.sink_tokens >= length:
+    # The sink counts where the layer's own window does not hide it.
+    if window + (plan.sink_tokens if seen == length else 0) >= seen:
         note = f"span {span:,} tokens: nothing is cut"
     else:
         # Rounded down, so that a cut never reads as 100% kept.
         note = f"span {span:,} tokens keeps {np.floor(1000 * kept) / 10:.1f}%"
-        fig.add_vrect(x0=window, x1=length, fillcolor=theme.OUTLINE, opacity=0.12, line_width=0)
+        fig.add_vrect(x0=window, x1=seen, fillcolor=theme.OUTLINE, opacity=0.12, line_width=0)
         fig.add_vline(x=window, line={"color": theme.OUTLINE, "width": 2, "dash": "dash"})
     fig.add_annotation(text=note, xref="paper", x=1, xanchor="right", yref="paper", y=1, yanchor="top")
 

@@ -96,6 +96,18 @@ def test_a_dense_head_has_no_cut(profile: InfluenceProfile) -> None:
     assert "nothing is cut" in fig.layout.annotations[0].text
 
 
+def test_a_span_of_all_that_a_layers_own_window_shows_cuts_nothing() -> None:
+    hybrid = make_profile(dataclasses.replace(SMALL, layer_windows=(160, None, 160, None)), lengths=(512,), samples=1)
+    plan = uniform_plan(hybrid.geometry, 0.5, [512], sink_tokens=4, min_span=8)
+    whole = dataclasses.replace(plan, rules=((SpanRule(200.0, 0.0),) * 2,) * 4)
+    fig = figures.influence_by_distance(hybrid, "questions", 512, 0, 0, whole)
+    assert not fig.layout.shapes
+    assert fig.layout.annotations[0].text == "span 160 tokens: nothing is cut"
+    # Where less is kept, what is cut off ends where the layer sees no further.
+    fig = figures.influence_by_distance(hybrid, "questions", 512, 0, 0, dataclasses.replace(plan, rules=((SpanRule(100.0, 0.0),) * 2,) * 4))
+    assert {(shape.x0, shape.x1) for shape in fig.layout.shapes} == {(96, 160), (96, 96)}
+
+
 def test_a_head_without_influence_still_has_a_figure(profile: InfluenceProfile) -> None:
     silent = InfluenceProfile(SMALL, 64, {("q", 512): np.zeros((4, 6, 8, 8), np.float32)}, {("q", 512): np.zeros((1, 4, 6, 8), np.float32)})
     plan = uniform_plan(SMALL, 0.5)
