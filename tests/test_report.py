@@ -12,9 +12,10 @@ from figure_records import LOST, SMOL, make_baselines, make_chosen, make_front, 
 
 from moa_lab.commands.doctor import find_chromium
 from moa_lab.geometry import ModelGeometry
-from moa_lab.plan import Plan
+from moa_lab.plan import Plan, SpanRule
 from moa_lab.records import Measurement, Measurements
 from moa_lab.report import build_report, save_report
+from moa_lab.report.tables import rules_table
 
 CHROMIUM = find_chromium()
 HOSTILE = "<script>alert(1)</script> & \"½\" '計画' </style>"
@@ -50,6 +51,20 @@ def test_the_headline_is_computed_from_the_measurements() -> None:
     page = build_report(plan, measurements=measured, baselines=make_baselines())
     expected = "At 50% of the KV cache, this plan retrieves 94% of needles at 2,048 tokens (dense 97%, uniform window 47%)."
     assert answer(page) == expected
+
+
+def test_uniform_windows_in_16_and_in_fewer_bits_are_told_apart_in_the_headline() -> None:
+    dense, uniform = make_baselines()[:2]
+    stored = uniform.with_bits(8, "uniform@8")
+    measured = Measurements((score("moa", 0.941), score("dense", 0.972), score("uniform", 0.468), score("uniform@8", 0.612)))
+    page = build_report(make_plan(), measurements=measured, baselines=(dense, uniform, stored))
+    assert answer(page).endswith("(dense 97%, uniform window 47%, uniform window in 8 bits 61%).")
+
+
+def test_rules_are_told_with_the_tokens_that_a_layers_own_window_leaves() -> None:
+    rule = SpanRule(300.0, 0.0)
+    plan = Plan(ModelGeometry(2, 2, 1, 16, 4096, (160, None)), ((rule,), (rule,)))
+    assert "<td>160 or 300</td>" in rules_table(plan, 777)
 
 
 def test_the_headline_compares_at_the_longest_length_that_all_were_measured_at() -> None:

@@ -48,13 +48,18 @@ def _allocated(facts: Facts, plan: Plan, length: int) -> str:
 
 
 def rules_table(plan: Plan, n_tokens: int) -> str:
-    """The rules of a plan with how many heads use each, the most used first."""
+    """The rules of a plan with how many heads use each, the most used first, and what these keep: of layers with windows of their own
+    and others that may differ."""
+    kept: dict[SpanRule, set[int]] = {}
+    for row, spans in zip(plan.rules, plan.spans(n_tokens).tolist(), strict=True):
+        for rule, span in zip(row, spans, strict=True):
+            kept.setdefault(rule, set()).add(span)
     counts = Counter(rule for row in plan.rules for rule in row)
     total = sum(counts.values())
     common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     rows = [
         f'<tr><th scope="row">{rule_text(rule)}</th><td>{count:,}</td><td>{percent(count / total)}</td>'
-        f"<td>{rule.span_tokens(n_tokens, plan.min_span, plan.span_multiple):,}</td></tr>"
+        f"<td>{' or '.join(f'{span:,}' for span in sorted(kept[rule]))}</td></tr>"
         for rule, count in common[:MAX_RULES]
     ]
     rest = common[MAX_RULES:]
