@@ -54,6 +54,10 @@ class Wish:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, got {value}")
+            if name != "tokens_s" and value is not None and value > 1:
+                raise ValueError(
+                    f"{name} must be a share of the dense {'cache' if name == 'density' else 'model'}'s, at most 1, got {value}"
+                )
         if self.perplexity is not None and not 0 <= self.perplexity < math.inf:
             raise ValueError(f"perplexity must be a share of at least 0 above the dense model's, got {self.perplexity}")
         if not any(value is not None for value in (self.density, self.needles, self.perplexity, self.tokens_s)):
@@ -226,7 +230,10 @@ def _quality(option: Option, wish: Wish) -> list[tuple[str, bool]]:
         shares = {n: share_of_hits(_row(option, name, NEEDLES, n), _row(option, "dense", NEEDLES, n)) for n in lengths}
         n, at = min(shares.items(), key=lambda found: found[1].low)
         text = f"needles {at.value:.3f} {interval_text(at.low, at.high)} of dense at {n:,} tokens, {wish.needles:g} asked"
-        told.append((text + (MORE if at.low < wish.needles <= at.value else ""), at.low >= wish.needles))
+        if math.isinf(at.value):
+            told.append((f"the dense model finds no needle at {n:,} tokens, so that nothing can be said of a share of them", False))
+        else:
+            told.append((text + (MORE if at.low < wish.needles <= at.value else ""), at.low >= wish.needles))
     if wish.perplexity is not None:
         tasks = [task for task in TEXTS if any(row.task == task for row in option.rows)]
         if not tasks:

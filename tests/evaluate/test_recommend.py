@@ -49,6 +49,19 @@ def option(density: float, ours: list[int], dense: list[int], rise: float | None
 ALL, NEARLY, HALF = [1] * 200, [1] * 197 + [0] * 3, [1] * 100 + [0] * 100
 
 
+def test_where_the_dense_model_finds_nothing_no_share_is_told() -> None:
+    advice = recommend([option(0.5, [0, 0, 1], [0, 0, 0])], Wish(needles=0.95))
+    assert advice.plan is None
+    assert "the dense model finds no needle at 4,096 tokens" in str(advice)
+    assert "inf" not in str(advice)
+
+
+@pytest.mark.parametrize("wish", [{"needles": 95.0}, {"density": 50.0}])
+def test_per_cent_in_place_of_a_share_are_refused(wish: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"must be a share of the dense (model|cache)'s, at most 1, got (95|50)"):
+        Wish(**wish)  # type: ignore[arg-type]
+
+
 def test_the_cheapest_plan_that_is_sure_is_taken_and_the_next_one_is_told() -> None:
     advice = recommend([option(0.25, NEARLY, ALL), option(0.5, ALL, ALL), option(0.15, HALF, ALL)], Wish(needles=0.95))
     assert advice.plan is not None
