@@ -14,7 +14,7 @@ from moa_lab.calibration.dataset import Request, requests
 from moa_lab.calibration.documents import SPLITS, Document, Split, split_documents
 from moa_lab.calibration.origin import check_folder
 from moa_lab.calibration.rehearsal import rehearse
-from moa_lab.calibration.sources import ColumnMap, load_documents
+from moa_lab.calibration.sources import named_documents
 from moa_lab.calibration.tasks import answered_documents
 from moa_lab.calibration.wordings import LESSONS
 from moa_lab.engines import EngineLimits, engine_of
@@ -150,10 +150,9 @@ class RunInputs:
     @cached_property
     def documents(self) -> dict[Split, Sequence[Document] | None]:
         """Documents per split: None means the embedded ones."""
-        if self.settings.source is None:
+        loaded = named_documents(self.settings.source, self.settings.columns, self.settings.seed)
+        if loaded is None:
             return dict.fromkeys(SPLITS)
-        columns = ColumnMap.parse(self.settings.columns) if self.settings.columns else None
-        loaded = load_documents(self.settings.source, columns=columns, seed=self.settings.seed)
         return dict(split_documents(loaded, self.settings.seed))
 
     @cached_property

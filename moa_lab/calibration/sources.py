@@ -64,6 +64,16 @@ PRESETS: dict[str, ColumnMap] = {
 }
 
 
+def named_documents(source: str | None, columns: str | None = None, seed: int = 0) -> tuple[Document, ...] | None:
+    """The documents that `--source` and `--columns` name; None without a source. Raises ValueError as `load_documents`, and for columns
+    of no source."""
+    if source is None:
+        if columns:
+            raise ValueError("--columns maps the columns of --source: name that as well")
+        return None
+    return load_documents(source, columns=ColumnMap.parse(columns) if columns else None, seed=seed)
+
+
 def load_documents(
     source: str | Path,
     *,

@@ -47,7 +47,7 @@ def calibrate(
     """Make samples with long-range dependence, answered by the dense model."""
     from moa_lab.calibration import calibrate as make
     from moa_lab.calibration import requests
-    from moa_lab.calibration.sources import ColumnMap, load_documents
+    from moa_lab.calibration.sources import named_documents
     from moa_lab.calibration.wordings import LESSONS
     from moa_lab.models import load_model
 
@@ -56,7 +56,7 @@ def calibrate(
     wanted = requests(
         supervision, questions=questions, per_sample=per_sample, others=others, texts=texts, wordings=LESSONS if lessons else None
     )
-    documents = load_documents(source, columns=ColumnMap.parse(columns) if columns else None, seed=seed) if source else None
+    documents = named_documents(source, columns, seed)
     loaded, tokenizer = load_model(model, plain_prompts=plain_prompts)
     with Bars() as bars:
         samples = make(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from moa_lab.calibration.documents import Document, embedded_documents
-from moa_lab.calibration.sources import PRESETS, ColumnMap, load_documents
+from moa_lab.calibration.sources import PRESETS, ColumnMap, load_documents, named_documents
 
 NEWS = [
     {"document": "First report. \n More.|||||Second report.|||||", "summary": "\u2013 Two reports."},
@@ -232,3 +232,9 @@ def test_a_source_that_is_nothing_known_lists_what_is(tmp_path: Path) -> None:
 def test_a_column_option_that_cannot_be_read_names_the_fields(option: str) -> None:
     with pytest.raises(ValueError, match="is not field=column, with field one of text, summary, question, answer, separator"):
         ColumnMap.parse(option)
+
+
+def test_columns_without_a_source_are_refused_and_not_passed_over() -> None:
+    assert named_documents(None) is None
+    with pytest.raises(ValueError, match="--columns maps the columns of --source: name that as well"):
+        named_documents(None, "text=article")
