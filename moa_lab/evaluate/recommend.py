@@ -36,8 +36,8 @@ class Wish:
 
     density: bytes kept, as a share of the dense cache in 16 bits, at most. needles: share of the dense model's needles, at least.
     perplexity: of documents and own answers, at most so much above the dense model's (0.02: 2%). tokens_s: foretold tokens per second on
-    `gpu` beside `weights_bytes`, at least, of sequences of `n_tokens`. lengths: where needles and perplexity must hold; None: wherever
-    measured.
+    `gpu` beside `weights_bytes`, at least, of sequences of `n_tokens`; sequences: of those, as many must fit there at once. lengths: where
+    needles and perplexity must hold; None: wherever measured.
     """
 
     density: float | None = None
@@ -48,9 +48,10 @@ class Wish:
     gpu: Gpu | None = None
     weights_bytes: int | None = None
     n_tokens: int | None = None
+    sequences: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("density", "needles", "tokens_s"):
+        for name in ("density", "needles", "tokens_s", "sequences"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, got {value}")
@@ -60,10 +61,15 @@ class Wish:
                 )
         if self.perplexity is not None and not 0 <= self.perplexity < math.inf:
             raise ValueError(f"perplexity must be a share of at least 0 above the dense model's, got {self.perplexity}")
-        if not any(value is not None for value in (self.density, self.needles, self.perplexity, self.tokens_s)):
-            raise ValueError("wish for something: density, needles, perplexity or tokens_s")
-        if self.tokens_s is not None and None in (self.gpu, self.weights_bytes, self.n_tokens):
-            raise ValueError("tokens_s needs a gpu, the bytes of the weights, and the tokens of a sequence")
+        if not any(value is not None for value in (self.density, self.needles, self.perplexity, self.tokens_s, self.sequences)):
+            raise ValueError("wish for something: density, needles, perplexity, tokens_s or sequences")
+        if self.is_served and None in (self.gpu, self.weights_bytes, self.n_tokens):
+            raise ValueError("tokens_s and sequences need a gpu, the bytes of the weights, and the tokens of a sequence")
+
+    @property
+    def is_served(self) -> bool:
+        """Whether it asks for something of a GPU."""
+        return self.tokens_s is not None or self.sequences is not None
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Option:
 @dataclass(frozen=True)
 class Judged:
     """An option held against a wish. short: the first thing it does not hold, in words, or empty; sure: what it holds.
-    is_affordable: it holds what is counted and not sampled, bytes and speed."""
+    is_affordable: it holds what is counted and not sampled: bytes, sequences and speed."""
 
     option: Option
     density: float
@@ -165,7 +171,8 @@ def recommend(options: Sequence[Option], wish: Wish) -> Advice:
             stop = one
             break
         taken = one if taken is None or one.density < taken.density else taken
-    return Advice(taken.option.plan if taken else None, _reason(taken, stop, judged), _next(taken, stop, wish), tuple(judged))
+    reason = _reason(taken, stop, judged) + _unmeasured(taken, wish)
+    return Advice(taken.option.plan if taken else None, reason, _next(taken, stop, wish), tuple(judged))
 
 
 def scores_over_bytes(options: Iterable[Option], task: str, length: int) -> list[Measurement]:
@@ -202,7 +209,7 @@ def measured_at(options: Iterable[Option], tasks: Iterable[str] = (NEEDLES, *TEX
 
 def _judged(option: Option, wish: Wish) -> Judged:
     short, sure = "", []
-    counted = _bytes_and_speed(option, wish)
+    counted = _counted(option, wish)
     for text, holds in (*counted, *_quality(option, wish)):
         if holds:
             sure.append(text)
@@ -211,14 +218,19 @@ def _judged(option: Option, wish: Wish) -> Judged:
     return Judged(option, option.density(wish), short, "; ".join(sure), all(holds for _, holds in counted))
 
 
-def _bytes_and_speed(option: Option, wish: Wish) -> list[tuple[str, bool]]:
+def _counted(option: Option, wish: Wish) -> list[tuple[str, bool]]:
+    """Bytes, sequences and speed."""
     told = []
     if wish.density is not None:
         kept = option.density(wish)
         told.append((f"at most {wish.density:.1%} are asked", kept <= wish.density + 1e-9))
-    if wish.tokens_s is not None and wish.gpu and wish.weights_bytes and wish.n_tokens:
+    if wish.is_served and wish.gpu and wish.weights_bytes and wish.n_tokens:
         found = plan_capacity(option.plan, wish.gpu, wish.weights_bytes, wish.n_tokens)
-        told.append((f"{found.tokens_s:,.0f} tokens/s foretold, {wish.tokens_s:,.0f} asked", found.tokens_s >= wish.tokens_s))
+        if wish.sequences is not None:
+            held = f"{found.batch:,} sequences of {wish.n_tokens:,} tokens at once on {wish.gpu.name}, {wish.sequences:,} asked"
+            told.append((held, found.batch >= wish.sequences))
+        if wish.tokens_s is not None:
+            told.append((f"{found.tokens_s:,.0f} tokens/s foretold, {wish.tokens_s:,.0f} asked", found.tokens_s >= wish.tokens_s))
     return told
 
 
@@ -262,9 +274,17 @@ def _reason(taken: Judged | None, stop: Judged | None, judged: Sequence[Judged])
     return f"Take {taken.option.name}: it keeps {taken.density:.1%} of the bytes{others}; {taken.sure}."
 
 
+def _unmeasured(taken: Judged | None, wish: Wish) -> str:
+    """That the sequences are longer than all that the plan was measured at."""
+    if taken is None or wish.n_tokens is None:
+        return ""
+    longest = max(taken.option.lengths(wish))
+    return "" if wish.n_tokens <= longest else f" It was measured to {longest:,} tokens; at {wish.n_tokens:,} nobody knows what it loses."
+
+
 def _next(taken: Judged | None, stop: Judged | None, wish: Wish) -> str:
     if taken is None:
-        wants_less = wish.density is not None or wish.tokens_s is not None
+        wants_less = wish.density is not None or wish.is_served
         return f"What remains is {'a lower wish' if wants_less else 'the dense model'}, or a run at another density."
     if stop is None:
         return "Nothing with fewer bytes was measured: a run at a lower density may find it."

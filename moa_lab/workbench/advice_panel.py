@@ -9,7 +9,7 @@ import ipywidgets as w
 from moa_lab.evaluate.recommend import NEEDLES, Wish, advice_table, measured_at, scores_over_bytes
 from moa_lab.figures.densities import score_by_density
 from moa_lab.plan import dense_plan
-from moa_lab.workbench.advising import Advising
+from moa_lab.workbench.advising import FIRST, Advising
 from moa_lab.workbench.canvas import HALF, Canvas, with_legend
 from moa_lab.workbench.on_gpu import OnGpu
 from moa_lab.workbench.state import State
@@ -33,30 +33,37 @@ class Wanted:
 
 
 class AdvicePanel:
-    """Recommends a measured plan of the state's model."""
+    """Recommends a measured plan of the state's model: at once, and whenever the wish or the GPU changes."""
 
     def __init__(self, state: State) -> None:
         self.state, self.errors, self.advising = state, Errors("advice"), Advising(state)
-        self.needles = Wanted("needles, at least % of dense", 95.0, 1.0, 200.0, 1.0, "needles", wanted=True)
+        self.needles = Wanted("needles, at least % of dense", 100 * FIRST, 1.0, 200.0, 1.0, "needles", wanted=True)
         self.perplexity = Wanted("perplexity, at most % above dense", 3.0, 0.0, 1000.0, 0.5, "perplexity")
         self.density = Wanted("bytes, at most % of dense", 50.0, 0.1, 100.0, 1.0, "bytes")
         self.speed = Wanted("tokens/s, at least", 1000.0, 1.0, 1e7, 100.0, "speed")
+        self.sequences = Wanted("sequences at once, at least", 16.0, 1.0, 1e7, 1.0, "sequences")
+        self._asked = self.errors.guard(lambda _=None: self.recommend(again=False))
         self.told, self.table, self.served = w.HTML(), w.HTML(), w.HTML()
-        self.on = OnGpu(state, "advice", self.errors.guard(self._serve))
-        self.folders = w.Text(placeholder="runs of this model that are known; or folders, with commas", layout=w.Layout(width="420px"))
+        known = "runs of this model that are known; or folders, with commas"
+        self.folders = w.Text(placeholder=known, continuous_update=False, layout=w.Layout(width="420px"))
         self.folders.add_class("moa-advice-folders")
-        ask, self.take = button("Recommend", "recommend"), button("Take it", "take-advice", "the plan of all panels")
+        ask, self.take = button("Recommend", "recommend", "read the runs again"), button("Take it", "take-advice", "the plan of all panels")
         ask.on_click(self.errors.guard(lambda _: self.recommend()))
         self.take.on_click(self.errors.guard(lambda _: self.advising.take()))
         self.take.disabled = True
         self.served.add_class("moa-advice-served")
         self.told.add_class("moa-advice")
         self.canvas = Canvas("advice", HALF)
+        self.on = OnGpu(state, "advice", lambda: self._asked() if self.advising.advice is not None else None)
         state.watch_in(TAB, ["dark"], self.errors.guard(self._draw))
+        for wanted in (self.needles, self.perplexity, self.density, self.sequences, self.speed):
+            wanted.wanted.observe(self._asked, "value")
+            wanted.number.observe(lambda _, wanted=wanted: self._asked() if wanted.wanted.value else None, "value")
+        self.folders.observe(self._asked, "value")
         self.box = w.VBox(
             [
                 row(self.needles.box, self.perplexity.box, self.density.box),
-                row(self.speed.box, self.on.box),
+                row(self.sequences.box, self.speed.box, self.on.box),
                 row(self.folders, ask, self.take),
                 self.errors.box,
                 self.told,
@@ -66,22 +73,26 @@ class AdvicePanel:
             ]
         )
         self.canvas.box.layout.display = "none"
+        try:
+            self.recommend()
+        except ValueError as error:
+            # Nothing was asked yet, so nothing went wrong.
+            self.told.value = f"<p>{html.escape(str(error))}</p>"
 
     def wish(self) -> Wish:
         """What is ticked. Raises ValueError where nothing is."""
-        speed = self.speed.value()
+        sequences = self.sequences.value()
         return Wish(
-            self.density.value(100), self.needles.value(100), self.perplexity.value(100), speed,
-            gpu=self.on.device if speed else None, weights_bytes=self.on.weights_bytes if speed else None,
-            n_tokens=self.on.n_tokens if speed else None,
+            self.density.value(100), self.needles.value(100), self.perplexity.value(100), self.speed.value(), gpu=self.on.device,
+            weights_bytes=self.on.weights_bytes, n_tokens=self.on.n_tokens, sequences=None if sequences is None else round(sequences),
         )  # fmt: skip
 
-    def recommend(self) -> None:
-        """Show the advice; nothing of an older one stays where there is none."""
+    def recommend(self, again: bool = True) -> None:
+        """Show the advice; nothing of an older one stays where there is none. again: as in `Advising.advise`."""
         self.told.value = self.table.value = self.served.value = ""
         self.take.disabled = True
         self.canvas.box.layout.display = "none"
-        advice = self.advising.advise(self.wish(), self.folders.value)
+        advice = self.advising.advise(self.wish(), self.folders.value, again=again)
         self.told.value = f"<p><b>{html.escape(advice.reason)}</b> {html.escape(advice.next_one)}</p>"
         self.take.disabled = advice.plan is None
         self._serve()

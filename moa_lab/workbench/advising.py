@@ -10,6 +10,9 @@ from moa_lab.evaluate.recommend import Advice, Option, Wish, options_of, recomme
 from moa_lab.workbench.opening import known_runs
 from moa_lab.workbench.state import State
 
+FIRST = 0.9
+"""Share of the dense model's needles that is asked for before anything is wished."""
+
 
 class Advising:
     """Weighs measured plans of the state's model. advice: the last one given."""
@@ -17,6 +20,7 @@ class Advising:
     def __init__(self, state: State) -> None:
         self.state = state
         self.advice: Advice | None = None
+        self._read: tuple[str, tuple[Option, ...]] | None = None
 
     def options(self, folders: str = "", known: Iterable[Path] | None = None) -> tuple[Option, ...]:
         """The plans of the runs in `folders`, paths with commas between them; empty: of all runs of this model that are known.
@@ -38,10 +42,16 @@ class Advising:
             raise ValueError("no measured run of this model is known: name the folders of its runs (`moa-lab run --out FOLDER`)")
         return options_of(found)
 
-    def advise(self, wish: Wish, folders: str = "", known: Iterable[Path] | None = None) -> Advice:
-        """Recommend a plan. Raises ValueError as `options` and `recommend`."""
+    def advise(self, wish: Wish | None = None, folders: str = "", known: Iterable[Path] | None = None, again: bool = True) -> Advice:
+        """Recommend a plan. Raises ValueError as `options` and `recommend`.
+
+        wish: None for `FIRST` of the dense model's needles. again: read the runs anew, also where the same were weighed last.
+        """
         self.advice = None
-        self.advice = recommend(self.options(folders, known), wish)
+        if again or self._read is None or self._read[0] != folders:
+            self._read = None
+            self._read = (folders, self.options(folders, known))
+        self.advice = recommend(self._read[1], wish or Wish(needles=FIRST))
         return self.advice
 
     def take(self) -> None:

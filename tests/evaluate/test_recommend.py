@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from moa_lab.capacity import GPUS
+from moa_lab.capacity import GPUS, plan_capacity
 from moa_lab.commands.app import app
 from moa_lab.evaluate.compare import share_of_hits
 from moa_lab.evaluate.intervals import mean
@@ -104,6 +104,27 @@ def test_bytes_and_tokens_per_second_are_counted_and_end_no_sequence() -> None:
     assert "tokens/s foretold, 1,000,000,000,000 asked" in none.reason
 
 
+def test_so_many_sequences_at_once_are_held_as_their_bytes_fit() -> None:
+    dense, half, quarter = option(1.0, ALL, ALL), option(0.5, ALL, ALL), option(0.25, HALF, ALL)
+    served = {"gpu": GPUS["l4"], "weights_bytes": 10**9, "n_tokens": 4096}
+    held = {one.plan.density(4096): plan_capacity(one.plan, GPUS["l4"], 10**9, 4096).batch for one in (dense, half, quarter)}
+    fits_dense, fits_half, fits_quarter = (held[key] for key in sorted(held, reverse=True))
+    # As many as half the bytes let in, and one more, which only the quarter does, and that does not hold the needles.
+    advice = recommend([dense, half, quarter], Wish(needles=0.95, sequences=fits_half, **served))
+    assert advice.plan is half.plan
+    assert f"{fits_half:,} sequences of 4,096 tokens at once on L4 24GB, {fits_half:,} asked" in advice.reason
+    assert [row["verdict"] for row in advice_table(advice)] == ["no", "take", "no"]
+    assert f"{fits_dense:,} sequences" in advice_table(advice)[0]["why"]
+    assert recommend([dense, half, quarter], Wish(needles=0.95, sequences=fits_half + 1, **served)).plan is None
+    assert recommend([dense, half, quarter], Wish(sequences=fits_quarter, **served)).plan is quarter.plan
+
+
+def test_a_length_that_was_not_measured_is_told() -> None:
+    told = "It was measured to 4,096 tokens; at 32,768 nobody knows what it loses."
+    assert told in recommend([option(0.5, ALL, ALL)], Wish(needles=0.9, n_tokens=32_768)).reason
+    assert "nobody knows" not in recommend([option(0.5, ALL, ALL)], Wish(needles=0.9, n_tokens=4096)).reason
+
+
 def test_every_kind_of_text_and_every_length_must_hold() -> None:
     fine = option(0.5, ALL, ALL, rise=0.01)
     assert recommend([fine], Wish(perplexity=0.02)).plan is fine.plan
@@ -165,7 +186,9 @@ def test_shares_of_hits_are_never_too_sure() -> None:
         ({"needles": 0.0}, "needles must be above 0"),
         ({"needles": float("nan")}, "needles must be above 0"),
         ({"perplexity": -0.1}, "perplexity must be"),
-        ({"tokens_s": 5.0}, "needs a gpu"),
+        ({"tokens_s": 5.0}, "need a gpu"),
+        ({"sequences": 4}, "need a gpu"),
+        ({"sequences": 0}, "sequences must be above 0"),
     ],
 )
 def test_wishes_that_are_none_are_refused(wish: dict[str, float], words: str) -> None:
@@ -201,6 +224,11 @@ def test_options_are_read_from_runs_once_each_and_of_one_model(tmp_path: Path) -
     shown = CliRunner().invoke(app, ["recommend", str(tmp_path / "run"), "--needles", "0.95"])
     assert shown.exit_code == 0, shown.output
     assert "Take moa (run): it keeps 25.0% of the bytes" in shown.output
+    asked = ["--sequences", "4", "--gpu", "l4", "--weights-gb", "1"]
+    served = CliRunner().invoke(app, ["recommend", str(tmp_path / "run"), *asked])
+    assert "of 8,192 tokens at once on L4 24GB, 4 asked. It was measured to 4,096 tokens" in served.output
+    unknown = CliRunner().invoke(app, ["recommend", str(tmp_path / "run"), *asked[:4]])
+    assert "need --weights-gb" in str(unknown.exception)
     with pytest.raises(ValueError, match="no measured plan"):
         options_of([tmp_path / "nothing"])
     run_folder(tmp_path / "other", half, "b")

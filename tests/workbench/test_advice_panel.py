@@ -62,6 +62,49 @@ def test_a_wish_is_answered_shown_and_taken(panel: AdvicePanel) -> None:
     assert "but is not sure to hold: perplexity of documents" in panel.told.value
 
 
+def test_it_answers_at_once_and_follows_every_wish() -> None:
+    panel = AdvicePanel(smollm2())
+    first = Advising(smollm2()).advise()
+    assert first.plan is not None
+    assert panel.advising.advice.plan.identity() == first.plan.identity()
+    assert "Take moa" in panel.told.value
+    assert "0.9 asked" in panel.told.value
+    assert not panel.take.disabled
+    panel.needles.number.value = 80.0
+    assert "0.8 asked" in panel.told.value
+    panel.needles.number.value = 100.0
+    assert "No measured plan meets the wish" in panel.told.value
+    panel.needles.wanted.value = False
+    assert "wish for something" in said(panel)
+    assert panel.told.value == ""
+    panel.needles.wanted.value = True
+    assert (said(panel), panel.take.disabled) == ("", True)
+
+
+def test_so_many_sequences_at_once_narrow_the_choice_on_the_gpu_and_length_that_are_set(panel: AdvicePanel) -> None:
+    panel.on.gpu.value, panel.on.tokens.value = "rtx-4090", 32768
+    before = panel.advising.advice.plan
+    held = capacity(GPUS["rtx-4090"], panel.on.weights_bytes, before.kv_bytes(32768)).batch
+    panel.sequences.number.value = held + 1
+    assert panel.advising.advice.plan is before, "not asked for yet"
+    panel.sequences.wanted.value = True
+    assert panel.advising.advice.plan is not before
+    panel.sequences.number.value = held
+    assert panel.advising.advice.plan is before
+    assert f"{held:,} sequences of 32,768 tokens at once on RTX 4090 24GB, {held:,} asked" in panel.told.value
+    assert "at 32,768 nobody knows what it loses" in panel.told.value
+    # A GPU of more memory holds more, and is asked at once.
+    panel.sequences.number.value, panel.on.gpu.value = held + 1, "h200"
+    assert "on H200 141GB" in panel.told.value
+    assert panel.advising.advice.plan is before
+
+
+def test_a_model_without_measured_runs_is_told_so_and_nothing_is_called_an_error() -> None:
+    panel = AdvicePanel(State())
+    assert "no measured run of this model is known" in panel.told.value
+    assert (said(panel), panel.take.disabled) == ("", True)
+
+
 def test_where_no_plan_holds_nothing_can_be_taken(panel: AdvicePanel) -> None:
     panel.folders.value = str(HALF)
     panel.needles.number.value = 99.0
@@ -115,6 +158,10 @@ def test_a_script_can_ask_as_well() -> None:
     assert advice.plan is not None
     advising.take()
     assert advising.state.plan is advice.plan
+    served = {"gpu": GPUS["l4"], "weights_bytes": 270_000_000, "n_tokens": 4096}
+    dense = capacity(GPUS["l4"], 270_000_000, dense_plan(advice.plan.geometry).kv_bytes(4096)).batch
+    assert advising.advise(Wish(sequences=3 * dense, **served), f"{HALF},{QUARTER}").plan.density(4096) == pytest.approx(0.25, abs=0.01)
+    assert advising.advise(Wish(sequences=5 * dense, **served), f"{HALF},{QUARTER}").plan is None
     rows = scores_over_bytes(advising.options(f"{HALF},{QUARTER}"), "needles", 4096)
     assert {row.plan for row in rows} == {"dense", "moa (standard-25, standard-50)-25", "moa (standard-25, standard-50)-49.9"}
 
