@@ -179,7 +179,7 @@ def scores_over_bytes(options: Iterable[Option], task: str, length: int) -> list
     """Scores of all plans, and the dense model's of most samples once, for a figure over density.
 
     Runs whose plans have one name and as many samples are a line: every row is named for them and for the bytes it keeps, as in
-    "moa (standard-25, standard-50)-25". `detail["run"]` is a row's own run. The order is that of the runs' names.
+    "moa (standard-25, -50)-25". `detail["run"]` is a row's own run. The order is that of the runs' names.
     """
     found: list[Measurement] = []
     dense: Measurement | None = None
@@ -197,7 +197,15 @@ def scores_over_bytes(options: Iterable[Option], task: str, length: int) -> list
 
 def _line(row: Measurement, runs: Sequence[str]) -> str:
     known = [run for run in runs if run]
-    return f"{row.plan} ({', '.join(known)})" if known else f"{row.plan}, n = {row.n}"
+    return f"{row.plan} ({_together(known)})" if known else f"{row.plan}, n = {row.n}"
+
+
+def _together(runs: Sequence[str]) -> str:
+    """Names of runs; of those that differ after their last hyphen alone only that: "standard-25, -50"."""
+    stems = {run.rpartition("-")[0] for run in runs}
+    if len(runs) < 2 or len(stems) > 1 or "" in stems:
+        return ", ".join(runs)
+    return ", ".join([runs[0], *(f"-{run.rpartition('-')[2]}" for run in runs[1:])])
 
 
 def measured_at(options: Iterable[Option], tasks: Iterable[str] = (NEEDLES, *TEXTS)) -> list[tuple[str, int]]:

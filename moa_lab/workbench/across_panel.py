@@ -13,10 +13,13 @@ from moa_lab.figures.front import goal_text
 from moa_lab.workbench.across import Across
 from moa_lab.workbench.canvas import WIDE, Canvas, with_legend
 from moa_lab.workbench.opening import known_runs, named
+from moa_lab.workbench.room import columns, room
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import OWN_WIDTH, Errors, button, choice, grid, row, side_by_side
 
 TAB = "Runs"
+NARROWEST = 600
+"""Pixels of a figure whose legend names runs and their models."""
 
 
 class AcrossPanel:
@@ -52,9 +55,11 @@ class AcrossPanel:
             box.observe(self.errors.guard(lambda _: None if self._loading else self.draw()), "value")
         state.watch_in(TAB, ["dark"], self.errors.guard(self.draw))
         state.watch_in(TAB, ["layer", "kv_head"], self.errors.guard(self._tell_head))
+        state.watch_in(TAB, ["width"], self._fit)
         hint = w.HTML("Needles as a share of what each run's own dense model finds, perplexity above the dense model's; 95% intervals.")
         self.measured = w.VBox([row(self.place, self.every), hint, self.scores.box])
         self.predicted = w.VBox([row(self.x, self.y), self.fronts.box])
+        self._fit()
         figures = side_by_side(self.measured, self.predicted)
         self.box = w.VBox([row(self.path, add, every), row(self.open, remove), self.errors.box, self.table, figures, self.head])
         self.load()
@@ -63,6 +68,11 @@ class AcrossPanel:
         """Open one more run."""
         self.across.open(folder)
         self.load()
+
+    def _fit(self) -> None:
+        for canvas, box in ((self.scores, self.measured), (self.fronts, self.predicted)):
+            canvas.resize(columns(room(self.state.width), narrowest=NARROWEST))
+            box.layout.width = canvas.box.layout.width
 
     def load(self) -> None:
         """Offer what the open runs have, and draw it."""

@@ -10,12 +10,15 @@ from moa_lab.evaluate.recommend import NEEDLES, Wish, advice_table, measured_at,
 from moa_lab.figures.densities import score_by_density
 from moa_lab.plan import dense_plan
 from moa_lab.workbench.advising import FIRST, Advising
-from moa_lab.workbench.canvas import HALF, Canvas, with_legend
+from moa_lab.workbench.canvas import HALF, WIDE, Canvas, with_legend
 from moa_lab.workbench.on_gpu import OnGpu
+from moa_lab.workbench.room import GAP, room
 from moa_lab.workbench.state import State
-from moa_lab.workbench.widgets import Errors, button, facts, grid, number, row
+from moa_lab.workbench.widgets import Errors, button, facts, grid, number, row, side_by_side
 
 TAB = "Which one"
+TABLE = 740
+"""Pixels of a table of plans that wraps no number."""
 
 
 class Wanted:
@@ -43,7 +46,7 @@ class AdvicePanel:
         self.speed = Wanted("tokens/s, at least", 1000.0, 1.0, 1e7, 100.0, "speed")
         self.sequences = Wanted("sequences at once, at least", 16.0, 1.0, 1e7, 1.0, "sequences")
         self._asked = self.errors.guard(lambda _=None: self.recommend(again=False))
-        self.told, self.table, self.served = w.HTML(), w.HTML(), w.HTML()
+        self.told, self.table, self.served = w.HTML(), w.HTML(layout=w.Layout(flex=f"1 1 {TABLE}px")), w.HTML()
         known = "runs of this model that are known; or folders, with commas"
         self.folders = w.Text(placeholder=known, continuous_update=False, layout=w.Layout(width="420px"))
         self.folders.add_class("moa-advice-folders")
@@ -51,11 +54,14 @@ class AdvicePanel:
         ask.on_click(self.errors.guard(lambda _: self.recommend()))
         self.take.on_click(self.errors.guard(lambda _: self.advising.take()))
         self.take.disabled = True
+        self.table.add_class("moa-advice-table")
         self.served.add_class("moa-advice-served")
         self.told.add_class("moa-advice")
         self.canvas = Canvas("advice", HALF)
         self.on = OnGpu(state, "advice", lambda: self._asked() if self.advising.advice is not None else None)
         state.watch_in(TAB, ["dark"], self.errors.guard(self._draw))
+        state.watch_in(TAB, ["width"], self._fit)
+        self._fit()
         for wanted in (self.needles, self.perplexity, self.density, self.sequences, self.speed):
             wanted.wanted.observe(self._asked, "value")
             wanted.number.observe(lambda _, wanted=wanted: self._asked() if wanted.wanted.value else None, "value")
@@ -68,8 +74,7 @@ class AdvicePanel:
                 self.errors.box,
                 self.told,
                 self.served,
-                self.table,
-                self.canvas.box,
+                side_by_side(self.table, self.canvas.box),
             ]
         )
         self.canvas.box.layout.display = "none"
@@ -78,6 +83,10 @@ class AdvicePanel:
         except ValueError as error:
             # Nothing was asked yet, so nothing went wrong.
             self.told.value = f"<p>{html.escape(str(error))}</p>"
+
+    def _fit(self) -> None:
+        free = room(self.state.width)
+        self.canvas.resize(HALF if free >= TABLE + GAP + HALF else min(free, WIDE))
 
     def wish(self) -> Wish:
         """What is ticked. Raises ValueError where nothing is."""

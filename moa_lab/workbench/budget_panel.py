@@ -12,11 +12,11 @@ from moa_lab.search import limit_lengths
 from moa_lab.workbench.ahead import Ahead
 from moa_lab.workbench.budget import STEP, Answer, Budget
 from moa_lab.workbench.budget_facts import kept, predicted
-from moa_lab.workbench.canvas import HALF
 from moa_lab.workbench.curves import MeasuredCurves
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measuring import Measuring
 from moa_lab.workbench.on_gpu import OnGpu
+from moa_lab.workbench.room import GAP, columns, room
 from moa_lab.workbench.spans_map import SpansMap, is_large
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, number, row, side_by_side, whole
@@ -24,6 +24,8 @@ from moa_lab.workbench.widgets import Errors, Work, button, choice, facts, numbe
 MIB = 2**20
 LARGE_STEP = 0.01
 """The slider's step for a large model, of which densities are solved before the slider gets there."""
+FACTS, BESIDE = 360, 1240
+"""Pixels of what is said of a density, and of a panel from which on it stands beside both figures."""
 BITS = [("16 bits", "16"), ("8 bits", "8"), ("K in 8, V in 4 bits", "8+4"), ("4 bits", "4")]
 
 
@@ -47,12 +49,12 @@ class BudgetPanel:
             value=density, min=self._lowest, max=1.0, step=self._step, readout=False, layout=w.Layout(width="98%"),
         )  # fmt: skip
         self.slider.add_class("moa-density")
-        self.number = number("density", density, 0.0, 1.0, STEP, "density-number", "130px")
+        self.number = number("density", density, 0.0, 1.0, STEP, "density-number", "120px")
         self.mib = number("KV MiB", 0.0, 0.0, self._dense_mib, 0.5, "kv-mib", "140px")
-        self.mean = number("mean span", 0.0, 0.0, self.budget.n_tokens, 16.0, "mean-span", "150px")
-        self.length = choice("at", [(f"{n:,} tokens", n) for n in lengths], "budget-length", "150px")
+        self.mean = number("mean span", 0.0, 0.0, self.budget.n_tokens, 16.0, "mean-span", "140px")
+        self.length = choice("at", [(f"{n:,} tokens", n) for n in lengths], "budget-length", "145px")
         self.length.value = self.budget.n_tokens
-        self.bits = choice("stored in", BITS, "budget-bits", "230px")
+        self.bits = choice("stored in", BITS, "budget-bits", "195px")
         self._answer: Answer | None = None
         self._before: dict[str, tuple[float, dict[tuple[int, int], int]]] = {}
         self.served = OnGpu(state, "budget", self.errors.guard(self._tell))
@@ -63,7 +65,7 @@ class BudgetPanel:
         self.rules = whole("rules per layer (0: any)", 0, 0, len(table.rules), "max-rules", "230px")
         full, to_span = button("Pin to full", "pin-full"), button("Pin to span", "pin-to-span")
         release, release_all = button("Release", "release"), button("Release all", "release-all")
-        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(flex="0 1 360px"))
+        self.pins, self.facts = w.HTML(), w.HTML(layout=w.Layout(flex=f"1 1 {FACTS}px"))
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
@@ -87,21 +89,20 @@ class BudgetPanel:
         self._redraw = state.watch_in("Budget", ["dark"], self.map.draw)
         self.works = (self.exact, self._ahead, self.curves.work)
         pinning = row(self.layer, self.head, full, self.span, to_span, release, release_all)
-        mapped = w.VBox([self.map.canvas.box, pinning, self.pins], layout=w.Layout(width=self.map.canvas.box.layout.width))
-        figures = side_by_side(mapped, self.curves.box)
-        # Side by side on a wide screen, one below the other on a laptop; all that the facts leave is theirs.
-        figures.layout.flex = f"1 1 {HALF}px"
-        looked_at = side_by_side(figures, self.facts)
+        self._mapped = w.VBox(
+            [row(self.map.order, self.map.find), self.map.canvas.box, pinning, self.pins, row(self.rules, self.exact.box)]
+        )
+        looked_at = side_by_side(self._mapped, self.curves.box, self.facts)
         looked_at.add_class("moa-budget")
+        state.watch_in("Budget", ["width"], self.errors.guard(self._fit, keep=True))
+        self._fit()
         self.box = w.VBox(
             [
                 self.slider,
-                row(self.number, self.mib, self.mean, self.length, self.bits, self.map.order, self.map.find),
+                row(self.number, self.mib, self.mean, self.length, self.bits, self.served.box),
                 self.errors.box,
                 self.curves.lost,
                 looked_at,
-                self.served.box,
-                row(self.rules, self.exact.box),
             ]
         )
         if budget is None:
@@ -180,6 +181,15 @@ class BudgetPanel:
             density, pinned = found
             self.budget.pinned = dict(pinned)
             self.show(self.budget.answer(density))
+
+    def _fit(self) -> None:
+        """The map and the curves side by side, the facts beside them where there is room, or else below them."""
+        free = room(self.state.width)
+        free -= FACTS + GAP if free >= BESIDE else 0
+        each = columns(free, 2 if self.curves.is_shown else 1)
+        self.map.resize(each)
+        self.curves.resize(each)
+        self._mapped.layout.width = self.map.canvas.box.layout.width
 
     def _remember(self) -> None:
         if self._answer is not None:

@@ -17,11 +17,11 @@ from moa_lab.workbench.page import Figure
 
 WIDE, HALF, PAIR = 790, 520, 389
 """Pixels of a figure that is as wide as a panel on a small laptop (1280 pixels, the file browser open), of one with facts beside it, and of
-each of two that stand side by side there."""
+each of two that stand side by side there; where a panel has more room, `moa_lab.workbench.room` gives it to them."""
 
 
 class Canvas:
-    """A figure `width` pixels wide that is redrawn in place; the width is fixed, since plotly cannot measure it in a hidden tab.
+    """A figure `width` pixels wide that is redrawn in place; the width is told, since plotly cannot measure it in a hidden tab.
 
     Nothing reaches the page before the first `draw`.
 
@@ -87,6 +87,14 @@ class Canvas:
         if drawn != self._drawn:
             self._lay_out(layout)
             self._drawn, self._spot = drawn, None
+
+    def resize(self, width: int) -> None:
+        """Be `width` pixels wide from now on."""
+        if width != self._width:
+            self._width = width
+            self.box.layout.width = f"{width}px"
+            if self._widget is not None:
+                self._widget.layout.width = width
 
     def recolour(self, grids: dict[str, Any], marks: Sequence[dict[str, Any]]) -> None:
         """Change the heat-map drawn last, and the places of the markers over it, and nothing else: what a slider may cost.

@@ -48,7 +48,7 @@ class MeasuredCurves:
         names = [(f"{TEXTS.get(task, task)}, {length:,} tokens", (task, length)) for task, length in self.places]
         self.place = choice("measured", names or [("nothing yet", None)], "measured-place", "300px")
         self.canvas = Canvas("measured-curve", HALF)
-        self.nearest = w.HTML(layout=w.Layout(max_width=f"{HALF}px"))
+        self.nearest = w.HTML()
         self.nearest.add_class("moa-nearest")
         self.lost = w.HTML()
         self.lost.add_class("moa-lost")
@@ -58,7 +58,18 @@ class MeasuredCurves:
         state.watch_in("Budget", ["dark"], errors.guard(self.draw))
         measures = [row(self.texts, self.work.box)] if measuring is not None else []
         self.box = w.VBox([self.place, self.canvas.box, self.nearest, *measures], layout=w.Layout(display="" if self.places else "none"))
+        self.resize(HALF)
         self.draw()
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether anything was measured, or may be."""
+        return bool(self.places)
+
+    def resize(self, width: int) -> None:
+        """Be so many pixels wide."""
+        self.canvas.resize(width)
+        self.box.layout.width = f"{width}px"
 
     def draw(self) -> None:
         """Draw the chosen score."""

@@ -27,7 +27,7 @@ from moa_lab.workbench.loaded import Loaded, Pair
 from moa_lab.workbench.measure_panel import MeasurePanel
 from moa_lab.workbench.measuring import Measuring, Plans
 from moa_lab.workbench.opening import default_run, known_runs, model_of, named, open_run
-from moa_lab.workbench.page import Keys, PageTheme
+from moa_lab.workbench.page import Keys, PageTheme, PageWidth
 from moa_lab.workbench.panels import Panels
 from moa_lab.workbench.plan_heads_panel import PlanHeadsPanel
 from moa_lab.workbench.profiles import with_profile
@@ -53,7 +53,7 @@ class Workbench:
         self.dark = w.ToggleButton(description="dark figures", value=state.dark, layout=w.Layout(width="auto"))
         self.run = w.Combobox(
             value=str(run or ""), options=[named(path) for path in known_runs()], description="run", placeholder="a run's folder",
-            layout=w.Layout(width="380px"), style=OWN_WIDTH,
+            layout=w.Layout(width="340px"), style=OWN_WIDTH,
         )  # fmt: skip
         self.run.add_class("moa-run")
         self.model = w.Text(description="model", continuous_update=False, layout=w.Layout(width="220px"), style=OWN_WIDTH)
@@ -65,13 +65,15 @@ class Workbench:
         self.worse.add_class("moa-worse")
         theme = PageTheme(dark=state.dark)
         theme.observe(lambda change: setattr(self.dark, "value", change["new"]), "dark")
+        self.width = PageWidth()
+        self.width.observe(self.errors.guard(lambda change: self.state.set(width=change["new"]), keep=True), "width")
         self.dark.observe(lambda change: self.state.set(dark=change["new"]), "value")
         self.tabs.observe(self.errors.guard(lambda change: self._turned(change["new"])), "selected_index")
         self.keys, self.head = Keys(), w.VBox([])
         self.keys.on_msg(self.errors.guard(lambda _, content, __: self.press(content["key"])))
         self._look_at(state, model)
         opened = row(self.run, again, self.model, self.dark)
-        self.box = w.VBox([w.HTML(STYLE), theme, self.worse, opened, self.errors.box, self.head, self.tabs, self.keys])
+        self.box = w.VBox([w.HTML(STYLE), theme, self.width, self.worse, opened, self.errors.box, self.head, self.tabs, self.keys])
         self.box.add_class("moa-bench")
 
     @classmethod
@@ -91,7 +93,7 @@ class Workbench:
         if not str(run).strip():
             raise ValueError("name the folder of a run")
         state = open_run(run)
-        state.dark = self.state.dark
+        state.dark, state.width = self.state.dark, self.state.width
         self.run.value = str(run)
         self._instead(state, model)
 

@@ -17,6 +17,7 @@ from moa_lab.records import Front
 from moa_lab.workbench.canvas import HALF, PAIR, WIDE, Canvas, ring, with_legend
 from moa_lab.workbench.choosing import SOLVERS, Choosing, Generation, Ranges
 from moa_lab.workbench.jobs import Handle
+from moa_lab.workbench.room import columns, room
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import OWN_WIDTH, Errors, Work, button, choice, facts, grid, number, row, side_by_side, whole
 
@@ -46,8 +47,7 @@ class FrontPanel:
         self.measured = Canvas("measured", HALF, self.errors.guard(self._clicked))
         self.parallel = Canvas("parallel", WIDE, on_brush=self.errors.guard(self._brushed))
         self.difference = Canvas("difference", WIDE, self.errors.guard(self._chose_head), on_hover=state.hover, keys=True)
-        self.compared, self.volume, self.kept = w.HTML(layout=w.Layout(width="310px")), w.HTML(), w.HTML()
-        self.won = w.HTML(layout=w.Layout(width="310px"))
+        self.compared, self.volume, self.kept, self.won = w.HTML(), w.HTML(), w.HTML(), w.HTML()
         self.compared.add_class("moa-compared")
         self.won.add_class("moa-won")
         self.volume.add_class("moa-hypervolume")
@@ -64,7 +64,9 @@ class FrontPanel:
         measured = state.watch_in("Front", ["front", "validation"], self.errors.guard(self._tell_measured))
         state.watch_in("Front", ["n_tokens"], self.errors.guard(self.draw))
         state.watch_in("Front", ["layer", "kv_head"], self.errors.guard(self._compare))
+        state.watch_in("Front", ["width"], self.errors.guard(self._refit, keep=True))
         self.works = (self.work,)
+        self._plots = [w.VBox([self.scatter.box, self.compared]), w.VBox([self.measured.box, self.won])]
         self.box = w.VBox(
             [
                 row(self.solver, self.density, self.effort, self.work.box, self.volume),
@@ -72,15 +74,33 @@ class FrontPanel:
                 self.errors.box,
                 self.live,
                 row(self.x, self.y),
-                side_by_side(side_by_side(self.scatter.box, self.compared), side_by_side(self.measured.box, self.won)),
+                side_by_side(*self._plots),
                 self.axes,
                 self.parallel.box,
                 row(self.clear, self.kept),
                 self.difference.box,
             ]
         )
+        self._fit()
         changed()
         measured()
+
+    def _fit(self) -> None:
+        """The two plots side by side, what is said of each below it; the others as wide as the panel."""
+        free = room(self.state.width)
+        for plot, box in zip((self.scatter, self.measured), self._plots, strict=True):
+            plot.resize(columns(free))
+            box.layout.width = plot.box.layout.width
+        for plot in (self.archive, self.volumes):
+            plot.resize(columns(free))
+        for plot in (self.parallel, self.difference):
+            plot.resize(free)
+        self._per_line = 2 if columns(free) >= HALF else 1
+
+    def _refit(self) -> None:
+        self._fit()
+        self.draw()
+        self._tell_measured()
 
     def load(self) -> None:
         """Show the state's front; nothing is chosen yet, and nothing brushed."""
@@ -109,7 +129,8 @@ class FrontPanel:
         picked = self.choosing.picked
         known = self.choosing.references()
         fig = front_scatter(front, self.x.value, self.y.value, picked[-1].plan if picked else None, known)
-        self.scatter.draw(_dimmed(with_legend(fig), {point.plan.name for point in (*self.choosing.kept(), *known)}), self.state.dark)
+        kept = {point.plan.name for point in (*self.choosing.kept(), *known)}
+        self.scatter.draw(_dimmed(with_legend(fig, self._per_line), kept), self.state.dark)
         self._compare()
         self._list()
 
@@ -138,7 +159,7 @@ class FrontPanel:
         is_measured = self.choosing.is_measured
         self.measured.box.layout.display = self.won.layout.display = "" if is_measured else "none"
         if is_measured and self.state.validation is not None:
-            self.measured.draw(with_legend(measured_front(self.state.validation)), self.state.dark)
+            self.measured.draw(with_legend(measured_front(self.state.validation), self._per_line), self.state.dark)
             told = f"{self.choosing.won()} Measured on validation samples; lower left is better. Click a marker to choose its plan."
             self.won.value = f'<div class="moa-facts">{html.escape(told.strip())}</div>'
 

@@ -14,6 +14,7 @@ from moa_lab.workbench.biography_panel import BiographyPanel
 from moa_lab.workbench.canvas import PAIR, WIDE, Canvas, ring
 from moa_lab.workbench.heads import NUMBER, ORDERS, OWN, SPAN, Heads, described
 from moa_lab.workbench.profiles import profile_path
+from moa_lab.workbench.room import GAP, columns, room
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import OWN_WIDTH, Errors, choice, facts, row, side_by_side, whole
 
@@ -23,6 +24,8 @@ BY_KV_HEAD = (KIND, SCORES)
 EACH = "each"
 """Stands for None, with which a drop-down list has nothing selected."""
 POOLS = [("every query head", EACH), ("KV heads: largest", "max"), ("KV heads: mean", "mean"), ("KV heads: sum", "sum")]
+BESIDE = 1380
+"""Pixels of a panel from which on all three figures stand side by side."""
 
 
 class HeadsPanel:
@@ -65,6 +68,9 @@ class HeadsPanel:
         # One watcher for all: a plan and a head that change together are drawn once.
         watched = ["layer", "kv_head", "task", "length", "plan", "n_tokens", "dark"]
         state.watch_in("Heads", ["hovered"], self._spot)
+        state.watch_in("Heads", ["width"], self._fit)
+        self._column = w.VBox([self.map.box, self.facts])
+        self._fit()
         changed = state.watch_in("Heads", watched, self.errors.guard(self.draw))
         self.box = w.VBox(
             [
@@ -72,11 +78,20 @@ class HeadsPanel:
                 row(self.against, self.stability),
                 row(self.path, load),
                 self.errors.box,
-                side_by_side(w.VBox([self.map.box, self.facts]), side_by_side(self.blocks.box, self.curve.box)),
+                side_by_side(self._column, side_by_side(self.blocks.box, self.curve.box)),
                 self.biography.box,
             ]
         )
         changed()
+
+    def _fit(self) -> None:
+        """The map as wide as the panel, or as what the head's two figures leave of a wide one."""
+        free = room(self.state.width)
+        beside = 2 * (PAIR + GAP)
+        self.map.resize(free - beside if free >= BESIDE else free)
+        self._column.layout.width = self.map.box.layout.width
+        for canvas in (self.blocks, self.curve):
+            canvas.resize(PAIR if free >= BESIDE else columns(free))
 
     def draw(self) -> None:
         """Draw the panel; the map only if it changed."""

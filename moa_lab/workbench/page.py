@@ -44,6 +44,36 @@ class PageTheme(anywidget.AnyWidget):
     """
 
 
+class PageWidth(anywidget.AnyWidget):
+    """width: pixels of the workbench around it (a box of class `moa-bench`), told when it has come to rest. Invisible."""
+
+    width = traitlets.Int(0).tag(sync=True)
+    _esm = """
+    export default { render({ model, el }) {
+      let waiting = 0, timer = 0;
+      const tell = (width) => {
+        if (!width || width === model.get("width")) return;
+        model.set("width", width);
+        model.save_changes();
+      };
+      const seen = new ResizeObserver(([entry]) => {
+        const width = Math.round(entry.contentRect.width);
+        clearTimeout(timer);
+        // The first is told at once: figures are drawn for it.
+        if (model.get("width")) timer = setTimeout(() => tell(width), 150);
+        else tell(width);
+      });
+      const watch = () => {
+        const bench = el.closest(".moa-bench");
+        if (!bench) { waiting = requestAnimationFrame(watch); return; }
+        seen.observe(bench);
+      };
+      watch();
+      return () => { cancelAnimationFrame(waiting); clearTimeout(timer); seen.disconnect(); };
+    } };
+    """
+
+
 class Keys(anywidget.AnyWidget):
     """Arrow keys and the space bar, pressed while a map of heads (a box of class `moa-keys`) has the focus, as messages {"key": name}.
 

@@ -12,7 +12,7 @@ import numpy as np
 from moa_lab.figures import largest_first, long_range_influence, span_map
 from moa_lab.figures.order import in_order
 from moa_lab.figures.plan import span_details
-from moa_lab.figures.theme import OUTLINE
+from moa_lab.figures.theme import OUTLINE, TITLE_HEIGHT
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan
 from moa_lab.workbench.canvas import HALF, Canvas, ring
@@ -24,6 +24,8 @@ from moa_lab.workbench.widgets import OWN_WIDTH, Errors, choice
 LARGE = 1000
 """Heads of a model from which on its map is `LARGE_MAP` pixels across, and tells less of a head."""
 LARGE_MAP = 660
+TALL = 330
+"""Pixels from top to bottom of the map of a model of few KV heads."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class SpansMap:
     def __init__(self, state: State, geometry: ModelGeometry, errors: Errors, name: str, find: str, order: str) -> None:
         self.state, self._geometry, self._is_large = state, geometry, is_large(geometry)
         orders = [NUMBER, SPAN, *([INFLUENCE] if state.profile is not None else [])]
-        self.order = choice("heads by", orders, order, "230px")
+        self.order = choice("heads by", orders, order, "200px")
         self.find = w.Text(
             placeholder="L12 H3", description="find head", continuous_update=False, layout=w.Layout(width="160px"), style=OWN_WIDTH
         )
@@ -61,6 +63,10 @@ class SpansMap:
         self._look: tuple[object, ...] = ()
         self.order.observe(errors.guard(lambda _: self.draw()), "value")
         self.find.observe(errors.guard(lambda change: self._find(change["new"])), "value")
+
+    def resize(self, width: int) -> None:
+        """Be so many pixels wide; a large model's is never narrower than `LARGE_MAP`."""
+        self.canvas.resize(max(width, LARGE_MAP) if self._is_large else width)
 
     def show(self, plan: Plan, spans: np.ndarray, n_tokens: int, pinned: Collection[tuple[int, int]] = ()) -> None:
         """What `draw` draws from now on; spans: the plan's at `n_tokens`, (layers, kv_heads)."""
@@ -80,7 +86,9 @@ class SpansMap:
             self.canvas.recolour(self._grids(shown, order), places)
             return
         fig = span_map(shown.plan, shown.n_tokens, order=order, by=self.order.value, detailed=not self._is_large)
-        fig.update_layout(title_text=f"Span of every KV head at {shown.n_tokens:,} tokens", showlegend=False)
+        tall = max(fig.layout.height, TALL)
+        fig.update_layout(title_text=f"Span of every KV head at {shown.n_tokens:,} tokens", showlegend=False, height=tall)
+        fig.update_traces(colorbar_y=1 - TITLE_HEIGHT / tall, selector={"type": "heatmap"})
         cross = {"symbol": "x-thin-open", "size": 11, "color": OUTLINE, "line": {"width": 2, "color": OUTLINE}}
         fig.add_scatter(**places[0], mode="markers", name="pinned", marker=cross, hoverinfo="skip")
         fig.add_scatter(**{**ring(0, 0), **places[1]})

@@ -45,6 +45,7 @@ class State:
     gpu: str = ""
     sequence_tokens: int = 0
     dark: bool = False
+    width: int = 0
     tab: str = ""
     _watchers: list[tuple[frozenset[str], Watcher]] = field(default_factory=list, repr=False)
 

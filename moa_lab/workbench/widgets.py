@@ -15,22 +15,15 @@ from moa_lab.workbench.jobs import Handle, Job
 P = ParamSpec("P")
 
 STYLE = """<style>
-.moa-bench { max-width: 1780px; container-type: inline-size; }
+.moa-bench { max-width: 1780px; }
 .moa-bench .widget-tab > .lm-TabBar .lm-TabBar-tab { flex: 0 1 auto; }
 .moa-head-line { min-height: 2.9em; }
 .moa-head-line .widget-html-content { white-space: normal; line-height: 1.4; }
-/* Where nothing fits beside the map, what a density keeps and loses comes right below it, and not a screen further down. */
-@container (max-width: 920px) {
-  .moa-budget > .widget-hbox { display: contents; }
-  .moa-budget > .widget-hbox > :last-child { order: 1; }
-  .moa-budget > .moa-budget-facts { flex-basis: 100% !important; }
-  .moa-budget-facts table, .moa-budget-facts tbody { display: block; }
-  .moa-budget-facts tbody { columns: 2 340px; column-gap: 24px; }
-  .moa-budget-facts tr { display: grid; grid-template-columns: 196px minmax(0, 1fr); break-inside: avoid; }
-  .moa-budget-facts th { white-space: normal !important; }
-}
-.moa-budget-facts th { white-space: nowrap; }
-.moa-lost .widget-html-content { white-space: normal; line-height: 1.4; max-width: 1120px; }
+/* As many columns as there is room for: one beside the figures, two or three below them. */
+.moa-budget-facts table, .moa-budget-facts tbody { display: block; }
+.moa-budget-facts tbody { columns: 350px; column-gap: 24px; }
+.moa-budget-facts tr { display: grid; grid-template-columns: 206px minmax(0, 1fr); break-inside: avoid; }
+.moa-lost .widget-html-content { white-space: normal; line-height: 1.4; }
 .moa-pins .widget-html-content { white-space: normal; line-height: 1.4; }
 .moa-keys:focus-visible { outline: 2px solid #ff5c39; outline-offset: -2px; }
 .moa-error { border-left: 4px solid #d55e00; padding: 4px 10px; white-space: pre-wrap; }
@@ -46,6 +39,7 @@ STYLE = """<style>
 /* A table that is wider than its panel scrolls by itself. */
 .moa-bench .widget-html, .moa-bench .widget-html-content { min-width: 0; max-width: 100%; }
 .moa-history td:last-child { white-space: normal; min-width: 12em; }
+.moa-advice-table .moa-history { max-height: none; }
 .moa-advice { max-width: 860px; }
 .moa-advice .widget-html-content { line-height: 1.5; }
 .moa-bench pre { white-space: pre; overflow-x: auto; max-width: 860px; line-height: 1.3; }

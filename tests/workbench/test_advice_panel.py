@@ -52,7 +52,7 @@ def test_a_wish_is_answered_shown_and_taken(panel: AdvicePanel) -> None:
     assert "fewer bytes was measured" in panel.told.value
     assert "standard-50" in panel.table.value
     assert panel.canvas.box.layout.display == ""
-    assert {trace.name for trace in panel.canvas.widget.data} >= {"moa (standard-25, standard-50)"}
+    assert {trace.name for trace in panel.canvas.widget.data} >= {"moa (standard-25, -50)"}
     press(panel, "Take it")
     assert panel.state.plan.density(4096) == pytest.approx(0.25, abs=0.01)
     # Words cost more: 25% is not sure to stay within 5%.
@@ -163,7 +163,7 @@ def test_a_script_can_ask_as_well() -> None:
     assert advising.advise(Wish(sequences=3 * dense, **served), f"{HALF},{QUARTER}").plan.density(4096) == pytest.approx(0.25, abs=0.01)
     assert advising.advise(Wish(sequences=5 * dense, **served), f"{HALF},{QUARTER}").plan is None
     rows = scores_over_bytes(advising.options(f"{HALF},{QUARTER}"), "needles", 4096)
-    assert {row.plan for row in rows} == {"dense", "moa (standard-25, standard-50)-25", "moa (standard-25, standard-50)-49.9"}
+    assert {row.plan for row in rows} == {"dense", "moa (standard-25, -50)-25", "moa (standard-25, -50)-49.9"}
 
 
 def test_measured_scores_stand_beside_the_budget_and_follow_its_density() -> None:
