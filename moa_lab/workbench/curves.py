@@ -76,7 +76,9 @@ class MeasuredCurves:
         rows = self._drawn = self._rows()
         self.canvas.box.layout.display = "" if rows else "none"
         if rows:
-            self.canvas.draw(with_legend(score_by_density(rows, *self.place.value), per_line=1), self.state.dark)
+            fig = with_legend(score_by_density(rows, *self.place.value), per_line=1)
+            # Task and length are chosen right above.
+            self.canvas.draw(fig.update_layout(title_text=fig.layout.title.text.partition(":")[0]), self.state.dark)
             self.mark(self._marked)
 
     def mark(self, density: float) -> None:

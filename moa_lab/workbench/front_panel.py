@@ -159,7 +159,9 @@ class FrontPanel:
         is_measured = self.choosing.is_measured
         self.measured.box.layout.display = self.won.layout.display = "" if is_measured else "none"
         if is_measured and self.state.validation is not None:
-            self.measured.draw(with_legend(measured_front(self.state.validation), self._per_line), self.state.dark)
+            fig = with_legend(measured_front(self.state.validation), self._per_line)
+            # The axes say what is lost.
+            self.measured.draw(fig.update_layout(title_text="Measured candidates"), self.state.dark)
             told = f"{self.choosing.won()} Measured on validation samples; lower left is better. Click a marker to choose its plan."
             self.won.value = f'<div class="moa-facts">{html.escape(told.strip())}</div>'
 

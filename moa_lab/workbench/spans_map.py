@@ -87,7 +87,7 @@ class SpansMap:
             return
         fig = span_map(shown.plan, shown.n_tokens, order=order, by=self.order.value, detailed=not self._is_large)
         tall = max(fig.layout.height, TALL)
-        fig.update_layout(title_text=f"Span of every KV head at {shown.n_tokens:,} tokens", showlegend=False, height=tall)
+        fig.update_layout(title_text=f"Spans at {shown.n_tokens:,} tokens", showlegend=False, height=tall)
         fig.update_traces(colorbar_y=1 - TITLE_HEIGHT / tall, selector={"type": "heatmap"})
         cross = {"symbol": "x-thin-open", "size": 11, "color": OUTLINE, "line": {"width": 2, "color": OUTLINE}}
         fig.add_scatter(**places[0], mode="markers", name="pinned", marker=cross, hoverinfo="skip")

@@ -208,7 +208,7 @@ def test_the_budget_leaves_no_width_unused(page: Page) -> None:
         assert drawn
         assert drawn["width"] == curve["width"]
         if width < 1900:
-            assert facts["x"] == map_["x"]
+            assert abs(facts["x"] - map_["x"]) < 4
             assert 0 <= facts["y"] - (curve["y"] + curve["height"]) < 160, "what is kept and lost is right below the figures"
         else:
             assert curve["x"] + curve["width"] <= facts["x"]
