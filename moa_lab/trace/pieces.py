@@ -47,7 +47,7 @@ def words(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, position: int, aro
     return " ".join(_decoded(tokenizer, near).replace(BROKEN, "").split())
 
 
-def folded(length: int, kept: Iterable[tuple[int, int]], gap: int = 4) -> list[Fold]:
+def folded(length: int, kept: Iterable[tuple[int, int]], gap: int = 8) -> list[Fold]:
     """`length` positions as runs: those of `kept` ([start, stop), in any order, cut to the text) are shown, and gaps of at most `gap`."""
     folds: list[Fold] = []
     for start, stop in sorted((max(0, start), min(stop, length)) for start, stop in kept):

@@ -11,11 +11,14 @@ from moa_lab.workbench import trace_text, trace_views
 from moa_lab.workbench.canvas import HALF, Canvas, ring
 from moa_lab.workbench.chips import Chips
 from moa_lab.workbench.page import Pointed
+from moa_lab.workbench.room import GAP, NARROWEST, WIDEST, room
 from moa_lab.workbench.state import State
 from moa_lab.workbench.tracing import Tracing
 from moa_lab.workbench.widgets import Errors, choice
 
 BROUGHT, REGAINED = "brought", "regained"
+LIST = 430
+"""Pixels of the list of heads."""
 MAPS = [("what each head brought, dense", BROUGHT), ("what the token would regain", REGAINED)]
 
 
@@ -39,11 +42,19 @@ class TokenHeads:
         self.what.observe(errors.guard(lambda _: self.draw()), "value")
         columns = w.HTML(f'<div class="moa-columns">{trace_views.COLUMNS}</div>')
         hint = w.HTML(trace_views.heading("Heads", trace_views.HEADS_HINT))
-        listed = w.VBox([hint, columns, self.heads.box, self.pointed], layout=w.Layout(max_width="490px"))
+        listed = w.VBox([hint, columns, self.heads.box, self.pointed], layout=w.Layout(max_width=f"{LIST}px"))
         mapped = w.VBox([self.what, self.map.box])
-        both = w.HBox([mapped, listed], layout=w.Layout(flex_flow="row wrap", grid_gap="6px 18px"))
+        both = w.HBox([mapped, listed], layout=w.Layout(flex_flow="row wrap", grid_gap=f"6px {GAP}px"))
         self.box = w.VBox([both, self.where, self.reach, self.read])
+        state.watch_in(tab, ["width"], self._fit)
+        self._fit()
         state.watch_in(tab, ["hovered"], errors.guard(self._draw_head, keep=True))
+
+    def _fit(self) -> None:
+        """The list beside the map, which has what the list leaves."""
+        free = room(self.state.width)
+        left = free - LIST - GAP
+        self.map.resize(min(left, WIDEST) if left >= NARROWEST else free)
 
     def show(self, tracing: Tracing, trace: TokenTrace) -> None:
         """Draw what is behind this token."""

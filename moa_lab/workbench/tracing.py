@@ -128,8 +128,16 @@ class Tracing:
         return trial
 
     def change(self, layer: int, kv_head: int | None, tokens: int | None, handle: Handle) -> Trial:
-        """`try_plan` with a span of `tokens` (None: everything) in a KV head (None: the whole layer) of the current trial's plan."""
-        return self.try_plan(with_span(self._current().plan, layer, kv_head, tokens), changed(layer, kv_head, tokens), handle)
+        """`try_plan` with a span of `tokens` (None: everything) in a KV head (None: the whole layer) of the current trial's plan.
+
+        Raises ValueError where that is what it keeps of this text already: the answer would be the same.
+        """
+        case, _ = self._asked()
+        before = self._current().plan
+        plan = with_span(before, layer, kv_head, tokens)
+        if np.array_equal(plan.spans(case.n_tokens), before.spans(case.n_tokens)):
+            raise ValueError(f"{changed(layer, kv_head, tokens)} of these {case.n_tokens:,} is what it keeps already")
+        return self.try_plan(plan, changed(layer, kv_head, tokens), handle)
 
     def look(self, index: int, handle: Handle) -> TokenTrace:
         """Trace token `index` of the answer under the current trial's plan."""

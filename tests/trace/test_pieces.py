@@ -28,5 +28,6 @@ def test_a_long_text_shows_what_is_kept_and_small_gaps() -> None:
         Fold(0, 10, False), Fold(10, 25, True), Fold(25, 50, False), Fold(50, 60, True), Fold(60, 100, False),
     ]  # fmt: skip
     assert folded(30, [(-5, 4), (26, 99)]) == [Fold(0, 4, True), Fold(4, 26, False), Fold(26, 30, True)]
+    assert folded(40, [(0, 10), (18, 40)]) == [Fold(0, 40, True)], "so few take no more room than a note that they are folded"
     assert folded(10, []) == [Fold(0, 10, False)]
     assert folded(10, [(2, 10)]) == [Fold(0, 10, True)]

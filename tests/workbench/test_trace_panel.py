@@ -12,7 +12,9 @@ from tiny_plans import mixed_plan, small_plan
 
 from moa_lab.models import geometry_of
 from moa_lab.plan import dense_plan, with_span
+from moa_lab.workbench.room import GAP, WIDEST, room
 from moa_lab.workbench.state import State
+from moa_lab.workbench.token_heads import LIST
 from moa_lab.workbench.trace_panel import TracePanel
 from moa_lab.workbench.tracing import Tracing
 from tests.workbench.hands import ended, press, said
@@ -228,3 +230,11 @@ def test_what_is_shown_is_text_and_no_markup() -> None:
         assert "<script>" not in shown
         assert "<i>plan" not in shown
         assert "<b>bold" not in shown
+
+
+def test_the_map_takes_the_room_that_the_list_of_heads_leaves() -> None:
+    panel = asked()
+    for width, beside in ((824, False), (984, True), (1488, True)):
+        panel.state.set(width=width)
+        taken = panel.token.map.widget.layout.width + (LIST + GAP if beside else 0)
+        assert taken == room(width) or panel.token.map.widget.layout.width == WIDEST

@@ -64,6 +64,9 @@ def test_an_answer_is_told_token_by_token_and_a_head_is_changed_and_changed_back
     assert whole.plan.spans(N)[1].tolist() == dense_plan(tracing.geometry).spans(N)[1].tolist()
     assert whole.what == "layer 1: everything"
     assert whole.density > trial.density
+    with pytest.raises(ValueError, match=r"layer 1: everything of these .* is what it keeps already"):
+        tracing.change(1, None, None, handle())
+    assert tracing.trials.current is whole
     assert tracing.trials.undo() is trial
     assert tracing.look(0, handle()).plan is plan
     again = tracing.try_plan(with_span(plan, 1, None, None), "again", handle())
