@@ -8,6 +8,7 @@ a 95% interval's end; at several lengths all must pass).
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from moa_lab.capacity import Gpu, plan_capacity
 from moa_lab.evaluate.compare import excess_over_dense, row_of, share_of_hits
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement, Measurements
+from moa_lab.records.intervals import Interval
 from moa_lab.text import interval_text
 
 NEEDLES = "needles"
@@ -121,15 +123,17 @@ class Judged:
 
 @dataclass(frozen=True)
 class Advice:
-    """The plan to take (None: none), why, and what the next ones would cost, in sentences; all options, most bytes first."""
+    """The plan to take (None: none), why, and what the next ones would cost, in sentences; all options, most bytes first. beside: what else
+    is known of the plan, or is not."""
 
     plan: Plan | None
     reason: str
     next_one: str
     judged: tuple[Judged, ...]
+    beside: str = ""
 
     def __str__(self) -> str:
-        return " ".join(part for part in (self.reason, self.next_one) if part)
+        return " ".join(part for part in (self.reason, self.beside, self.next_one) if part)
 
 
 def options_of(folders: Iterable[str | Path]) -> tuple[Option, ...]:
@@ -171,8 +175,8 @@ def recommend(options: Sequence[Option], wish: Wish) -> Advice:
             stop = one
             break
         taken = one if taken is None or one.density < taken.density else taken
-    reason = _reason(taken, stop, judged) + _unmeasured(taken, wish)
-    return Advice(taken.option.plan if taken else None, reason, _next(taken, stop, wish), tuple(judged))
+    plan, beside = (taken.option.plan, _beside(taken, wish)) if taken else (None, "")
+    return Advice(plan, _reason(taken, stop, judged), _next(taken, stop, wish), tuple(judged), beside)
 
 
 def scores_over_bytes(options: Iterable[Option], task: str, length: int) -> list[Measurement]:
@@ -245,26 +249,43 @@ def _counted(option: Option, wish: Wish) -> list[tuple[str, bool]]:
 def _quality(option: Option, wish: Wish) -> list[tuple[str, bool]]:
     """What is sampled: for every kind the length where it is least sure."""
     told = []
-    lengths, name = option.lengths(wish), option.plan.name
+    lengths = option.lengths(wish)
     if wish.needles is not None:
-        shares = {n: share_of_hits(_row(option, name, NEEDLES, n), _row(option, "dense", NEEDLES, n)) for n in lengths}
-        n, at = min(shares.items(), key=lambda found: found[1].low)
-        text = f"needles {at.value:.3f} {interval_text(at.low, at.high)} of dense at {n:,} tokens, {wish.needles:g} asked"
+        text, at = _needles(option, lengths)
         if math.isinf(at.value):
-            told.append((f"the dense model finds no needle at {n:,} tokens, so that nothing can be said of a share of them", False))
+            told.append((text, False))
         else:
-            told.append((text + (MORE if at.low < wish.needles <= at.value else ""), at.low >= wish.needles))
+            told.append((f"{text}, {wish.needles:g} asked" + (MORE if at.low < wish.needles <= at.value else ""), at.low >= wish.needles))
     if wish.perplexity is not None:
-        tasks = [task for task in TEXTS if any(row.task == task for row in option.rows)]
+        tasks = _texts(option)
         if not tasks:
             raise ValueError(f"{option.name}: no running text was measured, so nothing is known of perplexity")
         for task in tasks:
-            excess = {n: excess_over_dense(option.rows, name, task, n) for n in lengths}
-            n, at = max(excess.items(), key=lambda found: found[1].high)
-            text = f"perplexity of {TEXTS[task]} {at.value:+.1%} {interval_text(at.low, at.high, '+.1%')} at {n:,} tokens"
+            text, at = _perplexity(option, task, lengths)
             text += f", {wish.perplexity:+.1%} asked"
             told.append((text + (MORE if at.value <= wish.perplexity < at.high else ""), at.high <= wish.perplexity))
     return told
+
+
+def _needles(option: Option, lengths: Sequence[int]) -> tuple[str, Interval]:
+    """The share of the dense model's needles, in words and numbers, at the length where it is least sure."""
+    name = option.plan.name
+    shares = {n: share_of_hits(_row(option, name, NEEDLES, n), _row(option, "dense", NEEDLES, n)) for n in lengths}
+    n, at = min(shares.items(), key=lambda found: found[1].low)
+    if math.isinf(at.value):
+        return f"the dense model finds no needle at {n:,} tokens, so that nothing can be said of a share of them", at
+    return f"needles {at.value:.3f} {interval_text(at.low, at.high)} of dense at {n:,} tokens", at
+
+
+def _perplexity(option: Option, task: str, lengths: Sequence[int]) -> tuple[str, Interval]:
+    """What a text's perplexity is above the dense model's, in words and numbers, at the length where it is least sure."""
+    excess = {n: excess_over_dense(option.rows, option.plan.name, task, n) for n in lengths}
+    n, at = max(excess.items(), key=lambda found: found[1].high)
+    return f"perplexity of {TEXTS[task]} {at.value:+.1%} {interval_text(at.low, at.high, '+.1%')} at {n:,} tokens", at
+
+
+def _texts(option: Option) -> list[str]:
+    return [task for task in TEXTS if any(row.task == task for row in option.rows)]
 
 
 def _row(option: Option, plan: str, task: str, length: int) -> Measurement:
@@ -282,12 +303,18 @@ def _reason(taken: Judged | None, stop: Judged | None, judged: Sequence[Judged])
     return f"Take {taken.option.name}: it keeps {taken.density:.1%} of the bytes{others}; {taken.sure}."
 
 
-def _unmeasured(taken: Judged | None, wish: Wish) -> str:
-    """That the sequences are longer than all that the plan was measured at."""
-    if taken is None or wish.n_tokens is None:
-        return ""
-    longest = max(taken.option.lengths(wish))
-    return "" if wish.n_tokens <= longest else f" It was measured to {longest:,} tokens; at {wish.n_tokens:,} nobody knows what it loses."
+def _beside(taken: Judged, wish: Wish) -> str:
+    """What the plan loses of that which the wish does not name, as far as it was measured, and at which lengths nothing was."""
+    option, lengths, told = taken.option, taken.option.lengths(wish), []
+    tasks = ([NEEDLES] if wish.needles is None else []) + (_texts(option) if wish.perplexity is None else [])
+    for task in tasks:
+        # A score that is not there, or not at every length, is not told.
+        with contextlib.suppress(ValueError, KeyError):
+            told.append((_needles(option, lengths) if task == NEEDLES else _perplexity(option, task, lengths))[0])
+    said = [f"Not asked for, but measured: {'; '.join(told)}."] if told else []
+    if wish.n_tokens is not None and wish.n_tokens > max(lengths):
+        said.append(f"It was measured to {max(lengths):,} tokens; at {wish.n_tokens:,} nobody knows what it loses.")
+    return " ".join(said)
 
 
 def _next(taken: Judged | None, stop: Judged | None, wish: Wish) -> str:

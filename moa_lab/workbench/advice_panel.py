@@ -102,7 +102,7 @@ class AdvicePanel:
         self.take.disabled = True
         self.canvas.box.layout.display = "none"
         advice = self.advising.advise(self.wish(), self.folders.value, again=again)
-        self.told.value = f"<p><b>{html.escape(advice.reason)}</b> {html.escape(advice.next_one)}</p>"
+        self.told.value = f"<p><b>{html.escape(advice.reason)}</b> {html.escape(f'{advice.beside} {advice.next_one}')}</p>"
         self.take.disabled = advice.plan is None
         self._serve()
         self._draw()

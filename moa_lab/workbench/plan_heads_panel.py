@@ -17,6 +17,7 @@ from moa_lab.workbench.measuring import Plans
 from moa_lab.workbench.profiles import profile_path
 from moa_lab.workbench.published_scores import HeadScores, read_head_scores
 from moa_lab.workbench.ranks_view import RanksView, scores_path
+from moa_lab.workbench.room import WIDEST, room
 from moa_lab.workbench.spans_map import SpansMap
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import Errors, choice, facts, row, side_by_side
@@ -57,7 +58,12 @@ class PlanHeadsPanel:
         profiles = [row(self.profile, take)] if take_profile is not None else []
         self.box = w.VBox([self.note, *profiles, self.errors.box, self.spans, row(self.versus, self.path, load), self.compared])
         state.watch_in("Heads", ["hovered"], self._spot)
+        state.watch_in("Heads", ["width"], self._fit)
+        self._fit()
         state.watch_in("Heads", ["layer", "kv_head", "plan", "n_tokens", "dark"], self.errors.guard(self.draw))()
+
+    def _fit(self) -> None:
+        self.map.resize(min(room(self.state.width), WIDEST))
 
     def draw(self) -> None:
         """Draw the plan's spans, and the scores where some are loaded."""

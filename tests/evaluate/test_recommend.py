@@ -121,8 +121,22 @@ def test_so_many_sequences_at_once_are_held_as_their_bytes_fit() -> None:
 
 def test_a_length_that_was_not_measured_is_told() -> None:
     told = "It was measured to 4,096 tokens; at 32,768 nobody knows what it loses."
-    assert told in recommend([option(0.5, ALL, ALL)], Wish(needles=0.9, n_tokens=32_768)).reason
-    assert "nobody knows" not in recommend([option(0.5, ALL, ALL)], Wish(needles=0.9, n_tokens=4096)).reason
+    assert told in str(recommend([option(0.5, ALL, ALL)], Wish(needles=0.9, n_tokens=32_768)))
+    assert "nobody knows" not in str(recommend([option(0.5, ALL, ALL)], Wish(needles=0.9, n_tokens=4096)))
+
+
+def test_what_a_plan_loses_beside_what_was_asked_is_told() -> None:
+    fine = option(0.5, NEARLY, ALL, rise=0.2)
+    advice = recommend([fine], Wish(needles=0.9))
+    assert advice.plan is fine.plan
+    assert "Not asked for, but measured: perplexity of documents +22." in advice.beside
+    assert "needles" not in advice.beside
+    counted = recommend([fine], Wish(density=0.6)).beside
+    assert "needles 0.985 [" in counted
+    assert "perplexity of documents" in counted
+    assert recommend([option(0.5, NEARLY, ALL)], Wish(needles=0.9)).beside == "", "nothing else was measured"
+    assert recommend([fine], Wish(needles=0.9, perplexity=0.5)).beside == ""
+    assert recommend([fine], Wish(needles=1.1)).beside == "", "no plan, nothing beside it"
 
 
 def test_every_kind_of_text_and_every_length_must_hold() -> None:
@@ -226,7 +240,8 @@ def test_options_are_read_from_runs_once_each_and_of_one_model(tmp_path: Path) -
     assert "Take moa (run): it keeps 25.0% of the bytes" in shown.output
     asked = ["--sequences", "4", "--gpu", "l4", "--weights-gb", "1"]
     served = CliRunner().invoke(app, ["recommend", str(tmp_path / "run"), *asked])
-    assert "of 8,192 tokens at once on L4 24GB, 4 asked. It was measured to 4,096 tokens" in served.output
+    assert "of 8,192 tokens at once on L4 24GB, 4 asked. Not asked for, but measured: needles 0." in served.output
+    assert "It was measured to 4,096 tokens; at 8,192 nobody knows" in served.output
     unknown = CliRunner().invoke(app, ["recommend", str(tmp_path / "run"), *asked[:4]])
     assert "need --weights-gb" in str(unknown.exception)
     with pytest.raises(ValueError, match="no measured plan"):
