@@ -57,7 +57,7 @@ class Wish:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} must be above 0, got {value}")
-            if name != "tokens_s" and value is not None and value > 1:
+            if name in ("density", "needles") and value is not None and value > 1:
                 raise ValueError(
                     f"{name} must be a share of the dense {'cache' if name == 'density' else 'model'}'s, at most 1, got {value}"
                 )
