@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from pages_oracle import check_columns
 from tiny_plans import constant_plan
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from moa_lab.bench.models import stretched_plan
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.serving import PageLayout, ServedPlan, bucket_lengths, request_pages
@@ -22,7 +24,8 @@ from moa_lab.serving.page_pool import page_shape
 from moa_lab.serving.shares import HeadShares, balanced_shares, natural_shares
 from moa_lab.serving.vllm.shares import deal_heads, engine_shares
 
-RUNS = Path(__file__).parents[2] / "data/runs"
+ROOT = Path(__file__).parents[2]
+RUNS, DESIGNS = ROOT / "data/runs", ROOT / "moa_lab/serving/DESIGNS.md"
 LONGEST, PAGE_TOKENS = 300, 16
 LENGTHS = bucket_lengths(LONGEST, PAGE_TOKENS)
 
@@ -119,22 +122,16 @@ def test_heads_that_cannot_be_dealt_evenly_are_refused(query_heads: int, kv_head
         natural_shares(geometry, devices)
 
 
-LOSSES = {
-    # Pages on each device at 2,048, 4,096 and 8,192 tokens, as a share of what the plan alone takes: in the model's order, and dealt.
-    "qwen2.5-coder-0.5b-50": ((1.104, 1.099, 1.096), (1.031, 1.026, 1.023)),
-    "qwen2.5-coder-0.5b-25": ((1.271, 1.271, 1.271), (1.010, 1.010, 1.010)),
-    "qwen2.5-coder-0.5b-15": ((1.270, 1.270, 1.270), (1.026, 1.026, 1.026)),
-}
-
-
 def test_what_stays_empty_under_recorded_plans_is_what_the_design_says() -> None:
-    for name, (natural, dealt) in LOSSES.items():
-        plan = Plan.load(RUNS / name / "plan.json")
-        devices = plan.geometry.kv_heads
-        both = natural_shares(plan.geometry, devices), balanced_shares(plan, devices, bucket_lengths(8192))
-        for shares, wanted in zip(both, (natural, dealt), strict=True):
-            found = [shares.density(plan, n) / natural_shares(plan.geometry).density(plan, n) for n in (2048, 4096, 8192)]
-            assert found == pytest.approx(wanted, abs=6e-4)
+    rows = re.findall(r"^\| (\S+) \| (\d) \| ([\d., ]+)% \| ([\d., ]+)% \|$", DESIGNS.read_text(), re.MULTILINE)
+    assert len(rows) == 11
+    for name, devices, *said in rows:
+        plan = Plan.load(RUNS / ("standard-25" if name == "stretched" else name) / "plan.json")
+        plan = stretched_plan(plan, ModelGeometry(32, 32, 8, 128, 131_072), 8192) if name == "stretched" else plan
+        both = natural_shares(plan.geometry, int(devices)), balanced_shares(plan, int(devices), bucket_lengths(8192))
+        for shares, losses in zip(both, said, strict=True):
+            found = [shares.density(plan, n) / natural_shares(plan.geometry).density(plan, n) - 1 for n in (2048, 4096, 8192)]
+            assert ", ".join(f"{100 * loss:.1f}" for loss in found) == losses, name
 
 
 def test_shares_are_told_apart_by_their_order() -> None:

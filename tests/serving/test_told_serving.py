@@ -8,6 +8,7 @@ from moa_lab.engines import ENGINES, allocated_density, engine_of, engine_table
 from moa_lab.evaluate.parity import Parity
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.serving import bucket_lengths, page_layout, request_pages
+from moa_lab.serving.shares import balanced_shares, natural_shares
 
 DATA = Path(__file__).resolve().parents[2] / "data"
 N = 4096
@@ -33,6 +34,18 @@ def test_pages_of_single_heads_hold_what_the_density_promises() -> None:
         served = dense_pages / page_layout(other, N, N).pages_for(N)
         assert served > 0.97 / other.density(N)
         assert served > 1.25 / allocated_density(other, engine_of("vllm"), N)
+
+
+def test_devices_take_9_to_27_percent_more_pages_in_the_models_order_and_1_to_6_where_heads_are_dealt_anew() -> None:
+    found = []
+    for name, devices in {"qwen2.5-coder-0.5b-25": 2, "smollm2-135m-25": 3, "standard-25": 3, "standard-50": 3}.items():
+        each = Plan.load(DATA / "runs" / name / "plan.json")
+        orders = natural_shares(each.geometry, devices), balanced_shares(each, devices, bucket_lengths(8192))
+        found.append([order.density(each, N) / natural_shares(each.geometry).density(each, N) - 1 for order in orders])
+    natural, dealt = zip(*found, strict=True)
+    assert (round(100 * min(natural)), round(100 * max(natural))) == (9, 27)
+    assert min(dealt) > 0.01
+    assert max(dealt) < 0.06
 
 
 def test_a_request_has_the_windows_of_its_own_length_rounded_up() -> None:
