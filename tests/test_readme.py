@@ -312,7 +312,7 @@ def test_the_readme_quotes_the_record_of_answering() -> None:
     of = {row["shape"]["plan"]: row for row in rows if row["shape"]["batch"] == 8}
     quarter, half, dense = (of[plan] for plan in ("standard-25", "standard-50", "dense"))
     assert f"{quarter['ours']:,.0f} tokens/s at 25% and {half['ours']:,.0f} at 50%" in README
-    assert f"{quarter['ratio']:.2f} and {half['ratio']:.2f}\ntimes vLLM's rate" in README
+    assert f"{quarter['ratio']:.2f} and {half['ratio']:.2f} times vLLM's rate" in " ".join(README.split())
     assert f"the dense model, {dense['ratio']:.2f}" in README
 
 

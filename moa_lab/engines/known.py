@@ -5,7 +5,8 @@ each request), so a plan whose spans grow with the length is held as it is at on
 `dataclasses.replace(ENGINES["vllm"], block_tokens=32)` is another setting.
 
 - `moa-lab`: this library's ring cache in transformers' `generate` (`moa_lab/cache/layout.py`): any window for any KV head.
-- `moa-lab-vllm`: this library's plugin for vLLM (`moa_lab/serving/DESIGNS.md`, vLLM 0.32): pages of one KV head x 64 tokens.
+- `moa-lab-vllm`: this library's plugin for vLLM (`moa_lab/serving/DESIGNS.md`, vLLM 0.32): pages of one KV head x 64 tokens. Where
+  heads store other bits its pages are of one size and hold more tokens of some: up to a tenth of them may stay unused, not counted.
 - `transformers`: as of 5.19, `DynamicCache(config=...)` gives a layer of type "sliding_attention" the config's one `sliding_window` and
   keeps everything in the others (`cache_utils.py`).
 - `transformers-paged`: continuous batching, as of 5.19 (`generation/continuous_batching/cache_allocators/`): the same two kinds of
@@ -32,7 +33,7 @@ ENGINES: Mapping[str, EngineLimits] = {
     engine.name: engine
     for engine in (
         EngineLimits("moa-lab", stores_bits=True, keeps_sink=True, needs="moa_lab.apply_plan, or moa_lab.generate"),
-        EngineLimits("moa-lab-vllm", block_tokens=64, keeps_sink=True, needs="moa-lab serve"),
+        EngineLimits("moa-lab-vllm", block_tokens=64, stores_bits=True, keeps_sink=True, needs="moa-lab serve"),
         EngineLimits("transformers", windows_per_model=1, windows_per_layer=1, needs=f"layer_types in the config; {NO_SINK}"),
         EngineLimits(
             "transformers-paged", windows_per_model=1, windows_per_layer=1, block_tokens=256, needs=f"layer_types in the config; {NO_SINK}",

@@ -108,7 +108,7 @@ class ExportPanel:
         """How the chosen engine runs the exported plan, or why it does not take it."""
         engine = LAUNCHERS[self.engine.value]
         try:
-            command = launch(self.engine.value, plan, Path(self.folder.value) / f"{self.name.value}.json", self.state.n_tokens)
+            command = launch(self.engine.value, plan, Path(self.folder.value) / f"{self.name.value}.json")
         except ValueError as error:
             return f'<div class="moa-error">{html.escape(self.engine.value)} does not take this plan: {html.escape(str(error))}</div>'
         files = ", ".join(engine.needs)

@@ -15,28 +15,25 @@ MODEL = "smollm2"
 
 @dataclass(frozen=True)
 class Launcher:
-    """needs: formats of `moa_lab.workbench.exporting.FORMATS`. note: what to know, in a sentence. launch: from the plan, the config card's
-    path and a length in tokens to a shell command. check: raises ValueError for a plan that the engine does not take.
+    """needs: formats of `moa_lab.workbench.exporting.FORMATS`. note: what to know, in a sentence. launch: from the plan and the config
+    card's path to a shell command. check: raises ValueError for a plan that the engine does not take.
     """
 
     needs: tuple[str, ...]
     note: str
-    launch: Callable[[Plan, Path, int], str]
+    launch: Callable[[Plan, Path], str]
     check: Callable[[Plan], object]
 
 
-def _python(plan: Plan, card: Path, n_tokens: int) -> str:
+def _python(plan: Plan, card: Path) -> str:
     return f"cd {shlex.quote(str(card.parent))} && python {shlex.quote(card.with_suffix('.py').name)}"
 
 
-def _served(plan: Plan, card: Path, n_tokens: int) -> str:
-    grows = any(rule.beta and not rule.keeps_everything for row in plan.rules for rule in row)
-    # Where spans grow with the length, the server fixes them: as at the length that is looked at.
-    fixed = f" --plan-length {n_tokens}" if grows else ""
-    return f"moa-lab serve --model {shlex.quote(plan.provenance.model or MODEL)} --plan {shlex.quote(str(card))}{fixed}"
+def _served(plan: Plan, card: Path) -> str:
+    return f"moa-lab serve --model {shlex.quote(plan.provenance.model or MODEL)} --plan {shlex.quote(str(card))}"
 
 
-def _published(plan: Plan, card: Path, n_tokens: int) -> str:
+def _published(plan: Plan, card: Path) -> str:
     return f"moa-lab show {shlex.quote(str(card.with_suffix('.published.json')))}"
 
 
@@ -46,7 +43,7 @@ LAUNCHERS = {
     ),
     "vLLM": Launcher(
         ("config card",), 'An OpenAI-compatible server, in an environment with pip install "moa-lab[serve]"; on a CPU or an NVIDIA GPU.',
-        _served, lambda plan: plan.check_untouched("serving"),
+        _served, lambda plan: None,
     ),
     "the authors' code": Launcher(
         ("published {alphas, betas}",), "Their format holds a rule per query head; the command says what is in the file.", _published,
@@ -56,13 +53,12 @@ LAUNCHERS = {
 """By the name that the export panel shows."""
 
 
-def launch(engine: str, plan: Plan, card: str | Path, n_tokens: int) -> str:
+def launch(engine: str, plan: Plan, card: str | Path) -> str:
     """The shell command that runs the plan whose config card is, or would be, at `card`.
 
-    n_tokens: the length at which a server fixes spans that grow. Raises ValueError for an unknown engine, and for a plan that it does not
-    take.
+    Raises ValueError for an unknown engine, and for a plan that it does not take.
     """
     if engine not in LAUNCHERS:
         raise ValueError(f"engine must be one of {', '.join(LAUNCHERS)}, got {engine!r}")
     LAUNCHERS[engine].check(plan)
-    return LAUNCHERS[engine].launch(plan, Path(card), n_tokens)
+    return LAUNCHERS[engine].launch(plan, Path(card))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_model
@@ -15,6 +16,7 @@ from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of
 from moa_lab.plan import DENSE, Plan, SpanRule
 from moa_lab.serving import PAGE_TOKENS, page_layout
+from moa_lab.serving.page_pool import page_shape
 
 OWN = ModelGeometry(3, 4, 2, 16, 4096, (600, None, 600))
 PLANS = {
@@ -36,6 +38,19 @@ def test_the_ring_cache_and_the_pages_of_the_plugin_take_what_is_said(plan: Plan
 def test_stored_bits_take_what_the_packed_ring_takes() -> None:
     plan = PLANS["own windows"].with_bits(8)
     assert held(plan, ENGINES["moa-lab"], 1000).kv_bytes == allocated_kv_bytes(plan, 1000)
+
+
+@pytest.mark.parametrize("n_tokens", [1000, 4000, 16000])
+def test_pages_of_stored_bits_take_what_is_said_or_up_to_a_tenth_more_where_heads_differ(n_tokens: int) -> None:
+    plan, told = PLANS["searched"], ENGINES["moa-lab-vllm"]
+    alike = plan.with_bits(8)
+    pages = page_layout(alike, n_tokens, n_tokens).pages_for(n_tokens)
+    assert held(alike, told, n_tokens).kv_bytes == pages * page_shape(alike, PAGE_TOKENS, torch.bfloat16).nbytes
+    heads = np.arange(plan.geometry.layers * plan.geometry.kv_heads).reshape(plan.geometry.layers, -1, 1)
+    mixed = plan.with_bits(np.where(heads % 2, [8, 4], [16, 16]))
+    shape = page_shape(mixed, PAGE_TOKENS, torch.bfloat16)
+    taken = page_layout(mixed, n_tokens, n_tokens, tokens=shape.tokens).pages_for(n_tokens) * shape.nbytes
+    assert 1 <= taken / held(mixed, told, n_tokens).kv_bytes < 1.1
 
 
 def test_transformers_cuts_layers_to_one_window_and_keeps_it_less_one_token() -> None:

@@ -11,7 +11,7 @@ from figure_records import SMOL, make_plan
 from typer.main import get_command
 
 from moa_lab.commands.app import app
-from moa_lab.plan import SpanRule, dense_plan, uniform_plan
+from moa_lab.plan import dense_plan, uniform_plan
 from moa_lab.provenance import Provenance
 from moa_lab.workbench.export_panel import ExportPanel
 from moa_lab.workbench.exporting import FORMATS
@@ -22,7 +22,7 @@ from moa_lab.workbench.state import State
 @pytest.mark.parametrize("engine", LAUNCHERS)
 def test_an_engine_reads_formats_that_are_written_and_its_command_is_one_that_there_is(engine: str) -> None:
     assert set(LAUNCHERS[engine].needs) <= set(FORMATS)
-    words = shlex.split(launch(engine, make_plan(), Path("out") / "my_plan.json", 2048))
+    words = shlex.split(launch(engine, make_plan(), Path("out") / "my_plan.json"))
     if words[0] != "moa-lab":
         assert words == ["cd", "out", "&&", "python", "my_plan.py"]
         return
@@ -31,16 +31,14 @@ def test_an_engine_reads_formats_that_are_written_and_its_command_is_one_that_th
     assert {word for word in words if word.startswith("--")} <= known
 
 
-def test_a_server_is_told_the_length_only_where_spans_grow() -> None:
-    constant = replace(make_plan(), rules=tuple((SpanRule(256.0, 0.0),) * SMOL.kv_heads for _ in range(SMOL.layers)))
-    for plan in (constant, dense_plan(SMOL)):
-        assert "--plan-length" not in launch("vLLM", plan, "card.json", 2048)
-    assert launch("vLLM", make_plan(), "card.json", 2048) == "moa-lab serve --model smollm2 --plan card.json --plan-length 2048"
+def test_a_server_takes_the_windows_of_each_requests_own_length_and_stored_bits() -> None:
+    for plan in (make_plan(), dense_plan(SMOL), make_plan().with_bits(8)):
+        assert launch("vLLM", plan, "card.json") == "moa-lab serve --model smollm2 --plan card.json"
 
 
 def test_names_of_files_and_models_cannot_become_commands() -> None:
     plan = replace(make_plan(), provenance=Provenance(model="x; rm -rf ~"))
-    assert shlex.split(launch("vLLM", plan, "my plans/$(id).json", 2048))[2:6] == [
+    assert shlex.split(launch("vLLM", plan, "my plans/$(id).json"))[2:6] == [
         "--model",
         "x; rm -rf ~",
         "--plan",
@@ -49,13 +47,10 @@ def test_names_of_files_and_models_cannot_become_commands() -> None:
 
 
 def test_a_plan_that_an_engine_does_not_take_is_refused_with_the_reason() -> None:
-    stored = make_plan().with_bits(8)
-    with pytest.raises(ValueError, match="serving knows no stored bits"):
-        launch("vLLM", stored, "card.json", 2048)
     with pytest.raises(ValueError, match="sink 64 and floor 128"):
-        launch("the authors' code", uniform_plan(SMOL, 0.5, sink_tokens=4), "card.json", 2048)
+        launch("the authors' code", uniform_plan(SMOL, 0.5, sink_tokens=4), "card.json")
     with pytest.raises(ValueError, match=r"transformers, vLLM, .*got 'llama.cpp'"):
-        launch("llama.cpp", stored, "card.json", 2048)
+        launch("llama.cpp", make_plan(), "card.json")
 
 
 def test_the_panel_ticks_what_the_engine_reads_and_shows_its_command_or_why_it_refuses(tmp_path: Path) -> None:
