@@ -22,7 +22,7 @@ from moa_lab.calibration.samples import SampleSet
 from moa_lab.engines import Engine, check_stored, engine_of, fits, meets
 from moa_lab.evaluate.effects import HeadEffects, MeasuredLosses, head_effects
 from moa_lab.geometry.wrappers import plain_model
-from moa_lab.plan import PlanOrPath, as_plan, mixes_of, name_of_bits
+from moa_lab.plan import EQUAL_BYTES, Plan, PlanOrPath, as_plan, mixes_of, name_of_bits
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, FrontPoint, LossTable, Objective, ProfileKey
 from moa_lab.search.budget import BudgetSolver
@@ -69,7 +69,7 @@ def refine(
     limits the windows of a model, plans keep to those of the start, and where it cuts whole layers, their heads move together. parts_dir
     stores measurements, so that the same call resumes after a kill. tokenizer, any_model: as in `profile`, of samples and table. Raises
     ValueError for samples or a table of another model, a plan of another geometry, of bits that the table lacks, or one that the engine
-    does not hold, and InfeasibleError as `search` does.
+    does not hold or that keeps more than the density, and InfeasibleError as `search` does.
     """
     model = plain_model(model)
     plan = as_plan(plan)
@@ -96,6 +96,7 @@ def refine(
         if apart or not all(fits(plan, limits, n) for n in table.lengths):
             raise ValueError(f"engine {limits.name} does not hold plan {plan.name!r} as it is ({limits.told()}): search for it first")
     targets = feasible(table, density, max_rules_per_layer)
+    _check_start(plan, targets)
     neighbours = _Neighbours(table, targets, max_rules_per_layer)
     choice = table.choice(plan)
     measured = MeasuredLosses(model, samples, parts_dir)
@@ -198,6 +199,16 @@ def _rule_changes(table: LossTable, choice: np.ndarray, effects: Mapping[Profile
 def _chosen(values: np.ndarray, choice: np.ndarray) -> np.ndarray:
     """`values` (layers, kv_heads or 1, rules) of the chosen rules: (layers, kv_heads, 1)."""
     return np.take_along_axis(np.broadcast_to(values, (*choice.shape, values.shape[2])), choice[:, :, None], axis=2)
+
+
+def _check_start(plan: Plan, targets: Mapping[int, float]) -> None:
+    # What it would have to give up to keep the density costs more than a few heads can better.
+    for n, asked in targets.items():
+        if plan.density(n) > asked * (1 + EQUAL_BYTES):
+            raise ValueError(
+                f"plan {plan.name!r} keeps {plan.density(n):.1%} at {n} tokens, more than the density {asked:.4g}: raise density, or "
+                "search for a plan that keeps it first"
+            )
 
 
 class _Neighbours:

@@ -162,6 +162,14 @@ def test_rounds_heads_and_moves_that_make_no_sense_are_refused(
         refine(model, worst, samples, table, DENSITY, rounds=rounds, heads=heads, moves=moves)
 
 
+def test_a_start_that_keeps_more_than_the_density_is_refused_by_what_it_keeps(
+    model: PreTrainedModel, samples: SampleSet, table: LossTable, worst: Plan
+) -> None:
+    asked = {n: 0.8 * worst.density(n) for n in LENGTHS}
+    with pytest.raises(ValueError, match=r"keeps [\d.]+% at \d+ tokens, more than the density [\d.]+: raise density, or search"):
+        refine(model, worst, samples, table, asked, rounds=1, heads=2)
+
+
 @pytest.fixture(scope="module")
 def of_bits(model: PreTrainedModel, samples: SampleSet) -> LossTable:
     return loss_table(profile(model, samples, rounding=True), mixes=read_mixes("16,8,4"))
