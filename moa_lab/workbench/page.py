@@ -182,7 +182,8 @@ class Figure(go.FigureWidget):
     """A figure widget that is ready on the page at once, with its content.
 
     anywidget drops messages to a widget that is not ready within two seconds. This one is ready before plotly is loaded: messages until
-    then are kept, and handled when it is.
+    then are kept, and handled when it is. A busy page may lose one while it draws for the first time; so it tells what it drew, and is
+    sent what it lacks.
     """
 
     _esm = (
@@ -209,7 +210,16 @@ class Figure(go.FigureWidget):
             return real;
           });
         },
-        async render(view) { return (await figure).render(view); },
+        async render(view) {
+          const told = ({ detail }) => {
+            if (!view.el.contains(detail.element)) return;
+            const { width = null, shapes = [] } = detail.element.layout;
+            view.model.send({ drawn: { width, shapes: shapes.length } });
+          };
+          document.addEventListener("plotlywidget-after-render", told);
+          const removed = await (await figure).render(view);
+          return () => { document.removeEventListener("plotlywidget-after-render", told); removed?.(); };
+        },
       };
     };
     """
@@ -221,7 +231,15 @@ class Figure(go.FigureWidget):
         super().__init__(fig)
         self._config: dict[str, Any] = {**CONFIG}
         self._filled = True
+        self.on_msg(lambda _, content, __: self._drawn(content["drawn"]) if "drawn" in content else None)
         self.open()
+
+    def _drawn(self, page: dict[str, Any]) -> None:
+        """Send the width and the shapes again where the page drew others."""
+        layout = self.layout.to_plotly_json()
+        shapes = layout.get("shapes", ())
+        if (page["width"], page["shapes"]) != (layout.get("width"), len(shapes)):
+            self._send_relayout_msg({"width": layout.get("width"), "shapes": list(shapes)})
 
     def open(self) -> None:
         """Open the connection to the page, once the figure has content."""
