@@ -164,7 +164,7 @@ def test_a_measured_plan_is_recommended_with_its_reason_and_taken(measured: Page
     measured.page.locator(".moa-want-perplexity input").check()
     measured.fill("moa-perplexity", 5)
     measured.press("Recommend")
-    told = measured.until("moa-advice", "Take moa")
+    told = measured.until("moa-advice", r"Take moa[\s\S]*\+5\.0% asked")
     assert "-50)" in told
     assert "but is not sure to hold" in told
     measured.picture("advice")

@@ -216,6 +216,23 @@ def test_the_budget_leaves_no_width_unused(page: Page) -> None:
     page.tab("Heads")
 
 
+def test_a_plan_is_recommended_at_once_and_narrowed_by_the_sequences_that_a_gpu_must_hold(page: Page) -> None:
+    page.page.set_viewport_size({"width": 1500, "height": 1800})
+    page.tab("Which one")
+    page.until("moa-advice", "Take moa")
+    page.page.locator(".moa-advice-gpu select").select_option(label="RTX 4090 24GB")
+    page.fill("moa-advice-tokens", 32768)
+    page.until("moa-advice", "at 32,768 nobody knows what it loses")
+    page.fill("moa-sequences", 100_000)
+    page.page.locator(".moa-want-sequences input").check()
+    page.until("moa-advice", "No measured plan meets the wish.*100,000 asked")
+    page.fill("moa-sequences", 40)
+    page.until("moa-advice", r"Take moa.*sequences of 32,768 tokens at once on RTX 4090 24GB, 40 asked")
+    page.picture("advice_sequences")
+    page.page.locator(".moa-want-sequences input").uncheck()
+    page.tab("Heads")
+
+
 def test_the_console_is_quiet(page: Page) -> None:
     assert [text for text in page.said if "favicon" not in text] == []
     assert Path(CHROMIUM or "").exists()
