@@ -53,6 +53,14 @@ def test_the_headline_is_computed_from_the_measurements() -> None:
     assert answer(page) == expected
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_prediction_is_held_against_two_measured_plans_or_more(count: int) -> None:
+    front = make_front()
+    measured = Measurements((score("moa", 0.9), *(score(point.plan.name, 0.8) for point in front.points[:count])))
+    page = build_report(front.points[6].plan.renamed("moa"), front=front, measurements=measured)
+    assert ("Does the prediction hold?" in page) == (count > 1)
+
+
 def test_uniform_windows_in_16_and_in_fewer_bits_are_told_apart_in_the_headline() -> None:
     dense, uniform = make_baselines()[:2]
     stored = uniform.with_bits(8, "uniform@8")

@@ -192,7 +192,8 @@ def _front(facts: Facts) -> Section | None:
     heading = f"{len(front):,} plans, none beaten by another in every goal" if len(front) > 1 else "One plan"
     panels = [panel(fig, heading, alt, caption)]
     candidates = {point.plan.name for point in front}
-    if any(row.plan in candidates for row in facts.measurements):
+    # One marker would say nothing of a prediction.
+    if len({row.plan for row in facts.measurements} & candidates) > 1:
         fig = figures.predicted_against_measured(front, facts.measurements)
         correlation = (fig.layout.meta or {}).get("rank_correlation")
         caption = "Each marker is one plan of the front, with its 95% interval."
