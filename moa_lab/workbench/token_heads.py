@@ -17,7 +17,7 @@ from moa_lab.workbench.tracing import Tracing
 from moa_lab.workbench.widgets import Errors, choice
 
 BROUGHT, REGAINED = "brought", "regained"
-LIST = 430
+LIST = 490
 """Pixels of the list of heads."""
 MAPS = [("what each head brought, dense", BROUGHT), ("what the token would regain", REGAINED)]
 
