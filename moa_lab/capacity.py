@@ -7,6 +7,7 @@ as long as these bytes take at the rate at which the GPU reads, and these produc
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from moa_lab.geometry import ModelGeometry
@@ -66,6 +67,17 @@ def altered(gpu: Gpu, memory_gb: float | None = None, read_gb_s: float | None = 
         return gpu
     memory = gpu.memory_bytes if memory_gb is None else int(memory_gb * 1e9)
     return Gpu("another GPU", memory, gpu.read_bytes_s if read_gb_s is None else read_gb_s * 1e9, gpu.matmul_flops_s)
+
+
+def gpu_like(memory_gb: float, read_gb_s: float) -> Gpu:
+    """A GPU of so many GB that reads so many GB/s, whose products take as long as on the one of `GPUS` that reads most like it.
+
+    Raises ValueError for numbers that are not above 0.
+    """
+    if not (memory_gb > 0 and read_gb_s > 0):
+        raise ValueError(f"a GPU has some GB and reads some GB/s, got {memory_gb} and {read_gb_s}")
+    near = min(GPUS.values(), key=lambda gpu: abs(math.log(gpu.read_bytes_s / (read_gb_s * 1e9))))
+    return altered(near, memory_gb, read_gb_s)
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,14 @@ from typing import Any
 import ipywidgets as w
 
 from moa_lab.bench.here import HERE, gpu_named, is_here
-from moa_lab.capacity import GPUS, Gpu, capacity, estimated_weights_bytes
+from moa_lab.capacity import GPUS, Gpu, capacity, estimated_weights_bytes, gpu_like
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.workbench.measuring import Plans
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import choice, number, row
 
+ANOTHER = "another"
+"""The choice of a GPU by its memory and by how fast it reads."""
 READ, ESTIMATED, GIVEN = "of this model, in 16 bits", "estimated from its heads until the model is loaded", "as you wrote"
 
 
@@ -25,11 +27,14 @@ class OnGpu:
 
     def __init__(self, state: State, name: str, changed: Callable[[], object]) -> None:
         self.state, self._changed = state, changed
-        self._setting = self._is_written = False
+        self._setting = self._is_written = self._follows = False
         geometry = Plans(state).geometry
         self._estimated = estimated_weights_bytes(geometry) if geometry is not None else 10**9
         own = [("this machine's", HERE)] if is_here() else []
-        self.gpu = choice("on", [*own, *((gpu.name, key) for key, gpu in GPUS.items())], f"{name}-gpu", "200px")
+        listed = ((gpu.name, key) for key, gpu in GPUS.items())
+        self.gpu = choice("on", [*own, *listed, ("another one", ANOTHER)], f"{name}-gpu", "200px")
+        self.memory = number("memory (GB)", state.own_gpu[0], 0.0, 100_000.0, 1.0, f"{name}-memory", "160px")
+        self.reads = number("reads (GB/s)", state.own_gpu[1], 0.0, 1e6, 10.0, f"{name}-reads", "160px")
         # Measured when it is asked for, not before the first paint.
         self.gpu.value = state.gpu or next(iter(GPUS))
         self.weights = number("weights (GB)", 0.01, 0.0, 10_000.0, 0.1, f"{name}-weights", "170px")
@@ -37,19 +42,22 @@ class OnGpu:
             "tokens a sequence", max(state.sequence_tokens or state.n_tokens, 1), 1, 10_000_000, 1024, f"{name}-tokens", "210px"
         )
         self.note = w.HTML()
-        self.box = row(self.gpu, self.tokens, self.weights, self.note)
+        self.box = row(self.gpu, self.memory, self.reads, self.tokens, self.weights, self.note)
+        self._show()
         self._read()
         self.weights.observe(lambda _: self._written(), "value")
-        self.gpu.observe(lambda change: self._chose(gpu=change["new"]), "value")
+        self.gpu.observe(lambda change: self._named(change["old"], change["new"]), "value")
+        for box in (self.memory, self.reads):
+            box.observe(lambda _: self._chose(own_gpu=(self.memory.value, self.reads.value)), "value")
         self.tokens.observe(lambda change: self._chose(sequence_tokens=int(change["new"])), "value")
         state.watch(["weights_bytes"], self._read)
         # One GPU and one length in all panels.
-        state.watch(["gpu", "sequence_tokens"], self._follow)
+        state.watch(["gpu", "own_gpu", "sequence_tokens"], self._follow)
 
     @property
     def device(self) -> Gpu:
-        """The chosen GPU; this machine's is measured when it is asked for first, some seconds."""
-        return gpu_named(self.gpu.value)
+        """The chosen GPU; this machine's is measured when it is asked for first, some seconds. Raises ValueError for one without memory."""
+        return gpu_like(self.memory.value, self.reads.value) if self.gpu.value == ANOTHER else gpu_named(self.gpu.value)
 
     @property
     def weights_bytes(self) -> int:
@@ -86,13 +94,42 @@ class OnGpu:
         longest = plan.geometry.max_length
         return f"the model takes {longest:,} tokens at most" if self.n_tokens > longest else ""
 
+    def _named(self, before: str, now: str) -> None:
+        if self._follows:
+            return
+        if now == ANOTHER and not all(self.state.own_gpu):
+            # Written over what is known of the last one.
+            known = gpu_named(before)
+            self.state.set(own_gpu=(round(known.memory_bytes / 1e9, 1), round(known.read_bytes_s / 1e9)))
+        self._show()
+        self._chose(gpu=now)
+
+    def _show(self) -> None:
+        for box in (self.memory, self.reads):
+            box.layout.display = None if self.gpu.value == ANOTHER else "none"
+
     def _chose(self, **chosen: Any) -> None:
+        if self._follows:
+            return
         self.state.set(**chosen)
         self._changed()
 
     def _follow(self) -> None:
-        self.gpu.value = self.state.gpu or self.gpu.value
-        self.tokens.value = self.state.sequence_tokens or self.tokens.value
+        """All boxes at once: half of another GPU is none."""
+        boxes = self.gpu, self.tokens, self.memory, self.reads
+        state, here = self.state, tuple(box.value for box in boxes)
+        own = state.own_gpu if all(state.own_gpu) else here[2:]
+        wanted = state.gpu or here[0], state.sequence_tokens or here[1], *own
+        if wanted == here:
+            return
+        self._follows = True
+        try:
+            for box, value in zip(boxes, wanted, strict=True):
+                box.value = value
+        finally:
+            self._follows = False
+        self._show()
+        self._changed()
 
     def _read(self) -> None:
         if self._is_written:

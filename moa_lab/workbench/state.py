@@ -21,7 +21,7 @@ class State:
     `detail["plan"]` is the plan's identity. plan: what the budget or the front chose last. plans: others, of the run or loaded.
     hovered: the (layer, KV head) that the pointer is over in some figure. weights_bytes: of the model in 16 bits, 0 before it is known.
     gpu, sequence_tokens: the GPU that capacities are told for, by its key, and the tokens of a sequence there; "" and 0 before one is
-    chosen.
+    chosen. own_gpu: GB and GB/s of one that no list has.
     dark: the colours of figures. validation: what the plans of the front were chosen by; worse: sentences on where the run's plan is
     worse than a simple one. tab: the selected panel, "" for all.
     """
@@ -44,6 +44,7 @@ class State:
     weights_bytes: int = 0
     gpu: str = ""
     sequence_tokens: int = 0
+    own_gpu: tuple[float, float] = (0.0, 0.0)
     dark: bool = False
     width: int = 0
     tab: str = ""

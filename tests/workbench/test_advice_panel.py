@@ -251,3 +251,30 @@ def test_a_gpu_and_a_length_are_chosen_once_for_all_panels() -> None:
     assert advice.on.gpu.value == "a10"
     assert AdvicePanel(state).on.gpu.value == "a10", "also a panel that is made later"
     assert AdvicePanel(state).on.n_tokens == 8192
+
+
+def test_another_gpu_is_told_by_its_memory_and_how_fast_it_reads_in_all_panels() -> None:
+    state = replace(open_run(RUNS / "demo"))
+    budget, advice = BudgetPanel(state), AdvicePanel(state)
+    assert budget.served.memory.layout.display == "none"
+    advice.on.gpu.value = "l4"
+    advice.on.gpu.value = "another"
+    # Begun from what was chosen before.
+    assert advice.on.memory.value == round(GPUS["l4"].memory_bytes / 1e9, 1)
+    assert advice.on.reads.value == round(GPUS["l4"].read_bytes_s / 1e9)
+    assert budget.served.memory.layout.display is None
+    advice.on.memory.value = 31.0
+    advice.on.reads.value = 700.0
+    for on in (advice.on, budget.served):
+        assert (on.gpu.value, on.memory.value, on.reads.value) == ("another", 31.0, 700.0)
+        assert on.device.memory_bytes == 31 * 10**9
+        assert on.device.read_bytes_s == 700e9
+    plan, n = state.plan, budget.served.n_tokens
+    held = capacity(budget.served.device, budget.served.weights_bytes, plan.kv_bytes(n)).batch
+    assert f"{held:,} of {n:,} tokens" in budget.facts.value
+    assert "on another GPU" in budget.facts.value
+    budget.served.memory.value = 0.0
+    assert "a GPU has some GB" in budget.errors.box.value
+    budget.served.memory.value = 12.0
+    assert budget.errors.box.value == ""
+    assert AdvicePanel(state).on.device.memory_bytes == 12 * 10**9, "also a panel that is made later"
