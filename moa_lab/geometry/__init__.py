@@ -57,7 +57,7 @@ class ModelGeometry:
     def check_length(self, n_tokens: int) -> None:
         """Raises ValueError for a number of tokens that the model does not take."""
         if n_tokens < 1:
-            raise ValueError(f"a length must be at least 1 token, got {n_tokens}")
+            raise ValueError(f"length {n_tokens}: at least 1 token is needed")
         if n_tokens > self.max_length:
             raise ValueError(f"length {n_tokens} is beyond the model's maximum of {self.max_length} tokens")
 

@@ -114,5 +114,5 @@ def test_calibration_knows_the_stretched_length() -> None:
 
 @pytest.mark.parametrize("length", [0, -5])
 def test_a_length_of_no_tokens_is_not_called_too_long(length: int) -> None:
-    with pytest.raises(ValueError, match=f"a length must be at least 1 token, got {length}"):
+    with pytest.raises(ValueError, match=f"length {length}: at least 1 token is needed"):
         calibrate(tiny_model("llama"), None, [length])  # type: ignore[arg-type]
