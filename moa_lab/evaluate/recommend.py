@@ -157,11 +157,19 @@ def options_of(folders: Iterable[str | Path]) -> tuple[Option, ...]:
 def recommend(options: Sequence[Option], wish: Wish) -> Advice:
     """The plan of fewest bytes that meets the wish.
 
-    Raises ValueError without options, or where one was not measured where the wish must hold.
+    What was not measured where the wish must hold is left out, and told. Raises ValueError without options, and where all are left out.
     """
     if not options:
         raise ValueError("there is no measured plan to choose from")
-    judged = sorted((_judged(option, wish) for option in options), key=lambda one: -one.density)
+    judged, missing = [], []
+    for option in options:
+        try:
+            judged.append(_judged(option, wish))
+        except ValueError as error:
+            missing.append(str(error))
+    if not judged:
+        raise ValueError(missing[0])
+    judged.sort(key=lambda one: -one.density)
     taken: Judged | None = None
     stop: Judged | None = None
     enough = FEW * max(one.option.samples(wish) for one in judged)
@@ -173,7 +181,9 @@ def recommend(options: Sequence[Option], wish: Wish) -> Advice:
             stop = one
             break
         taken = one if taken is None or one.density < taken.density else taken
-    plan, beside = (taken.option.plan, _beside(taken, wish)) if taken else (None, "")
+    told = [_beside(taken, wish)] if taken else []
+    told += [f"Left out: {'; '.join(missing)}."] if missing else []
+    plan, beside = taken.option.plan if taken else None, " ".join(filter(None, told))
     return Advice(plan, _reason(taken, stop, judged), _next(taken, stop, wish), tuple(judged), beside)
 
 

@@ -221,6 +221,16 @@ def test_what_was_not_measured_is_refused() -> None:
         recommend([], Wish(needles=0.9))
 
 
+def test_a_run_without_the_scores_of_a_wish_is_left_out_and_told() -> None:
+    fine, bare = option(0.5, ALL, ALL), option(0.25, ALL, ALL)
+    bare = Option(bare.plan, tuple(row for row in bare.rows if row.task != "needles"), "bare")
+    advice = recommend([fine, bare], Wish(needles=0.9))
+    assert advice.plan is fine.plan
+    assert [one.option for one in advice.judged] == [fine]
+    assert "Left out: " in advice.beside
+    assert "(bare)" in advice.beside
+
+
 def run_folder(path: Path, found: Option, weights: str) -> Path:
     path.mkdir(parents=True)
     found.plan.save(path / "plan.json")
