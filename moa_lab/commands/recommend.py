@@ -34,7 +34,8 @@ def recommend(
 ) -> None:
     """The measured plan of fewest bytes that meets a wish with 95% confidence, why, and what the next ones would cost."""
     from moa_lab.bench.here import gpu_named
-    from moa_lab.evaluate.recommend import Wish, advice_table, options_of
+    from moa_lab.evaluate.options import Wish, options_of
+    from moa_lab.evaluate.recommend import advice_table
     from moa_lab.evaluate.recommend import recommend as advise
 
     is_served = tokens_s is not None or sequences is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-from moa_lab.evaluate.recommend import NEEDLES, TEXTS, Option
+from moa_lab.evaluate.options import NEEDLES, TEXTS, Option
 from moa_lab.records import Measurement
 
 RUN = "run"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moa_lab.evaluate.compare import excess_perplexity, share_of_hits
-from moa_lab.evaluate.recommend import NEEDLES, TEXTS
+from moa_lab.evaluate.options import NEEDLES, TEXTS
 from moa_lab.figures.front import axes
 from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile, Measurement, Measurements

@@ -7,7 +7,7 @@ import contextlib
 import ipywidgets as w
 import plotly.graph_objects as go
 
-from moa_lab.evaluate.recommend import TEXTS
+from moa_lab.evaluate.options import TEXTS
 from moa_lab.figures import fronts_over, score_by
 from moa_lab.figures.front import goal_text
 from moa_lab.workbench.across import Across

@@ -6,8 +6,9 @@ import html
 
 import ipywidgets as w
 
+from moa_lab.evaluate.options import NEEDLES, Wish
 from moa_lab.evaluate.over_bytes import measured_at, scores_over_bytes
-from moa_lab.evaluate.recommend import NEEDLES, Wish, advice_table
+from moa_lab.evaluate.recommend import advice_table
 from moa_lab.figures.densities import score_by_density
 from moa_lab.plan import dense_plan
 from moa_lab.workbench.advising import FIRST, Advising

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from moa_lab.evaluate.recommend import Advice, Option, Wish, options_of, recommend
+from moa_lab.evaluate.options import Option, Wish, options_of
+from moa_lab.evaluate.recommend import Advice, recommend
 from moa_lab.workbench.opening import known_runs
 from moa_lab.workbench.state import State
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import ipywidgets as w
 
+from moa_lab.evaluate.options import NEEDLES, TEXTS, Option
 from moa_lab.evaluate.over_bytes import measured_at, scores_over_bytes
-from moa_lab.evaluate.recommend import NEEDLES, TEXTS, Option
 from moa_lab.figures.densities import score_by_density
 from moa_lab.figures.theme import OUTLINE
 from moa_lab.plan import Plan, dense_plan

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from moa_lab.evaluate.recommend import Option
+from moa_lab.evaluate.options import Option
 from moa_lab.report.desk import DeskRecords, TracedAnswer, TracedHead, TracedToken
 from moa_lab.trace import HeadShare, TokenTrace
 from moa_lab.workbench.advising import Advising

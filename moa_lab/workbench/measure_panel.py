@@ -13,9 +13,9 @@ import ipywidgets as w
 import pandas as pd
 
 from moa_lab.evaluate.equal_bytes import unequal_rows
+from moa_lab.evaluate.options import TEXTS
 from moa_lab.evaluate.parity import Parity
 from moa_lab.evaluate.parity import table as parity_table
-from moa_lab.evaluate.recommend import TEXTS
 from moa_lab.figures.measurements import metric_label
 from moa_lab.figures.theme import byte_size, percent
 from moa_lab.plan import Plan

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from moa_lab.evaluate.compare import row_of
+from moa_lab.evaluate.options import NEEDLES, TEXTS, Option
 from moa_lab.evaluate.over_bytes import RUN, measured_at
-from moa_lab.evaluate.recommend import NEEDLES, TEXTS, Option
 from moa_lab.figures.densities import family
 from moa_lab.figures.intervals import told
 from moa_lab.figures.measurements import metric_label

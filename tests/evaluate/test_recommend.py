@@ -14,7 +14,8 @@ from moa_lab.capacity import GPUS, plan_capacity
 from moa_lab.commands.app import app
 from moa_lab.evaluate.compare import share_of_hits
 from moa_lab.evaluate.intervals import mean
-from moa_lab.evaluate.recommend import Option, Wish, advice_table, options_of, recommend
+from moa_lab.evaluate.options import Option, Wish, options_of
+from moa_lab.evaluate.recommend import advice_table, recommend
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import uniform_plan
 from moa_lab.provenance import Provenance

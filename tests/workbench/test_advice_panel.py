@@ -11,8 +11,8 @@ import pytest
 
 from moa_lab.bench.lifelike import lifelike_table
 from moa_lab.capacity import GPUS, capacity
+from moa_lab.evaluate.options import Wish
 from moa_lab.evaluate.over_bytes import scores_over_bytes
-from moa_lab.evaluate.recommend import Wish
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Measurement, Measurements
 from moa_lab.workbench.advice_panel import AdvicePanel

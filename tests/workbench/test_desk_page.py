@@ -16,7 +16,7 @@ from command_line import exit_code
 from figure_records import SMOL, make_front, make_measurements, make_plan, make_profile
 
 from moa_lab.bench.lifelike import lifelike_table
-from moa_lab.evaluate.recommend import Option
+from moa_lab.evaluate.options import Option
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan, uniform_plan
 from moa_lab.records import LossTable

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
 
-from moa_lab.evaluate.recommend import Option
+from moa_lab.evaluate.options import Option
 from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile, LossTable, Measurement
 from moa_lab.report.desk.data import influence_data, stops_data

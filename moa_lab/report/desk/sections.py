@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import plotly.graph_objects as go
 
 from moa_lab import figures
+from moa_lab.evaluate.options import TEXTS, Option
 from moa_lab.evaluate.over_bytes import measured_at, scores_over_bytes
-from moa_lab.evaluate.recommend import TEXTS, Option
 from moa_lab.figures.front import axes
 from moa_lab.figures.theme import MAIN_STYLE, OUTLINE, figure
 from moa_lab.report.desk.data import BEYOND_TOKENS, goal_names

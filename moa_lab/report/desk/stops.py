@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from moa_lab.evaluate.recommend import Option
+from moa_lab.evaluate.options import Option
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Front, LossTable, Measurement
 from moa_lab.search import BudgetSolver, default_goals, mean_goal
