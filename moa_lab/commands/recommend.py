@@ -12,6 +12,7 @@ from moa_lab.commands.terminal import lengths_of
 from moa_lab.text import aligned
 
 TOKENS = 8192
+"""Of a sequence on a GPU, where none are given."""
 
 
 def recommend(

@@ -19,7 +19,7 @@ HEAD = tl.constexpr(5)
 
 @triton.jit
 def _lies(numbers, words, AT: tl.constexpr, BITS: tl.constexpr):
-    """What lies at byte AT of the first page: numbers, or words of codes or grids."""
+    """What lies at byte AT of the first page: numbers, or words of codes."""
     return numbers + AT // (numbers.dtype.element_ty.primitive_bitwidth // 8) if BITS == 16 else words + AT // 4
 
 
@@ -39,7 +39,7 @@ def _keep(
     else:
         places, low, step = on_grid(given, there, 2.0 ** PART[0] - 1.0)
         store_words(target, words_of(places, PART[0]), slots, kept, HEAD_DIM, PART[0])
-        tl.store(at_page(_lies(words, words, PART[2], 4), pages[:, None], PAGE_BYTES) + slots, grid_word(low, step), mask=kept[:, None])
+        tl.store(at_page(words + PART[2] // 4, pages[:, None], PAGE_BYTES) + slots, grid_word(low, step), mask=kept[:, None])
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def _take(
     source = at_page(_lies(numbers, words, PART[1], PART[0]), pages[:, None], PAGE_BYTES)
     found = vectors(source, slots, held, HEAD_DIM, PADDED_DIM, PART[0], tl.float32)
     if PART[0] < 16:
-        smallest, step = grid_of(at_page(_lies(words, words, PART[2], 4), pages, PAGE_BYTES), slots, held)
+        smallest, step = grid_of(at_page(words + PART[2] // 4, pages, PAGE_BYTES), slots, held)
         found = smallest[:, None] + (step[:, None] * CODES) * found
     there = held[:, None] & (dims < HEAD_DIM)
     tl.store(target + at[:, None].to(tl.int64) * HEAD_DIM + dims, found.to(target.dtype.element_ty), mask=there)
@@ -126,8 +126,8 @@ def paged_decode_kernel(
         place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * GROUP
         attend(
             query + first.to(tl.int64) * query_token + head.to(tl.int64) * GROUP * query_head,
-            _lies(numbers, words, KEY[1], KEY[0]), _lies(words, words, KEY[2], 4),
-            _lies(numbers, words, VALUE[1], VALUE[0]), _lies(words, words, VALUE[2], 4),
+            _lies(numbers, words, KEY[1], KEY[0]), words + KEY[2] // 4,
+            _lies(numbers, words, VALUE[1], VALUE[0]), words + VALUE[2] // 4,
             low, tl.minimum(low + SPLIT, count), length, tl.load(told), tl.load(told + 1), tl.load(told + 2),
             part_output + place * PADDED_DIM, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap,
             table + row.to(tl.int64) * table_row, steps + bucket * steps_row, tl.load(told + 4),

@@ -105,8 +105,7 @@ def shape_of(stored: Mapping[Bits, int], page_tokens: int, head_dim: int, dtype:
     least = page_tokens * max(each.values())
     if len(each) == 1:
         return PageShape(least, dict.fromkeys(each, page_tokens), untouched)
-    grain = page_tokens & -page_tokens
-    grain = min(grain, GRAIN)
+    grain = min(page_tokens & -page_tokens, GRAIN)
     # An engine takes K and V of a page for so many tokens of as many bytes each.
     sizes = {-(-nbytes // (2 * page_tokens)) * 2 * page_tokens for nbytes in (least, *_sizes(each, grain, least))}
     shapes = [

@@ -22,7 +22,7 @@ class Launcher:
     needs: tuple[str, ...]
     note: str
     launch: Callable[[Plan, Path], str]
-    check: Callable[[Plan], object]
+    check: Callable[[Plan], object] = lambda plan: None
 
 
 def _python(plan: Plan, card: Path) -> str:
@@ -39,11 +39,11 @@ def _published(plan: Plan, card: Path) -> str:
 
 LAUNCHERS = {
     "transformers": Launcher(
-        ("config card", "Python snippet"), "The snippet loads the model and generates over the ring cache.", _python, lambda plan: None
+        ("config card", "Python snippet"), "The snippet loads the model and generates over the ring cache.", _python,
     ),
     "vLLM": Launcher(
         ("config card",), 'An OpenAI-compatible server, in an environment with pip install "moa-lab[serve]"; on a CPU or an NVIDIA GPU.',
-        _served, lambda plan: None,
+        _served,
     ),
     "the authors' code": Launcher(
         ("published {alphas, betas}",), "Their format holds a rule per query head; the command says what is in the file.", _published,

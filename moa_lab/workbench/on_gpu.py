@@ -95,8 +95,6 @@ class OnGpu:
         return f"the model takes {longest:,} tokens at most" if self.n_tokens > longest else ""
 
     def _named(self, before: str, now: str) -> None:
-        if self._follows:
-            return
         if now == ANOTHER and not all(self.state.own_gpu):
             # Written over what is known of the last one.
             known = gpu_named(before)
@@ -128,7 +126,6 @@ class OnGpu:
                 box.value = value
         finally:
             self._follows = False
-        self._show()
         self._changed()
 
     def _read(self) -> None:

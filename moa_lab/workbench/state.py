@@ -22,8 +22,8 @@ class State:
     hovered: the (layer, KV head) that the pointer is over in some figure. weights_bytes: of the model in 16 bits, 0 before it is known.
     gpu, sequence_tokens: the GPU that capacities are told for, by its key, and the tokens of a sequence there; "" and 0 before one is
     chosen. own_gpu: GB and GB/s of one that no list has.
-    dark: the colours of figures. validation: what the plans of the front were chosen by; worse: sentences on where the run's plan is
-    worse than a simple one. tab: the selected panel, "" for all.
+    dark, width: the colours of figures, and the workbench's pixels on its page, 0 before they are known. validation: what the plans of the
+    front were chosen by; worse: sentences on where the run's plan is worse than a simple one. tab: the selected panel, "" for all.
     """
 
     profile: InfluenceProfile | None = None

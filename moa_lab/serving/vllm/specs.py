@@ -23,8 +23,7 @@ class HeadPagesSpec(AttentionSpec):
     """Pages of one KV head each, which all layers take from the pool of the first one.
 
     shares: the layouts of the heads that each device holds, alike in their numbers of pages; they travel from the worker to the scheduler
-    with the spec. num_kv_heads, head_size, dtype: of a page, whose
-    codes are bytes.
+    with the spec. num_kv_heads, head_size, dtype: of a page, whose codes are bytes.
     """
 
     shares: tuple[RequestPages, ...]
