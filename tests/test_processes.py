@@ -76,4 +76,4 @@ def test_what_only_the_first_process_can_tell_is_told_once(inputs: tuple[Path, P
 def test_of_what_torchrun_starts_other_commands_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert exit_code(monkeypatch, "doctor") == 2
-    assert "only `moa-lab run` is shared out among processes" in capsys.readouterr().err
+    assert "`moa-lab run` and `moa-lab bench profile` are shared out among processes" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, __version__
 
+from moa_lab import processes
 from moa_lab.bench.lab import bench_device, bench_dtype, device_name
 from moa_lab.bench.models import LLAMA2_7B, TINY, ModelShape, random_model
 from moa_lab.bench.record import GOALS, BenchRecord, errors, is_right, judged
@@ -37,6 +38,7 @@ def bench_profile(quick: bool = False, progress: Callable[[int, int], None] | No
     """Profile random samples of 4096 tokens on a random model of the Llama-2-7B geometry, as `profile` does for a user; row C1, twice.
 
     Seconds per sample, and peak memory beside the weights, with the defaults of `profile`. The first sample, a warm-up, is not timed.
+    Several processes (`moa_lab.processes.joined`) share the samples, as many for each as one has alone: seconds are those of all of them.
     quick: a tiny model, also without a GPU, where no row meets its goal and memory is the estimate.
     progress: called with samples done and samples in all. Raises ValueError without a GPU where not quick.
     """
@@ -60,7 +62,7 @@ def bench_profile(quick: bool = False, progress: Callable[[int, int], None] | No
     name = device_name(device)
     settings = {
         "device": name, "dtype": str(dtype).removeprefix("torch."), "torch": torch.__version__, "transformers": __version__,
-        "quick": quick, "weights": "random",
+        "quick": quick, "weights": "random", "processes": processes.started(),
     }  # fmt: skip
     return BenchRecord(rows, settings, provenance(device=name, seed=0))
 
@@ -69,7 +71,7 @@ def _profiled(model: PreTrainedModel, tokens: int, progress: Callable[[int, int]
     """Seconds per sample after the first, and details as JSON data."""
     device, on_gpu = model.device, model.device.type == "cuda"
     weights = sum(parameter.nbytes for parameter in model.parameters())
-    samples = random_samples(model.config.vocab_size, tokens)
+    samples = random_samples(model.config.vocab_size, tokens, processes.started())
     estimate = estimate_cost(model, samples)
     predicted = estimate.checkpointed_bytes if estimate.checkpoint else estimate.needed_bytes
     ticks: list[tuple[int, float]] = []
@@ -83,21 +85,22 @@ def _profiled(model: PreTrainedModel, tokens: int, progress: Callable[[int, int]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     found = profile(model, SampleSet(samples), progress=told)
-    times = seconds_each(ticks)
+    # Processes exchange what each has done in rounds.
+    times = seconds_each([tick for tick in ticks if tick[0] % processes.started() == 0])
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else weights + predicted
     detail = {
-        "samples": SAMPLES, "answer_tokens": len(samples[0].answer_positions), "seconds": times, "recomputed": estimate.checkpoint,
+        "samples": len(times), "answer_tokens": len(samples[0].answer_positions), "seconds": times, "recomputed": estimate.checkpoint,
         "weight_bytes": weights, "peak_bytes": peak, "predicted_bytes": predicted,
         "counted_by": "torch.cuda" if on_gpu else "estimate", "finite": is_finite(found),
     }  # fmt: skip
-    return float(np.median(times)), detail
+    return float(np.mean(times)), detail
 
 
-def random_samples(vocabulary: int, tokens: int) -> tuple[Sample, ...]:
-    """One warm-up sample and the timed ones: random tokens, the last of them the answer."""
+def random_samples(vocabulary: int, tokens: int, processes: int = 1) -> tuple[Sample, ...]:
+    """For each process one warm-up sample and the timed ones: random tokens, the last of them the answer."""
     random = np.random.default_rng(0)
     answer = ((tokens - min(ANSWER_TOKENS, tokens // 2), tokens),)
-    return tuple(Sample("random", random.integers(vocabulary, size=tokens), answer) for _ in range(1 + SAMPLES))
+    return tuple(Sample("random", random.integers(vocabulary, size=tokens), answer) for _ in range(processes * (1 + SAMPLES)))
 
 
 def seconds_each(ticks: list[tuple[int, float]]) -> list[float]:

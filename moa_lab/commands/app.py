@@ -85,13 +85,15 @@ def main() -> None:
 
 
 def _check_processes() -> None:
-    if "WORLD_SIZE" not in os.environ or sys.argv[1:2] == ["run"]:
+    if "WORLD_SIZE" not in os.environ or sys.argv[1:2] == ["run"] or sys.argv[1:3] == ["bench", "profile"]:
         return
     # Imported here, since torch comes with it.
     from moa_lab.processes import asked_for
 
     if asked_for() > 1:
-        raise ValueError("of what torchrun starts, only `moa-lab run` is shared out among processes: start other commands without it")
+        raise ValueError(
+            "of what torchrun starts, `moa-lab run` and `moa-lab bench profile` are shared out among processes: start other commands without it"
+        )
 
 
 def run(

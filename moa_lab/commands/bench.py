@@ -154,22 +154,27 @@ def profile(
     quick: Annotated[bool, typer.Option("--quick", help="a tiny model: shows that everything runs, and no more")] = False,
     force: ForceOption = False,
 ) -> None:
-    """The influence profile of a 7B geometry at 4k: seconds a sample, memory."""
+    """The influence profile of a 7B geometry at 4k: seconds a sample, memory. On several GPUs: torchrun -m moa_lab bench profile."""
+    from moa_lab import processes
     from moa_lab.bench import table
     from moa_lab.bench.profile import bench_profile
 
-    _measure("profile", out, force, lambda progress: bench_profile(quick, progress), table)
+    with processes.joined():
+        _measure("profile", out, force, lambda progress: bench_profile(quick, progress), table)
 
 
 def _measure(
     stage: str, out: Path, force: bool, bench: Callable[[Callable[[int, int], None]], BenchRecord], table: Callable[[BenchRecord], str]
 ) -> None:
-    """Run a bench that is done in one piece, write its record, show it."""
-    free(out, force)
-    with Bars() as bars:
+    """Run a bench that is done in one piece, write its record, show it; of several processes, the first does."""
+    from moa_lab import processes
+
+    processes.from_first(lambda: free(out, force))
+    with Bars(shown=processes.is_first()) as bars:
         record = bench(bars.steps(stage))
-    record.save(out)
-    typer.echo(table(record))
+    if processes.is_first():
+        record.save(out)
+        typer.echo(table(record))
 
 
 def _told(peers: list[str], rate: str = "rate") -> dict[tuple[str, int], float]:
