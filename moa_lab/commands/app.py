@@ -92,7 +92,8 @@ def _check_processes() -> None:
 
     if asked_for() > 1:
         raise ValueError(
-            "of what torchrun starts, `moa-lab run` and `moa-lab bench profile` are shared out among processes: start other commands without it"
+            "of what torchrun starts, `moa-lab run` and `moa-lab bench profile` are shared out among processes: "
+            "start other commands without it"
         )
 
 

@@ -127,9 +127,14 @@ def tile_slots(ring: RingLayer) -> int:
     """Slots per tile, which a program reads at once."""
     sample = ring.sample
     if by_warps(sample, isinstance(ring, PackedRing)):
-        return min(32, 4096 // sample.shape[-1])
+        return slots_of_warp(sample.shape[-1])
     size = 4 if sample.dtype == torch.float32 else 2 if ring.most_bits == UNTOUCHED else 1
     return tile_of(sample, size)
+
+
+def slots_of_warp(head_dim: int) -> int:
+    """Slots per tile of codes that a warp reads."""
+    return min(32, 4096 // head_dim)
 
 
 def tile_of(sample: torch.Tensor, itemsize: int) -> int:
@@ -152,7 +157,7 @@ def programs_for(ring: RingLayer, tiles: int, cores: int) -> int:
 
 def warp_registers(head_dim: int, bits: int) -> int:
     """Registers of a thread: fewer let more warps run at once, more let a warp have more on its way. bits: the most that a head stores."""
-    return 255 if head_dim >= 128 and bits >= 8 else 168
+    return 255 if head_dim >= 128 and head_dim * bits >= 1024 else 168
 
 
 def warps(sample: torch.Tensor) -> int:

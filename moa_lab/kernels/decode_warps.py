@@ -46,11 +46,27 @@ def _grid(both):
 
 
 @gluon.jit
-def _attend(
+def _page_of(pages, steps, rank, at, high, PAGE: gl.constexpr):
+    """As `decode_kernel.pages_of`, of the tile that begins at slot `at`."""
+    column = gl.load(steps + at // PAGE, mask=at < high, other=0) + rank
+    return gl.load(pages + column, mask=at < high, other=0).to(gl.int64)
+
+
+@gluon.jit
+def _moved(base, page, at, WIDTH: gl.constexpr, PAGE: gl.constexpr, PAGE_BYTES: gl.constexpr):
+    """`base`, of the first page, moved so that a head's slots from `at` on, of WIDTH elements each, lie as if all of them followed it."""
+    if PAGE > 0:
+        base += page * (PAGE_BYTES // (base.dtype.element_ty.primitive_bitwidth // 8)) - at // PAGE * PAGE * WIDTH
+    return base
+
+
+@gluon.jit
+def attend(
     query, key, key_grids, value, value_grids, low, high, length, sink, ring, window, part_output, part_max, part_sum,
-    query_head, sink_tokens, reach, scale, softcap,
+    query_head, sink_tokens, reach, scale, softcap, pages, steps, rank,
     GROUP: gl.constexpr, ROWS: gl.constexpr, HEAD_DIM: gl.constexpr, TILE: gl.constexpr,
     CAPPED: gl.constexpr, REACHES: gl.constexpr, KEY_BITS: gl.constexpr, VALUE_BITS: gl.constexpr,
+    PAGE: gl.constexpr, PAGE_BYTES: gl.constexpr,
 ):  # fmt: skip
     """As `decode_kernel.attend`, with scores (TILE, ROWS) and output (HEAD_DIM, ROWS)."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
@@ -58,14 +74,21 @@ def _attend(
     ROW: gl.constexpr = gl.SliceLayout(0, MMA)
     SLOT: gl.constexpr = gl.SliceLayout(1, MMA)
     OWN: gl.constexpr = _strands(ROWS)
+    KEY_WIDTH: gl.constexpr = HEAD_DIM if KEY_BITS == 16 else HEAD_DIM * KEY_BITS // 32
+    VALUE_WIDTH: gl.constexpr = HEAD_DIM if VALUE_BITS == 16 else HEAD_DIM * VALUE_BITS // 32
+    page = gl.to_tensor(0).to(gl.int64)
+    if PAGE > 0:
+        page = _page_of(pages, steps, rank, low, high, PAGE)
     # The first tile is on its way while the query is laid out.
-    keys = loaded_tile(key, low, high, HEAD_DIM, TILE, KEY_BITS, True)
-    values = loaded_tile(value, low, high, HEAD_DIM, TILE, VALUE_BITS, False)
+    keys = loaded_tile(_moved(key, page, low, KEY_WIDTH, PAGE, PAGE_BYTES), low, high, HEAD_DIM, TILE, KEY_BITS, True)
+    values = loaded_tile(_moved(value, page, low, VALUE_WIDTH, PAGE, PAGE_BYTES), low, high, HEAD_DIM, TILE, VALUE_BITS, False)
     slots = low + gl.arange(0, TILE, layout=SLOT)
     if KEY_BITS < 16:
-        key_grid = gl.load(key_grids + slots, mask=slots < high, other=0)
+        key_grid = gl.load(_moved(key_grids, page, low, 1, PAGE, PAGE_BYTES) + slots, mask=slots < high, other=0)
     if VALUE_BITS < 16:
-        value_grid = gl.load(value_grids + slots, mask=slots < high, other=0)
+        value_grid = gl.load(_moved(value_grids, page, low, 1, PAGE, PAGE_BYTES) + slots, mask=slots < high, other=0)
+    if PAGE > 0:
+        page = _page_of(pages, steps, rank, low + TILE, high, PAGE)
     dims = key_dims(gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(1, SECOND)), HEAD_DIM, KEY_BITS)
     asking = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SECOND))
     # Scores are in base 2, but for those that are capped first.
@@ -90,16 +113,21 @@ def _attend(
         shift = gl.full([8, ROWS], 0.0, gl.float32, layout=OWN)
     for at in range(low, high, TILE):
         held = slots < high
-        # The next tile is on its way while this one is computed.
+        # The next tile is on its way while this one is computed, and the page of the one behind it.
         after = slots + TILE
+        here = page
+        if PAGE > 0:
+            page = _page_of(pages, steps, rank, at + 2 * TILE, high, PAGE)
         if KEY_BITS < 16:
             smallest, step = _grid(key_grid)
-            key_grid = gl.load(key_grids + after, mask=after < high, other=0)
+            key_grid = gl.load(_moved(key_grids, here, at + TILE, 1, PAGE, PAGE_BYTES) + after, mask=after < high, other=0)
         if VALUE_BITS < 16:
             value_smallest, value_step = _grid(value_grid)
-            value_grid = gl.load(value_grids + after, mask=after < high, other=0)
+            value_grid = gl.load(_moved(value_grids, here, at + TILE, 1, PAGE, PAGE_BYTES) + after, mask=after < high, other=0)
         scores = mma_v2(key_operand(keys, HEAD_DIM, TILE, KEY_BITS, MMA), asked, none)
-        keys = loaded_tile(key, at + TILE, high, HEAD_DIM, TILE, KEY_BITS, True)
+        keys = loaded_tile(
+            _moved(key, here, at + TILE, KEY_WIDTH, PAGE, PAGE_BYTES), at + TILE, high, HEAD_DIM, TILE, KEY_BITS, True
+        )  # fmt: skip
         if KEY_BITS == 16:
             scores = scores * (scale * BASE)
         else:
@@ -129,7 +157,9 @@ def _attend(
             weights = weights * value_step[:, None]
         near = value_operand(values, HEAD_DIM, TILE, VALUE_BITS, MMA)
         output = mma_v2(near, gl.convert_layout(weights.to(near.dtype), SECOND), output * shrink[None, :])
-        values = loaded_tile(value, at + TILE, high, HEAD_DIM, TILE, VALUE_BITS, False)
+        values = loaded_tile(
+            _moved(value, here, at + TILE, VALUE_WIDTH, PAGE, PAGE_BYTES), at + TILE, high, HEAD_DIM, TILE, VALUE_BITS, False
+        )  # fmt: skip
         slots = after
     found = value_dims(gl.arange(0, HEAD_DIM, layout=SLOT), HEAD_DIM, VALUE_BITS)
     if VALUE_BITS < 16:
@@ -173,10 +203,11 @@ def decode_warps_kernel(
         grid = grids + batch * grids_batch
         for pair in gl.static_range(len(PAIRS)):
             if (gl.load(side) == PAIRS[pair][0]) & (gl.load(side + 3) == PAIRS[pair][1]):
-                _attend(
+                attend(
                     asking, _first(number, words, side, HEAD_DIM, ALIGNED, PAIRS[pair][0]), grid + gl.load(side + 2),
                     _first(number, words, side + 3, HEAD_DIM, ALIGNED, PAIRS[pair][1]), grid + gl.load(side + 5),
                     low, high, length, sink, ring, window,
                     part_output + place * HEAD_DIM, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap,
-                    GROUP, ROWS, HEAD_DIM, TILE, CAPPED, REACHES, PAIRS[pair][0], PAIRS[pair][1],
+                    table, table, 0,
+                    GROUP, ROWS, HEAD_DIM, TILE, CAPPED, REACHES, PAIRS[pair][0], PAIRS[pair][1], 0, 0,
                 )  # fmt: skip

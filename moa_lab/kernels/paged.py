@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from moa_lab.kernels.decode import stages, tile_of, warps
+from moa_lab.kernels.decode import by_warps, slots_of_warp, stages, tile_of, warp_registers, warps
 from moa_lab.kernels.devices import precision
 from moa_lab.kernels.paged_kernel import paged_decode_kernel, paged_merge_kernel, paged_read_kernel, paged_write_kernel
 from moa_lab.plan.bits import UNTOUCHED
@@ -65,9 +65,8 @@ def paged_write(layer: PagedHeads, pool: PooledPages, key: torch.Tensor, value: 
     of `moa_lab.cache.storage` to the last bit."""
     tokens, kv_heads, head_dim = key.shape
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    # Quantising takes registers.
-    most = 2048 if min(pool.key[0], pool.value[0]) == UNTOUCHED else 1024
-    block = max(1, min(triton.next_power_of_2(tokens), most // padded_dim))
+    # The same for any number of tokens: another would be compiled. Quantising takes registers, and Triton 3.6 compiles no more than 16.
+    block = 2048 // padded_dim if min(pool.key[0], pool.value[0]) == UNTOUCHED else min(16, 1024 // padded_dim)
     paged_write_kernel[(triton.cdiv(tokens, block), kv_heads)](
         key, value, pool.numbers, pool.words, step.table, step.lengths, step.firsts, step.rows, step.buckets, layer.heads, layer.steps,
         step.table.stride(0), layer.steps.stride(0), kv_heads, *key.stride()[:2], *value.stride()[:2], tokens, len(step.lengths),
@@ -115,21 +114,37 @@ def paged_decode(
     rows, kv_heads = len(step.lengths), layer.heads.shape[1]
     group = query_heads // kv_heads
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
-    most_bits = max(pool.key[0], pool.value[0])
-    tile = min(tile_of(query, query.itemsize if most_bits == UNTOUCHED else 1), layer.page_tokens & -layer.page_tokens)
+    most_bits, packed = max(pool.key[0], pool.value[0]), min(pool.key[0], pool.value[0]) < UNTOUCHED
+    warped = by_warps(query, packed) and layer.page_tokens % slots_of_warp(head_dim) == 0
+    if warped:
+        tile = slots_of_warp(head_dim)
+    else:
+        tile = min(tile_of(query, query.itemsize if most_bits == UNTOUCHED else 1), layer.page_tokens & -layer.page_tokens)
     splits = triton.cdiv(layer.most_slots, SPLIT)
     parts = rows * kv_heads * splits
     part_output = torch.empty(parts, group, padded_dim, dtype=torch.float32, device=query.device)
-    part_max, part_sum = torch.empty(2, parts, group, dtype=torch.float32, device=query.device)
-    paged_decode_kernel[(rows * kv_heads, splits)](
+    part_max, part_sum = (torch.empty(parts, group, dtype=torch.float32, device=query.device) for _ in range(2))
+    arguments = (
         query, pool.numbers, pool.words, step.table, step.lengths, step.firsts, step.buckets, layer.heads, layer.steps,
         part_output, part_max, part_sum, step.table.stride(0), layer.steps.stride(0), *query.stride()[:2], kv_heads,
         layer.sink_tokens, layer.reach, scale, softcap or 1.0,
-        KEY=pool.key, VALUE=pool.value, GROUP=group, ROWS=max(triton.next_power_of_2(group), 16), HEAD_DIM=head_dim,
-        PADDED_DIM=padded_dim, TILE=tile, SPLIT=SPLIT, CAPPED=softcap is not None, REACHES=layer.reach != 0,
-        PRECISION=precision(query), PAGE=layer.page_tokens, PAGE_BYTES=pool.page_bytes,
-        num_warps=warps(query), num_stages=stages(query, tile, most_bits),
     )  # fmt: skip
+    settings = {
+        "KEY": pool.key, "VALUE": pool.value, "GROUP": group, "HEAD_DIM": head_dim, "TILE": tile, "SPLIT": SPLIT,
+        "CAPPED": softcap is not None, "REACHES": layer.reach != 0, "PAGE": layer.page_tokens, "PAGE_BYTES": pool.page_bytes,
+    }  # fmt: skip
+    if warped:
+        # Imported here: Gluon is newer than Triton itself.
+        from moa_lab.kernels.paged_warps import paged_decode_warps_kernel
+
+        paged_decode_warps_kernel[(rows * kv_heads, splits)](
+            *arguments, **settings, ROWS=max(triton.next_power_of_2(group), 8), num_warps=1, maxnreg=warp_registers(head_dim, most_bits)
+        )
+    else:
+        paged_decode_kernel[(rows * kv_heads, splits)](
+            *arguments, **settings, ROWS=max(triton.next_power_of_2(group), 16), PADDED_DIM=padded_dim, PRECISION=precision(query),
+            num_warps=warps(query), num_stages=stages(query, tile, most_bits),
+        )  # fmt: skip
     paged_merge_kernel[(rows * query_heads,)](
         part_output, part_max, part_sum, step.lengths, step.firsts, step.buckets, layer.heads,
         part_max if sink_logits is None else sink_logits.contiguous(), output, *output.stride()[:2], query_heads, splits,

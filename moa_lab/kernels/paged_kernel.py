@@ -2,6 +2,8 @@
 
 Of a head they are told its sink, ring, window, slots and rank, int32 each, `HEAD` of them, by the bucket of a request. A pool comes twice,
 as numbers and as 32-bit words: a page holds the K of its tokens, then their V, each as numbers, or as all codes and then all grids.
+
+What differs from pass to pass is not specialised: a server compiles nothing while it answers.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ def _keep(
         tl.store(at_page(words + PART[2] // 4, pages[:, None], PAGE_BYTES) + slots, grid_word(low, step), mask=kept[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "row_count", "table_row", "steps_row"], do_not_specialize_on_alignment=["table"])
 def paged_write_kernel(
     key, value, numbers, words, table, lengths, firsts, rows, buckets, heads, steps, table_row, steps_row, kv_heads,
     key_token, key_head, value_token, value_head, tokens, row_count,
@@ -88,7 +90,7 @@ def _take(
     tl.store(target + at[:, None].to(tl.int64) * HEAD_DIM + dims, found.to(target.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["table", "steps", "heads"])
 def paged_read_kernel(
     keys, values, numbers, words, table, steps, heads, starts, length,
     KEY: tl.constexpr, VALUE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE: tl.constexpr,
@@ -105,7 +107,7 @@ def paged_read_kernel(
     _take(values, numbers, words, pages, within, start + slots, held, VALUE, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row", "steps_row"], do_not_specialize_on_alignment=["table"])
 def paged_decode_kernel(
     query, numbers, words, table, lengths, firsts, buckets, heads, steps, part_output, part_max, part_sum,
     table_row, steps_row, query_token, query_head, kv_heads, sink_tokens, reach, scale, softcap,

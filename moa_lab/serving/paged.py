@@ -50,6 +50,11 @@ class LayerHeads:
         """Which of the layer's KV heads these are: int64."""
         return torch.tensor(self._pages.heads, device=self._device)
 
+    @property
+    def columns(self) -> int:
+        """Of the block table of a request, as many as hold all pages of these heads."""
+        return int(self._pages.steps.max() + self._pages.ranks.max()) + 1
+
     def pool(self, raw: torch.Tensor, head_dim: int, dtype: torch.dtype) -> PagePool:
         """An engine's buffer as these heads use it."""
         return PagePool(raw, self._pages.page_tokens, head_dim, dtype, self._pages.bits)

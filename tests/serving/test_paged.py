@@ -154,6 +154,27 @@ def test_pages_of_codes_hold_what_a_packed_ring_does(bits: tuple[int, int], dtyp
     check(layout, 16, STEPS, bits=[bits, bits], dtype=dtype, head_dim=24)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "page_tokens", "bits", "settings"),
+    [
+        (64, 32, (8, 4), {"group": 4, "softcap": 2.0}),
+        (128, 64, (8, 8), {"group": 1, "sinks": True}),
+        (128, 48, (8, 8), {}),
+        (128, 32, (4, 16), {"group": 9}),
+        (256, 64, (4, 4), {}),
+    ],
+)  # fmt: skip
+def test_heads_whose_codes_single_warps_read_where_a_tile_lies_in_a_page(
+    head_dim: int, page_tokens: int, bits: tuple[int, int], settings: dict[str, object]
+) -> None:
+    layout = LayerLayout(4, (28, 1000), None, CAPACITY)
+    check(layout, page_tokens, STEPS[:4], bits=[bits, bits], dtype=torch.float16, head_dim=head_dim, **settings)
+
+
+def test_codes_of_a_layer_with_a_window_of_its_own_are_read_by_single_warps() -> None:
+    check(LayerLayout(4, (30, 90), 48, CAPACITY), 32, STEPS[:5], bits=[(8, 8)] * 2, dtype=torch.float16, head_dim=64)
+
+
 @pytest.mark.parametrize("bits", [[(8, 8), (16, 16), (8, 4), (8, 8)], [(16, 16), (4, 4), (4, 4), (4, 4)]])
 def test_heads_that_store_other_bits_have_pages_of_as_many_bytes(bits: list[tuple[int, int]]) -> None:
     layout = LayerLayout(4, (28, 1000, 60, 300), None, CAPACITY)

@@ -24,6 +24,7 @@ from moa_lab.serving.settings import ServedPlan
 from moa_lab.serving.step import Scoring, Step
 from moa_lab.serving.vllm.shares import engine_shares
 from moa_lab.serving.vllm.specs import BUCKET_COLUMNS, HeadPagesSpec
+from moa_lab.serving.warm_up import warm_up
 
 
 class PlanBackend(AttentionBackend):
@@ -99,6 +100,16 @@ class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
             for alike in (alike for kinds in self._layers for alike in kinds):
                 # Made before any graph is captured, which copies nothing from the host.
                 _ = alike.kernels, alike.heads
+            self._warm_up(kv_cache_spec.page_size_bytes, vllm_config, device)
+
+    def _warm_up(self, page_bytes: int, vllm_config: VllmConfig, device: torch.device) -> None:
+        made = vllm_config.compilation_config.static_forward_context
+        for name, layer in made.items():
+            found = getattr(layer, "impl", None)
+            if isinstance(found, PlanAttention):
+                heads = found.num_heads, found.num_kv_heads
+                kinds = self._layers[extract_layer_index(name)]
+                warm_up(kinds, page_bytes, heads, found.head_size, vllm_config.model_config.dtype, found.scoring, device)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
@@ -145,7 +156,7 @@ class PlanAttention(AttentionImpl[PlanStep]):
         # The window of a layer is part of the plan's geometry, which was compared with the model's.
         self.num_heads, self.num_kv_heads, self.head_size, self.scale = num_heads, num_kv_heads or num_heads, head_size, scale
         self.kv_cache_dtype, self.kv_sharing_target_layer_name = kv_cache_dtype, kv_sharing_target_layer_name
-        self._scoring = Scoring(scale, logits_soft_cap or None, None if sinks is None else sinks[:, None, None])
+        self.scoring = Scoring(scale, logits_soft_cap or None, None if sinks is None else sinks[:, None, None])
 
     def forward(
         self,
@@ -166,5 +177,5 @@ class PlanAttention(AttentionImpl[PlanStep]):
         step = attn_metadata.step
         tokens = step.told[0][-1]
         kinds = attn_metadata.layers[extract_layer_index(layer.layer_name)]
-        output[:tokens] = layer_attention(kinds, kv_cache, query[:tokens], key[:tokens], value[:tokens], step, self._scoring)
+        output[:tokens] = layer_attention(kinds, kv_cache, query[:tokens], key[:tokens], value[:tokens], step, self.scoring)
         return output
