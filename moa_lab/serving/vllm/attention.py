@@ -100,9 +100,10 @@ class PlanStepBuilder(AttentionMetadataBuilder[PlanStep]):
             for alike in (alike for kinds in self._layers for alike in kinds):
                 # Made before any graph is captured, which copies nothing from the host.
                 _ = alike.kernels, alike.heads
-            self._warm_up(kv_cache_spec.page_size_bytes, vllm_config, device)
+            self.warm_up(kv_cache_spec.page_size_bytes, vllm_config, device)
 
-    def _warm_up(self, page_bytes: int, vllm_config: VllmConfig, device: torch.device) -> None:
+    def warm_up(self, page_bytes: int, vllm_config: VllmConfig, device: torch.device) -> None:
+        """Compile what passes launch in all layers."""
         made = vllm_config.compilation_config.static_forward_context
         for name, layer in made.items():
             found = getattr(layer, "impl", None)
