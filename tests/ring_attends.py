@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from unittest.mock import patch
 
 import torch
 from ring_oracle import Chunk, Sequences
 
+from moa_lab.cache.storage import heads_as_stored
 from moa_lab.kernels import prefill
 from moa_lab.kernels.decode import decode_attention
 from moa_lab.kernels.ring_reference import chunk_attention, newest_attention
@@ -22,7 +24,7 @@ Attend = Callable[[Sequences, Chunk], torch.Tensor]
 def by_reference(rows: Sequences, chunk: Chunk) -> torch.Tensor:
     new = (chunk.lengths, chunk.padding)
     if chunk.query.shape[2] > 1:
-        seen = rows.ring.as_stored(chunk.key, chunk.value)
+        seen = heads_as_stored(chunk.key, chunk.value, rows.ring.stored_bits)
         found = chunk_attention(chunk.query, *seen, rows.ring, *new, rows.scale, rows.softcap, rows.sink_logits)
         rows.ring.write(chunk.key, chunk.value, *new)
         return found
@@ -35,7 +37,7 @@ def by_triton(rows: Sequences, chunk: Chunk, tile: int = 16, programs: int = 5) 
     new = (chunk.lengths, chunk.padding)
     if chunk.query.shape[2] > 1:
         rows.poison(chunk)
-        seen = rows.ring.as_stored(chunk.key, chunk.value)
+        seen = heads_as_stored(chunk.key, chunk.value, rows.ring.stored_bits)
         found = prefill.chunk_attention(chunk.query, *seen, rows.ring, *new, rows.scale, rows.softcap, rows.sink_logits)
         ring_write(chunk.key, chunk.value, rows.ring, *new)
         return found
@@ -43,6 +45,12 @@ def by_triton(rows: Sequences, chunk: Chunk, tile: int = 16, programs: int = 5) 
     rows.poison()
     schedule = decode_schedule(rows.ring.layout.slots, len(chunk.query), tile, programs, chunk.query.device)
     return decode_attention(chunk.query, rows.ring, chunk.lengths, schedule, rows.scale, rows.softcap, rows.sink_logits)
+
+
+def by_unrolled(rows: Sequences, chunk: Chunk) -> torch.Tensor:
+    """As `by_triton`, chunks of any size as those of many tokens are."""
+    with patch.object(prefill, "MANY", 2):
+        return by_triton(rows, chunk)
 
 
 def check(attend: Attend, rows: Sequences, counts: list[int]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from moa_lab.cache import LayerLayout, PackedRing, ring_layer
+from moa_lab.cache.storage import heads_as_stored
 from moa_lab.kernels.reference import masked_attention
 from moa_lab.masks import visible
 from moa_lab.plan import Bits
@@ -52,7 +53,7 @@ class Sequences:
         query, key, value = drawn.split([kv_heads * self.group, kv_heads, kv_heads], dim=1)
         padding = torch.tensor([tokens - count for count in counts], dtype=torch.int32, device=drawn.device)
         self.lengths = self.lengths + torch.tensor(counts, dtype=torch.int32, device=drawn.device)
-        held_key, held_value = self.ring.as_stored(key, value)
+        held_key, held_value = heads_as_stored(key, value, self.ring.stored_bits)
         for row, count in enumerate(counts):
             self._keys[row].append(held_key[row, :, tokens - count :])
             self._values[row].append(held_value[row, :, tokens - count :])

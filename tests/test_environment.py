@@ -146,7 +146,7 @@ def test_search_and_figures_work_where_torch_is_not_installed(package: str) -> N
 
 def test_every_module_but_the_kernels_imports_without_triton() -> None:
     names = "block_lists devices flash prefill prefill_kernel decode decode_kernel "
-    names += "decode_warps operands codes read write drawn influence paged paged_kernel paged_warps"
+    names += "decode_warps operands codes read write drawn influence paged paged_kernel paged_warps unroll stored"
     kernels = [f"moa_lab.kernels.{name}" for name in names.split()] + ["moa_lab.serving.paged_kernels"]
     # These run in the environments of kvpress and vLLM.
     others = [f"moa_lab.presses.{name}" for name in ("harness", "kvpress_presses")]

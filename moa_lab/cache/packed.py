@@ -10,7 +10,7 @@ import torch
 
 from moa_lab.cache.layout import LayerLayout
 from moa_lab.cache.ring import RingLayer
-from moa_lab.cache.storage import heads_as_stored, pack, places, unpack, values_at
+from moa_lab.cache.storage import pack, places, unpack, values_at
 from moa_lab.plan.bits import UNTOUCHED, Bits, code_words
 
 Buffers = dict[str, torch.Tensor]
@@ -48,6 +48,11 @@ class PackedRing(RingLayer):
         return self.buffers["plain"][:, :0, None].expand(-1, -1, self._head_dim)
 
     @property
+    def stored_bits(self) -> tuple[Bits, ...]:
+        """As `bits`."""
+        return self.bits
+
+    @property
     def most_bits(self) -> int:
         """The most bits that a head's K or V has."""
         return max(self.widths)
@@ -78,10 +83,6 @@ class PackedRing(RingLayer):
         part = copy.copy(self)
         part.buffers = {kind: buffer[rows] for kind, buffer in self.buffers.items()}
         return part
-
-    def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V (batch, kv_heads, tokens, head_dim) as they will come back from here."""
-        return heads_as_stored(key, value, self.bits)
 
     def write(self, key: torch.Tensor, value: torch.Tensor, lengths: torch.Tensor, padding: torch.Tensor) -> None:
         """Write the newest tokens, quantised; as `RingLayer.write`."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from moa_lab.cache.layout import LayerLayout
-from moa_lab.plan.bits import UNTOUCHED
+from moa_lab.plan.bits import UNTOUCHED, Bits
 
 
 class RingLayer:
@@ -27,6 +27,11 @@ class RingLayer:
     def sample(self) -> torch.Tensor:
         """Empty, of the dtype and on the device of what is read from here: (batch, 0, head_dim)."""
         return self.keys[:, :0]
+
+    @property
+    def stored_bits(self) -> tuple[Bits, ...] | None:
+        """Of every KV head's K and V; None: they are stored as they come."""
+        return None
 
     @property
     def most_bits(self) -> int:
@@ -54,10 +59,6 @@ class RingLayer:
         part = copy.copy(self)
         part.keys, part.values = self.keys[rows], self.values[rows]
         return part
-
-    def as_stored(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V (batch, kv_heads, tokens, head_dim) as they will come back from here."""
-        return key, value
 
     def positions(self, lengths: torch.Tensor) -> torch.Tensor:
         """The position of the token in each slot, -1 for an empty slot: int32 (batch, layout.total)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from moa_lab.cache import RingLayer
+from moa_lab.cache import RingLayer, storage
 from moa_lab.kernels.blockwise import blockwise_attention
 from moa_lab.kernels.mixture import mixed_windows
 from moa_lab.kernels.reference import windowed_attention
 from moa_lab.kernels.ring_reference import chunk_attention, newest_attention
 from moa_lab.kernels.schedule import DecodeSchedule, cores_of, decode_schedule
 from moa_lab.masks import KeyMask
+from moa_lab.plan.bits import Bits
 from moa_lab.provenance import version_of
 
 MAX_HEAD_DIM = 256
@@ -154,7 +155,7 @@ def ring_attention(
     nothing. What the ring stores in fewer bits is seen so by every query, the token's own too: chunks of any size give the same.
     """
     if query.shape[2] > 1 or not keep:
-        found = _chunk_attention(query, *ring.as_stored(key, value), ring, lengths, padding, scale, softcap, sink_logits)
+        found = _chunk_attention(query, *heads_as_stored(key, value, ring.stored_bits), ring, lengths, padding, scale, softcap, sink_logits)
         if keep:
             ring_write(key, value, ring, lengths, padding)
         return found
@@ -172,6 +173,15 @@ def _chunk_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 
         return prefill.chunk_attention(query, key, value, ring, *others)
     return chunk_attention(query, key, value, ring, *others)
+
+
+def heads_as_stored(key: torch.Tensor, value: torch.Tensor, bits: Sequence[Bits] | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """`moa_lab.cache.storage.heads_as_stored`, in one kernel where that applies."""
+    if bits is not None and kernel_applies(key, value):
+        from moa_lab.kernels import stored
+
+        return stored.heads_as_stored(key, value, bits)
+    return storage.heads_as_stored(key, value, bits)
 
 
 def ring_write(key: torch.Tensor, value: torch.Tensor, ring: RingLayer, lengths: torch.Tensor, padding: torch.Tensor) -> None:

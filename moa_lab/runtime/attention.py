@@ -9,10 +9,9 @@ import numpy as np
 import torch
 from transformers.cache_utils import Cache
 
-from moa_lab.cache.storage import heads_as_stored
 from moa_lab.interface import AttentionCall, Handler
 from moa_lab.interface.tracing import WORDS, handed, is_traced
-from moa_lab.kernels.dispatch import span_attention
+from moa_lab.kernels.dispatch import heads_as_stored, span_attention
 from moa_lab.plan import Plan
 
 LENGTH = "_moa_lab_n_tokens"

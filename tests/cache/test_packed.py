@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from ring_oracle import random_layout
 
 from moa_lab.cache import LayerLayout, PackedRing, RingLayer, allocated_kv_bytes, ring_layer
+from moa_lab.cache.storage import heads_as_stored
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import WIDTHS, Bits, Plan, SpanRule, dense_plan
 from moa_lab.plan.bits import vector_bytes
@@ -30,8 +31,8 @@ def same(plain: RingLayer, packed: PackedRing, lengths: torch.Tensor) -> None:
     for head in range(len(packed.bits)):
         part = slice(int(plain.layout.starts[head]), int(plain.layout.starts[head + 1]))
         real = positions[:, part] >= 0
-        expected = packed.as_stored(plain.keys[:, None, part].expand(-1, len(packed.bits), -1, -1), plain.values[:, None, part].expand(
-            -1, len(packed.bits), -1, -1))  # fmt: skip
+        alike = [held[:, None, part].expand(-1, len(packed.bits), -1, -1) for held in (plain.keys, plain.values)]
+        expected = heads_as_stored(*alike, packed.bits)
         for found, wanted in zip(packed.held(head), expected, strict=True):
             assert torch.equal(found[real], wanted[:, head][real])
 
