@@ -58,11 +58,6 @@ class LayerLayout:
         """Slots of all heads."""
         return int(self.starts[-1])
 
-    @property
-    def is_closed(self) -> bool:
-        """True where no head will ever need more slots."""
-        return bool((self.slots == self.sinks + self.rings).all())
-
     def table(self) -> np.ndarray:
         """What a kernel needs to know of every head: int32 (kv_heads, 4): first slot, sink, ring, window."""
         windows = np.minimum(self.windows, np.iinfo(np.int32).max)

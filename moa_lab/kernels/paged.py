@@ -76,19 +76,19 @@ def paged_write(layer: PagedHeads, pool: PooledPages, key: torch.Tensor, value: 
 
 
 def paged_read(
-    layer: PagedHeads, pool: PooledPages, table: torch.Tensor, bucket: int, length: int, starts: torch.Tensor, keys: torch.Tensor,
+    layer: PagedHeads, pool: PooledPages, table: torch.Tensor, bucket: int, length: int, heads: slice, keys: torch.Tensor,
     values: torch.Tensor,
 ) -> None:  # fmt: skip
-    """What the heads of one row hold at `length` tokens, as numbers, to `keys` and `values` (slots of all heads, head_dim).
+    """What some heads of one row hold at `length` tokens, as numbers, to its position in `keys` and `values` (heads, columns, head_dim),
+    contiguous. Columns of tokens that a head does not hold are left alone.
 
-    table: int32, the row's block table. starts: int64 (kv_heads + 1,), the first slot of every head there. Slots that hold nothing are left
-    alone.
+    table: int32, the row's block table.
     """
-    head_dim = keys.shape[-1]
+    count, columns, head_dim = keys.shape
     padded_dim = max(triton.next_power_of_2(head_dim), 16)
     block = max(1, 2048 // padded_dim)
-    paged_read_kernel[(triton.cdiv(min(layer.most_slots, length), block), len(starts) - 1)](
-        keys, values, pool.numbers, pool.words, table, layer.steps[bucket], layer.heads[bucket], starts, length,
+    paged_read_kernel[(triton.cdiv(min(layer.most_slots, length), block), count)](
+        keys, values, pool.numbers, pool.words, table, layer.steps[bucket], layer.heads[bucket, heads], length, columns,
         KEY=pool.key, VALUE=pool.value, HEAD_DIM=head_dim, PADDED_DIM=padded_dim, PAGE=layer.page_tokens, PAGE_BYTES=pool.page_bytes,
         BLOCK=block, num_warps=4,
     )  # fmt: skip

@@ -87,24 +87,27 @@ def _take(
         smallest, step = grid_of(at_page(words + PART[2] // 4, pages, PAGE_BYTES), slots, held)
         found = smallest[:, None] + (step[:, None] * CODES) * found
     there = held[:, None] & (dims < HEAD_DIM)
-    tl.store(target + at[:, None].to(tl.int64) * HEAD_DIM + dims, found.to(target.dtype.element_ty), mask=there)
+    tl.store(target + at[:, None] * HEAD_DIM + dims, found.to(target.dtype.element_ty), mask=there)
 
 
-@triton.jit(do_not_specialize=["length"], do_not_specialize_on_alignment=["table", "steps", "heads"])
+@triton.jit(do_not_specialize=["length", "columns"], do_not_specialize_on_alignment=["table", "steps", "heads"])
 def paged_read_kernel(
-    keys, values, numbers, words, table, steps, heads, starts, length,
+    keys, values, numbers, words, table, steps, heads, length, columns,
     KEY: tl.constexpr, VALUE: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PAGE: tl.constexpr,
     PAGE_BYTES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK slots of one head of one row, which has `length` tokens. table, steps, heads: of the row and its bucket."""
-    head = tl.program_id(1)
+    """BLOCK slots of one head of one row, which has `length` tokens, to their positions. table, steps, heads: of the row and its bucket."""
+    told = heads + tl.program_id(1) * HEAD
+    sink = tl.load(told)
+    ring = tl.load(told + 1)
     slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    start = tl.load(starts + head).to(tl.int32)
-    held = (slots < length) & (slots < tl.load(starts + head + 1).to(tl.int32) - start)
-    pages = pages_of(table, steps, tl.load(heads + head * HEAD + 4), slots, held, PAGE)
+    held = slots < tl.minimum(length, tl.load(told + 3))
+    positions = tl.where(slots < sink, slots, slots + tl.maximum(length - 1 - slots, 0) // ring * ring)
+    at = tl.program_id(1).to(tl.int64) * columns + positions
+    pages = pages_of(table, steps, tl.load(told + 4), slots, held, PAGE)
     within = slots % PAGE
-    _take(keys, numbers, words, pages, within, start + slots, held, KEY, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
-    _take(values, numbers, words, pages, within, start + slots, held, VALUE, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
+    _take(keys, numbers, words, pages, within, at, held, KEY, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
+    _take(values, numbers, words, pages, within, at, held, VALUE, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
 
 
 @triton.jit(do_not_specialize=["table_row", "steps_row"], do_not_specialize_on_alignment=["table"])

@@ -17,10 +17,15 @@ from moa_lab.cache import PackedRing, RingLayer
 from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles, wave_lanes
 from moa_lab.kernels.prefill_kernel import prefill_kernel
 from moa_lab.kernels.read import ring_read
+from moa_lab.kernels.unroll import unrolled, unrolled_bytes
 
 HOPPER = (9, 0)
 NO_REACH = 2**30
 """The reach of a layer without a window of its own: longer than any sequence."""
+MANY = 256
+"""New tokens, from which on it pays to lay a ring out by position first: a tile of a ring takes two and a half times as long."""
+MOST_UNROLLED = 2**30
+"""Bytes for that."""
 
 
 def prefill_attention(
@@ -70,15 +75,22 @@ def chunk_attention(
     softcap: float | None = None,
     sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`moa_lab.kernels.ring_reference.chunk_attention` in one kernel: new tokens attend to the ring and to one another.
+    """`moa_lab.kernels.ring_reference.chunk_attention` by kernels: new tokens attend to the ring and to one another.
 
     Tiles of the ring that no new token sees are not read. float16, bfloat16 or float32. What a `PackedRing` holds is first read whole,
-    into memory for this layer's K and V in the ring's dtype.
+    into memory for this layer's K and V in the ring's dtype; for `MANY` new tokens or more, what any ring holds is laid out by position,
+    in memory for K and V of as many tokens as its capacity, where that is at most `MOST_UNROLLED` bytes.
     """
     _check(query, key, value, scale)
     layout = ring.layout
     keys, values = ring_read(ring) if isinstance(ring, PackedRing) else (ring.keys, ring.values)
-    _, order = _heads(layout.windows, query.device)
+    table, order = _heads(layout.windows, query.device)
+    if query.shape[2] >= MANY and unrolled_bytes(ring) <= MOST_UNROLLED:
+        by_position, values_by_position, first = unrolled(keys, values, ring, key, value, lengths, padding)
+        return _prefill(
+            query, by_position, values_by_position, None, None, table, order, first, first, layout.sink_tokens, layout.reach or NO_REACH,
+            scale, softcap or 0.0, sink_logits,
+        )  # fmt: skip
     return _prefill(
         query, key, value, keys, values, ring.table, order, lengths, padding, layout.sink_tokens, layout.reach or NO_REACH, scale,
         softcap or 0.0, sink_logits,

@@ -289,8 +289,7 @@ class RingCache(WholeCache):
         if self._seen > self._capacity:
             self._capacity = max(self._seen + ROOM, self._capacity + self._capacity // 4)
             for ring in self.rings:
-                if not ring.layout.is_closed:
-                    ring.grow(self._capacity)
+                ring.grow(self._capacity)
 
     def _allocate(self, layer: int, call: AttentionCall) -> None:
         key, bits = call.key, self._spans.plan.bits_of(layer)

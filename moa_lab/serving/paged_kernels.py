@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from functools import lru_cache
-
 import numpy as np
 import torch
 
-from moa_lab.cache import LayerLayout, RingLayer
-from moa_lab.cache.storage import heads_as_stored
 from moa_lab.kernels.dispatch import prompt_by_kernel
 from moa_lab.kernels.paged import PagedHeads, Pass, PooledPages, paged_decode, paged_read, paged_write
-from moa_lab.kernels.prefill import chunk_attention
+from moa_lab.kernels.prefill import prefill_attention
+from moa_lab.kernels.stored import heads_as_stored
 from moa_lab.serving.page_layout import LayerPages
 from moa_lab.serving.page_pool import PagePool
 from moa_lab.serving.step import Scoring, Step
+
+MOST_READ = 2**28
+"""Bytes of K and V that lie beside the pages at a time: an engine leaves little memory free."""
 
 
 class PagedKernels:
@@ -31,9 +30,6 @@ class PagedKernels:
             max(int(layout.slots.max()) for layout in self._layouts), self._layouts[0].sink_tokens, self._layouts[0].reach or 0,
             pages.page_tokens,
         )  # fmt: skip
-        self._device = device
-        # Kept by this layer: what is made for a bucket and a capacity is made once.
-        self._held = lru_cache(maxsize=None)(self._held_by)
 
     def attend(
         self, pool: PagePool, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, scoring: Scoring
@@ -45,7 +41,7 @@ class PagedKernels:
         for row in step.several:
             part = slice(*step.told[0][row : row + 2])
             asked, new_key, new_value = (x[part].transpose(0, 1)[None] for x in (query, key, value))
-            seen = heads_as_stored(new_key, new_value, None if pool.is_untouched else [pool.bits] * key.shape[1])
+            seen = (new_key, new_value) if pool.is_untouched else heads_as_stored(new_key, new_value, [pool.bits] * key.shape[1])
             output[part] = self._chunk(held, asked, *seen, step, row, scoring)[0].transpose(0, 1)
         paged_write(self.heads, held, key, value, found)
         if len(step.several) < len(step.told[1]):
@@ -55,30 +51,31 @@ class PagedKernels:
     def _chunk(
         self, pool: PooledPages, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, step: Step, row: int, scoring: Scoring
     ) -> torch.Tensor:
-        """Of one row's new tokens, (1, heads, tokens, head_dim), which are not yet written: over a ring into which what the row holds is
-        copied, if it holds anything."""
+        """Of one row's new tokens, (1, heads, tokens, head_dim), which are not yet written: over what the row holds, read to where its
+        positions are, of as many heads at a time as `MOST_READ` allows."""
         length, bucket = step.told[1][row], step.told_buckets[row]
-        past = length - query.shape[2]
+        layout, past = self._layouts[bucket], length - query.shape[2]
         if not past:
-            layout = self._layouts[bucket]
             return prompt_by_kernel(
                 query, key, value, layout.windows, layout.sink_tokens, scoring.scale, layout.reach, scoring.softcap, scoring.sink_logits
             )
-        ring, starts = self._held(bucket, max(16, 1 << (past - 1).bit_length()))
-        ring = copy.copy(ring)
-        ring.keys, ring.values = (key.new_empty(1, ring.layout.total, key.shape[-1]) for _ in range(2))
-        paged_read(self.heads, pool, step.table[row], bucket, past, starts, ring.keys[0], ring.values[0])
-        lengths = torch.full((1,), length, dtype=torch.int32, device=self._device)
-        return chunk_attention(
-            query, key, value, ring, lengths, torch.zeros_like(lengths), scoring.scale, scoring.softcap, scoring.sink_logits
-        )
-
-    def _held_by(self, bucket: int, capacity: int) -> tuple[RingLayer, torch.Tensor]:
-        """For sequences of up to `capacity` tokens: a ring of no row, and the first slot of every head."""
-        whole = self._layouts[bucket]
-        layout = LayerLayout(whole.sink_tokens, whole.windows, whole.reach, min(capacity, whole.capacity))
-        ring = RingLayer(layout, 0, 1, torch.float32, self._device)
-        return ring, torch.from_numpy(layout.starts).to(self._device)
+        kv_heads, head_dim = key.shape[1], key.shape[3]
+        group = query.shape[1] // kv_heads
+        output = torch.empty_like(query)
+        at_once = max(1, MOST_READ // (2 * length * head_dim * key.itemsize))
+        for first in range(0, kv_heads, at_once):
+            heads = slice(first, min(first + at_once, kv_heads))
+            asking = slice(heads.start * group, heads.stop * group)
+            # What lies beside a span in a tile is read, and counts nothing: it must be a number.
+            keys, values = (key.new_zeros(heads.stop - heads.start, length, head_dim) for _ in range(2))
+            paged_read(self.heads, pool, step.table[row], bucket, past, heads, keys, values)
+            keys[:, past:], values[:, past:] = key[0, heads], value[0, heads]
+            sinks = None if scoring.sink_logits is None else scoring.sink_logits[asking]
+            output[:, asking] = prefill_attention(
+                query[:, asking], keys[None], values[None], layout.windows[heads], layout.sink_tokens, scoring.scale,
+                reach=layout.reach, softcap=scoring.softcap, sink_logits=sinks,
+            )  # fmt: skip
+        return output
 
 
 def pooled(pool: PagePool) -> PooledPages:

@@ -55,8 +55,6 @@ def test_slots_are_the_spans_and_heads_that_need_less_room_get_no_more() -> None
     layout = LayerLayout(64, (64, 136, 10_000), None, capacity=1000)
     assert layout.slots.tolist() == [128, 200, 1000]
     assert layout.starts.tolist() == [0, 128, 328, 1328]
-    assert not layout.is_closed
-    assert LayerLayout(64, (64,), None, 1000).is_closed
 
 
 @pytest.mark.parametrize(("reach", "slots", "sink"), [(128, 128, 0), (150, 150, 0), (164, 164, 64), (400, 164, 64)])

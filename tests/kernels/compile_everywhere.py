@@ -90,13 +90,14 @@ def cases() -> dict[str, Callable[[], object]]:
         found[f"ring {head_dim}, bits {bits}"] = partial(_turns, rings, dtype=HALF, head_dim=head_dim, bits=bits)
     for bits, head_dim in (((8, 8), 128), ((8, 4), 64), ((4, 4), 256), ((16, 8), 128)):
         found[f"pages {head_dim}, bits {bits}"] = partial(_pages, head_dim, [bits, bits])
+    found["ring 128, many new tokens"] = partial(_turns, rings, dtype=HALF, head_dim=128, turns=([40, 3], [300, 300]))
     found["ring with all there is"] = partial(_turns, reach, dtype=HALF, head_dim=128, group=8, softcap=30.0, sinks=True)
     return found
 
 
-def _turns(layout: LayerLayout, **settings: Any) -> None:
+def _turns(layout: LayerLayout, turns: tuple[list[int], ...] = ([40, 3], [1, 1]), **settings: Any) -> None:
     rows = Sequences(layout, 2, **settings)
-    for counts in ([40, 3], [1, 1]):
+    for counts in turns:
         by_triton(rows, rows.chunk(counts), tile=decode.tile_slots(rows.ring))
 
 

@@ -22,11 +22,11 @@ SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "s
 AMD = 65536
 CASES = ("prefill bfloat16, 64", "prefill bfloat16, 128", "ring bfloat16, 64", "ring bfloat16, 128", "ring 128, bits [(8, 8), (8, 8)]",
          "ring 80, bits [(4, 4), (16, 8)]", "drawn 128", "influence 128", "pages 128",
-         "pages 128, bits (8, 8)", "ring with all there is")  # fmt: skip
+         "pages 128, bits (8, 8)", "ring 128, many new tokens", "ring with all there is")  # fmt: skip
 """Of those that compile_everywhere.py knows, which takes some minutes a chip for all."""
 KERNELS = {
     "prefill_kernel", "_write_kernel", "_write_packed_kernel", "decode_kernel", "merge_kernel", "_read_kernel", "_forward_kernel",
-    "_rows_kernel",
+    "_rows_kernel", "_unroll_kernel",
     "columns_kernel", "influence_kernel", "paged_write_kernel", "paged_read_kernel", "paged_decode_kernel", "paged_merge_kernel",
 }  # fmt: skip
 FEW = 64

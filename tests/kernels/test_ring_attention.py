@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ring_attends import DEVICE, Attend, by_reference, by_triton, check
+from ring_attends import DEVICE, Attend, by_reference, by_triton, by_unrolled, check
 from ring_oracle import Sequences, random_layout
 
 from moa_lab.cache import LayerLayout
@@ -17,7 +17,7 @@ from moa_lab.kernels import decode, prefill
 from moa_lab.kernels.schedule import decode_schedule
 from moa_lab.kernels.write import ring_write
 
-WAYS = pytest.mark.parametrize("attend", [by_reference, by_triton])
+WAYS = pytest.mark.parametrize("attend", [by_reference, by_triton, by_unrolled])
 
 
 @WAYS
