@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +51,11 @@ def bench_engine(
     """Tokens/s of `peer` (of `STORES`, or `SERVED`) for prompts of each length, as JSON data; vLLM must be installed.
 
     All requests of a batch start together, as many as the engine's cache holds. prefill_rate: prompt tokens/s until each has its first new
-    token; rate: new tokens/s after that, from the difference between answers of `new_tokens` more tokens and of one. engine: the
-    module, None for vllm. plan: what `SERVED` runs under, stretched to the shape. settings: more of vLLM's. The engine runs in this
-    process. Raises ValueError for another peer, and for a plan that is missing or too many, ModuleNotFoundError without vLLM.
+    token. rate: new tokens/s of steps in which every request gets one, and no prompt is read; ms: of such a step. answer_rate: new
+    tokens/s from the difference between answers of `new_tokens` more tokens and of one, prompts in between. engine: the module, None
+    for vllm. plan: what `SERVED` runs under, stretched to the shape. settings: more of vLLM's. The engine runs in this process.
+    Raises ValueError for another peer, and for a plan that is missing or too many, ModuleNotFoundError without vLLM, RuntimeError where
+    answers are too short for such steps.
     """
     if peer not in (*STORES, SERVED):
         raise ValueError(f"peer must be among {', '.join((*STORES, SERVED))}, got {peer}")
@@ -92,7 +96,7 @@ def bench_engine(
 
 def quick_settings() -> dict[str, Any]:
     """A tiny model, few tokens, and a cache of some megabytes: shows that everything runs."""
-    return {"shape": TINY_ENGINE, "new_tokens": 8, "enforce_eager": True, "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 1024}
+    return {"shape": TINY_ENGINE, "new_tokens": 24, "enforce_eager": True, "kv_cache_memory_bytes": 4 << 20, "max_num_batched_tokens": 1024}
 
 
 def told_by(record: dict[str, Any], rate: str = "rate") -> list[str]:
@@ -115,11 +119,35 @@ def _rates(engine: Any, llm: Any, shape: ModelShape, batch: int, prompt: int, ne
     # Kernels are compiled when they first run, some of them after the first new token.
     _seconds(engine, llm, rng.integers(shape.vocabulary, size=(batch, prompt)), 1 + WARM_UP_TOKENS)
     first = _seconds(engine, llm, rng.integers(shape.vocabulary, size=(batch, prompt)), 1)
-    whole = _seconds(engine, llm, rng.integers(shape.vocabulary, size=(batch, prompt)), 1 + new_tokens)
+    with _full_steps(llm, batch) as steps:
+        whole = _seconds(engine, llm, rng.integers(shape.vocabulary, size=(batch, prompt)), 1 + new_tokens)
+    if not steps:
+        raise RuntimeError(f"no step had one token of each of {batch} requests: {new_tokens} new tokens are too few")
+    step = sum(steps) / len(steps)
     return {
-        "first_s": first, "whole_s": whole, "prefill_rate": batch * prompt / first, "rate": batch * new_tokens / (whole - first),
-        "ms": (whole - first) / new_tokens * 1e3,
+        "first_s": first, "whole_s": whole, "prefill_rate": batch * prompt / first, "rate": batch / step, "ms": step * 1e3,
+        "steps": len(steps), "answer_rate": batch * new_tokens / (whole - first),
     }  # fmt: skip
+
+
+@contextlib.contextmanager
+def _full_steps(llm: Any, batch: int) -> Iterator[list[float]]:
+    """Seconds from one step to the next, where both have one token of each of `batch` requests: the scheduler says what a step has."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    own, ticks, found = scheduler.schedule, list[tuple[float, bool]](), list[float]()
+
+    def schedule(*arguments: Any, **settings: Any) -> Any:
+        step = own(*arguments, **settings)
+        tokens = step.num_scheduled_tokens
+        ticks.append((clock(torch.device("cpu")), len(tokens) == batch and set(tokens.values()) == {1}))
+        return step
+
+    scheduler.schedule = schedule
+    try:
+        yield found
+    finally:
+        scheduler.schedule = own
+        found += [after - before for (before, full), (after, next_full) in pairwise(ticks) if full and next_full]
 
 
 def _seconds(engine: Any, llm: Any, tokens: np.ndarray, new_tokens: int) -> float:

@@ -32,7 +32,9 @@ class Counting:
     def LLM(self, **settings: Any) -> Counting:
         self.settings = settings
         cache = SimpleNamespace(num_gpu_blocks=100, block_size=16)
-        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache))
+        core = SimpleNamespace(scheduler=SimpleNamespace(schedule=lambda counts: SimpleNamespace(num_scheduled_tokens=counts)))
+        self.scheduler = core.scheduler
+        self.llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache), engine_core=SimpleNamespace(engine_core=core))
         return self
 
     def SamplingParams(self, **settings: Any) -> SimpleNamespace:
@@ -40,7 +42,14 @@ class Counting:
 
     def generate(self, prompts: list[dict[str, list[int]]], asked: SimpleNamespace, use_tqdm: bool) -> list[SimpleNamespace]:
         self.asked.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
-        self.now += sum(self.asked[-1]) + 3 * (asked.max_tokens - 1)
+        counts = dict(enumerate(self.asked[-1]))
+        for row, count in counts.items():
+            # One prompt a step, between tokens of the others, which do not count.
+            self.scheduler.schedule({**dict.fromkeys(range(row), 1), row: count})
+            self.now += count
+        for _ in range(asked.max_tokens - 1):
+            self.scheduler.schedule(dict.fromkeys(counts, 1))
+            self.now += 3
         tokens = [0] * (asked.max_tokens - self.short)
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens)]) for _ in prompts]
 
@@ -52,10 +61,9 @@ def test_rates_are_of_as_many_requests_as_its_cache_holds(monkeypatch: pytest.Mo
     assert counting.asked == [[40] * 33] * 3 + [[100] * 14] * 3
     assert counting.settings["kv_cache_dtype"] == "fp8"
     assert counting.settings["max_model_len"] == 108
-    assert [(row["batch"], row["prefill_rate"], row["rate"], row["ms"]) for row in record["rows"]] == [
-        (33, 1, 11, 3000),
-        (14, 1, 14 / 3, 3000),
-    ]
+    # Seven steps: six from one to the next.
+    told = [[row[name] for name in ("batch", "prefill_rate", "rate", "ms", "steps", "answer_rate")] for row in record["rows"]]
+    assert told == [[33, 1, 11, 3000, 6, 11], [14, 1, 14 / 3, 3000, 6, 14 / 3]]
     assert seen == [(1, 2), (2, 2)]
     assert told_by(read_json(write_json(tmp_path / "record.json", record), ENGINE_SCHEMA)) == ["vLLM-fp8@40=11.0", "vLLM-fp8@100=4.7"]
 
