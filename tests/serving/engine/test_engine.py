@@ -138,3 +138,20 @@ def test_broken_cards_are_refused(start: Start, llama: PreTrainedModel, tmp_path
     monkeypatch.setenv("MOA_LAB_PLAN", str(broken))
     with pytest.raises(ValueError, match=r"broken\.json"):
         start(llama, None)
+
+
+def test_an_engine_warms_up_every_layer_and_answers_as_before(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU it does so when it starts."""
+    from moa_lab.serving.vllm import attention
+
+    model, warmed = tiny_model("gemma2"), []
+    engine = start(model, mixed_plan(model).with_bits([[(8, 8), (16, 4)]] * model.config.num_hidden_layers))
+    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
+    (group,) = getattr(worker, "worker", worker).model_runner.attn_groups[0]
+    builder, own = group.get_metadata_builder(), attention.warm_up
+    monkeypatch.setattr(attention, "warm_up", lambda *given: (warmed.append(given), own(*given)))
+    before = engine.tokens([[5, 6, 7] * 9], 30)
+    builder.warm_up(builder.kv_cache_spec.page_size_bytes, engine.llm.llm_engine.vllm_config, builder.device)
+    assert len(warmed) == model.config.num_hidden_layers
+    assert {given[-2].softcap for given in warmed} == {model.config.attn_logit_softcapping}
+    assert engine.tokens([[5, 6, 7] * 9], 30) == before
