@@ -9,6 +9,8 @@ import pytest
 
 from moa_lab.evaluate.summary import table
 from moa_lab.plan import Plan
+from moa_lab.presses.methods import split_heads
+from moa_lab.records import Measurements
 from moa_lab.studies import MODULES, StudyRecord
 from moa_lab.studies.gains import gain
 
@@ -328,3 +330,74 @@ def test_the_readme_quotes_the_records_of_ruler() -> None:
         assert " | ".join([f"| {task}", *(" / ".join(f"{of[task, n]:.3f}" for n in lengths) for of in found.values())]) + " |" in README
     means = [" / ".join(f"{sum(of[task, n] for task in tasks) / len(tasks):.3f}" for n in lengths) for of in found.values()]
     assert f"| mean | {' | '.join(means)} |" in README
+
+
+PRESSES = {
+    "the plan": ("q50", "q25"), "the plan, after dense reading": ("q50 after reading", "q25 after reading"),
+    **{
+        told: (f"{name}-50", f"{name}-25")
+        for told, name in {
+            "StreamingLLM": "streaming", "SnapKV": "snapkv", "AdaKV, ExpectedAttention": "adakv", "DuoAttention on the fly": "duo",
+            "the same, floor of 192": "duo-192", "KVzip": "kvzip", "KVzip per head": "kvzip-heads",
+        }.items()
+    },
+}  # fmt: skip
+
+
+def test_the_readme_quotes_the_records_of_presses() -> None:
+    lengths = (2048, 4096)
+    records = [Measurements.load(ROOT / f"data/presses/qwen2.5-coder-0.5b/{length}.json") for length in lengths]
+    found = [{row.plan: row for row in record} for record in records]
+    assert {row.n for rows in found for row in rows.values()} == {48}
+    assert set(found[0]) == set(found[1]) == {"dense", *(name for names in PRESSES.values() for name in names)}
+    for told, names in PRESSES.items():
+        cells = []
+        for name in names:
+            of = [rows[name] for rows in found]
+            cells += [" / ".join(f"{row.value:.3f}" for row in of), " / ".join(f"{row.detail['footprint']:.3f}" for row in of)]
+            assert all({"spans": "| spans, ", "dense": "| dense, "}[row.detail["needs"]["reads"]] in line_of(told) for row in of)
+            assert all(f", {row.detail['needs']['passes']} |" in line_of(told) for row in of)
+        assert line_of(told).endswith(f"| {' | '.join(cells)} |")
+    dense = found[0]["dense"]
+    assert dense.value == found[1]["dense"].value == 1
+    assert f"where all are found the interval is [{dense.low:.2f}, {dense.high:.2f}]" in README
+    half = found[0]["streaming-50"]
+    assert (half.value, f"where half are it is [{half.low:.2f}, {half.high:.2f}]" in README) == (0.5, True)
+    again = [rows[name].detail["footprint"] for rows in found for name in ("kvzip-50", "kvzip-25")]
+    assert f"has {min(again):.1f} to {max(again):.1f} times the dense model's" in README
+    lost = [48 - sum(rows["adakv-25"].detail["per_sample"]) for rows in found]
+    assert f"AdaKV loses {lost[0]} and {lost[1]} of 48 at 25%" in README
+    kept = [row.density for rows in found for row in rows.values() if row.plan != "dense"]
+    quarter = sorted(share for share in kept if share < 0.4)
+    assert f"Kept are {100 * quarter[0]:.1f} to {100 * quarter[-1]:.1f}% and 50.0%" in README
+    assert {f"{share:.1%}" for share in kept if share > 0.4} == {"50.0%"}
+
+
+def test_the_plans_among_presses_are_those_of_the_runs() -> None:
+    for length in (2048, 4096):
+        record = Measurements.load(ROOT / f"data/presses/qwen2.5-coder-0.5b/{length}.json")
+        for density in (50, 25):
+            plan = Plan.load(ROOT / f"data/runs/qwen2.5-coder-0.5b-{density}/plan.json")
+            assert plan.search["origin"] == "learned"
+            for row in (*record.select(plan=f"q{density}"), *record.select(plan=f"q{density} after reading")):
+                assert row.detail["plan"] == plan.identity()
+                assert row.density == pytest.approx(plan.density(length), abs=1e-3)
+
+
+def test_the_readme_says_how_many_heads_the_floors_of_duoattention_leave_whole() -> None:
+    # Question and answer took 32 to 47 tokens.
+    whole = {
+        floor: [
+            {48 - split_heads(round(length / 4) - asked, length - asked, 48, floor)[0] for asked in range(32, 48)}
+            for length in (2048, 4096)
+        ]
+        for floor in (384, 192)
+    }
+    assert whole == {384: [{2}, {7}], 192: [{7}, {9}]}
+    assert "floor of 384 tokens leaves two of 48 heads whole at 25% of 2,048 tokens and seven at 25% of 4,096" in README
+    assert "the floor of 192 leaves seven and nine." in README
+
+
+def line_of(method: str) -> str:
+    (line,) = [line for line in README.splitlines() if line.startswith(f"| {method} | ")]
+    return line
