@@ -129,6 +129,50 @@ def test_the_readme_has_a_line_for_every_study_and_says_which_has_no_record_yet(
             assert "no record yet" in row_of(name)
 
 
+def test_the_readme_quotes_what_was_found_of_unseen_lengths() -> None:
+    found, line = study("unseen"), row_of("unseen")
+    ranks = [{row.plan: row for row in found.select(task=f"random plans of {density}")} for density in ("50%", "25%")]
+    moved = [told["slopes of shorter texts, spans moved"] for told in ranks]
+    half, quarter = (f"{row.value:.2f} [{row.low:.2f}, {row.high:.2f}]" for row in moved)
+    assert f"order {moved[0].n} random plans of 50%" in line
+    assert f"(rank correlation {half}; goal 0.8: met, not decided), and plans of 25% less well ({quarter}: missed, not decided)" in line
+    assert {goal.value: (goal.goal, goal.meets, goal.decided) for goal in found.goals} == {
+        moved[0].value: (0.8, True, False), moved[1].value: (0.8, False, False)
+    }  # fmt: skip
+    for said, name in (
+        ("left as long as they are {} and {},", "slopes of shorter texts"), ("at 8k itself {} and {}.", "slopes of 2 samples a task there"),
+        ("{} and {} extrapolated", "profile, extrapolated"), ("{} and {} as it stands at 4k", "profile, its longest length"),
+    ):  # fmt: skip
+        assert said.format(*(f"{told[name].value:.2f}" for told in ranks)) in line
+    assert (
+        max(row.value for told in ranks for name, row in told.items() if name.startswith("profile"))
+        == ranks[0]["profile, extrapolated"].value
+    )
+    assert (found.settings["length"], max(found.settings["profiled_lengths"])) == (8192, 4096)
+
+
+def test_the_readme_quotes_what_was_found_of_engines() -> None:
+    found, line = study("engines"), row_of("engines")
+    predicted = found.settings["predicted"]
+    assert all(predicted[f"searched-{word}"] < predicted[f"rounded-{word}"] for word in found.settings["limits"])
+    gained = {
+        (word, task): gain(found.rows, f"searched-{word}", f"rounded-{word}", task, (4096,))
+        for word in found.settings["limits"] for task in ("needles", "documents", "summaries")
+    }  # fmt: skip
+    assert {word: [gained[word, task].verdict for task in ("needles", "documents", "summaries")] for word, _ in gained} == {
+        "layers": ["not decided", "worse", "worse"], "one": ["better", "worse", "worse"], "three": ["worse", "worse", "not decided"]
+    }  # fmt: skip
+    by = {key: f"{abs(one.found.value):.{2 if key[1] == 'needles' else 3}f}" for key, one in gained.items()}
+    assert (
+        f"{by['one', 'needles']} more needles, for {by['one', 'documents']} nats of documents and {by['one', 'summaries']} of own" in line
+    )
+    assert f"documents and own answers lose {by['layers', 'documents']} and {by['layers', 'summaries']}." in line
+    both = [f"{value(found, f'{kind}-three', length=4096):.2f}" for kind in ("searched", "rounded")]
+    assert f"{by['three', 'needles']} fewer needles ({both[0]}; rounded up {both[1]}), documents lose {by['three', 'documents']}." in line
+    assert {row.n for row in found.select(metric="retrieval")} == {256}
+    assert found.settings["run"]["preset"] == study("unseen").settings["run"]["preset"] == "standard"
+
+
 def test_the_readme_quotes_what_the_studies_found_of_densities() -> None:
     retrieval = study("retrieval")
     pairs = {

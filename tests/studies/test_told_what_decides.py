@@ -15,8 +15,8 @@ from moa_lab.studies.gains import gain, marked, side, verdicts
 from moa_lab.studies.predicting.predictions import SLOPE_STEPS, STEPS_PER_PLAN
 
 DATA = Path(__file__).resolve().parents[2] / "data"
-calibration, space, rules, transfer, search = records = [
-    StudyRecord.load(f"{DATA}/studies/{name}.json") for name in ("calibration", "space", "rules", "transfer", "search")
+calibration, space, rules, transfer, search, unseen, engines = records = [
+    StudyRecord.load(f"{DATA}/studies/{name}.json") for name in ("calibration", "space", "rules", "transfer", "search", "unseen", "engines")
 ]
 both = calibration.settings["profiled_lengths"]
 objectives = ["span, sum", "all or nothing", "worst distance", "all or nothing + sum", "worst distance + sum", "ranked", "gates"]
@@ -263,6 +263,37 @@ def test_better_predictors_go_with_better_plans_as_far_as_is_told() -> None:
         "documents": {words: 0.71, "learned": 0.31},
         "summaries": {words: 0.94, "learned": 0.94},
     }
+
+
+def test_at_a_length_that_nobody_profiled_slopes_come_first_and_no_profile_passes_what_is_told() -> None:
+    ranks = {(row.plan, row.task.split()[-1]): row for row in unseen.select(metric="rank_correlation")}
+    predictors, densities = (list(dict.fromkeys(keys)) for keys in zip(*ranks, strict=True))
+    assert {row.n for row in ranks.values()} == {80}
+    best = "slopes of shorter texts, spans moved"
+    assert all(max(predictors, key=lambda name: ranks[name, density].value) == best for density in densities)
+    said = {
+        density: f"{ranks[best, density].value:.2f} [{ranks[best, density].low:.2f}, {ranks[best, density].high:.2f}]"
+        for density in densities
+    }
+    assert said == {"25%": "0.72 [0.56, 0.83]", "50%": "0.85 [0.76, 0.90]"}
+    others = {name: [f"{ranks[name, density].value:.2f}" for density in ("50%", "25%")] for name in predictors if "slopes" in name}
+    assert (others["slopes of shorter texts"], others["slopes of 2 samples a task there"]) == (["0.82", "0.69"], ["0.76", "0.55"])
+    assert f"{max(row.value for (name, _), row in ranks.items() if name.startswith('profile')):.2f}" == "0.45"
+    assert [(goal.meets, goal.decided) for goal in unseen.goals] == [(False, False), (True, False)]
+
+
+def test_plans_searched_for_an_engine_are_predicted_to_lose_less_and_measured_to_lose_documents() -> None:
+    words, predicted = list(engines.settings["limits"]), engines.settings["predicted"]
+    assert words == ["layers", "one", "three"]
+    assert all(predicted[f"searched-{word}"] < predicted[f"rounded-{word}"] for word in words)
+    measured = {
+        task: [gain(engines.rows, f"searched-{word}", f"rounded-{word}", task, (4096,)) for word in words]
+        for task in ("needles", "documents")
+    }
+    assert [one.verdict for one in measured["needles"]] == ["not decided", "better", "worse"]
+    assert {one.verdict for one in measured["documents"]} == {"worse"}
+    assert [f"{one.found.value:+.2f}" for one in measured["needles"]][1:] == ["+0.23", "-0.15"]
+    assert {row.n for row in engines.select(metric="retrieval")} == {256}
 
 
 def test_heads_rank_alike_between_domains_as_told() -> None:
