@@ -1,4 +1,4 @@
-"""The state of a descent on disk, so that a killed one goes on where it was."""
+"""The state of a descent, or of a mean of slopes, on disk, so that a killed one goes on where it was."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedModel
 
 from moa_lab import processes
+from moa_lab.calibration.samples import SampleSet
+from moa_lab.models import weights_fingerprint
 from moa_lab.provenance import digest
+from moa_lab.records import LossTable
 from moa_lab.storage import is_intact, read_tensors, write_tensors
 
 STATE_SCHEMA = "moa-lab/descent/1"
@@ -20,7 +24,7 @@ SAVE_S = 30.0
 
 
 class Checkpoint:
-    """The file of one descent in `folder` (None: nothing is kept), named after all that decides its course.
+    """The file of one course in `folder` (None: nothing is kept), named after all that decides it (see `course_of`).
 
     state: arrays, and numbers as JSON data.
     """
@@ -41,3 +45,12 @@ class Checkpoint:
         if self._path is not None and processes.is_first() and (last or time.monotonic() - self._saved >= SAVE_S):
             write_tensors(self._path, arrays, {"schema": STATE_SCHEMA, "state": dict(state)})
             self._saved = time.monotonic()
+
+
+def course_of(model: PreTrainedModel, samples: SampleSet, table: LossTable) -> dict[str, Any]:
+    """What decides any course over these samples, as JSON data: the model as it runs, the samples, and the choices of the table."""
+    return {
+        "model": weights_fingerprint(model), "samples": samples.identity, "rules": [str(rule) for rule in table.rules],
+        "table": [table.lengths, table.sink_tokens, table.min_span], "device": model.device.type, "dtype": str(model.dtype),
+        **({"stored": table.stored} if table.stored else {}),
+    }  # fmt: skip

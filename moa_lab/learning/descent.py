@@ -26,10 +26,9 @@ from moa_lab.engines import Engine, check_stored, engine_of, meets
 from moa_lab.geometry.wrappers import plain_model
 from moa_lab.interface.compiled import compiled_layers
 from moa_lab.learning.batches import Batches, batch_tokens
-from moa_lab.learning.checkpoint import Checkpoint
+from moa_lab.learning.checkpoint import Checkpoint, course_of
 from moa_lab.learning.mixtures import Mixtures
 from moa_lab.learning.slopes import SlopeSampler
-from moa_lab.models import weights_fingerprint
 from moa_lab.plan import WHOLE_BITS, name_of_bits, read_mix, tokens_bought
 from moa_lab.profiling.inputs import check_inputs
 from moa_lab.records import Front, LossTable
@@ -113,11 +112,9 @@ def learn_spans(
     history: list[dict[str, float]] = []
     generators = (batches.rng, sampler.rng)
     course = {
+        **course_of(model, samples, table),
         "weights": weights, "steps": steps, "rate": rate, "seed": seed, "density": {str(n): d for n, d in targets.items()},
-        "model": weights_fingerprint(model), "samples": samples.identity, "rules": [str(rule) for rule in table.rules],
-        "table": [table.lengths, table.sink_tokens, table.min_span], "device": model.device.type, "dtype": str(model.dtype),
         **({} if mix == WHOLE_BITS else {"bits": mix}), **({} if limits is None else {"engine": limits.told()}),
-        **({"stored": table.stored} if table.stored else {}),
     }  # fmt: skip
     mixes = table.mixes if table.stored else (mix,)
     store = partial(named_front, mixes=mixes) if table.stored else partial(stored_front, mix=mix)

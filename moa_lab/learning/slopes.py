@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,11 +21,13 @@ from moa_lab.interface.compiled import compiled_layers
 from moa_lab.kernels.dispatch import drawn_attention
 from moa_lab.kernels.mixture import BLOCK
 from moa_lab.learning.batches import Batches, batch_tokens
+from moa_lab.learning.checkpoint import Checkpoint, course_of
 from moa_lab.learning.roundings import Widths, drawn_widths, widths_of
 from moa_lab.plan import WHOLE_BITS, Bits
 from moa_lab.profiling.backward import checkpointed
 from moa_lab.profiling.estimate import SAFETY, Estimate, estimate_cost
 from moa_lab.profiling.inputs import check_inputs
+from moa_lab.provenance import digest
 from moa_lab.records import LossTable
 
 LONG_ANSWERS = 0.125
@@ -204,23 +207,34 @@ def mean_slopes(
     steps: int,
     seed: int = 0,
     stands_for: int | None = None,
+    parts_dir: str | Path | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
     """Mean slope of every rule of every head over `steps` batches, under plans drawn from `chances` (heads, rules).
 
     stands_for: a length that the samples stand for, for instance one that is too long to be run: every rule has the span there, scaled
-    with the length. float64 (heads, rules), in nats per answer token, summed over tasks; only differences between a head's rules matter.
+    with the length. parts_dir: keeps the sum every half a minute, from which the same call goes on after a kill. float64 (heads, rules),
+    in nats per answer token, summed over tasks; only differences between a head's rules matter.
     Raises ValueError for samples or a table of another model, a task that lacks a length, and for samples that do not fit in memory.
     """
     model = plain_model(model)
     check_inputs(model, samples, table)
     batches, sampler = Batches(samples, batch_tokens(model), seed), SlopeSampler.fitting(model, table, samples, seed, stands_for=stands_for)
-    total = np.zeros(chances.shape)
-    with compiled_layers(model, steps * batch_tokens(model)):
-        for step in range(steps):
+    generators = (batches.rng, sampler.rng)
+    course = {"chances": digest(np.ascontiguousarray(chances).tobytes()), "steps": steps, "seed": seed, "stands_for": stands_for}
+    checkpoint = Checkpoint(parts_dir, "slopes", {**course_of(model, samples, table), **course})
+    total, done = np.zeros(chances.shape), 0
+    if saved := processes.from_first(checkpoint.load):
+        total, done = saved[0]["total"], saved[1]["steps"]
+        for generator, state in zip(generators, saved[1]["generators"], strict=True):
+            generator.bit_generator.state = state
+    with compiled_layers(model, (steps - done) * batch_tokens(model)):
+        for step in range(done, steps):
             if progress:
                 progress(step, steps)
-            total += sampler(batches.draw(), chances).slope
+            total = total + sampler(batches.draw(), chances).slope
+            state = {"steps": step + 1, "generators": [rng.bit_generator.state for rng in generators]}
+            checkpoint.save({"total": total}, state, last=step + 1 == steps)
     if progress:
         progress(steps, steps)
     return total / steps

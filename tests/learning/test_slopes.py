@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from moa_lab.calibration.samples import Sample, SampleSet
 from moa_lab.geometry import ModelGeometry
 from moa_lab.interface import AttentionCall, Handler, route_attention
 from moa_lab.kernels.mixture import BLOCK, mixed_windows
-from moa_lab.learning import mean_slopes, slopes
+from moa_lab.learning import checkpoint, mean_slopes, slopes
 from moa_lab.learning.slopes import SlopeSampler, block_windows
 from moa_lab.models import geometry_of
 from moa_lab.plan import DENSE, SpanRule
@@ -184,6 +185,40 @@ def test_slopes_at_fixed_chances_are_a_mean_over_batches() -> None:
     np.testing.assert_array_equal(found, again)
     # A head that sees less loses more, on the whole.
     assert found[:, 0].sum() > found[:, -1].sum()
+
+
+def test_a_killed_mean_goes_on_where_it_was_and_of_other_plans_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill_at_two(step: int, steps: int) -> None:
+        if step == 2:
+            raise Killed
+
+    model = tiny_model("llama")
+    samples = SampleSet(tuple(own_answer(model, "questions", LENGTH, seed) for seed in range(3)))
+    chances, table = np.full((4, len(RULES)), 0.25), table_of(model)
+    told: list[int] = []
+    monkeypatch.setattr(checkpoint, "SAVE_S", 0.0)
+
+    def found(chances: np.ndarray = chances, steps: int = 4, **asked: int) -> np.ndarray:
+        told.clear()
+        return mean_slopes(model, samples, table, chances, steps=steps, parts_dir=tmp_path, progress=lambda at, _: told.append(at), **asked)
+
+    whole = mean_slopes(model, samples, table, chances, steps=4)
+    with pytest.raises(Killed):
+        mean_slopes(model, samples, table, chances, steps=4, parts_dir=tmp_path, progress=kill_at_two)
+    np.testing.assert_array_equal(found(), whole)
+    assert told == [2, 3, 4]
+    np.testing.assert_array_equal(found(), whole)
+    assert told == [4]
+    for other in ({"chances": np.roll(chances, 1, axis=1) + np.eye(4)}, {"steps": 2}, {"seed": 1}, {"stands_for": 2 * LENGTH}):
+        found(**other)
+        assert told[0] == 0, other
+    for state in tmp_path.iterdir():
+        state.write_bytes(state.read_bytes()[:100])
+    np.testing.assert_array_equal(found(), whole)
+    assert told[0] == 0
 
 
 def test_samples_with_long_answers_run_apart_from_the_others() -> None:

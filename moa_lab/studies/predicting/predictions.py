@@ -69,6 +69,6 @@ def _slopes(run: Run, density: Mapping[int, float], steps: int) -> np.ndarray:
     table = run.table()
     chances = chances_of(random_choices(table, density, PLANS_DRAWN, run.settings.seed + 2), len(table.rules))
     return mean_slopes(
-        run.model, run.lessons(), table, chances, steps=steps, seed=run.settings.seed,
+        run.model, run.lessons(), table, chances, steps=steps, seed=run.settings.seed, parts_dir=run.parts_dir("slopes"),
         progress=lambda done, total: run.progress("search: slopes", done, total),
     )  # fmt: skip

@@ -1,4 +1,8 @@
-"""How well a plan's loss is predicted at a length that nobody profiled."""
+"""How well a plan's loss is predicted at a length that nobody profiled.
+
+What is measured is kept in the run's folder as it is made: answers and profiles sample by sample, losses plan by plan, sums of slopes every
+half a minute. After a kill the same command goes on there.
+"""
 
 from __future__ import annotations
 
@@ -30,14 +34,21 @@ FEW = 2
 
 
 def unseen(run: Run, scale: Scale) -> StudyRecord:
-    """Predictors that never ran the longest validated length, and two that run it a little, at `scale.density` and a half."""
+    """Predictors that never ran the longest validated length, and two that run it a little, at `scale.density` and a half.
+
+    The samples of the cheap profile are calibrated and profiled once for both densities. Nothing else can be shared without measuring
+    something else: the plans differ, and slopes of shorter texts, moved or not, draw the same texts and the same rules but run them with
+    other windows. They have only the dense model's pass in common.
+    """
     length = max(sample.length for sample in run.suites.validation)
     if length <= max(run.lengths):
         return record_of(
             run, "unseen", QUESTION, f"Not answered: the model goes no further than the profiled {max(run.lengths):,} tokens.", ()
         )
     try:
-        rows = [row for share in dict.fromkeys((scale.density, HALF)) for row in _correlations(run, length, share, scale.random_plans)]
+        limits = {share: run.at(share).limits for share in (scale.density, HALF)}
+        few = _few(run, length)
+        rows = [row for share, own in limits.items() for row in _correlations(run, length, share, own, scale.random_plans, few)]
     except InfeasibleError as error:
         return record_of(run, "unseen", QUESTION, f"Not answered: {error}.", (), density=scale.density)
     goals = [
@@ -56,12 +67,21 @@ def unseen_answer(rows: Sequence[Measurement], length: int) -> str:
     return f"Rank correlation with the loss measured at {length:,} tokens. {'; '.join(told)}."
 
 
-def _correlations(run: Run, length: int, density: float, plans: int) -> list[Measurement]:
-    table, limits, seed = run.table(), run.at(density).limits, run.settings.seed
+def _few(run: Run, length: int) -> SampleSet:
+    """`FEW` samples a task at `length`."""
+    wanted = [replace(request, count=min(FEW, request.count)) for request in run.wanted if request.count]
+    return calibrate(
+        run.model, run.tokenizer, [length], wanted=wanted, documents=run.documents["calibration"], seed=run.settings.seed + 1,
+        batch_size=run.answer_batch, parts_dir=run.parts_dir("answers"),
+    )  # fmt: skip
+
+
+def _correlations(run: Run, length: int, density: float, limits: Mapping[int, float], plans: int, few: SampleSet) -> list[Measurement]:
+    table, seed = run.table(), run.settings.seed
     choices = random_choices(table, limits, plans, seed)
     samples = [sample for sample in run.suites.validation if sample.length == length]
     losses = measured_losses(run, choices, samples, "unseen: random plans")
-    found = {name: [predict(choice) for choice in choices] for name, predict in _predictors(run, length, limits, plans).items()}
+    found = {name: [predict(choice) for choice in choices] for name, predict in _predictors(run, length, limits, plans, few).items()}
     task = f"random plans of {density:.0%}"
     return [
         Measurement(name, "rank_correlation", task, length, *spearman(told, losses), density, {"measured": losses, "predicted": told})
@@ -69,21 +89,16 @@ def _correlations(run: Run, length: int, density: float, plans: int) -> list[Mea
     ]
 
 
-def _predictors(run: Run, length: int, limits: Mapping[int, float], plans: int) -> dict[str, Callable[[np.ndarray], float]]:
+def _predictors(run: Run, length: int, limits: Mapping[int, float], plans: int, few: SampleSet) -> dict[str, Callable[[np.ndarray], float]]:
     """By name, what takes a choice (layers, kv_heads) and returns the plan's predicted loss at `length`."""
     table, steps = run.table(), min(SLOPE_STEPS, STEPS_PER_PLAN * plans)
-    wanted = [replace(request, count=min(FEW, request.count)) for request in run.wanted if request.count]
-    few = calibrate(
-        run.model, run.tokenizer, [length], wanted=wanted, documents=run.documents["calibration"], seed=run.settings.seed + 1,
-        batch_size=run.answer_batch,
-    )  # fmt: skip
     cheap = loss_table(profile(run.model, few, parts_dir=run.parts_dir("profile")), table.rules, min_span=table.min_span, use_lengths=())
     chances = chances_of(random_choices(table, limits, PLANS_DRAWN, run.settings.seed + 2), len(table.rules))
 
     def slopes(samples: SampleSet, count: int, stands_for: int | None = None) -> Callable[[np.ndarray], float]:
         found = mean_slopes(
             run.model, samples, table, chances, steps=count, seed=run.settings.seed, stands_for=stands_for,
-            progress=lambda done, total: run.progress("unseen: slopes", done, total),
+            parts_dir=run.parts_dir("slopes"), progress=lambda done, total: run.progress("unseen: slopes", done, total),
         )  # fmt: skip
         heads = np.arange(len(found))
         return lambda choice: float(found[heads, choice.ravel()].sum())
