@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -47,6 +48,7 @@ def engines(run: Run, scale: Scale) -> StudyRecord:
         engines_answer(found, predicted, length, scale.density), [*rows, *(one.row() for one in found)],
         density=scale.density, limits=dict(LIMITS), left_out=left_out, predicted=predicted, search_seconds=scale.search_seconds,
         allocated={name: plan.search["allocated"] for name, plan in plans.items()},
+        solved={name: solved(plan, length) for name, plan in plans.items()},
     )  # fmt: skip
 
 
@@ -75,6 +77,13 @@ def goal_at(table: LossTable, length: int) -> Goal:
 def predicted_loss(table: LossTable, plan: Plan, length: int) -> float:
     """`goal_at` of a plan: 1 for the cheapest plan of the table, 0 for the dense one."""
     return goal_at(table, length).value(plan_point(table, plan, origin="", lengths=(length,)).predicted)
+
+
+def solved(plan: Plan, length: int) -> dict[str, Any]:
+    """How many heads have which span at `length`, by tokens; how a searched plan was solved, and what a rounded one kept before."""
+    spans, heads = np.unique(plan.spans(length), return_counts=True)
+    told: dict[str, Any] = {"heads": {str(int(span)): int(count) for span, count in zip(spans, heads, strict=True)}}
+    return told | {key: plan.search[key] for key in ("gap", "status", "before") if key in plan.search}
 
 
 def engines_answer(found: Sequence[Gain], predicted: Mapping[str, float], length: int, density: float) -> str:

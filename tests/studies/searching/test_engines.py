@@ -52,3 +52,17 @@ def test_the_record_says_what_was_allocated(records: dict[str, StudyRecord]) -> 
     for name, share in record.settings["allocated"].items():
         assert share <= record.settings["density"] + 1e-9
         assert record.select(plan=name)
+
+
+def test_the_record_says_which_windows_each_plan_has_and_how_well_it_was_solved(records: dict[str, StudyRecord]) -> None:
+    record = records["engines"]
+    length = max(record.settings["test_lengths"])
+    assert set(record.settings["solved"]) == set(record.settings["allocated"])
+    for name, told in record.settings["solved"].items():
+        heads = {int(span): count for span, count in told["heads"].items()}
+        kept = sum(span * count for span, count in heads.items()) / (length * sum(heads.values()))
+        (row,) = record.select(plan=name, metric="retrieval")
+        assert kept == pytest.approx(row.density)
+        windows = set(heads) - {length}
+        assert len(windows) <= {"layers": len(heads), "one": 1, "three": 3}[name.rpartition("-")[2]]
+        assert ("gap" in told) == name.startswith("searched") != ("before" in told)
