@@ -3,6 +3,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 SERVING := .venv-serving
+# The first that pyproject.toml takes: kernels are compiled with it as well.
+OLDEST_TRITON := 3.6.0
 CONSTRAINTS := tests/constraints.txt
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS)
 
@@ -34,7 +36,7 @@ notebooks: $(VENV)/lab.stamp  ## run every notebook from first to last cell and 
 	$(BIN)/python -m moa_lab.workbench.notebooks notebooks/*.ipynb
 
 # Status 5: ARGS selected no test of this part.
-test: $(VENV)/dev.stamp  ## run the tests, a worker a core; ARGS="-k plan" selects
+test: $(VENV)/dev.stamp $(VENV)/oldest-triton  ## run the tests, a worker a core; ARGS="-k plan" selects
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not alone" $(ARGS) || [ $$? -eq 5 ]
 	$(BIN)/python -m pytest -m alone $(ARGS) || [ $$? -eq 5 ]
 
@@ -82,6 +84,12 @@ $(VENV)/dev.stamp: pyproject.toml $(CONSTRAINTS) $(VENV)/torch.stamp
 	@echo "installing moa-lab, what it needs, JupyterLab, and the test tools (some minutes, once)"
 	@$(INSTALL) -e ".[dev,lab,eval]"
 	@touch $(VENV)/base.stamp $(VENV)/lab.stamp $@
+
+# Beside the environment's own Triton; without it the tests that need it are skipped.
+$(VENV)/oldest-triton: $(VENV)/dev.stamp
+	@test "$$(uname -s)" != Linux || $(BIN)/python -m pip install --disable-pip-version-check --quiet --no-deps --target $@ \
+		triton==$(OLDEST_TRITON) 2>/dev/null || echo "triton $(OLDEST_TRITON) could not be installed: kernels are not compiled with it"
+	@mkdir -p $@ && touch $@
 
 # vLLM pins what it brings, so our constraints do not hold there; torchvision and its like, which it asks for and never needs for text,
 # do not load beside the CPU build of torch.

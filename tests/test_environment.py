@@ -83,6 +83,12 @@ def test_one_least_python_is_named_everywhere() -> None:
     assert f"Python {wanted} or newer" in makefile
 
 
+def test_kernels_are_compiled_with_the_first_triton_that_is_taken() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (oldest,) = re.findall(r"^OLDEST_TRITON := (\S+)$", makefile, flags=re.MULTILINE)
+    assert f">={oldest.removesuffix('.0')}" == str(requirements("dev")["triton"].specifier)
+
+
 def test_make_runs_every_study_in_a_size_for_a_cpu() -> None:
     makefile = (ROOT / "Makefile").read_text()
     (recipe,) = re.findall(r"^studies-quick:.*  ## \S.*\n\t\$\(BIN\)/moa-lab (.*)\n", makefile, flags=re.MULTILINE)

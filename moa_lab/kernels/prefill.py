@@ -143,7 +143,7 @@ def _prefill(
         n_queries, n_keys, kv_heads, sink_tokens, reach, scale, softcap or 1.0,
         GROUP=query_heads // kv_heads, HEAD_DIM=head_dim, PADDED_DIM=padded_dim,
         BLOCK_M=block_m, BLOCK_N=block_n, ONE_LOOP=wave_lanes(query) == 32 and padded_dim > 128,
-        CAPPED=softcap != 0, OVER_RING=over_ring, DESCRIBED=described,
+        CAPPED=softcap != 0, OVER_RING=over_ring, BY_PLACE=wave_lanes(query) is None, DESCRIBED=described,
         SINK_LOGITS=sink_logits is not None, PRECISION=precision(query),
         num_warps=warps, num_stages=stages,
     )  # fmt: skip

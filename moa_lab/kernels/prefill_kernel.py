@@ -9,7 +9,8 @@ import triton.language as tl
 @triton.jit
 def _load(
     tiles, new, ring, batch, head, start, past, origin, sink, ring_slots, turn, stride, stop,
-    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, OVER_RING: tl.constexpr, DESCRIBED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, OVER_RING: tl.constexpr, BY_PLACE: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
     """Keys or values at BLOCK_N positions from `start` on, before `stop`: those from `past` on are new, the others lie in the ring, where
     the token at `past` would take the slot `turn` after the sink."""
@@ -28,9 +29,14 @@ def _load(
             slots = sink + tl.maximum(tl.where(slots < 0, slots + ring_slots, slots), 0)
             slots = tl.where(positions < sink, positions, slots)
             held = ring + slots.to(tl.int64)[:, None] * HEAD_DIM + dims[None, :]
-            # One load from either, which is pipelined; two would meet in registers.
-            places = tl.where(positions[:, None] >= past, places, held)
-        found = tl.load(places, mask=real, other=0.0)
+            is_new = positions[:, None] >= past
+            if BY_PLACE:
+                # One load from either, which is pipelined; two would meet in registers.
+                found = tl.load(tl.where(is_new, places, held), mask=real, other=0.0)
+            else:
+                found = tl.where(is_new, tl.load(places, mask=real & is_new, other=0.0), tl.load(held, mask=real & ~is_new, other=0.0))
+        else:
+            found = tl.load(places, mask=real, other=0.0)
     return found
 
 
@@ -40,12 +46,12 @@ def _fold(
     key_tiles, value_tiles, key, value, key_ring, value_ring, batch, head, past, origin, sink, ring_slots, turn,
     key_stride, value_stride, stop, query_positions, sink_tokens, window, reach, scale, softcap,
     HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, CAPPED: tl.constexpr,
-    OVER_RING: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
+    OVER_RING: tl.constexpr, BY_PLACE: tl.constexpr, DESCRIBED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Fold the BLOCK_N keys from position `start` on into the running softmax, in base 2, of a block of queries."""
     near_key = _load(
         key_tiles, key, key_ring, batch, head, start, past, origin, sink, ring_slots, turn, key_stride, stop,
-        HEAD_DIM, PADDED_DIM, BLOCK_N, OVER_RING, DESCRIBED,
+        HEAD_DIM, PADDED_DIM, BLOCK_N, OVER_RING, BY_PLACE, DESCRIBED,
     )  # fmt: skip
     scores = tl.dot(query, tl.trans(near_key), input_precision=PRECISION)
     # The scale is applied in the exponent: one operation per score.
@@ -67,7 +73,7 @@ def _fold(
     scores_sum = scores_sum * shrink + tl.sum(weights, axis=1)
     near_value = _load(
         value_tiles, value, value_ring, batch, head, start, past, origin, sink, ring_slots, turn, value_stride, stop,
-        HEAD_DIM, PADDED_DIM, BLOCK_N, OVER_RING, DESCRIBED,
+        HEAD_DIM, PADDED_DIM, BLOCK_N, OVER_RING, BY_PLACE, DESCRIBED,
     )  # fmt: skip
     output = tl.dot(weights.to(near_value.dtype), near_value, output * shrink[:, None], input_precision=PRECISION)
     return new_max, scores_sum, output
@@ -81,9 +87,11 @@ def prefill_kernel(
     n_queries, n_keys, kv_heads, sink_tokens, reach, scale, softcap,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_LOOP: tl.constexpr,
-    CAPPED: tl.constexpr, OVER_RING: tl.constexpr, DESCRIBED: tl.constexpr, SINK_LOGITS: tl.constexpr, PRECISION: tl.constexpr,
+    CAPPED: tl.constexpr, OVER_RING: tl.constexpr, BY_PLACE: tl.constexpr, DESCRIBED: tl.constexpr, SINK_LOGITS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ONE_LOOP: tiles that all rows see whole share the loop of masked ones, which takes fewer registers."""
+    """ONE_LOOP: tiles that all rows see whole share the loop of masked ones, which takes fewer registers. BY_PLACE: a load may choose
+    between the ring and the new tokens, token by token; Triton 3.6 compiles no such choice for AMD."""
     # Longest work first, so that it does not run alone at the end: the heads with the longest windows, in every row, and within each
     # the last queries, which see most keys.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -142,7 +150,7 @@ def prefill_kernel(
                 scores_max, scores_sum, total, asked, start,
                 key_tiles, value_tiles, key, value, key_ring, value_ring, row, kv_head, past, origin, sink, ring_slots, turn,
                 key_token, value_token, length, query_positions, sink_tokens, window, reach, scale, softcap,
-                HEAD_DIM, PADDED_DIM, BLOCK_N, False, CAPPED, OVER_RING, DESCRIBED, PRECISION,
+                HEAD_DIM, PADDED_DIM, BLOCK_N, False, CAPPED, OVER_RING, BY_PLACE, DESCRIBED, PRECISION,
             )  # fmt: skip
     # The masked tiles lie in three ranges but share one loop: three loops would fill and drain the load pipeline three times.
     of_sink = tl.maximum(sink_stop - begin, 0)
@@ -153,7 +161,7 @@ def prefill_kernel(
             scores_max, scores_sum, total, asked, start,
             key_tiles, value_tiles, key, value, key_ring, value_ring, row, kv_head, past, origin, sink, ring_slots, turn,
             key_token, value_token, length, query_positions, sink_tokens, window, reach, scale, softcap,
-            HEAD_DIM, PADDED_DIM, BLOCK_N, True, CAPPED, OVER_RING, DESCRIBED, PRECISION,
+            HEAD_DIM, PADDED_DIM, BLOCK_N, True, CAPPED, OVER_RING, BY_PLACE, DESCRIBED, PRECISION,
         )  # fmt: skip
     # A left-padding query sees nothing: its output is 0.
     total = total / tl.where(scores_sum == 0.0, 1.0, scores_sum)[:, None]

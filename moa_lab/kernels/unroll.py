@@ -43,25 +43,29 @@ def _unroll_kernel(
     these = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     length = tl.load(lengths + batch)
     hidden = tl.load(padding + batch)
+    # Numbers come out of both branches, not places: Triton 3.6 compiles no choice of those for AMD.
     if tl.program_id(0) < ring_blocks:
         sink = tl.load(table + head * 4 + 1)
         ring = tl.load(table + head * 4 + 2)
         past = length - tokens + hidden
         held = (these < sink + ring) & (these < past)
         position = tl.where(these < sink, these, these + tl.maximum(past - 1 - these, 0) // ring * ring)
-        place = batch * ring_batch + (tl.load(table + head * 4) + these[:, None]).to(tl.int64) * HEAD_DIM
-        source, values_source = keys + place, values + place
+        there = held[:, None] & (dims < HEAD_DIM)
+        place = batch * ring_batch + (tl.load(table + head * 4) + these[:, None]).to(tl.int64) * HEAD_DIM + dims
+        found = tl.load(keys + place, mask=there, other=0.0)
+        values_found = tl.load(values + place, mask=there, other=0.0)
     else:
         these -= ring_blocks * BLOCK
-        held = (these < tokens) & (these >= hidden)
         position = length - tokens + these
-        source = key + batch * key_batch + head * key_head + these[:, None].to(tl.int64) * key_token
-        values_source = value + batch * value_batch + head * value_head + these[:, None].to(tl.int64) * value_token
+        there = ((these < tokens) & (these >= hidden))[:, None] & (dims < HEAD_DIM)
+        token = these[:, None].to(tl.int64)
+        found = tl.load(key + batch * key_batch + head * key_head + token * key_token + dims, mask=there, other=0.0)
+        values_found = tl.load(value + batch * value_batch + head * value_head + token * value_token + dims, mask=there, other=0.0)
     column = capacity - length + position
-    there = (held & (column >= 0))[:, None] & (dims < HEAD_DIM)
+    there = there & (column >= 0)[:, None]
     target = ((batch * kv_heads + head) * capacity + column[:, None]) * HEAD_DIM + dims
-    tl.store(by_position + target, tl.load(source + dims, mask=there, other=0.0), mask=there)
-    tl.store(values_by_position + target, tl.load(values_source + dims, mask=there, other=0.0), mask=there)
+    tl.store(by_position + target, found, mask=there)
+    tl.store(values_by_position + target, values_found, mask=there)
 
 
 @torch.library.custom_op("moa_lab::unroll", mutates_args=())

@@ -17,6 +17,7 @@ from moa_lab.storage import read_json
 pytest.importorskip("triton.experimental.gluon", reason="this Triton has no Gluon")
 
 HERE = Path(__file__).parent
+OLDEST = HERE.parents[1] / ".venv" / "oldest-triton"
 RECORD = HERE.parents[1] / "data" / "benchmarks" / "compiled.json"
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
 AMD = 65536
@@ -33,9 +34,11 @@ FEW = 64
 """Bytes of a thread that a kernel may spill."""
 
 
-def compiled(*arguments: str) -> list[dict[str, Any]]:
+def compiled(*arguments: str, triton: Path | None = None) -> list[dict[str, Any]]:
+    """triton: where another one lies than the environment's."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), environment.get("PYTHONPATH", "")])
+    paths = [*([triton] if triton else []), HERE.parents[1], HERE.parent, environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, paths))
     told = subprocess.run(
         [sys.executable, str(HERE / "compile_everywhere.py"), *arguments], capture_output=True, text=True, env=environment, check=False
     )
@@ -57,13 +60,22 @@ def test_kernels_compile_and_fit(chip: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not (OLDEST / "triton").is_dir(), reason="make test installs the oldest Triton beside the environment's own")
+@pytest.mark.parametrize("chip", ["sm_90", "gfx942"])
+def test_kernels_compile_with_the_oldest_triton(chip: str) -> None:
+    found = compiled(chip, *CASES, triton=OLDEST)
+    assert {row["kernel"] for row in found} >= KERNELS
+    assert all(row["shared"] <= SHARED.get(chip, AMD) for row in found), found
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("chip", ["sm_86", "sm_100", "gfx942", "gfx1100"])
 def test_the_widest_heads_fit_small_chips(chip: str) -> None:
     found = compiled(chip, "prefill bfloat16, 256", "ring bfloat16, 256", "pages 256", "drawn 256", "ring 256, bits [(8, 8), (8, 8)]")
     assert {row["kernel"] for row in found} >= {"prefill_kernel", "decode_kernel"}
     assert all(row["shared"] <= SHARED.get(chip, AMD) for row in found), found
-    # On Hopper the learning kernels of these heads spill as well, and so does prefill over a ring, into which chunks over pages read them.
-    over_ring = [(case, "prefill_kernel") for case in ("ring bfloat16, 256", "pages 256", "ring 256, bits [(8, 8), (8, 8)]")]
+    # On Hopper the learning kernels of these heads spill as well, and so does prefill over a ring.
+    over_ring = [(case, "prefill_kernel") for case in ("ring bfloat16, 256", "ring 256, bits [(8, 8), (8, 8)]")]
     on_hopper = [row for row in found if row["case"] == "drawn 256" or (row["case"], row["kernel"]) in over_ring]
     assert all(row["spilled"] <= FEW for row in found if row not in on_hopper), found
 
