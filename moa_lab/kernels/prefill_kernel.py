@@ -79,7 +79,7 @@ def _fold(
     return new_max, scores_sum, output
 
 
-@triton.jit(do_not_specialize=["n_queries", "n_keys"])
+@triton.jit(do_not_specialize=["n_queries", "n_keys", "kv_heads"], do_not_specialize_on_alignment=["sink_logits"])
 def prefill_kernel(
     query, key_tiles, value_tiles, key, value, output, key_ring, value_ring, table, order, lengths, padding, sink_logits,
     query_batch, query_head, query_token, key_batch, key_head, key_token,

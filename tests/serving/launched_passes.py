@@ -18,7 +18,7 @@ from compile_everywhere import CHIPS, compiled, launched
 
 from moa_lab.cache import LayerLayout
 from moa_lab.plan import Bits
-from moa_lab.serving import RequestPages
+from moa_lab.serving import RequestPages, paged_kernels
 from moa_lab.serving.page_layout import layout_of
 from moa_lab.serving.page_pool import shape_of
 from moa_lab.serving.paged import LayerHeads, layer_attention
@@ -28,7 +28,7 @@ from moa_lab.serving.warm_up import warm_up
 GROUP, PAGE_TOKENS, LONGEST, DTYPE, CPU = 3, 64, 5000, torch.float16, torch.device("cpu")
 
 
-def passes(kinds: list[LayerHeads], page_bytes: int, kv_heads: int, head_dim: int, buckets: int) -> None:
+def passes(kinds: list[LayerHeads], page_bytes: int, kv_heads: int, head_dim: int, buckets: int, scoring: Scoring) -> None:
     """Prompts, whole and in chunks of any size, and single tokens of any number of requests, in block tables of any width."""
     random = np.random.default_rng(0)
     raw = torch.zeros(2, page_bytes, dtype=torch.int8)
@@ -42,7 +42,7 @@ def passes(kinds: list[LayerHeads], page_bytes: int, kv_heads: int, head_dim: in
             made = torch.zeros(int(new.sum()), (GROUP + 2) * kv_heads, head_dim, dtype=DTYPE)
             table = torch.ones(rows, 1 + max(alike.columns for alike in kinds) + rows, dtype=torch.int32)[:, 1:]
             step = Step(table, torch.from_numpy(random.integers(buckets, size=rows)), lengths, firsts)
-            layer_attention(kinds, raw, *made.split([GROUP * kv_heads, kv_heads, kv_heads], dim=1), step, Scoring(0.1))
+            layer_attention(kinds, raw, *made.split([GROUP * kv_heads, kv_heads, kv_heads], dim=1), step, scoring)
 
 
 def main(chip: str, head_dim: int, bits: list[Bits]) -> None:
@@ -53,9 +53,12 @@ def main(chip: str, head_dim: int, bits: list[Bits]) -> None:
     pages = RequestPages((1000, LONGEST), tuple(layout_of((layout,), (bits,), shape.tokens) for layout in layouts))
     kinds = [LayerHeads(alike, CPU) for alike in pages.of_layer(0)]
     heads = (GROUP * kv_heads, kv_heads)
+    scoring = Scoring(0.1, sink_logits=torch.zeros(GROUP * kv_heads, 1, 1, dtype=DTYPE))
+    # What a long row holds is read of one head after another, of a shorter row of all heads together.
+    paged_kernels.MOST_READ = 2 * LONGEST * head_dim * DTYPE.itemsize
     compile_everywhere.cases = lambda: {
-        "warm-up": lambda: warm_up(kinds, shape.nbytes, heads, head_dim, DTYPE, Scoring(0.1), CPU),
-        "passes": lambda: passes(kinds, shape.nbytes, kv_heads, head_dim, len(layouts)),
+        "warm-up": lambda: warm_up(kinds, shape.nbytes, heads, head_dim, DTYPE, scoring, CPU),
+        "passes": lambda: passes(kinds, shape.nbytes, kv_heads, head_dim, len(layouts), scoring),
     }
     found: dict[str, set[str]] = {"warm-up": set(), "passes": set()}
     for case, kernel, arguments, settings in launched(CHIPS[chip], ()):

@@ -10,7 +10,7 @@ from ring_oracle import HEAD_DIM, Sequences
 
 from moa_lab.cache import LayerLayout
 from moa_lab.kernels import paged as paged_launch
-from moa_lab.serving import paged
+from moa_lab.serving import paged, paged_kernels
 from moa_lab.serving.page_pool import page_bytes
 from moa_lab.serving.step import Scoring, Step
 
@@ -67,6 +67,13 @@ def test_a_heads_slots_are_divided_among_programs(dtype: torch.dtype, head_dim: 
     monkeypatch.setattr(paged_launch, "SPLIT", 64)
     steps = [[200, 3, 1], [1, 64, 1], [1, 1, 1], [1, 1, 64]]
     check(LayerLayout(4, (90, 1000), None, CAPACITY), 16, steps, dtype=dtype, head_dim=head_dim, group=group)
+
+
+def test_what_a_row_holds_is_read_of_some_heads_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two heads and then the third, of longer rows of one after another."""
+    monkeypatch.setattr(paged_kernels, "MOST_READ", 2 * 240 * HEAD_DIM * 4)
+    for bits in (None, [(8, 4)] * 3):
+        check(LayerLayout(4, (20, 1000, 60), 90, CAPACITY), 16, STEPS, softcap=5.0, sinks=True, bits=bits)
 
 
 def test_rows_of_other_lengths_have_windows_of_their_own() -> None:
