@@ -55,6 +55,11 @@ class LayerHeads:
         """Of the block table of a request, as many as hold all pages of these heads."""
         return int(self._pages.steps.max() + self._pages.ranks.max()) + 1
 
+    @property
+    def capacity(self) -> int:
+        """Tokens of the longest request."""
+        return min(layout.capacity for layout in self._pages.layouts)
+
     def pool(self, raw: torch.Tensor, head_dim: int, dtype: torch.dtype) -> PagePool:
         """An engine's buffer as these heads use it."""
         return PagePool(raw, self._pages.page_tokens, head_dim, dtype, self._pages.bits)
