@@ -6,7 +6,6 @@ import contextlib
 import importlib
 import tempfile
 from collections.abc import Callable, Collection, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +131,10 @@ def _rates(engine: Any, llm: Any, shape: ModelShape, batch: int, prompt: int, ne
 
 @contextlib.contextmanager
 def _full_steps(llm: Any, batch: int) -> Iterator[list[float]]:
-    """Seconds from one step to the next, where both have one token of each of `batch` requests: the scheduler says what a step has."""
+    """Seconds from one step to the next, where both have one token of each of `batch` requests: the scheduler says what a step has.
+
+    The step before must have them too: where an engine schedules a step while another runs, what passes until the next one is that one's.
+    """
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     own, ticks, found = scheduler.schedule, list[tuple[float, bool]](), list[float]()
 
@@ -147,7 +149,8 @@ def _full_steps(llm: Any, batch: int) -> Iterator[list[float]]:
         yield found
     finally:
         scheduler.schedule = own
-        found += [after - before for (before, full), (after, next_full) in pairwise(ticks) if full and next_full]
+        threes = zip(ticks, ticks[1:], ticks[2:], strict=False)
+        found += [after - before for (_, last), (before, full), (after, next_full) in threes if last and full and next_full]
 
 
 def _seconds(engine: Any, llm: Any, tokens: np.ndarray, new_tokens: int) -> float:

@@ -21,12 +21,13 @@ from moa_lab.storage import read_json, write_json
 
 
 class Counting:
-    """An engine that needs 1 second a prompt token of all rows and 3 a step. short: answers lack a token."""
+    """An engine that needs 1 second a prompt token of all rows and 3 a step. short: answers lack a token. ahead: a step is scheduled while
+    the one before runs."""
 
     __version__ = "0"
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, short: bool = False) -> None:
-        self.now, self.asked, self.short = 0.0, [], short
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, short: bool = False, ahead: bool = False) -> None:
+        self.now, self.asked, self.short, self.ahead = 0.0, [], short, ahead
         monkeypatch.setattr(engine, "clock", lambda device: self.now)
 
     def LLM(self, **settings: Any) -> Counting:
@@ -43,13 +44,15 @@ class Counting:
     def generate(self, prompts: list[dict[str, list[int]]], asked: SimpleNamespace, use_tqdm: bool) -> list[SimpleNamespace]:
         self.asked.append([len(prompt["prompt_token_ids"]) for prompt in prompts])
         counts = dict(enumerate(self.asked[-1]))
-        for row, count in counts.items():
-            # One prompt a step, between tokens of the others, which do not count.
-            self.scheduler.schedule({**dict.fromkeys(range(row), 1), row: count})
-            self.now += count
-        for _ in range(asked.max_tokens - 1):
-            self.scheduler.schedule(dict.fromkeys(counts, 1))
-            self.now += 3
+        # One prompt a step, between tokens of the others, which do not count.
+        steps = [({**dict.fromkeys(range(row), 1), row: count}, count) for row, count in counts.items()]
+        steps += [(dict.fromkeys(counts, 1), 3)] * (asked.max_tokens - 1)
+        running = 0
+        for scheduled, seconds in steps:
+            self.scheduler.schedule(scheduled)
+            self.now += running if self.ahead else seconds
+            running = seconds
+        self.now += running if self.ahead else 0
         tokens = [0] * (asked.max_tokens - self.short)
         return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=tokens)]) for _ in prompts]
 
@@ -61,11 +64,16 @@ def test_rates_are_of_as_many_requests_as_its_cache_holds(monkeypatch: pytest.Mo
     assert counting.asked == [[40] * 33] * 3 + [[100] * 14] * 3
     assert counting.settings["kv_cache_dtype"] == "fp8"
     assert counting.settings["max_model_len"] == 108
-    # Seven steps: six from one to the next.
+    # Seven steps: five from one to the next after the first.
     told = [[row[name] for name in ("batch", "prefill_rate", "rate", "ms", "steps", "answer_rate")] for row in record["rows"]]
-    assert told == [[33, 1, 11, 3000, 6, 11], [14, 1, 14 / 3, 3000, 6, 14 / 3]]
+    assert told == [[33, 1, 11, 3000, 5, 11], [14, 1, 14 / 3, 3000, 5, 14 / 3]]
     assert seen == [(1, 2), (2, 2)]
     assert told_by(read_json(write_json(tmp_path / "record.json", record), ENGINE_SCHEMA)) == ["vLLM-fp8@40=11.0", "vLLM-fp8@100=4.7"]
+
+
+def test_a_step_that_is_scheduled_while_a_prompt_is_read_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    (row,) = bench_engine("vLLM-fp8", [40], TINY, new_tokens=7, engine=Counting(monkeypatch, ahead=True))["rows"]
+    assert (row["ms"], row["steps"]) == (3000, 5)
 
 
 def test_answers_that_lack_tokens_are_no_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
