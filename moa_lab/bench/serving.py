@@ -31,7 +31,8 @@ def bench_serving(
     quick: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Measure what `out` does not have yet, and write it there after every side. A side that fails is told in words in its row.
+    """Measure what `out` does not have yet, and write it there after every side. A side that fails is told in words in its row. Rows whose
+    tokens/s are not of steps, as records had them first, are measured anew.
 
     plans: config cards; prompts: tokens of a prompt. See `moa_lab.bench.engine.bench_engine`. Raises ValueError for a file at `out` that is
     no such record, or of other plans.
@@ -44,7 +45,7 @@ def bench_serving(
     record: dict[str, Any] = read_json(out, SERVING_SCHEMA) if out.exists() else {"schema": SERVING_SCHEMA, "rows": []}
     jobs = [(side, prompt) for prompt in prompts for side in sides]
     for done, ((name, peer, path), prompt) in enumerate(jobs, start=1):
-        if not any(row["side"] == name and row["prompt"] == prompt and "rate" in row for row in record["rows"]):
+        if not any(row["side"] == name and row["prompt"] == prompt and "steps" in row for row in record["rows"]):
             others = [row for row in record["rows"] if (row["side"], row["prompt"]) != (name, prompt)]
             found = _measured(peer, path, prompt, block_size if path else None, quick)
             told = found.pop("session", {})

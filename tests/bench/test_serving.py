@@ -14,6 +14,7 @@ from moa_lab.bench.serving import bench_serving, serving_table
 from moa_lab.commands.app import app
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import uniform_plan
+from moa_lab.storage import write_json
 
 GEOMETRY = ModelGeometry(2, 4, 2, 16, 512)
 
@@ -35,8 +36,8 @@ class Sides:
         rate = self.rates[peer]
         if rate is None:
             return {"failed": "error: no room"}
-        density = {} if plan is None else {"density": 0.5}
-        return {"batch": 8, "rate": rate, "ms": 8e3 / rate, **density, "session": {"device": "a GPU", "vllm": "0.26.0", "model": "tiny"}}
+        found = {"batch": 8, "rate": rate, "ms": 8e3 / rate, "steps": 5} | ({} if plan is None else {"density": 0.5})
+        return {**found, "session": {"device": "a GPU", "vllm": "0.26.0", "model": "tiny"}}
 
 
 def test_every_side_is_measured_once_and_a_second_call_measures_what_failed(
@@ -55,6 +56,17 @@ def test_every_side_is_measured_once_and_a_second_call_measures_what_failed(
     shown = CliRunner().invoke(app, ["show", str(out)])
     assert table in shown.output
     assert line.split() == ["64", "plan", "half", "50%", "50.0%", "8", "190.0", "42.1", "1.90", "1.8"]
+
+
+def test_rates_that_count_prompts_are_not_held_against_those_of_steps(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, sides = tmp_path / "serving.json", Sides(monkeypatch, {"vLLM-bf16": 100.0, "vLLM-fp8": 150.0, "vLLM-plan": 190.0})
+    record = bench_serving(out, [plan], [64])
+    (first,) = [row for row in record["rows"] if row["side"] == "vLLM-bf16"]
+    del first["steps"]
+    write_json(out, record)
+    sides.asked.clear()
+    bench_serving(out, [plan], [64])
+    assert sides.asked == [("vLLM-bf16", 64, None)]
 
 
 def test_a_side_that_fails_is_told_in_words(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
