@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -85,15 +86,15 @@ def _profiled(model: PreTrainedModel, tokens: int, progress: Callable[[int, int]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     found = profile(model, SampleSet(samples), progress=told)
-    # Processes exchange what each has done in rounds.
-    times = seconds_each([tick for tick in ticks if tick[0] % processes.started() == 0])
+    times = seconds_each(after_rounds(ticks, processes.started()))
     peak = torch.cuda.max_memory_allocated(device) if on_gpu else weights + predicted
     detail = {
         "samples": len(times), "answer_tokens": len(samples[0].answer_positions), "seconds": times, "recomputed": estimate.checkpoint,
         "weight_bytes": weights, "peak_bytes": peak, "predicted_bytes": predicted,
         "counted_by": "torch.cuda" if on_gpu else "estimate", "finite": is_finite(found),
     }  # fmt: skip
-    return float(np.mean(times)), detail
+    # What was done is told to the first process alone.
+    return float(np.mean(times)) if times else math.nan, detail
 
 
 def random_samples(vocabulary: int, tokens: int, processes: int = 1) -> tuple[Sample, ...]:
@@ -101,6 +102,12 @@ def random_samples(vocabulary: int, tokens: int, processes: int = 1) -> tuple[Sa
     random = np.random.default_rng(0)
     answer = ((tokens - min(ANSWER_TOKENS, tokens // 2), tokens),)
     return tuple(Sample("random", random.integers(vocabulary, size=tokens), answer) for _ in range(processes * (1 + SAMPLES)))
+
+
+def after_rounds(ticks: list[tuple[int, float]], processes: int) -> list[tuple[int, float]]:
+    """The first tick, and those after which every process had done as many batches: what they did is exchanged then, and told at once."""
+    told = ticks[1:]
+    return [*ticks[:1], *told[processes - 1 :: processes], *(told[-1:] if len(told) % processes else ())]
 
 
 def seconds_each(ticks: list[tuple[int, float]]) -> list[float]:
