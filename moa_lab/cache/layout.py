@@ -9,6 +9,9 @@ import numpy as np
 
 from moa_lab.plan import Plan
 
+LONGEST = 2**30
+"""Tokens, beyond any sequence: sums of so many with a position stay within 32 bits."""
+
 
 @dataclass(frozen=True)
 class LayerLayout:
@@ -60,8 +63,8 @@ class LayerLayout:
 
     def table(self) -> np.ndarray:
         """What a kernel needs to know of every head: int32 (kv_heads, 4): first slot, sink, ring, window."""
-        windows = np.minimum(self.windows, np.iinfo(np.int32).max)
-        return np.stack([self.starts[:-1], self.sinks, self.rings, windows], axis=1).astype(np.int32)
+        rings, windows = (np.minimum(tokens, LONGEST) for tokens in (self.rings, self.windows))
+        return np.stack([self.starts[:-1], self.sinks, rings, windows], axis=1).astype(np.int32)
 
 
 def layer_layouts(plan: Plan, n_tokens: int, capacity: int | None = None) -> list[LayerLayout]:

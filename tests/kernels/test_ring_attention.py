@@ -13,6 +13,7 @@ from ring_attends import DEVICE, Attend, by_reference, by_triton, by_unrolled, c
 from ring_oracle import Sequences, random_layout
 
 from moa_lab.cache import LayerLayout
+from moa_lab.geometry import MAX_TOKENS
 from moa_lab.kernels import decode, prefill
 from moa_lab.kernels.schedule import decode_schedule
 from moa_lab.kernels.write import ring_write
@@ -110,6 +111,13 @@ def test_a_cache_that_grew_goes_on_as_it_was(attend: Attend) -> None:
     check(attend, rows, [1, 1])
     check(attend, rows, [25, 30])
     check(attend, rows, [1, 1])
+
+
+@WAYS
+def test_a_window_of_the_longest_length_that_a_model_may_have_keeps_everything(attend: Attend) -> None:
+    rows = Sequences(LayerLayout(4, (MAX_TOKENS, 5), None, capacity=60), 2, device=DEVICE)
+    for counts in ([20, 9], [1, 1], [12, 30]):
+        check(attend, rows, counts)
 
 
 def test_the_same_sums_every_time() -> None:
