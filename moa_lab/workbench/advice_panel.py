@@ -100,10 +100,14 @@ class AdvicePanel:
 
     def recommend(self, again: bool = True) -> None:
         """Show the advice; nothing of an older one stays where there is none. again: as in `Advising.advise`."""
-        self.told.value = self.table.value = self.served.value = ""
-        self.take.disabled = True
-        self.canvas.box.layout.display = "none"
-        advice = self.advising.advise(self.wish(), self.folders.value, again=again)
+        try:
+            advice = self.advising.advise(self.wish(), self.folders.value, again=again)
+        except Exception:
+            # Not before: what is shown would vanish and come again with every wish.
+            self.told.value = self.table.value = self.served.value = ""
+            self.take.disabled = True
+            self.canvas.box.layout.display = "none"
+            raise
         self.told.value = f"<p><b>{html.escape(advice.reason)}</b> {html.escape(f'{advice.beside} {advice.next_one}')}</p>"
         self.take.disabled = advice.plan is None
         self._serve()

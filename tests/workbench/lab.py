@@ -144,10 +144,11 @@ class Page:
     def until(self, name: str, pattern: str, timeout_s: float = 20) -> str:
         """The text of the first element of class `name`, once it matches."""
         deadline = time.monotonic() + timeout_s
-        while not re.search(pattern, self.text(name)):
-            assert time.monotonic() < deadline, f"{name} says {self.text(name)!r}, not {pattern!r}"
+        # The text that matched: the next one may be on its way.
+        while not re.search(pattern, told := self.text(name)):
+            assert time.monotonic() < deadline, f"{name} says {told!r}, not {pattern!r}"
             self.page.wait_for_timeout(50)
-        return self.text(name)
+        return told
 
     def picture(self, name: str) -> None:
         PICTURES.mkdir(parents=True, exist_ok=True)
