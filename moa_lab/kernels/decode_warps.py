@@ -11,6 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from moa_lab.kernels.codes import CODES
+from moa_lab.kernels.decode_kernel import pages_of
 from moa_lab.kernels.operands import SHARE, key_dims, key_operand, loaded_tile, value_dims, value_operand
 
 LEAST = gl.constexpr(2.0**-24)
@@ -46,13 +47,6 @@ def _grid(both):
 
 
 @gluon.jit
-def _page_of(pages, steps, rank, at, high, PAGE: gl.constexpr):
-    """As `decode_kernel.pages_of`, of the tile that begins at slot `at`."""
-    column = gl.load(steps + at // PAGE, mask=at < high, other=0) + rank
-    return gl.load(pages + column, mask=at < high, other=0).to(gl.int64)
-
-
-@gluon.jit
 def _moved(base, page, at, WIDTH: gl.constexpr, PAGE: gl.constexpr, PAGE_BYTES: gl.constexpr):
     """`base`, of the first page, moved so that a head's slots from `at` on, of WIDTH elements each, lie as if all of them followed it."""
     if PAGE > 0:
@@ -78,7 +72,7 @@ def attend(
     VALUE_WIDTH: gl.constexpr = HEAD_DIM if VALUE_BITS == 16 else HEAD_DIM * VALUE_BITS // 32
     page = gl.to_tensor(0).to(gl.int64)
     if PAGE > 0:
-        page = _page_of(pages, steps, rank, low, high, PAGE)
+        page = pages_of(pages, steps, rank, low, low < high, PAGE)
     # The first tile is on its way while the query is laid out.
     keys = loaded_tile(_moved(key, page, low, KEY_WIDTH, PAGE, PAGE_BYTES), low, high, HEAD_DIM, TILE, KEY_BITS, True)
     values = loaded_tile(_moved(value, page, low, VALUE_WIDTH, PAGE, PAGE_BYTES), low, high, HEAD_DIM, TILE, VALUE_BITS, False)
@@ -88,7 +82,7 @@ def attend(
     if VALUE_BITS < 16:
         value_grid = gl.load(_moved(value_grids, page, low, 1, PAGE, PAGE_BYTES) + slots, mask=slots < high, other=0)
     if PAGE > 0:
-        page = _page_of(pages, steps, rank, low + TILE, high, PAGE)
+        page = pages_of(pages, steps, rank, low + TILE, low + TILE < high, PAGE)
     dims = key_dims(gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(1, SECOND)), HEAD_DIM, KEY_BITS)
     asking = gl.arange(0, ROWS, layout=gl.SliceLayout(0, SECOND))
     # Scores are in base 2, but for those that are capped first.
@@ -117,7 +111,7 @@ def attend(
         after = slots + TILE
         here = page
         if PAGE > 0:
-            page = _page_of(pages, steps, rank, at + 2 * TILE, high, PAGE)
+            page = pages_of(pages, steps, rank, at + 2 * TILE, at + 2 * TILE < high, PAGE)
         if KEY_BITS < 16:
             smallest, step = _grid(key_grid)
             key_grid = gl.load(_moved(key_grids, here, at + TILE, 1, PAGE, PAGE_BYTES) + after, mask=after < high, other=0)

@@ -13,14 +13,14 @@ import triton.language as tl
 
 from moa_lab.kernels.codes import CODES, grid_of, grid_word, on_grid, store_words, vectors, words_of
 from moa_lab.kernels.decode_kernel import at_page, attend, merged, pages_of
-from moa_lab.kernels.write import kept_slots
+from moa_lab.kernels.write import held_positions, kept_slots
 
 HEAD = tl.constexpr(5)
 """Numbers that tell of a head."""
 
 
 @triton.jit
-def _lies(numbers, words, AT: tl.constexpr, BITS: tl.constexpr):
+def lies(numbers, words, AT: tl.constexpr, BITS: tl.constexpr):
     """What lies at byte AT of the first page: numbers, or words of codes."""
     return numbers + AT // (numbers.dtype.element_ty.primitive_bitwidth // 8) if BITS == 16 else words + AT // 4
 
@@ -35,7 +35,7 @@ def _keep(
     there = kept[:, None] & (dims < HEAD_DIM)
     slots = slots[:, None]
     given = tl.load(source + these[:, None].to(tl.int64) * token + dims, mask=there, other=0.0)
-    target = at_page(_lies(numbers, words, PART[1], PART[0]), pages[:, None], PAGE_BYTES)
+    target = at_page(lies(numbers, words, PART[1], PART[0]), pages[:, None], PAGE_BYTES)
     if PART[0] == 16:
         tl.store(target + slots * HEAD_DIM + dims, given, mask=there)
     else:
@@ -81,7 +81,7 @@ def _take(
 ):  # fmt: skip
     """K or V of slots, by their pages and their places there, to `at` of target; as `moa_lab.cache.storage.values_at`."""
     dims = tl.arange(0, PADDED_DIM)[None, :]
-    source = at_page(_lies(numbers, words, PART[1], PART[0]), pages[:, None], PAGE_BYTES)
+    source = at_page(lies(numbers, words, PART[1], PART[0]), pages[:, None], PAGE_BYTES)
     found = vectors(source, slots, held, HEAD_DIM, PADDED_DIM, PART[0], tl.float32)
     if PART[0] < 16:
         smallest, step = grid_of(at_page(words + PART[2] // 4, pages, PAGE_BYTES), slots, held)
@@ -102,12 +102,28 @@ def paged_read_kernel(
     ring = tl.load(told + 1)
     slots = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     held = slots < tl.minimum(length, tl.load(told + 3))
-    positions = tl.where(slots < sink, slots, slots + tl.maximum(length - 1 - slots, 0) // ring * ring)
-    at = tl.program_id(1).to(tl.int64) * columns + positions
+    at = tl.program_id(1).to(tl.int64) * columns + held_positions(slots, length, sink, ring)
     pages = pages_of(table, steps, tl.load(told + 4), slots, held, PAGE)
     within = slots % PAGE
     _take(keys, numbers, words, pages, within, at, held, KEY, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
     _take(values, numbers, words, pages, within, at, held, VALUE, HEAD_DIM, PADDED_DIM, PAGE_BYTES)
+
+
+@triton.jit
+def split_of(lengths, firsts, buckets, heads, kv_heads, SPLIT: tl.constexpr, GROUP: tl.constexpr):
+    """What a program of a step does: its row, head and that row's first token, length and bucket; what is told of the head; its slots, from
+    one to another; and where its part of the output goes. In Gluon too."""
+    program = tl.program_id(0)
+    row = program // kv_heads
+    head = program % kv_heads
+    first = tl.load(firsts + row)
+    length = tl.load(lengths + row)
+    bucket = tl.load(buckets + row)
+    told = heads + (bucket * kv_heads + head) * HEAD
+    low = tl.program_id(1) * SPLIT
+    count = tl.minimum(length, tl.load(told + 3))
+    place = (program.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * GROUP
+    return row, head, first, length, bucket, told, low, count, place
 
 
 @triton.jit(do_not_specialize=["table_row", "steps_row"], do_not_specialize_on_alignment=["table"])
@@ -119,20 +135,12 @@ def paged_decode_kernel(
     PAGE_BYTES: tl.constexpr,
 ):  # fmt: skip
     """SPLIT slots of one head of a row that has one new token, which is written."""
-    row = tl.program_id(0) // kv_heads
-    head = tl.program_id(0) % kv_heads
-    first = tl.load(firsts + row)
-    length = tl.load(lengths + row)
-    bucket = tl.load(buckets + row)
-    told = heads + (bucket * kv_heads + head) * HEAD
-    low = tl.program_id(1) * SPLIT
-    count = tl.minimum(length, tl.load(told + 3))
+    row, head, first, length, bucket, told, low, count, place = split_of(lengths, firsts, buckets, heads, kv_heads, SPLIT, GROUP)
     if (tl.load(firsts + row + 1) == first + 1) & (low < count):
-        place = (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * GROUP
         attend(
             query + first.to(tl.int64) * query_token + head.to(tl.int64) * GROUP * query_head,
-            _lies(numbers, words, KEY[1], KEY[0]), words + KEY[2] // 4,
-            _lies(numbers, words, VALUE[1], VALUE[0]), words + VALUE[2] // 4,
+            lies(numbers, words, KEY[1], KEY[0]), words + KEY[2] // 4,
+            lies(numbers, words, VALUE[1], VALUE[0]), words + VALUE[2] // 4,
             low, tl.minimum(low + SPLIT, count), length, tl.load(told), tl.load(told + 1), tl.load(told + 2),
             part_output + place * PADDED_DIM, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap,
             table + row.to(tl.int64) * table_row, steps + bucket * steps_row, tl.load(told + 4),

@@ -6,13 +6,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from moa_lab.kernels.decode_warps import attend
-from moa_lab.kernels.paged_kernel import HEAD
-
-
-@gluon.jit
-def _lies(numbers, words, AT: gl.constexpr, BITS: gl.constexpr):
-    """What lies at byte AT of the first page: numbers, or words of codes."""
-    return numbers + AT // (numbers.dtype.element_ty.primitive_bitwidth // 8) if BITS == 16 else words + AT // 4
+from moa_lab.kernels.paged_kernel import lies, split_of
 
 
 @gluon.jit(do_not_specialize=["table_row", "steps_row"], do_not_specialize_on_alignment=["table"])
@@ -23,21 +17,12 @@ def paged_decode_warps_kernel(
     SPLIT: gl.constexpr, CAPPED: gl.constexpr, REACHES: gl.constexpr, PAGE: gl.constexpr, PAGE_BYTES: gl.constexpr,
 ):  # fmt: skip
     """As `paged_decode_kernel`."""
-    program = gl.program_id(0)
-    row = program // kv_heads
-    head = program % kv_heads
-    first = gl.load(firsts + row)
-    length = gl.load(lengths + row)
-    bucket = gl.load(buckets + row)
-    told = heads + (bucket * kv_heads + head) * HEAD
-    low = gl.program_id(1) * SPLIT
-    count = gl.minimum(length, gl.load(told + 3))
+    row, head, first, length, bucket, told, low, count, place = split_of(lengths, firsts, buckets, heads, kv_heads, SPLIT, GROUP)
     if (gl.load(firsts + row + 1) == first + 1) & (low < count):
-        place = (program.to(gl.int64) * gl.num_programs(1) + gl.program_id(1)) * GROUP
         attend(
             query + first.to(gl.int64) * query_token + head.to(gl.int64) * GROUP * query_head,
-            _lies(numbers, words, KEY[1], KEY[0]), words + KEY[2] // 4,
-            _lies(numbers, words, VALUE[1], VALUE[0]), words + VALUE[2] // 4,
+            lies(numbers, words, KEY[1], KEY[0]), words + KEY[2] // 4,
+            lies(numbers, words, VALUE[1], VALUE[0]), words + VALUE[2] // 4,
             low, gl.minimum(low + SPLIT, count), length, gl.load(told), gl.load(told + 1), gl.load(told + 2),
             part_output + place * HEAD_DIM, part_max + place, part_sum + place, query_head, sink_tokens, reach, scale, softcap,
             table + row.to(gl.int64) * table_row, steps + bucket * steps_row, gl.load(told + 4),

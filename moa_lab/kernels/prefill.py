@@ -14,13 +14,14 @@ import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moa_lab.cache import PackedRing, RingLayer
+from moa_lab.cache.layout import LONGEST
 from moa_lab.kernels.devices import nvidia_capability, precision, room_for_tiles, wave_lanes
 from moa_lab.kernels.prefill_kernel import prefill_kernel
 from moa_lab.kernels.read import ring_read
 from moa_lab.kernels.unroll import unrolled, unrolled_bytes
 
 HOPPER = (9, 0)
-NO_REACH = 2**30
+NO_REACH = LONGEST
 """The reach of a layer without a window of its own: longer than any sequence."""
 MANY = 256
 """New tokens, from which on it pays to lay a ring out by position first: a tile of a ring takes two and a half times as long."""

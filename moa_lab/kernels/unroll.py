@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from moa_lab.cache import RingLayer
+from moa_lab.kernels.write import held_positions
 
 
 def unrolled_bytes(ring: RingLayer) -> int:
@@ -49,7 +50,7 @@ def _unroll_kernel(
         ring = tl.load(table + head * 4 + 2)
         past = length - tokens + hidden
         held = (these < sink + ring) & (these < past)
-        position = tl.where(these < sink, these, these + tl.maximum(past - 1 - these, 0) // ring * ring)
+        position = held_positions(these, past, sink, ring)
         there = held[:, None] & (dims < HEAD_DIM)
         place = batch * ring_batch + (tl.load(table + head * 4) + these[:, None]).to(tl.int64) * HEAD_DIM + dims
         found = tl.load(keys + place, mask=there, other=0.0)

@@ -27,6 +27,12 @@ def kept_slots(at, length, sink, ring):
 
 
 @triton.jit
+def held_positions(slots, length, sink, ring):
+    """The positions that the tokens in `slots` of a head have once the sequence has `length` tokens; of slots that are filled."""
+    return tl.where(slots < sink, slots, slots + tl.maximum(length - 1 - slots, 0) // ring * ring)
+
+
+@triton.jit
 def _slots(table, lengths, padding, batch, head, columns, tokens):
     """Which of the new tokens, by column, are written, and to which slots of their head."""
     length = tl.load(lengths + batch)

@@ -38,11 +38,6 @@ class PagePool:
     bits: Bits = (UNTOUCHED, UNTOUCHED)
 
     @property
-    def is_untouched(self) -> bool:
-        """True where K and V are numbers of the model's own type."""
-        return min(self.bits) == UNTOUCHED
-
-    @property
     def parts(self) -> tuple[Part, Part]:
         """Where K and V lie in a page."""
         return _parts(self.page_tokens, self.head_dim, self.dtype.itemsize, self.bits)

@@ -41,7 +41,7 @@ class PagedKernels:
         for row in step.several:
             part = slice(*step.told[0][row : row + 2])
             asked, new_key, new_value = (x[part].transpose(0, 1)[None] for x in (query, key, value))
-            seen = (new_key, new_value) if pool.is_untouched else heads_as_stored(new_key, new_value, [pool.bits] * key.shape[1])
+            seen = heads_as_stored(new_key, new_value, [pool.bits] * key.shape[1])
             output[part] = self._chunk(held, asked, *seen, step, row, scoring)[0].transpose(0, 1)
         paged_write(self.heads, held, key, value, found)
         if len(step.several) < len(step.told[1]):
