@@ -75,7 +75,8 @@ def is_first() -> bool:
 def joined() -> Iterator[None]:
     """Join the processes that `torchrun` started with this one, each with a GPU of its own where there are GPUs; alone without it.
 
-    Raises ValueError where a host has fewer GPUs than processes, LostProcessError inside where another process ended.
+    Raises ValueError where a host has fewer GPUs than processes, LostProcessError inside where another process ended. A process that it
+    leaves ends: it ignores SIGTERM from then on, which `torchrun` sends at any moment, so that what was raised is told.
     """
     if asked_for() == 1:
         yield
@@ -93,9 +94,12 @@ def joined() -> Iterator[None]:
         logging.disable(logging.WARNING)
     try:
         yield
+    except LostProcessError:
+        before = signal.SIG_IGN
+        raise
     finally:
-        logging.disable(logging.NOTSET)
         signal.signal(signal.SIGTERM, before)
+        logging.disable(logging.NOTSET)
         _group.rank, _group.count = 0, 1
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
@@ -200,4 +204,5 @@ def _leave() -> NoReturn:
 
 
 def _stopped(number: int, frame: FrameType | None) -> None:
+    signal.signal(number, signal.SIG_IGN)
     raise LostProcessError(f"the run was stopped; {GOES_ON}")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -62,6 +63,27 @@ def test_where_a_process_is_killed_the_others_stop_in_words_and_the_same_command
     result = shared(1, *inputs, out)
     assert result.returncode == 0, result.stderr
     assert told(out) == told(one)
+
+
+def test_a_process_that_hears_of_a_lost_one_tells_it_although_it_is_asked_to_end_meanwhile() -> None:
+    script = """
+import os, signal
+from unittest import mock
+import torch.distributed as dist
+from moa_lab import processes
+
+names = {"init_process_group": None, "destroy_process_group": None, "get_rank": 0, "get_world_size": 2}
+with mock.patch.multiple(dist, **{name: mock.Mock(return_value=value) for name, value in names.items()}):
+    dist.destroy_process_group.side_effect = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    try:
+        with processes.joined():
+            raise processes.LostProcessError("another ended")
+    except processes.LostProcessError as error:
+        os.kill(os.getpid(), signal.SIGTERM)
+        print("told:", error)
+"""
+    told = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=os.environ | {"WORLD_SIZE": "2"})
+    assert (told.returncode, told.stdout) == (0, "told: another ended\n"), told.stderr
 
 
 def test_what_only_the_first_process_can_tell_is_told_once(inputs: tuple[Path, Path], tmp_path: Path) -> None:
