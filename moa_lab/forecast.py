@@ -72,7 +72,7 @@ class Forecast:
         descents = int(share_bought(run.settings.density, run.mixes[0], run.geometry) < 1)
         learned = descents * LEARNED_PLANS * bool(preset.learning_steps)
         measured = preset.candidates + (many + run.rounding) * SIMPLE_PLANS + learned + preset.refine_rounds
-        compared = 2 + many + len(preset.baselines)
+        compared = 2 + many + len(run.mixes_short_of_dense) + len(preset.baselines)
         judged = (run.suites.validated_counts(), 1 + measured), (run.suites.tested_counts(run.test_lengths), compared)
         step = BATCH_TOKENS.get(model.device.type, BATCH_TOKENS["cpu"])
         tokens = int(descents * LEARNED_STEPS * preset.learning_steps * step) + sum(

@@ -145,14 +145,15 @@ class Run(RunInputs):
         return self._stored("plan.json", Plan.load, self._validated)
 
     def baselines(self) -> tuple[Plan, ...]:
-        """Dense, uniform at the same density in 16 bits and in every mix, and the preset's other baselines, which store 16 bits.
+        """Dense and uniform at the same density, in 16 bits and in every mix, and the preset's other baselines, which store 16 bits.
 
-        Left out is what the floor alone puts above the density.
+        Left out is what the floor alone puts above the density, and dense spans where the density holds them in that mix: they are uniform.
         """
         lengths = (*self.test_lengths,)
         density, floor, sink = self.settings.density, self.settings.min_span, self.settings.sink_tokens
         uniform = partial(uniform_plan, self.geometry, lengths=lengths, min_span=floor, sink_tokens=sink)
-        plans = [dense_plan(self.geometry, lengths)]
+        dense = dense_plan(self.geometry, lengths)
+        plans = [dense, *(stored_plan(dense, mix) for mix in self.mixes_short_of_dense)]
         for mix in filter(self.holds_floor, dict.fromkeys((WHOLE_BITS, *self.mixes))):
             plans.append(stored_plan(uniform(share_bought(density, mix, self.geometry)), mix))
         for name in self.preset.baselines if self.holds_floor(WHOLE_BITS) else ():

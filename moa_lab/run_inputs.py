@@ -22,7 +22,7 @@ from moa_lab.evaluate.store import ScoreStore
 from moa_lab.evaluate.suites import Suites
 from moa_lab.geometry import ModelGeometry
 from moa_lab.models import geometry_of, load_model, weights_fingerprint
-from moa_lab.plan import Bits, read_mixes
+from moa_lab.plan import WHOLE_BITS, Bits, read_mixes, share_bought
 from moa_lab.presets import PRESETS, QUESTIONS_PER_LESSON, Preset, RunSettings
 from moa_lab.prompting.rendering import check_turns
 from moa_lab.run_folder import RunFolder
@@ -98,6 +98,12 @@ class RunInputs:
     def engine(self) -> EngineLimits | None:
         """The limits that plans are searched for."""
         return None if self.settings.engine is None else engine_of(self.settings.engine)
+
+    @property
+    def mixes_short_of_dense(self) -> tuple[Bits, ...]:
+        """The mixes of fewer than 16 bits in which the density does not hold all tokens."""
+        density, geometry = self.settings.density, self.geometry
+        return tuple(mix for mix in self.mixes if mix != WHOLE_BITS and share_bought(density, mix, geometry) < 1)
 
     def holds_floor(self, mix: Bits) -> bool:
         """Whether the density, at every length of `limits`, holds all heads at the floor when they are stored in `mix`."""

@@ -187,7 +187,9 @@ def test_a_run_searches_spans_in_every_mix_of_bits_and_measuring_chooses(setting
     mixed = replace(settings, density=0.4, bits="16,8", test_lengths=(512,))
     run = Run(tmp_path, mixed)
     summary = run.everything()
-    assert {"uniform", "uniform@8", "moa"} <= set(summary["plans"])
+    assert set(summary["plans"]) == {"dense", "dense@8", "uniform", "uniform@8", "ranked", "moa"}
+    assert 0.5 < summary["plans"]["dense@8"]["density"] < 0.7
+    assert not any("dense@8" in clause for clause in summary["unequal"])
     validated = {row.plan for row in Measurements.load(tmp_path / "validation.json").rows}
     assert {"uniform", "uniform@8", "layers", "layers@8"} <= validated
     assert any(name.endswith("@per-head") for name in validated)
@@ -205,8 +207,8 @@ def test_a_run_searches_spans_in_every_mix_of_bits_and_measuring_chooses(setting
 def test_a_budget_that_only_fewer_bits_can_keep_is_a_run_without_the_plans_of_16_bits(settings: RunSettings, tmp_path: Path) -> None:
     tight = replace(settings, density=0.22, bits="8,4+16", test_lengths=(512,))
     summary = Run(tmp_path, tight).everything()
-    assert set(summary["plans"]) == {"dense", "uniform@8", "moa"}
-    assert all(entry["density"] <= 0.22 for name, entry in summary["plans"].items() if name != "dense")
+    assert set(summary["plans"]) == {"dense", "dense@8", "dense@4+16", "uniform@8", "moa"}
+    assert all(entry["density"] <= 0.22 for name, entry in summary["plans"].items() if not name.startswith("dense"))
     with pytest.raises(InfeasibleError, match=r"density 0.15 at length 384 .* needs at least 0.2084; .* at most 92"):
         Run(tmp_path, replace(tight, density=0.15)).everything()
 

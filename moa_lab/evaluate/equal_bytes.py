@@ -14,13 +14,14 @@ def keeps(density: float, asked: float) -> bool:
 
 
 def unequal_plans(plans: Iterable[Plan], asked: float, lengths: Sequence[int]) -> list[str]:
-    """A clause for every plan and length that does not keep the density `asked`, with the reason; the dense plan is left out.
+    """A clause for every plan and length that does not keep the density `asked`, with the reason; dense plans are left out.
 
     Looked at are `lengths`, and those that a plan was made for.
     """
     found = []
     for plan in plans:
-        missed = [] if plan.is_dense else [n for n in sorted({*lengths, *plan.lengths}) if not keeps(plan.density(n), asked)]
+        dense = plan.is_dense or plan.search.get("origin") == "dense"
+        missed = [] if dense else [n for n in sorted({*lengths, *plan.lengths}) if not keeps(plan.density(n), asked)]
         found += [
             f"{plan.name} keeps {plan.density(n):.1%} at {n:,} tokens, not {100 * asked:.3g}%: {_reason(plan, asked, n)}" for n in missed
         ]

@@ -9,7 +9,7 @@ from moa_lab.evaluate.worse import worse_than_simple
 from moa_lab.figures import pooled
 from moa_lab.figures.measurements import Score, metric_label, shown
 from moa_lab.figures.theme import byte_size
-from moa_lab.plan import Plan, told_mixes
+from moa_lab.plan import UNTOUCHED, Plan, told_mixes
 from moa_lab.records import ALLOCATED, Candidate, Front, FrontPoint, InfluenceProfile, Measurements, candidates
 
 DENSE_ROLE, UNIFORM_ROLE = "dense", "uniform window"
@@ -71,12 +71,12 @@ class Facts:
         return f"{task.capitalize()} retrieved" if metric == "retrieval" else f"{label}, {task}"
 
     def role(self, name: str) -> str:
-        """A plan's name in sentences: dense, uniform window (with its bits where it is stored in fewer), or its own name."""
+        """A plan's name in sentences: dense or uniform window (with its bits where it is stored in fewer), or its own name."""
         plan = next((plan for plan in self.plans if plan.name == name), None)
-        if plan.is_dense if plan else name == "dense":
-            return DENSE_ROLE
-        is_uniform = _is_uniform(plan) if plan else name == "uniform"
         stored = f" in {told_mixes(plan)}" if plan and plan.bits else ""
+        if plan.with_bits(UNTOUCHED).is_dense if plan else name == "dense":
+            return DENSE_ROLE + stored
+        is_uniform = _is_uniform(plan) if plan else name == "uniform"
         return UNIFORM_ROLE + stored if is_uniform else name
 
     def lengths(self, metric: str | None = None) -> tuple[int, ...]:
@@ -178,7 +178,7 @@ def comparison(facts: Facts, metric: str, length: int) -> str:
     found = []
     for name in facts.names[:-1]:
         score, role = facts.score(name, metric, length), facts.role(name)
-        if score is not None and (role == DENSE_ROLE or role.startswith(UNIFORM_ROLE)):
+        if score is not None and role.startswith((DENSE_ROLE, UNIFORM_ROLE)):
             found.append(f"{role} {shown(metric, score.value)}")
     return f" ({', '.join(found)})" if found else ""
 

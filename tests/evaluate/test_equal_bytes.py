@@ -52,11 +52,15 @@ def test_rounding_to_whole_tokens_is_named() -> None:
 def test_stored_bits_are_named() -> None:
     (told,) = unequal_plans([uniform_plan(PLAIN, 0.5).with_bits(8)], 0.5, [4096])
     assert told.endswith("tokens, not 50%: it stores keys or values in fewer bits")
-    (told,) = unequal_plans([dense_plan(PLAIN).with_bits(4)], 0.7, [4096])
+    (told,) = unequal_plans([uniform_plan(PLAIN, 1.0).with_bits(4)], 0.7, [4096])
     assert told.endswith("not 70%: it keeps every token, in fewer bits")
     # Spans that the bytes would have held in fewer bits are too short for another reason.
     (told,) = unequal_plans([uniform_plan(PLAIN, 0.6).with_bits(8)], 0.5, [4096])
     assert "fewer bits" not in told
+
+
+def test_dense_spans_are_no_plan_of_the_density_in_any_bits() -> None:
+    assert unequal_plans([dense_plan(PLAIN), dense_plan(PLAIN).with_bits(8), dense_plan(PLAIN).with_bits(4)], 0.25, [4096]) == []
 
 
 def test_windows_that_lengths_on_both_sides_ask_for_are_named() -> None:
