@@ -86,22 +86,23 @@ class Findings:
 
 def jobs_of(rows: Collection[str], quick: bool, plans: Collection[str], lengths: Collection[int] | None = None) -> tuple[Job, ...]:
     """The jobs of the rows; E3 uses the jobs of the others, alone those of E1. lengths: of prompts, None for all."""
-    half, quarter = DEFAULT_PLANS if set(DEFAULT_PLANS) <= set(plans) else tuple(plans) * 2
+    halves, quarters = [(name,) for name in DEFAULT_PLANS] if set(DEFAULT_PLANS) <= set(plans) else [tuple(plans)] * 2
     short, long = (QUICK_LENGTHS, QUICK_LONG) if quick else (LENGTHS, LONG)
     every = {
-        "E1": (LLAMA2_7B, short, half, WHOLE_BITS),
-        "E2": (LLAMA2_7B, short, quarter, WHOLE_BITS),
-        "E4": (LLAMA3_8B, long, half, WHOLE_BITS),
-        "E5": (LLAMA2_7B, short, half, STORED),
-        "E6": (LLAMA2_7B, short, quarter, STORED),
+        "E1": (LLAMA2_7B, short, halves, WHOLE_BITS),
+        "E2": (LLAMA2_7B, short, quarters, WHOLE_BITS),
+        "E4": (LLAMA3_8B, long, halves, WHOLE_BITS),
+        "E5": (LLAMA2_7B, short, halves, STORED),
+        "E6": (LLAMA2_7B, short, quarters, STORED),
     }
     wanted = [row for row in every if row in rows] or ["E1"]
     return tuple(
         Job(row, TINY if quick else shape, prompt, plan, bits)
         for row in wanted
-        for shape, prompts, plan, bits in [every[row]]
+        for shape, prompts, named, bits in [every[row]]
         for prompt in prompts
         if lengths is None or prompt in lengths
+        for plan in named
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ QUICK_BYTES = 2**20
 def bench_generate(
     rows: Collection[str] = ROWS,
     quick: bool = False,
-    plan: Plan | str | Path | None = None,
+    plans: Sequence[Plan | str | Path] = (),
     out: str | Path | None = None,
     sides: Collection[str] = KINDS,
     lengths: Collection[int] | None = None,
@@ -57,13 +57,14 @@ def bench_generate(
 ) -> BenchRecord:
     """Measure the rows named, of E1 to E6; E1 to E4 take about a quarter of an hour on a GPU of 80 GB.
 
-    quick: a tiny model, also without a GPU, where no row meets its goal. plan: a plan, a config card or a published plan, instead of
-    the recorded ones of 50% and 25%. out: the record is written there after every side. sides: some of `KINDS`. lengths: some prompt
-    lengths. resume: sides in the record at `out` are not measured again, and what was told stays. progress: called with sides done and
-    sides in all. told: tokens/s of `TOLD`, peers that cannot run here, by (peer, prompt tokens): rows E5 and E6 are held against them.
-    Raises ValueError for an unknown row, side or peer, where nothing can be measured, and for rows E5 and E6 of a plan that has bits.
+    quick: a tiny model, also without a GPU, where no row meets its goal. plans: plans, config cards or published plans, every one in all
+    rows, instead of the recorded ones of 50% and 25%. out: the record is written there after every side. sides: some of `KINDS`. lengths:
+    some prompt lengths. resume: sides in the record at `out` are not measured again, and what was told stays. progress: called with sides
+    done and sides in all. told: tokens/s of `TOLD`, peers that cannot run here, by (peer, prompt tokens): rows E5 and E6 are held against
+    them. Raises ValueError for an unknown row, side or peer, for two plans of one name, where nothing can be measured, and for rows E5 and
+    E6 of a plan that has bits.
     """
-    state = open_findings(rows, quick, plan, sides, lengths)
+    state = open_findings(rows, quick, plans, sides, lengths)
     _check_told(told or {}, state)
     if resume and out is not None and Path(out).exists():
         _take_up(state, BenchRecord.load(out))
@@ -93,7 +94,7 @@ def bench_generate(
 def open_findings(
     rows: Collection[str],
     quick: bool,
-    plan: Plan | str | Path | None,
+    plans: Sequence[Plan | str | Path] = (),
     sides: Collection[str] = KINDS,
     lengths: Collection[int] | None = None,
 ) -> Findings:
@@ -102,16 +103,22 @@ def open_findings(
         if not asked or not set(asked) <= set(known):
             raise ValueError(f"{name} must be among {', '.join(known)}, got {', '.join(sorted(set(asked) - set(known))) or 'none'}")
     device = bench_device("bench_generate", quick)
-    plans: dict[str, Plan | str | Path] = {}
-    if plan is None:
-        plans.update(default_plans())
-    else:
-        plans[plan.name if isinstance(plan, Plan) else Path(plan).stem] = plan
-    jobs = jobs_of(rows, quick, plans, lengths)
+    named = {_name_of(plan): plan for plan in plans} or dict[str, Plan | str | Path](default_plans())
+    if plans and len(named) < len(plans):
+        raise ValueError(f"plans must have names of their own, got {', '.join(map(_name_of, plans))}")
+    jobs = jobs_of(rows, quick, named, lengths)
     if not jobs:
         raise ValueError(f"lengths must be among those of the rows, 4096 to 65536, got {sorted(lengths or ())}")
     rate = copy_rate(device) if device.type == "cuda" else copy_rate(device, QUICK_BYTES)
-    return Findings(device, bench_dtype(device), plans, jobs, rows, sides, QUICK_NEW_TOKENS if quick else NEW_TOKENS, rate)
+    return Findings(device, bench_dtype(device), named, jobs, rows, sides, QUICK_NEW_TOKENS if quick else NEW_TOKENS, rate)
+
+
+def _name_of(plan: Plan | str | Path) -> str:
+    """A plan's own name; of a file that of the file, or of its folder where every run calls the file so."""
+    if isinstance(plan, Plan):
+        return plan.name
+    path = Path(plan)
+    return path.parent.name if path.name == "plan.json" and path.parent.name else path.stem
 
 
 def _take_up(state: Findings, record: BenchRecord) -> None:
@@ -128,12 +135,12 @@ def _take_up(state: Findings, record: BenchRecord) -> None:
 
 
 def _check_told(told: Mapping[tuple[str, int], float], state: Findings) -> None:
-    """Raise ValueError for another peer than `TOLD`, a prompt that rows E5 and E6 do not have, and a rate that is none."""
-    prompts = {job.prompt for job in state.jobs if job.beside}
+    """Raise ValueError for another peer than `TOLD`, a prompt that no row has, and a rate that is none."""
+    prompts = {job.prompt for job in state.jobs}
     for (peer, prompt), rate in told.items():
         if peer not in TOLD or prompt not in prompts or not 0 < rate < float("inf"):
             raise ValueError(
-                f"told must be tokens/s of {' or '.join(TOLD)} at a prompt of rows E5 and E6 ({', '.join(map(str, sorted(prompts)))}), "
+                f"told must be tokens/s of {' or '.join(TOLD)} at a prompt of the rows ({', '.join(map(str, sorted(prompts)))}), "
                 f"got {peer} at {prompt}: {rate}"
             )
 

@@ -45,7 +45,8 @@ def generate(
     sides: Annotated[str | None, typer.Option("--sides", help="some of plan,dense,dynamic,static,compiled; all when not given")] = None,
     lengths: Annotated[str | None, typer.Option("--lengths", help="some prompt lengths, for instance 4096,8192")] = None,
     plan: Annotated[
-        Path | None, typer.Option("--plan", help="a config card or published plan, stretched where the model is another")
+        list[Path] | None,
+        typer.Option("--plan", help="a config card or published plan, stretched where the model is another; may be given again"),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="a tiny model: shows that everything runs, and no more")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="keep the sides that the record at --out has, measure the others")] = False,
@@ -53,7 +54,7 @@ def generate(
         list[str] | None,
         typer.Option(
             "--peer",
-            help="for E5 and E6, what vLLM-bf16 or vLLM-fp8 reached elsewhere: NAME@PROMPT=TOKENS_PER_S, or `bench engine`'s record",
+            help="what vLLM-bf16 or vLLM-fp8 told elsewhere, for E5, E6 and figures: NAME@PROMPT=TOKENS_PER_S, or `bench engine`'s record",
         ),
     ] = None,
     force: ForceOption = False,
@@ -66,7 +67,7 @@ def generate(
     free(out, force or resume)
     with Bars() as bars:
         record = bench_generate(
-            _names(rows, ROWS), quick, plan, out, _names(sides, KINDS), lengths_of(lengths), resume,
+            _names(rows, ROWS), quick, plan or (), out, _names(sides, KINDS), lengths_of(lengths), resume,
             bars.steps("generate"), _told(peer or []),
         )  # fmt: skip
     typer.echo(table(record))

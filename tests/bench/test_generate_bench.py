@@ -201,7 +201,7 @@ def test_a_plan_with_bits_keeps_them_where_it_is_stretched_and_has_no_rows_of_ot
     geometry = geometry_of(random_model(TINY, 256, CPU, torch.float32))
     assert set(stretched_plan(plan, geometry, 256).widths().ravel()) == {8}
     with pytest.raises(ValueError, match="E5 stores a plan in bits of its own"):
-        bench_generate(["E5"], quick=True, plan=plan, sides=["plan"], lengths=[64])
+        bench_generate(["E5"], quick=True, plans=[plan], sides=["plan"], lengths=[64])
 
 
 def test_a_plan_whose_heads_differ_in_bits_is_measured_in_bytes_as_it_is(tmp_path: Path) -> None:
@@ -214,12 +214,26 @@ def test_a_plan_whose_heads_differ_in_bits_is_measured_in_bytes_as_it_is(tmp_pat
     widths, spans = stretched.widths()[..., 0].ravel(), stretched.spans(4096).ravel()
     assert set(widths) == {4, 16}
     assert spans[widths == 4].min() >= spans[widths == 16].max()
-    record = bench_generate(["E1"], quick=True, plan=mixed, sides=["plan", "dense"], lengths=[64])
+    record = bench_generate(["E1"], quick=True, plans=[mixed], sides=["plan", "dense"], lengths=[64])
     shape = record.select("E1")[0].shape
     assert shape["bits"] == "per-head"
     assert shape["bytes"] < shape["density"]
     (speed,) = session_of(record.save(tmp_path / "bench.json")).speeds
     assert (speed.bits, speed.share) == ("per-head", shape["bytes"])
+
+
+def test_plans_of_several_runs_are_measured_beside_each_other_as_they_store(tmp_path: Path) -> None:
+    files = [tmp_path / name / "plan.json" for name in ("wide", "few")]
+    for file, bits in zip(files, (16, 8), strict=True):
+        file.parent.mkdir()
+        default_plans()[HALF].with_bits(bits, "moa").save(file)
+    told = {("vLLM-bf16", 64): 10.0}
+    record = bench_generate(["E1"], quick=True, plans=files, sides=["plan"], lengths=[64], told=told)
+    session = session_of(record.save(tmp_path / "bench.json"))
+    assert [speed.bits for speed in session.speeds] == ["16", "8"]
+    assert session.speeds[1].share < 0.7 * session.speeds[0].share
+    assert session.peers == {"vLLM bf16": 10.0}
+    assert list(record.settings["plans"]) == ["wide", "few"]
 
 
 def test_a_side_is_measured_once_for_all_rows() -> None:
@@ -263,8 +277,9 @@ def test_a_peer_that_does_not_say_its_prompt_and_rate_is_refused(tmp_path: Path,
         ({"rows": ["E9"]}, "rows must be"),
         ({"sides": ["theirs"]}, "sides must be"),
         ({"lengths": [5]}, "lengths"),
+        ({"plans": ["a/plan.json", "b/a.json"]}, "names of their own, got a, a"),
         ({"told": {("theirs", 64): 1.0}}, "told must be tokens/s of vLLM-bf16 or vLLM-fp8"),
-        ({"told": {("vLLM-fp8", 65): 1.0}}, r"a prompt of rows E5 and E6 \(64, 128\)"),
+        ({"told": {("vLLM-fp8", 65): 1.0}}, r"a prompt of the rows \(64, 128, 192\)"),
         ({"told": {("vLLM-fp8", 64): float("nan")}}, "nan"),
     ],
 )
