@@ -85,15 +85,18 @@ class Plan:
         """Window tokens per head at length `n_tokens`: int64 (layers, kv_heads). The span less the sink.
 
         A head that keeps everything has a window of the model's maximum length, and no other window is capped at N: tokens
-        generated beyond `n_tokens` find the same rule. A layer's own window is applied by the model itself, on top.
+        generated beyond `n_tokens` find the same rule. A layer's own window is applied by the model itself, on top; a span of all that it
+        shows is a window of all that, since the sink is not seen beyond it.
         """
         _check_length(n_tokens)
-        return np.array([[self._window(rule, n_tokens) for rule in row] for row in self.rules], dtype=np.int64)
+        owns = self.geometry.layer_windows
+        return np.array([[self._window(rule, n_tokens, own) for rule in row] for row, own in zip(self.rules, owns, strict=True)], np.int64)
 
-    def _window(self, rule: SpanRule, n_tokens: int) -> int:
+    def _window(self, rule: SpanRule, n_tokens: int, own: int | None) -> int:
         if rule.keeps_everything:
             return max(self.geometry.max_length, n_tokens)
-        return rule.uncapped_tokens(n_tokens, self.min_span, self.span_multiple) - self.sink_tokens
+        span = rule.uncapped_tokens(n_tokens, self.min_span, self.span_multiple)
+        return span - self.sink_tokens if own is None or span < own else max(span - self.sink_tokens, own)
 
     def with_bits(self, bits: int | np.ndarray, name: str | None = None) -> Plan:
         """The same spans, stored in 16 (the model's own type), 8 or 4 bits.

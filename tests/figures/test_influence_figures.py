@@ -134,7 +134,9 @@ def test_the_outline_encloses_what_the_head_sees(own: int | None, span: int) -> 
     keys, queries = _visible_outline(plan, 512, 0, 0)
     area = abs(sum(keys[i] * queries[i + 1] - keys[i + 1] * queries[i] for i in range(len(keys) - 1))) / 2
     query, key = np.arange(512)[:, None], np.arange(512)[None, :]
-    seen = visible(query, key, 64, max(span - 64, 1)) & (query - key < (own or 512))
+    # A span of all that the layer's own window shows hides nothing of it.
+    window = span - 64 if own is None or span < own else max(span - 64, own)
+    seen = visible(query, key, 64, window) & (query - key < (own or 512))
     # Corners lie between tokens: along a diagonal of 512 tokens the two counts differ by at most a token a row and edge.
     assert abs(area - seen.sum()) <= 2 * 512
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import FAMILIES, VOCABULARY, random_tokens, tiny_model
+from tiny import FAMILIES, VOCABULARY, WINDOW_TOKENS, random_tokens, tiny_model
 from tiny_plans import small_plan
 from transformers import DynamicCache, PreTrainedModel
 
@@ -80,6 +80,20 @@ def test_a_dense_plan_changes_nothing(family: str) -> None:
     own = logits_of(model, tokens)
     with apply_plan(model, dense_plan(geometry_of(model))):
         torch.testing.assert_close(logits_of(model, tokens), own, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("span", [WINDOW_TOKENS, WINDOW_TOKENS + 15])
+def test_a_span_of_all_that_a_layers_own_window_shows_changes_nothing(span: int) -> None:
+    model = tiny_model("mistral")
+    plan = Plan(geometry_of(model), ((SpanRule(float(span), 0.0),) * 2,) * 2, sink_tokens=16, min_span=17)
+    assert plan.density(150) == 1
+    tokens = random_tokens(1, 150)
+    own = logits_of(model, tokens)
+    with apply_plan(model, plan):
+        torch.testing.assert_close(logits_of(model, tokens), own, atol=2e-4, rtol=1e-4)
+        steps = [model(tokens[:, :100])]
+        steps += [model(tokens[:, at : at + 1], past_key_values=steps[0].past_key_values) for at in range(100, 150)]
+    torch.testing.assert_close(torch.cat([step.logits for step in steps], dim=1), own, atol=2e-4, rtol=1e-4)
 
 
 def test_the_last_query_loses_exactly_what_lies_beyond_its_window() -> None:
