@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+from scipy.optimize import brentq
 from scipy.stats import rankdata
 
 from moa_lab.evaluate.intervals import Interval, mean, mean_of_hit_differences, unknown
 from moa_lab.records import Measurement
-from moa_lab.records.intervals import Z, proportion
+from moa_lab.records.intervals import Z
 
 RESAMPLES = 4000
+FARTHEST = 20.0
+"""Logarithm of a share of hits beyond any that samples tell of."""
 
 
 def row_of(rows: Iterable[Measurement], plan: str, task: str, length: int, metric: str | None = None) -> Measurement:
@@ -41,23 +44,39 @@ def ratio(row: Measurement, against: Measurement, seed: int = 0) -> Interval:
 def share_of_hits(row: Measurement, dense: Measurement) -> Interval:
     """Hits of `row` over those of `dense`, with a 95% interval that holds for few samples and for all or no hits.
 
-    Of pairs: hybrid of Wilson's intervals for the two shares (Bonett and Price, 2006); without samples in common, the least that both
-    intervals allow. Infinite where the dense model has none.
+    Of pairs: the score interval (Nam and Blackwelder, 2002), each end of which is too sure in some 2.5% of cases, also where the dense
+    model misses nothing; without samples in common, the least that Wilson's intervals of both allow. Infinite where the dense model has
+    none.
     """
     ours, theirs = (list(one.detail.get("per_sample", ())) for one in (row, dense))
     value = row.value / dense.value if dense.value else math.inf
     if not ours or len(ours) != len(theirs) or not {*ours, *theirs} <= {0, 1} or row.detail.get("samples") != dense.detail.get("samples"):
         return Interval(value, row.n, row.low / dense.high if dense.high else 0.0, row.high / dense.low if dense.low > 0 else math.inf)
-    first, second = sum(ours), sum(theirs)
-    some = sum(1 for a, b in zip(ours, theirs, strict=True) if a or b)
-    if not some:
-        return Interval(value, len(ours), 0.0, math.inf)
-    apart = sum(1 for a, b in zip(ours, theirs, strict=True) if a != b)
-    one, other = ((hits + 1) / (some + 2) for hits in (first, second))
-    scale = math.sqrt((apart + 2) / ((first + 1) * (second + 1)))
-    scale /= math.sqrt((1 - one) / (first + 1)) + math.sqrt((1 - other) / (second + 1))
-    a, b = (proportion(hits, some, scale * Z) for hits in (first, second))
-    return Interval(value, len(ours), a.low / b.high if b.high else 0.0, a.high / b.low if b.low > 0 else math.inf)
+    pairs = list(zip(ours, theirs, strict=True))
+    counts = [sum(1 for pair in pairs if pair == kind) for kind in ((1, 1), (1, 0), (0, 1))]
+    return Interval(value, len(ours), *_ends_of_share(*counts))
+
+
+def _ends_of_share(both: int, ours: int, theirs: int) -> tuple[float, float]:
+    """Ends of the 95% score interval of (both + ours) / (both + theirs), of pairs that hit both, ours alone and theirs alone."""
+    first, second, some = both + ours, both + theirs, both + ours + theirs
+
+    def off(logarithm: float, by: float) -> float:
+        """Standard errors that the hits are off where the true share is of that logarithm, less `by`: it falls as the share grows."""
+        share = math.exp(logarithm)
+        gone = first - share * second
+        if not gone:
+            return -by
+        # The likeliest chance of a hit of ours alone where that is the share, then of theirs; of pairs with any hit.
+        linear = share**2 * (second + 2 * ours) - first
+        root = math.sqrt(max(linear**2 + 4 * some * share**2 * (1 - share**2) * ours, 0.0))
+        alone = min(max((linear + root) / (2 * some * share * (1 + share)), 1 - 1 / share, 0.0), share / (1 + share))
+        other = max(1 - share + share * alone, 0.0)
+        return gone / math.sqrt(some * share * (alone + other)) - by
+
+    low = math.exp(brentq(off, -FARTHEST, FARTHEST, args=(Z,))) if first else 0.0
+    high = math.exp(brentq(off, -FARTHEST, FARTHEST, args=(-Z,))) if second else math.inf
+    return low, high
 
 
 def share_of_the_way(row: Measurement, start: Measurement, end: Measurement, seed: int = 0) -> Interval:

@@ -2,8 +2,8 @@
 
 Plans are tried in an order that no score decides, from the most bytes to the fewest, of as many those with most test samples first, and
 last those with few (`FEW`), up to the first whose quality is not sure. So, however many plans there are, the chance that the one named
-does not hold what is promised stays below 2.5% for every kind of score that is asked for (a fixed sequence of tests, each at the level of
-a 95% interval's end; at several lengths all must pass).
+does not hold what is promised is some 2.5% at most for every kind of score that is asked for (a fixed sequence of tests, each at the level
+of a 95% interval's end; at several lengths all must pass).
 """
 
 from __future__ import annotations

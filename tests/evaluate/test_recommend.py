@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 from typer.testing import CliRunner
 
 from moa_lab.capacity import GPUS, plan_capacity
@@ -183,6 +184,16 @@ def test_intervals_of_shares_of_hits_hold_the_true_share(n: int, theirs: float, 
         below, above = below + (found.high < kept), above + (found.low > kept)
     most = 0.025 + 3 * (0.025 * 0.975 / trials) ** 0.5
     assert max(below, above) / trials <= most
+
+
+@pytest.mark.parametrize("n", [32, 128, 512])
+def test_the_low_end_of_a_share_is_no_surer_than_it_says_where_the_dense_model_misses_nothing(n: int) -> None:
+    lows = np.array([share_of_hits(hits("moa", [1] * found + [0] * (n - found)), hits("dense", [1] * n)).low for found in range(n + 1)])
+    shares = np.linspace(0.5, 0.99, 197)
+    chances = [float(binom.pmf(np.flatnonzero(lows > share), n, share).sum()) for share in shares]
+    # Counts come in steps: no interval of theirs is exact at every share.
+    assert max(chances) < 0.04
+    assert np.mean(chances) < 0.025
 
 
 def test_shares_of_hits_are_never_too_sure() -> None:
