@@ -374,6 +374,12 @@ def test_the_readme_quotes_the_records_of_ruler() -> None:
         assert " | ".join([f"| {task}", *(" / ".join(f"{of[task, n]:.3f}" for n in lengths) for of in found.values())]) + " |" in README
     means = [" / ".join(f"{sum(of[task, n] for task in tasks) / len(tasks):.3f}" for n in lengths) for of in found.values()]
     assert f"| mean | {' | '.join(means)} |" in README
+    single, keys, identifiers = ([found["moa-25"][f"niah_{task}", n] for n in lengths] for task in ("single_1", "multikey_2", "multikey_3"))
+    assert min(single) == 1
+    assert 1 / 2 < min(keys) <= max(keys) < 0.68
+    assert all(found["dense"]["niah_multikey_3", n] > 1 / 2 for n in lengths)
+    assert all(share == pytest.approx(1 / 7, abs=0.015) for share in identifiers)
+    assert "one of many keys in half to two thirds of the cases, and in a seventh where keys and values are long identifiers" in README
 
 
 PRESSES = {
