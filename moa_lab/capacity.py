@@ -16,7 +16,7 @@ from moa_lab.plan import Plan
 USABLE, RESERVE_BYTES = 0.9835, 2 * 10**9
 """Of a GPU's memory, what weights, keys and values may take: this share, less activations, graphs and the driver's."""
 STEP_SHARE = 0.98
-"""Of both rates, what a whole compiled step reaches (seen: H100 .95 to 1.00; H200 1.04 to 1.06, over 8 bits .97 to .99)."""
+"""Of both rates, what a whole compiled step reaches (seen: H100 .94 to .99; H200 1.01 to 1.05, over 8 bits .97 to .99)."""
 READ_SHARE, MATMUL_SHARE = 0.91, 0.69
 """Of a datasheet's bandwidth, what a pure read reaches (H100: 3.05 of 3.35 TB/s); of its products in 16 bits (H200: 680 of 989)."""
 
