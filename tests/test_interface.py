@@ -120,14 +120,17 @@ def test_a_mask_of_the_users_own_is_respected(additive: bool) -> None:
         torch.testing.assert_close(logits_of(model, tokens, attention_mask=mask), own, atol=2e-4, rtol=1e-4)
 
 
-def test_a_cap_that_sdpa_drops_is_kept_by_the_route() -> None:
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_cap_that_sdpa_drops_is_kept_by_the_route_and_told(name: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model("gemma2")
     tokens = random_tokens(1, 40)
     model.set_attn_implementation("eager")
     own = logits_of(model, tokens)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(name)
+    assert torch.allclose(logits_of(model, tokens), own, atol=1e-3) == (name == "eager")
     with route_attention(model, plain):
         torch.testing.assert_close(logits_of(model, tokens), own, atol=2e-4, rtol=1e-4)
+    assert ("set_attn_implementation('eager')" in caplog.text) == (name == "sdpa")
 
 
 # --- positions

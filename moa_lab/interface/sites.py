@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import weakref
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from moa_lab.interface.calls import AttentionCall, AttentionSite
 from moa_lab.interface.dispatch import number
 from moa_lab.interface.routes import Route, is_routed, own_implementation, routed, text_config
 from moa_lab.kernels.reference import masked_attention
+
+logger = logging.getLogger(__name__)
 
 _sites: weakref.WeakKeyDictionary[torch.nn.Module, tuple[AttentionSite, ...]] = weakref.WeakKeyDictionary()
 _inspecting = threading.RLock()
@@ -70,6 +73,11 @@ def _find_sites(model: PreTrainedModel, geometry: ModelGeometry) -> tuple[Attent
             raise ValueError(_unrouted(name)) from error
         if any(call.softcap is not None or call.sink_logits is not None for _, call in seen):
             # transformers' sdpa leaves these out without a word; eager is what such a family defines itself.
+            if own_implementation(text_config(model)) == "sdpa":
+                logger.warning(
+                    "%s attends by 'sdpa', which leaves out what bounds its scores: without a plan it is another model than under one; "
+                    "call set_attn_implementation('eager')", name,
+                )  # fmt: skip
             with _own_attention(model, "eager"):
                 own = _probe_logits(model)
     if not seen:
