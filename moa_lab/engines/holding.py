@@ -32,7 +32,7 @@ class Held:
 
 def held(plan: Plan, engine: EngineLimits, n_tokens: int, dtype_bytes: int = 2) -> Held:
     """`plan` as `engine` holds it at length `n_tokens`, each limit met at the fewest allocated tokens: first that of a layer, then that
-    of the model.
+    of the model (of classes that come in multiples, among layers with windows of their own, at few tokens).
 
     Raises ValueError where the model's own windows are more than the engine holds, and for stored bits that it does not know.
     """

@@ -71,8 +71,9 @@ def search(
     "evolve" (NSGA-II). The alternatives to the default goals are the paper's sums, questions by worst distance, and the other tasks
     by worst distance; `goals` replace them all.
 
-    Returned are non-dominated points (in the table's objectives and the mean density over the limit lengths); points whose
-    origin is in `keep` stay as references, dominated or not. What a plan leaves of the budget at any length is spent (see `spend`).
+    Returned are points that no other of their bits dominates (in the table's objectives and the mean density over the limit lengths);
+    those whose origin is in `keep` stay as references, dominated or not. What a plan leaves of the budget at any length is spent (see
+    `spend`).
     Of more than `max_points` those of `keep` stay (a uniform plan, one with a span per layer, two of whole heads at least, all subsets
     of few far-seeing heads), and half of `max_points` at least are others: one of every origin and some more of the first goal set,
     then those furthest from one another in the objectives. `origin` is the goal set of an exact solve ("default", "paper", ...), the
