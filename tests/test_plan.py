@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moa_lab.geometry import ModelGeometry
@@ -45,6 +45,7 @@ def test_span_is_the_clipped_line(rule: SpanRule, n_tokens: int, span: int) -> N
     assert rule.span_tokens(n_tokens) == span
 
 
+@settings(deadline=None)
 @given(st.floats(-4096, 8192), st.floats(0, 1), st.integers(1, 20_000))
 def test_a_span_lies_between_the_floor_and_the_length(alpha: float, beta: float, n_tokens: int) -> None:
     span = SpanRule(alpha, beta).span_tokens(n_tokens)
