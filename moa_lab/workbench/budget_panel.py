@@ -46,7 +46,7 @@ class BudgetPanel:
         self._step = LARGE_STEP if self._is_large else STEP
         self._ahead = Ahead(lambda density: self.budget.solve(density))
         self.slider = w.FloatSlider(
-            value=density, min=self._lowest, max=1.0, step=self._step, readout=False, layout=w.Layout(width="98%"),
+            value=self._at_step(density), min=self._lowest, max=1.0, step=self._step, readout=False, layout=w.Layout(width="98%"),
         )  # fmt: skip
         self.slider.add_class("moa-density")
         self.number = number("density", density, 0.0, 1.0, STEP, "density-number", "120px")
@@ -72,7 +72,7 @@ class BudgetPanel:
         self.curves = MeasuredCurves(state, self.errors, measuring, density)
         self._moving = False
 
-        self.slider.observe(self.errors.guard(lambda change: self.solve(change["new"])), "value")
+        self.slider.observe(self.errors.guard(lambda change: self._slid(change["new"])), "value")
         self.number.observe(self.errors.guard(lambda change: self.solve(change["new"])), "value")
         self.mib.observe(self.errors.guard(lambda change: self.solve(self.budget.density_of_bytes(change["new"] * MIB))), "value")
         self.mean.observe(self.errors.guard(lambda change: self.solve(self.budget.density_of_span(change["new"]))), "value")
@@ -119,6 +119,11 @@ class BudgetPanel:
             self.show(self.budget.answer(density))
             self._solve_ahead()
 
+    def _slid(self, density: float) -> None:
+        # The page sends every value back that it was given, rounded to a step: nobody has moved the slider then.
+        if abs(density - self._at_step(self.budget.density)) > 1e-9:
+            self.solve(self._at_step(density))
+
     def show(self, answer: Answer) -> None:
         """Show an answer, and make its plan the state's."""
         self._look_at(answer)
@@ -129,7 +134,7 @@ class BudgetPanel:
         """What is shown of an answer, but for what is drawn."""
         self._answer, self._moving = answer, True
         try:
-            self.slider.value, self.number.value = self.budget.density, round(self.budget.density, 4)
+            self.slider.value, self.number.value = self._at_step(self.budget.density), round(self.budget.density, 4)
             self.mib.max = self._dense_mib
             self.mib.value = round(answer.kv_bytes / MIB, 2)
             self.mean.max = self.budget.n_tokens
@@ -211,6 +216,10 @@ class BudgetPanel:
         if self._is_large:
             steps = np.arange(self._lowest, 1.0, self._step)
             self._ahead.start([float(step) for step in steps[np.argsort(np.abs(steps - self.budget.density), kind="stable")]])
+
+    def _at_step(self, density: float) -> float:
+        """The slider's step that is nearest to a density."""
+        return round(min(max(round(density / self._step) * self._step, self._lowest), 1.0), 6)
 
     @property
     def _lowest(self) -> float:

@@ -52,6 +52,10 @@ def measured(browser: Any, address: str) -> Page:
 
 def test_the_density_moves_spans_bytes_and_loss(measured: Page) -> None:
     before = measured.until("moa-budget-facts", HALF)
+    measured.fill("moa-density-number", 0.4567)
+    measured.until("moa-budget-facts", r"density\s+4[45]")
+    measured.page.wait_for_timeout(1500)
+    assert measured.page.locator(".moa-density-number input").input_value() == "0.4567", "between two steps of the slider"
     measured.fill("moa-density-number", 0.3)
     after = measured.until("moa-budget-facts", r"density\s+(29\.[4-9]|30)")
     assert loss(after) > loss(before)

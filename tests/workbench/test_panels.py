@@ -52,6 +52,19 @@ def test_the_density_box_moves_the_slider_the_plan_and_the_bytes(table: LossTabl
     assert np.array_equal(panel.map.canvas.widget.data[0].z, state.plan.spans(state.n_tokens).T)
 
 
+def test_the_slider_stands_at_a_step_and_what_the_page_sends_back_of_it_changes_nothing(table: LossTable) -> None:
+    panel = BudgetPanel(State(table=table))
+    panel.number.value = 0.3333
+    assert panel.slider.value == 0.335, "a page would round it, and send that back as a move"
+    taken = uniform_plan(table.geometry, 0.5)
+    panel.state.set(plan=taken)
+    panel.slider.value = 0.33499999999999996
+    assert (panel.number.value, panel.state.plan) == (0.3333, taken)
+    panel.slider.value = 0.33999999999999997
+    assert panel.number.value == 0.34
+    assert panel.state.plan.search["density"] == 0.34
+
+
 def test_a_density_that_cannot_be_had_is_told_and_the_next_that_can_takes_it_away(table: LossTable) -> None:
     panel = BudgetPanel(State(table=table))
     before = panel.state.plan
