@@ -44,6 +44,8 @@ class TracePanel:
         self._tracing: Tracing | None = None
         self._todo: Todo | None = None
         self._wanted: int | None = None
+        # The state's plan when the job that runs was started.
+        self._chosen: Plan | None = None
         self._giving = self._has_given = False
         self._is_older = False
         geometry = Plans(state).geometry
@@ -152,6 +154,7 @@ class TracePanel:
     def _begin(self) -> Callable[[Handle], Any]:
         asks = self._todo is None
         todo, self._todo = self._todo or self._ask(), None
+        self._wanted, self._chosen = None, self.state.plan
         before = None if self._tracing is None else self._tracing.case
 
         def work(handle: Handle) -> None:
@@ -170,7 +173,6 @@ class TracePanel:
         """What the button does, with what the boxes hold now."""
         kind, length, seed = self.kind.value, self.length.value, self.seed.value
         prompt, new, text = self.prompt.value, self.new.value, self.text.value
-        self._wanted = None
 
         def todo(tracing: Tracing, handle: Handle) -> None:
             plan = self._plan(tracing)
@@ -193,7 +195,8 @@ class TracePanel:
         if before is None:
             share = tracing.head()
             self.state.set(layer=share.layer, kv_head=share.kv_head)
-        self.state.set(plan=tracing.trials.current.plan if tracing.trials.current else plan)
+        if self._keeps_plan:
+            self.state.set(plan=tracing.trials.current.plan if tracing.trials.current else plan)
 
     def _try(self, plan: Plan, what: str) -> None:
         self._do(lambda tracing, handle: self._follow(tracing, plan, what, handle))
@@ -220,7 +223,7 @@ class TracePanel:
     def _again_in(self, tracing: Tracing, handle: Handle) -> None:
         """Look at the same token under the current trial's plan, which becomes the state's."""
         tracing.look(tracing.telling() if tracing.trace is None else tracing.trace.index, handle)
-        if tracing.trials.current is not None:
+        if tracing.trials.current is not None and self._keeps_plan:
             plan = tracing.trials.current.plan
             budget = self._budget() if self._has_given else None
             if budget is not None:
@@ -235,6 +238,11 @@ class TracePanel:
         if plan.identity() != tracing.trials.current.plan.identity():
             self._try(plan, plan.name)
 
+    @property
+    def _keeps_plan(self) -> bool:
+        """Whether no other panel has chosen a plan since the job that runs was started."""
+        return self.state.plan is self._chosen
+
     def _do(self, todo: Todo) -> None:
         self._check_idle()
         self._todo = todo
@@ -245,6 +253,9 @@ class TracePanel:
         trace = self._trace()
         if wanted is not None and trace is not None and trace.index != wanted:
             self.look(wanted)
+        elif self.state.tab in ("", TAB):
+            # A plan that was chosen meanwhile.
+            self._new_plan()
 
     def _trace(self) -> TokenTrace | None:
         """What is shown: the trace of a token under the current trial's plan, or none."""

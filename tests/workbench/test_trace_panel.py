@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,13 @@ from tiny_plans import mixed_plan, small_plan
 
 from moa_lab.models import geometry_of
 from moa_lab.plan import dense_plan, with_span
+from moa_lab.workbench import tracing as tracing_module
 from moa_lab.workbench.room import GAP, WIDEST, room
 from moa_lab.workbench.state import State
 from moa_lab.workbench.token_heads import LIST
 from moa_lab.workbench.trace_panel import TracePanel
 from moa_lab.workbench.tracing import Tracing
-from tests.workbench.hands import ended, press, said
+from tests.workbench.hands import ended, press, said, within
 
 torch.set_num_threads(1)
 
@@ -197,6 +199,35 @@ def test_a_plan_of_another_panel_is_tried_when_it_is_chosen() -> None:
     ended(panel.work)
     assert panel._tracing.trials.current.plan is other
     assert "other" in plain(panel.said.value)
+
+
+@pytest.mark.parametrize("change", ["Answer", "Restore"])
+def test_a_plan_that_is_chosen_while_an_answer_is_made_stays_and_is_answered_next(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    panel = asked()
+    gate, answer = threading.Event(), tracing_module.answer
+
+    def slow(*given: object, **named: object) -> object:
+        assert gate.wait(20)
+        return answer(*given, **named)
+
+    monkeypatch.setattr(tracing_module, "answer", slow)
+    press(panel, change)
+    other = mixed_plan(panel._tracing.model).renamed("other")
+    panel.state.set(plan=other)
+    gate.set()
+    within(20, lambda: panel._tracing.trials.current is not None and panel._tracing.trials.current.plan is other)
+    ended(panel.work)
+    assert panel.state.plan is other
+    assert said(panel) == ""
+
+
+def test_a_token_that_was_to_come_next_is_forgotten_with_what_was_cancelled() -> None:
+    panel = asked()
+    shown = panel._tracing.trace.index
+    panel._wanted = shown + 1
+    press(panel, "Restore")
+    ended(panel.work)
+    assert panel._tracing.trace.index == shown
 
 
 def test_a_plan_that_keeps_everything_and_what_cannot_be_asked_are_told_in_words() -> None:
