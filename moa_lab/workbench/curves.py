@@ -91,8 +91,14 @@ class MeasuredCurves:
             self.canvas.widget.layout.shapes = [{**line, "line": {"color": OUTLINE, "width": 2, "dash": "dot"}}]
             self.nearest.value = f'<div class="moa-facts">{html.escape(nearest_text(self._drawn, density))}</div>'
 
+    def check_idle(self) -> None:
+        """Raise ValueError while a density is measured."""
+        if self.work.is_running:
+            raise ValueError("a density is being measured: cancel that first, or wait for its end")
+
     def another_model(self) -> None:
-        """Load the model named now at the next measurement."""
+        """Load the model named now at the next measurement. Raises ValueError while one is under way."""
+        self.check_idle()
         self._measuring = None
 
     def _rows(self) -> list[Measurement]:

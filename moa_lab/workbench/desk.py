@@ -24,6 +24,7 @@ from moa_lab.workbench.head_line import HeadLine
 from moa_lab.workbench.heads_panel import HeadsPanel
 from moa_lab.workbench.jobs import Job
 from moa_lab.workbench.loaded import Loaded, Pair
+from moa_lab.workbench.measure_panel import TAB as MEASURE
 from moa_lab.workbench.measure_panel import MeasurePanel
 from moa_lab.workbench.measuring import Measuring, Plans
 from moa_lab.workbench.opening import default_run, known_runs, model_of, named, open_run
@@ -47,7 +48,7 @@ class Workbench:
 
     def __init__(self, state: State, model: str | None = None, run: str | Path | None = None, **sizes: Any) -> None:
         self.errors, self._sizes, self._open = Errors("open"), sizes, False
-        self._loaded = Loaded(lambda: self.model.value, self._load)
+        self._loaded = Loaded(lambda: self._named_model, self._load)
         self._counting: Job[int] | None = None
         self.tabs = w.Tab()
         self.dark = w.ToggleButton(description="dark figures", value=state.dark, layout=w.Layout(width="auto"))
@@ -60,7 +61,7 @@ class Workbench:
         self.model.add_class("moa-model")
         again = button("Open run", "open-run", "its profile, loss table, front, plan and measurements, in all panels")
         again.on_click(self.errors.guard(lambda _: self.reopen(self.run.value)))
-        self.model.observe(self.errors.guard(lambda _: self._new_model()), "value")
+        self.model.observe(self.errors.guard(lambda change: self._new_model(change["old"])), "value")
         self.worse = w.HTML()
         self.worse.add_class("moa-worse")
         theme = PageTheme(dark=state.dark)
@@ -156,7 +157,7 @@ class Workbench:
             WHICH: lambda: AdvicePanel(state),
             RUNS: lambda: AcrossPanel(state, self._across()),
             TAB: lambda: TracePanel(state, lambda: Tracing(*self._loaded()), lambda: panels.get("Budget")),
-            "Apply & measure": lambda: MeasurePanel(state, lambda: Measuring(*self._loaded()), **self._sizes),
+            MEASURE: lambda: MeasurePanel(state, lambda: Measuring(*self._loaded()), **self._sizes),
             "Export": lambda: ExportPanel(state, tracing=lambda: panels.made[TAB].tracing if TAB in panels.made else None),
         }
         needed = {"Heads": Plans(state).geometry, "Budget": state.table}
@@ -176,14 +177,28 @@ class Workbench:
         self.tabs.selected_index, self._open = 0, True
         self._turned(0)
 
-    def _new_model(self) -> None:
-        if self._open:
-            self._counting = None
-            self.state.set(weights_bytes=0)
-            for title in {TAB, "Apply & measure"} & set(self.panels.made):
-                self.panels[title].another_model()
-            if "Budget" in self.panels.made:
-                self.panels["Budget"].curves.another_model()
+    @property
+    def _named_model(self) -> str:
+        return str(self.model.value).strip()
+
+    def _new_model(self, before: str) -> None:
+        """Take the model that is named now. Raises ValueError while one is at work: then its name stays."""
+        if not self._open:
+            return
+        made = self.panels.made
+        users = [*(made[title] for title in (TAB, MEASURE) if title in made), *([made["Budget"].curves] if "Budget" in made else [])]
+        try:
+            for user in users:
+                user.check_idle()
+        except ValueError:
+            self._open = False
+            self.model.value, self._open = before, True
+            raise
+        for user in users:
+            user.another_model()
+        self._counting = None
+        self.state.set(weights_bytes=0)
+        self._turned(self.tabs.selected_index)
 
     def _turned(self, index: int | None) -> None:
         titles = list(self.panels)
@@ -196,18 +211,20 @@ class Workbench:
 
     def _load(self, name: str) -> Pair:
         model, tokenizer = load_model(name)
-        self.state.set(weights_bytes=2 * sum(weight.numel() for weight in model.parameters()))
+        # Another run, or another model, may have been named meanwhile.
+        if name == self._named_model:
+            self.state.set(weights_bytes=2 * sum(weight.numel() for weight in model.parameters()))
         return model, tokenizer
 
     def _count_weights(self) -> None:
         """Read the size of the model beside all else, once a panel wants it; what is not on this machine is not fetched for that."""
-        state, name = self.state, self.model.value
+        state, name = self.state, self._named_model
         if not is_at_hand(name):
             return
 
         def ended(job: Job[int]) -> None:
             # Where it cannot be read, the estimate stays.
-            if job.status == "done" and job.result and self.state is state:
+            if job.status == "done" and job.result and self.state is state and name == self._named_model:
                 state.set(weights_bytes=2 * job.result)
 
         self._counting = Job(lambda _: weight_count(name), ended).start()

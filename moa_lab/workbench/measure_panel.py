@@ -26,6 +26,7 @@ from moa_lab.workbench.measuring import KINDS, Entry, Measuring, Plans, history_
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import OWN_WIDTH, Errors, Work, button, grid, number, row, whole
 
+TAB = "Apply & measure"
 PROMPT = "Say in one sentence what this is about."
 TEXT_TOKENS = 512
 """Tokens of text before the prompt: with fewer than its shortest span, a plan would drop nothing."""
@@ -68,7 +69,7 @@ class MeasurePanel:
         save.on_click(self.errors.guard(lambda _: self._save()))
         self.uniform = number("uniform at", 0.5, 0.01, 1.0, 0.01, "uniform", "170px")
         self.uniform.observe(self.errors.guard(lambda _: self.offer()), "value")
-        state.watch_in("Apply & measure", ["plan", "other", "plans"], self.offer)
+        state.watch_in(TAB, ["plan", "other", "plans"], self.offer)
         self.works = (self.work, self.generate, self.parity)
         self.box = w.VBox(
             [
@@ -117,7 +118,7 @@ class MeasurePanel:
 
         Raises ValueError while something runs.
         """
-        self._check_idle()
+        self.check_idle()
         if self._measuring is not None:
             self._past += self._measuring.history
             self._before = self._with(self._measuring.history)
@@ -169,14 +170,14 @@ class MeasurePanel:
     def _compared(self, found: Parity) -> None:
         self.checked.value += f"<pre>{html.escape(parity_table(found))}</pre>"
 
-    def _check_idle(self) -> None:
+    def check_idle(self) -> None:
         """Raise ValueError while a job runs: a model can be under one plan only."""
         busy = next((work.start.description for work in self.works if work.is_running), "")
         if busy:
             raise ValueError(f"the model is busy ({busy}): cancel that first, or wait for its end")
 
     def _free_plans(self) -> list[Plan]:
-        self._check_idle()
+        self.check_idle()
         if not self.plans.value:
             raise ValueError("choose at least one plan")
         return list(self.plans.value)

@@ -98,7 +98,7 @@ class TracePanel:
         """
         tracing = self._held()
         layer, kv_head, tokens = tracing.room()
-        self._check_idle()
+        self.check_idle()
         self.state.set(layer=layer, kv_head=kv_head)
         budget = self._budget()
         if budget is None or tracing.case is None or not budget.holds(self._plan(tracing)):
@@ -112,7 +112,7 @@ class TracePanel:
 
     def another_model(self) -> None:
         """Load the model named now when it is next needed. Raises ValueError while something runs."""
-        self._check_idle()
+        self.check_idle()
         self._tracing = None
         self.show()
 
@@ -244,7 +244,7 @@ class TracePanel:
         return self.state.plan is self._chosen
 
     def _do(self, todo: Todo) -> None:
-        self._check_idle()
+        self.check_idle()
         self._todo = todo
         self.work.start.click()
 
@@ -280,7 +280,7 @@ class TracePanel:
             raise ValueError("nothing was asked yet: press Answer first")
         return self._tracing
 
-    def _check_idle(self) -> None:
+    def check_idle(self) -> None:
         """Raise ValueError while a job runs."""
         if self.work.is_running:
             raise ValueError("an answer is under way: cancel it first, or wait for its end")

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from pathlib import Path
 
 import plotly.graph_objects as go
 import pytest
+import torch
 from figure_records import make_chosen, make_front, make_plan, make_profile, make_validation
 
 from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import dense_plan
 from moa_lab.storage import RecordError
-from moa_lab.workbench import Workbench
+from moa_lab.workbench import Workbench, desk
 from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, named, open_run
 from moa_lab.workbench.page import BUNDLE, Figure
 from moa_lab.workbench.state import State
-from tests.workbench.hands import press, said
+from tests.workbench.hands import ended, press, said, within
 
 STANDARD = DEMO.parent / "standard-50"
 
@@ -98,6 +100,65 @@ def test_another_run_is_opened_in_place_of_the_first_with_the_panels_that_it_has
         bench.show("Budget")
     bench.reopen(DEMO)
     assert list(bench.tabs.titles) == ["Heads", "Budget", "Front", "Which one", "Runs", "Trace", "Apply & measure", "Export"]
+
+
+class _Model:
+    """As much of a model as is asked for: its name, its weights, where it is."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.device = name, torch.device("cpu")
+
+    def parameters(self) -> list[torch.Tensor]:
+        return [torch.empty(1000, device="meta")]
+
+
+class _Measuring:
+    def __init__(self, model: _Model, _: object) -> None:
+        self.model, self.history, self.go = model, [], threading.Event()
+
+    def measure(self, *_: object) -> list[object]:
+        assert self.go.wait(20)
+        return []
+
+
+def test_a_model_that_is_named_while_another_is_at_work_is_refused_and_the_name_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(desk, "load_model", lambda name: (_Model(name), None))
+    monkeypatch.setattr(desk, "Measuring", _Measuring)
+    bench = Workbench.open()
+    panel = bench.panels["Apply & measure"]
+    press(panel, "Measure")
+    within(20, lambda: panel._measuring is not None)
+    bench.model.value = "another"
+    assert "busy (Measure)" in said(bench)
+    assert bench.model.value == "smollm2"
+    panel._measuring.go.set()
+    ended(panel.work)
+    bench.model.value = " another "
+    assert said(bench) == ""
+    press(panel, "Measure")
+    within(20, lambda: panel._measuring is not None)
+    panel._measuring.go.set()
+    ended(panel.work)
+    assert panel._measuring.model.name == "another"
+
+
+def test_the_weights_of_a_model_count_for_the_run_that_it_was_loaded_for_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+
+    def load(name: str) -> tuple[_Model, None]:
+        assert go.wait(20)
+        return _Model(name), None
+
+    monkeypatch.setattr(desk, "load_model", load)
+    bench = Workbench.open()
+    loading = threading.Thread(target=bench._loaded)
+    loading.start()
+    bench.reopen(DEMO.parent / "qwen2.5-coder-0.5b-50")
+    go.set()
+    loading.join()
+    assert bench.state.weights_bytes == 0
+    bench._loaded()
+    assert bench.state.weights_bytes == 2000
 
 
 def test_where_the_runs_plan_is_worse_than_a_simple_one_the_first_line_says_so(tmp_path: Path) -> None:
