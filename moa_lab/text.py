@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 logger = logging.getLogger(__name__)
@@ -26,8 +27,23 @@ def from_to(numbers: Iterable[int]) -> str:
     return str(found[0]) if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
 
 
+def told_apart(paths: Sequence[Path]) -> list[str]:
+    """A name for each of several different paths: its last part or, where others end alike, as many more as tell it from them."""
+    return [_told_apart(path, [other for other in paths if other != path]) for path in paths]
+
+
+def _told_apart(path: Path, others: Sequence[Path]) -> str:
+    for count in range(1, len(path.parts)):
+        end = path.parts[-count:]
+        if all(other.parts[-count:] != end for other in others):
+            return "/".join(end)
+    return str(path)
+
+
 def one_line(error: BaseException) -> str:
     """What an error says, in one line; its type where it says nothing."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moa_lab.capacity import Gpu
 from moa_lab.plan import Plan
 from moa_lab.records import Measurement, Measurements
+from moa_lab.text import told_apart
 
 NEEDLES = "needles"
 TEXTS = {"documents": "documents", "summaries": "own answers"}
@@ -96,9 +97,10 @@ class Option:
 def options_of(folders: Iterable[str | Path]) -> tuple[Option, ...]:
     """Every run's chosen plan with its test scores: `plan.json` beside `measurements.json`, in a folder or anywhere below it.
 
-    A plan that lies in several places counts once. Raises ValueError for a folder without any, and for runs of different models.
+    A plan that lies in several places counts once. Sources are the names of their folders, with as much of the path as tells them apart.
+    Raises ValueError for a folder without any, and for runs of different models.
     """
-    found: dict[tuple[object, ...], Option] = {}
+    found: dict[tuple[object, ...], tuple[Path, Option]] = {}
     for folder in map(Path, folders):
         places = sorted({path.parent for path in folder.rglob("measurements.json") if (path.parent / "plan.json").exists()})
         if not places:
@@ -107,7 +109,9 @@ def options_of(folders: Iterable[str | Path]) -> tuple[Option, ...]:
             plan, scores = Plan.load(place / "plan.json"), Measurements.load(place / "measurements.json")
             told = tuple((row.plan, row.task, row.length, row.value, row.n) for row in scores)
             key = (plan.rules, plan.bits, plan.sink_tokens, scores.provenance.weights, told)
-            found.setdefault(key, Option(plan, scores.rows, place.name, scores.provenance.weights))
-    if len({option.weights for option in found.values()} - {None}) > 1:
+            found.setdefault(key, (place.resolve(), Option(plan, scores.rows, weights=scores.provenance.weights)))
+    options = [option for _, option in found.values()]
+    if len({option.weights for option in options} - {None}) > 1:
         raise ValueError("the runs are of different models: their plans cannot be weighed against each other")
-    return tuple(found.values())
+    names = told_apart([place for place, _ in found.values()])
+    return tuple(replace(option, source=name) for option, name in zip(options, names, strict=True))

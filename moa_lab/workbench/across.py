@@ -11,6 +11,7 @@ from moa_lab.evaluate.options import NEEDLES, TEXTS
 from moa_lab.figures.front import axes
 from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile, Measurement, Measurements
+from moa_lab.text import told_apart
 from moa_lab.workbench.biography import Biography
 from moa_lab.workbench.opening import named
 
@@ -94,22 +95,22 @@ class Across:
         measured there.
         """
         found = []
-        for run in self.runs.values():
+        for name, run in self._named():
             shown = {UNIFORM, run.plan.name if run.plan else ""}
             for row, dense in self._pairs(run):
                 if (row.task, row.length) == (task, length) and (every or row.plan in shown):
-                    found.append(self._against(run, row, dense))
+                    found.append(self._against(name, run, row, dense))
         if not found:
             raise ValueError(f"no open run measured {task} at {length:,} tokens beside its dense model")
         return found
 
-    def _against(self, run: RunScores, row: Measurement, dense: Measurement) -> Measurement:
+    def _against(self, name: str, run: RunScores, row: Measurement, dense: Measurement) -> Measurement:
         metric, of = (SHARE, share_of_hits) if row.task == NEEDLES else (EXCESS, excess_perplexity)
         against = of(row, dense)
         # By samples as well: a line must not join what few and what many samples say.
         detail = {"line": f"{self.model(run)}, {row.plan}, n = {against.n}"}
         ends = (against.value, against.n, against.low, against.high)
-        return Measurement(f"{run.name}: {row.plan}", metric, row.task, row.length, *ends, row.density, detail)
+        return Measurement(f"{name}: {row.plan}", metric, row.task, row.length, *ends, row.density, detail)
 
     def goals(self) -> tuple[str, ...]:
         """Goals that all open fronts have, whole tasks first, the density at the end."""
@@ -119,7 +120,7 @@ class Across:
 
     def fronts(self) -> dict[str, Front]:
         """The open fronts, by model and run."""
-        return {f"{self.model(run)}, {run.name}": run.front for run in self.runs.values() if run.front}
+        return {f"{self.model(run)}, {name}": run.front for name, run in self._named() if run.front}
 
     def table(self) -> tuple[list[str], list[list[str]]]:
         """What is open: a head and a row per run."""
@@ -151,6 +152,11 @@ class Across:
                 told = Biography({run.name: run.profile}).told(layer, kv_head).partition(": ")[2]
             rows.append([path, self.model(run), *(_kept(plan, layer, kv_head) if plan is not None else ("-", "-")), told])
         return ["run", "model", "density", "what its plan keeps", "kind and ranks"], rows
+
+    def _named(self) -> list[tuple[str, RunScores]]:
+        """The open runs, each with a name of its own."""
+        names = told_apart([Path(path).resolve() for path in self.runs])
+        return list(zip(names, self.runs.values(), strict=True))
 
     def _pairs(self, run: RunScores) -> list[tuple[Measurement, Measurement]]:
         """Rows of a run's plans, each with the dense model's row of the same task and length."""

@@ -266,6 +266,12 @@ def test_options_are_read_from_runs_once_each_and_of_one_model(tmp_path: Path) -
     assert "It was measured to 4,096 tokens; at 8,192 nobody knows" in served.output
     unknown = CliRunner().invoke(app, ["recommend", str(tmp_path / "run"), *asked[:4]])
     assert "need --weights-gb" in str(unknown.exception)
+    run_folder(tmp_path / "mine" / "run", half, "a")
+    names = [one.source for one in options_of([tmp_path / "run", tmp_path / "mine"])]
+    assert names == ["run", "density-0.5"], "what was found twice counts once"
+    run_folder(tmp_path / "yours" / "run", option(0.4, NEARLY, ALL), "a")
+    names = [one.source for one in options_of([tmp_path / "run", tmp_path / "yours"])]
+    assert names == [f"{tmp_path.name}/run", "density-0.5", "yours/run"]
     with pytest.raises(ValueError, match="no measured plan"):
         options_of([tmp_path / "nothing"])
     run_folder(tmp_path / "other", half, "b")

@@ -75,6 +75,17 @@ def test_models_of_one_name_and_other_weights_are_told_apart(tmp_path: Path) -> 
         across.close("nowhere")
 
 
+def test_runs_in_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    folders = [tmp_path / owner / "demo" for owner in ("mine", "yours")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        for record in ("plan.json", "front.json", "measurements.json"):
+            (folder / record).symlink_to(PROJECT / "data" / "runs" / "demo" / record)
+    across = Across(folders)
+    assert list(across.fronts()) == ["smollm2, mine/demo", "smollm2, yours/demo"]
+    assert {row.plan.partition(":")[0] for row in across.scores("needles", 2048)} == {"mine/demo", "yours/demo"}
+
+
 def test_a_folder_without_results_is_refused_by_name(tmp_path: Path) -> None:
     make_measurements().save(tmp_path / "measurements.json")
     for folder in (tmp_path, tmp_path / "missing"):
