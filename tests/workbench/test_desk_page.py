@@ -188,6 +188,14 @@ class Desk:
         for _ in range(abs(steps)):
             self.tab.keyboard.press("ArrowRight" if steps > 0 else "ArrowLeft")
 
+    def densities(self) -> list[float]:
+        """What the plans keep, in percent, from the left end of the slider to its right end."""
+        told = self.tab.evaluate(
+            """() => { const slider = document.getElementById("density"); return [...Array(Number(slider.max) + 1).keys()].map(place => {
+                slider.value = place; slider.dispatchEvent(new Event("input")); return document.getElementById("plan").textContent; }); }"""
+        )
+        return [float(one.partition("%")[0]) for one in told]
+
     def text(self, name: str) -> str:
         return str(self.tab.locator(f"#{name}").inner_text())
 
@@ -294,6 +302,11 @@ def test_a_plan_of_the_front_is_shown_by_a_click_and_its_axes_are_chosen(browser
     assert across != densities
     assert all(0 < density <= 1 for density in densities)
     assert page.said == []
+    for place in range(page.tab.locator("#length option").count()):
+        page.tab.locator("#length").select_option(index=place)
+        kept = page.densities()
+        assert kept == sorted(kept), "more to the right, at every length"
+        assert len(kept) > 20
     page.tab.close()
 
 

@@ -13,6 +13,8 @@
   const state = {
     stop: desk.first, length: desk.first_length, order: "number", task: 0, layer: 0, head: 0, hovered: null, curve: 0,
   };
+  // By density at the length that is shown: plans that grow differently have another order at another length.
+  const byDensity = indices => indices.sort((a, b) => desk.stops[a].density[state.length] - desk.stops[b].density[state.length] || a - b);
   const stop = () => desk.stops[state.stop];
   const cell = (layer, head) => layer * heads + head;
   const span = (plan, layer, head) => desk.spans[plan.codes[cell(layer, head)]][state.length];
@@ -106,7 +108,8 @@
       ...desk.influence.map(source => [`${source.task}, ${number(source.length)} tokens`, standing(source)]),
     ]);
     const curve = moaPage.named("head");
-    const plans = desk.stops.filter(plan => budget ? plan.kind === "budget" || plan.kind === "dense" : true);
+    const alone = plan => budget ? plan.kind === "budget" || plan.kind === "dense" : true;
+    const plans = byDensity([...desk.stops.keys()]).map(index => desk.stops[index]).filter(alone);
     Object.assign(curve.data[0], {
       x: plans.map(plan => 100 * plan.density[state.length]), y: plans.map(plan => span(plan, layer, head)),
     });
@@ -160,7 +163,7 @@
   const choosePlan = index => {
     state.stop = index;
     const own = stop().density[state.length];
-    const place = slid.indexOf(index);
+    const place = byDensity(slid).indexOf(index);
     const away = other => Math.abs(desk.stops[slid[other]].density[state.length] - own);
     at("density").value = place >= 0 ? place : [...slid.keys()].reduce((a, b) => away(b) < away(a) ? b : a);
     at("density").setAttribute("aria-valuetext", `${stop().name}, ${percent(own)}`);
