@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from moa_lab.evaluate.compare import difference
+from moa_lab.evaluate.options import TEXTS
 from moa_lab.plan import Plan, told_mixes
 from moa_lab.records import Measurement, kind_text
 from moa_lab.search.plain import SIMPLE
@@ -61,7 +62,7 @@ def _lost(row: Measurement, against: str, rows: Sequence[Measurement]) -> str:
     found = difference(row, other)
     worse = found.high < 0 if HIGHER_IS_BETTER[row.metric] else found.low > 0
     unit = "" if row.metric == "retrieval" else " nats"
-    return f"{row.task} at {row.length:,} tokens {row.value:.3f} against {other.value:.3f}{unit}" if worse else ""
+    return f"{TEXTS.get(row.task, row.task)} at {row.length:,} tokens {row.value:.3f} against {other.value:.3f}{unit}" if worse else ""
 
 
 def _paired(row: Measurement, other: Measurement) -> bool:

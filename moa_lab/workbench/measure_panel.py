@@ -203,12 +203,17 @@ def _told(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     head = ["plan", "density", "measured", "texts", "tokens", "value [95% interval]", "n", "when", "on"]
     rows = [
         [
-            str(one.plan), percent(one.density, 1), metric_label(one.metric)[0], TEXTS.get(one.task, one.task), f"{one.length:,}",
+            str(one.plan), percent(one.density, 1), _measured(one.metric, one.task), TEXTS.get(one.task, one.task), f"{one.length:,}",
             _scored(one.metric, one.value, one.low, one.high), f"{one.n:,}", one.when[:16].replace("T", " "), f"{one.model}, {one.device}",
         ]
         for one in table.itertuples()
     ]  # fmt: skip
     return head, rows
+
+
+def _measured(metric: str, task: str) -> str:
+    """What was measured, in words: other facts than needles are retrieved as well."""
+    return metric_label(metric)[0] if metric != "retrieval" else f"{task} retrieved"
 
 
 def _scored(metric: str, *score: float) -> str:

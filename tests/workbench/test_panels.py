@@ -248,6 +248,7 @@ def test_one_job_at_a_time_runs_on_the_model_and_another_model_keeps_the_history
 def test_what_a_run_measured_is_in_the_history_before_anything_is_measured_here() -> None:
     panel = Workbench.open(DEMO).panels["Apply & measure"]
     assert "<td>needles retrieved</td><td>needles</td><td>2,048</td><td>93.8% [71.7%, 98.9%]</td><td>16</td>" in panel.history.value
+    assert "<td>lines retrieved</td><td>lines</td>" in Workbench.open(DEMO.parent / "standard-50").panels["Apply & measure"].history.value
     assert "<td>cache</td><td>2,048</td><td>22.5 MiB</td>" in panel.history.value, "what is counted has no interval"
     assert "x86_64 CPU" in panel.history.value
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from moa_lab.evaluate.options import TEXTS
 from moa_lab.figures import long_range_influence
 from moa_lab.figures.measurements import metric_label
 from moa_lab.figures.theme import byte_size
@@ -85,4 +86,4 @@ def _measured(row: Measurement) -> dict[str, Any]:
         return {"what": f"KV allocated, {row.length:,} tokens", "said": byte_size(row.value)}
     unit = metric_label(row.metric)[1]
     told = f"{row.value:.3f}" if unit == "%" else f"{row.value:.3f} {unit}"
-    return {"what": f"{row.task}, {row.length:,} tokens", "said": f"{told} {interval_text(row.low, row.high)}, n = {row.n:,}"}
+    return {"what": f"{TEXTS.get(row.task, row.task)}, {row.length:,} tokens", "said": f"{told} {interval_text(row.low, row.high)}, n = {row.n:,}"}
