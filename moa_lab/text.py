@@ -27,6 +27,11 @@ def from_to(numbers: Iterable[int]) -> str:
     return str(found[0]) if found[0] == found[-1] else f"{found[0]} to {found[-1]}"
 
 
+def given_path(path: str | Path) -> Path:
+    """A path as people write it: with blanks around it, with ~ for their own folder."""
+    return Path(str(path).strip()).expanduser()
+
+
 def told_apart(paths: Sequence[Path]) -> list[str]:
     """A name for each of several different paths: its last part or, where others end alike, as many more as tell it from them."""
     return [_told_apart(path, [other for other in paths if other != path]) for path in paths]

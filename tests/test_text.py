@@ -25,7 +25,7 @@ def test_paths_are_named_by_what_tells_them_apart(paths: list[str], names: list[
 
 def test_what_the_system_refuses_is_told_without_its_number(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError) as refused:
+    with pytest.raises(FileExistsError) as refused:
         (tmp_path / "file").mkdir()
     assert one_line(refused.value) == f"{tmp_path / 'file'}: File exists"
     assert one_line(FileExistsError("it is there")) == "it is there"

@@ -11,7 +11,7 @@ from moa_lab.evaluate.options import NEEDLES, TEXTS
 from moa_lab.figures.front import axes
 from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile, Measurement, Measurements
-from moa_lab.text import told_apart
+from moa_lab.text import given_path, told_apart
 from moa_lab.workbench.biography import Biography
 from moa_lab.workbench.opening import named
 
@@ -38,7 +38,7 @@ def read_run(folder: str | Path) -> RunScores:
 
     Raises ValueError for a folder with neither measurements of a plan nor a front.
     """
-    given = Path(folder).expanduser()
+    given = given_path(folder)
     plan = Plan.load(given / "plan.json") if (given / "plan.json").is_file() else None
     scores = Measurements.load(given / "measurements.json") if (given / "measurements.json").is_file() and plan is not None else None
     front = Front.load(given / "front.json") if (given / "front.json").is_file() else None
@@ -67,7 +67,7 @@ class Across:
         if not str(folder).strip():
             raise ValueError("name the folder of a run")
         found = read_run(folder)
-        self.runs[named(Path(folder).expanduser())] = found
+        self.runs[named(given_path(folder))] = found
         return found
 
     def close(self, path: str) -> None:

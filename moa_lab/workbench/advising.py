@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moa_lab.evaluate.options import Option, Wish, options_of
 from moa_lab.evaluate.recommend import Advice, recommend
+from moa_lab.text import given_path
 from moa_lab.workbench.opening import known_runs
 from moa_lab.workbench.state import State
 
@@ -30,7 +31,7 @@ class Advising:
         """
         named = [part for part in re.split(r"[,\n]", folders) if part.strip()]
         if named:
-            return options_of(Path(part.strip()).expanduser() for part in named)
+            return options_of(map(given_path, named))
         own, found = self._weights(), []
         for run in known_runs() if known is None else known:
             try:

@@ -15,6 +15,7 @@ from moa_lab.figures.theme import percent
 from moa_lab.records import Candidate, Front, FrontPoint, LossTable, Measurements, candidates
 from moa_lab.records.candidates import origin_text
 from moa_lab.search import default_goals, epsilon_front, evolve, front_values, hypervolume
+from moa_lab.text import given_path
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.opening import validation_of
 from moa_lab.workbench.state import State
@@ -138,7 +139,7 @@ class Choosing:
 
         Raises FileNotFoundError where there is none, RecordError for what is no front, ValueError for one of another model.
         """
-        given = Path(path).expanduser()
+        given = given_path(path)
         file = given / "front.json" if given.is_dir() else given
         if not str(path).strip() or not file.is_file():
             raise FileNotFoundError(f"there is no front at {str(path)!r}: name a front.json, or the folder of a run")

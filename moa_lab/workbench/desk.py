@@ -12,6 +12,7 @@ import ipywidgets as w
 
 from moa_lab.models import load_model, weight_count
 from moa_lab.models.size import is_at_hand
+from moa_lab.text import given_path
 from moa_lab.workbench.across import Across
 from moa_lab.workbench.across_panel import TAB as RUNS
 from moa_lab.workbench.across_panel import AcrossPanel
@@ -83,7 +84,7 @@ class Workbench:
 
         run: None for the folder that `moa-lab lab --run` was given, or else the recorded demo. Raises ValueError where there is no run.
         """
-        folder = Path(run) if run is not None else default_run()
+        folder = given_path(run) if run is not None else default_run()
         told = Told(f"opening {named(folder)}: its records, then the panels ...")
         made = cls(open_run(folder), model, named(folder), **sizes)
         told.say(f"opened {named(folder)}")
@@ -95,7 +96,7 @@ class Workbench:
             raise ValueError("name the folder of a run")
         state = open_run(run)
         state.dark, state.width = self.state.dark, self.state.width
-        self.run.value = str(run)
+        self.run.value = str(run).strip()
         self._instead(state, model)
 
     def load_profile(self, path: str | Path) -> None:

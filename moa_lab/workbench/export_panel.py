@@ -10,6 +10,7 @@ import ipywidgets as w
 
 from moa_lab.engines import ENGINES, engine_table
 from moa_lab.plan import Plan
+from moa_lab.text import given_path
 from moa_lab.workbench.desk_page import desk_records
 from moa_lab.workbench.exporting import FORMATS, Sources, export, known_of
 from moa_lab.workbench.jobs import Handle
@@ -41,7 +42,7 @@ class ExportPanel:
         for box, name in ((self.done, "exported"), (self.launch, "launch"), (self.engines, "engine-table")):
             box.add_class(f"moa-{name}")
         self.engine.observe(self.errors.guard(lambda _: self._choose_engine()), "value")
-        for box in (self.folder, self.name):
+        for box in (self.folder, self.name, *self.formats):
             box.observe(lambda _: self._tell(), "value")
         state.watch_in("Export", ["plan", "n_tokens", "measurements"], self._tell)
         self.box = w.VBox(
@@ -62,8 +63,8 @@ class ExportPanel:
         if self.state.plan is None:
             raise ValueError("no plan is chosen: move the density, or click a plan of the front")
         state, tracing = self.state.copy(), self._tracing()
-        plan, folder, name, replaced = self.state.plan, self.folder.value, self.name.value, self.replace.value
-        formats = tuple(kind for kind, box in zip(FORMATS, self.formats, strict=True) if box.value)
+        plan, folder, name, replaced = self.state.plan, given_path(self.folder.value), self.name.value.strip(), self.replace.value
+        formats = self._formats()
 
         def work(handle: Handle) -> list[str]:
             desk = desk_records(state, tracing) if "desk page" in formats else None
@@ -73,6 +74,9 @@ class ExportPanel:
             return [f"{path} (plan {Plan.load(path).identity()})" if path.name == card else str(path) for path in paths]
 
         return work
+
+    def _formats(self) -> tuple[str, ...]:
+        return tuple(kind for kind, box in zip(FORMATS, self.formats, strict=True) if box.value)
 
     def _written(self, told: list[str]) -> None:
         self.done.value = f"written and read back: {html.escape('; '.join(told))}"
@@ -108,8 +112,10 @@ class ExportPanel:
         """How the chosen engine runs the exported plan, or why it does not take it."""
         engine = LAUNCHERS[self.engine.value]
         try:
-            command = launch(self.engine.value, plan, Path(self.folder.value) / f"{self.name.value}.json")
+            command = launch(self.engine.value, plan, given_path(self.folder.value) / f"{self.name.value.strip()}.json")
         except ValueError as error:
             return f'<div class="moa-error">{html.escape(self.engine.value)} does not take this plan: {html.escape(str(error))}</div>'
-        files = ", ".join(engine.needs)
-        return f"{html.escape(engine.note)} It reads: {html.escape(files)}. Once exported:<pre>{html.escape(command)}</pre>"
+        files, ticked = ", ".join(engine.needs), self._formats()
+        missing = [kind for kind in engine.needs if kind not in ticked]
+        lacks = f" ({', '.join(missing)} not ticked)" if missing else ""
+        return f"{html.escape(engine.note)} It reads: {html.escape(files + lacks)}. Once exported:<pre>{html.escape(command)}</pre>"

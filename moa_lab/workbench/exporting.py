@@ -58,13 +58,15 @@ def export(
     that holds the whole plan is read back and compared; a report and a desk page must be complete, hold the plan's identity and load
     nothing from the network. progress: called with the steps done, and all of them, before each; what it raises ends the work, and files
     that were written before stay. Raises FileExistsError, before anything is written, where a file exists and `replace` is False;
-    ValueError for an unknown format, a name that is no file name, and a plan that a format or a record does not fit.
+    ValueError for an unknown format, a name that is no file name, a folder that is none, and a plan that a format or a record does not fit.
     """
     unknown = sorted(set(formats) - set(FORMATS))
     if unknown or not formats:
-        raise ValueError(f"formats must be among {', '.join(FORMATS)}, got {', '.join(unknown) or 'none'}")
+        raise ValueError(f"choose at least one of {', '.join(FORMATS)}; got {', '.join(unknown) or 'none'}")
     if not name or name in (".", "..") or Path(name).name != name or "\\" in name:
-        raise ValueError(f"{name!r} is no file name")
+        raise ValueError(f"{name!r} is no file name: the files need one, without slashes")
+    if Path(folder).exists() and not Path(folder).is_dir():
+        raise ValueError(f"{folder} is a file: name a folder")
     if "Python snippet" in formats:
         formats = (*formats, "config card")
     paths = {kind: Path(folder) / f"{name}{FORMATS[kind]}" for kind in FORMATS if kind in formats}

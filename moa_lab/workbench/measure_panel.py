@@ -6,7 +6,6 @@ import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ipywidgets as w
@@ -21,6 +20,7 @@ from moa_lab.figures.theme import byte_size, percent
 from moa_lab.plan import Plan
 from moa_lab.records import ALLOCATED, Measurements
 from moa_lab.runtime.generate import Generation
+from moa_lab.text import given_path
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measuring import KINDS, Entry, Measuring, Plans, history_table, recorded
 from moa_lab.workbench.state import State
@@ -187,9 +187,10 @@ class MeasurePanel:
             raise ValueError("nothing was measured yet")
         if not self.file.value.strip():
             raise ValueError("name a file for the history")
-        if Path(self.file.value).exists():
-            raise FileExistsError(f"{self.file.value} exists: choose another name")
-        path = self._measuring.save(self.file.value)
+        file = given_path(self.file.value)
+        if file.exists():
+            raise FileExistsError(f"{file} exists: choose another name")
+        path = self._measuring.save(file)
         self.saved.value = f"{len(self._measuring.history)} rows in {html.escape(str(path))}"
 
     def _load(self) -> None:

@@ -22,6 +22,7 @@ from moa_lab.plan import Plan, dense_plan, uniform_plan
 from moa_lab.provenance import provenance
 from moa_lab.records import Measurement, Measurements
 from moa_lab.runtime.generate import Generation, generate
+from moa_lab.text import given_path
 from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.state import State
@@ -89,7 +90,7 @@ class Plans:
 
         Raises FileNotFoundError where there is none, RecordError for what is no card, ValueError for a plan of another model.
         """
-        given = Path(path).expanduser()
+        given = given_path(path)
         file = given / "plan.json" if given.is_dir() else given
         if not str(path).strip() or not file.is_file():
             raise FileNotFoundError(f"there is no plan at {str(path)!r}: name a config card, or the folder of a run")

@@ -13,6 +13,7 @@ from moa_lab.records import Front, InfluenceProfile, LossTable, Measurements, ca
 from moa_lab.search import loss_table
 from moa_lab.shipped import data_folder
 from moa_lab.storage import read_plain
+from moa_lab.text import given_path
 from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.launch import RUN_VARIABLE
 from moa_lab.workbench.state import State
@@ -55,7 +56,7 @@ def open_run(folder: str | Path) -> State:
 
     Raises ValueError where there is no profile, loss table or front, and for records of models whose heads differ.
     """
-    given = Path(folder).expanduser()
+    given = given_path(folder)
     if not _is_run(given):
         raise ValueError(f"{folder} holds no profile, loss table or front: run `moa-lab run --out {folder}` first")
     profile, table, front = (given / name for name in RECORDS)

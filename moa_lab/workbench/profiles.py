@@ -11,6 +11,7 @@ import ipywidgets as w
 from moa_lab.plan import MIN_SPAN
 from moa_lab.records import InfluenceProfile
 from moa_lab.search import loss_table
+from moa_lab.text import given_path
 from moa_lab.workbench.measuring import Plans
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import OWN_WIDTH, Errors, button
@@ -20,7 +21,7 @@ FILE = "profile.safetensors"
 
 def profile_file(path: str | Path) -> Path:
     """The file of a profile that is named by itself or by the run's folder. Raises FileNotFoundError where there is none."""
-    given = Path(path).expanduser()
+    given = given_path(path)
     file = given / FILE if given.is_dir() else given
     if not str(path).strip() or not file.is_file():
         raise FileNotFoundError(f"there is no profile at {str(path)!r}: name a {FILE}, or the folder of a run")

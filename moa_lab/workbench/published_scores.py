@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from moa_lab.geometry import ModelGeometry
+from moa_lab.text import given_path
 
 DUO_FILE = "full_attention_heads.tsv"
 """As https://github.com/mit-han-lab/duo-attention publishes a model's gates, in a folder of its own."""
@@ -31,7 +32,7 @@ def read_head_scores(path: str | Path, geometry: ModelGeometry) -> HeadScores:
     DuoAttention's gates are clipped to 0..1, as its own code does. A .pt file is read as tensors alone: nothing in it is run. Raises
     FileNotFoundError where there is no such file; ValueError for another kind of file, and for scores of another geometry.
     """
-    given = Path(path).expanduser()
+    given = given_path(path)
     file = given / DUO_FILE if given.is_dir() else given
     if not str(path).strip() or not file.is_file():
         raise FileNotFoundError(f"there are no head scores at {str(path)!r}: name a {DUO_FILE}, its folder, or a .pt of KVzip")

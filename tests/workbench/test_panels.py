@@ -337,8 +337,32 @@ def test_without_a_plan_or_a_format_nothing_is_written(tmp_path: Path) -> None:
         box.value = False
     press(panel, "Export")
     ended(panel.work)
-    assert "formats must be among" in said(panel)
+    assert "choose at least one of config card" in said(panel)
     assert not (tmp_path / "out").exists()
+    assert "(config card, Python snippet not ticked)" in panel.launch.value
+    panel.formats[0].value = True
+    (tmp_path / "out").write_text("")
+    press(panel, "Export")
+    ended(panel.work)
+    assert said(panel) == f"{tmp_path / 'out'} is a file: name a folder"
+
+
+def test_paths_may_have_blanks_around_them_and_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    panel = ExportPanel(State(plan=make_plan(), n_tokens=1024), " ~/out ")
+    assert f"cd {tmp_path}/out &amp;&amp; python my_plan.py" in panel.launch.value
+    panel.name.value = " mine "
+    press(panel, "Export")
+    ended(panel.work)
+    assert (tmp_path / "out" / "mine.json").is_file()
+    (tmp_path / "run").symlink_to(DEMO)
+    bench = Workbench.open(" ~/run ")
+    bench.panels["Front"].path.value = " ~/run/front.json "
+    press(bench.panels["Front"], "Load front")
+    assert said(bench.panels["Front"]) == ""
+    bench.run.value = "~/run "
+    press(bench, "Open run")
+    assert said(bench) == ""
 
 
 def test_the_recorded_run_opens_with_all_panels_and_its_chosen_plan_is_known_to_be_measured() -> None:

@@ -86,4 +86,5 @@ def _measured(row: Measurement) -> dict[str, Any]:
         return {"what": f"KV allocated, {row.length:,} tokens", "said": byte_size(row.value)}
     unit = metric_label(row.metric)[1]
     told = f"{row.value:.3f}" if unit == "%" else f"{row.value:.3f} {unit}"
-    return {"what": f"{TEXTS.get(row.task, row.task)}, {row.length:,} tokens", "said": f"{told} {interval_text(row.low, row.high)}, n = {row.n:,}"}
+    what = f"{TEXTS.get(row.task, row.task)}, {row.length:,} tokens"
+    return {"what": what, "said": f"{told} {interval_text(row.low, row.high)}, n = {row.n:,}"}
