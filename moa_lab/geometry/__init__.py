@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from numbers import Integral
 from typing import Any
 
+import numpy as np
+
 from moa_lab.geometry.config import read_geometry
 
 MAX_TOKENS = 2**31 - 1
@@ -53,6 +55,10 @@ class ModelGeometry:
         """Tokens that the dense model keeps for one head of `layer` at length `n_tokens`: N, or the layer's own window."""
         window = self.layer_windows[layer]
         return n_tokens if window is None else min(n_tokens, window)
+
+    def whole_heads(self, spans: np.ndarray, n_tokens: int) -> int:
+        """How many heads with these spans, (layers, kv_heads), keep all of `n_tokens` that their layer sees."""
+        return int((spans >= [[self.dense_span_tokens(layer, n_tokens)] for layer in range(self.layers)]).sum())
 
     def check_length(self, n_tokens: int) -> None:
         """Raises ValueError for a number of tokens that the model does not take."""

@@ -100,7 +100,7 @@ def _spans(facts: Facts) -> Section:
     )
     if plan.bits:
         lead += f" Not all is stored in the model's own type: {'; '.join(plan.stored_text())}."
-    whole = int((spans >= [[plan.geometry.dense_span_tokens(layer, length)] for layer in range(plan.geometry.layers)]).sum())
+    whole = plan.geometry.whole_heads(spans, length)
     alt = (
         f"Heat-map of spans: {plan.geometry.layers} layers by {plan.geometry.kv_heads} KV heads, "
         f"{whole:,} of {spans.size:,} heads keep everything; the table below it holds the numbers."

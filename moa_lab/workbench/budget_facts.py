@@ -12,10 +12,11 @@ NOTABLE = 0.005
 def kept(answer: Answer, budget: Budget) -> list[tuple[str, str]]:
     """What a sequence keeps under the answer's plan."""
     spans = answer.spans
+    whole = answer.plan.geometry.whole_heads(spans, budget.n_tokens)
     return [
         ("density", f"{percent(answer.density, 1)} of the bytes at {budget.n_tokens:,} tokens{_bound(answer, budget)}"),
         *([("stored in", f"{budget.bits} bits: predicted losses do not know it")] if answer.plan.bits else []),
-        ("mean span", f"{spans.mean():,.0f} tokens ({int((spans == budget.n_tokens).sum())} of {spans.size} heads keep all)"),
+        ("mean span", f"{spans.mean():,.0f} tokens ({whole} of {spans.size} heads keep all)"),
         ("KV, predicted", byte_size(answer.kv_bytes)),
         ("KV, allocated", byte_size(answer.allocated_bytes)),
         ("KV, dense", byte_size(answer.dense_bytes)),

@@ -12,6 +12,7 @@ import numpy as np
 from moa_lab.evaluate.worse import chosen_text
 from moa_lab.figures.front import axes, goal, goal_text
 from moa_lab.figures.theme import percent
+from moa_lab.plan import told_mixes
 from moa_lab.records import Candidate, Front, FrontPoint, LossTable, Measurements, candidates
 from moa_lab.records.candidates import origin_text
 from moa_lab.search import default_goals, epsilon_front, evolve, front_values, hypervolume
@@ -197,6 +198,7 @@ class Choosing:
             ("plan", [point.plan.name for point in self.picked]),
             ("kind", [origin_text(point.origin) for point in self.picked]),
             (f"density at {n:,}", [percent(point.plan.density(n), 1) for point in self.picked]),
+            *([("stored in", [told_mixes(point.plan) for point in self.picked])] if any(point.plan.bits for point in self.picked) else []),
             *((goal_text(name), [_shown(goal(point, name)) for point in self.picked]) for name in dict.fromkeys(names)),
         ]
         if len(self.picked) == 2:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 import ipywidgets as w
 
 from moa_lab.workbench.biography import Biography
+from moa_lab.workbench.heads import kept_text
 from moa_lab.workbench.state import State
 
 KEYS_HINT = "On a map of heads, arrow keys move the selected head, and space pins it."
@@ -23,7 +24,8 @@ def told_head(state: State, biography: Biography | None, pinned: Collection[tupl
         # One head alone: all spans of a large model would cost the slider milliseconds.
         rule = plan.rules[layer][kv_head]
         kept = min(rule.span_tokens(n, plan.min_span, plan.span_multiple), plan.geometry.dense_span_tokens(layer, n))
-        told += f" It keeps {kept:,} of {n:,} tokens" + (", pinned." if (layer, kv_head) in pinned else ".")
+        is_pinned = ", pinned" if (layer, kv_head) in pinned else ""
+        told += f" It keeps {kept_text(plan.geometry, layer, kept, n)} under {plan.name}{is_pinned}."
     return told
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from moa_lab.figures import HeadPool, alike_together, largest_first, long_range_influence
+from moa_lab.geometry import ModelGeometry
 from moa_lab.plan import Plan
 from moa_lab.records import InfluenceProfile, ProfileKey
 from moa_lab.text import from_to
@@ -245,4 +246,12 @@ def rule_text(plan: Plan, layer: int, kv_head: int, n_tokens: int) -> str:
     rule = plan.rules[layer][kv_head]
     parts = [*([f"{rule.alpha:,.0f} tokens"] if rule.alpha or not rule.beta else []), *([f"{rule.beta:.3g} N"] if rule.beta else [])]
     grown = "everything" if rule.keeps_everything else " + ".join(parts)
-    return f"{grown}; at N = {n_tokens:,} it keeps {int(plan.spans(n_tokens)[layer, kv_head]):,} of {n_tokens:,} tokens"
+    kept = kept_text(plan.geometry, layer, int(plan.spans(n_tokens)[layer, kv_head]), n_tokens)
+    stored = "; keys in {} bits, values in {}".format(*plan.bits[layer][kv_head]) if plan.bits else ""
+    return f"{grown}; at N = {n_tokens:,} it keeps {kept}{stored}"
+
+
+def kept_text(geometry: ModelGeometry, layer: int, kept: int, n_tokens: int) -> str:
+    """What a head keeps of `n_tokens`, or of the fewer that a layer with a window of its own sees."""
+    seen = geometry.dense_span_tokens(layer, n_tokens)
+    return f"{kept:,} of {n_tokens:,} tokens" if seen == n_tokens else f"{kept:,} of the {seen:,} tokens that its layer sees"

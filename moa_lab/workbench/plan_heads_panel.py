@@ -107,8 +107,9 @@ class PlanHeadsPanel:
     def _told(self, plan: Plan, spans: np.ndarray) -> list[tuple[str, str]]:
         layer, kv_head, n = self.state.layer, self.state.kv_head, self.state.n_tokens
         more, alike = int((spans > spans[layer, kv_head]).sum()), int((spans == spans[layer, kv_head]).sum())
+        whole = f"{plan.geometry.whole_heads(spans, n)} of {spans.size} heads keep all"
         rows = [
-            ("plan", f"{plan.name}, {plan.density(n):.1%} at {n:,} tokens: {int((spans == n).sum())} of {spans.size} heads keep all"),
+            ("plan", f"{plan.name}, {plan.density(n):.1%} at {n:,} tokens: {whole}"),
             ("head", f"layer {layer}, KV head {kv_head}"),
             ("rule", rule_text(plan, layer, kv_head, n)),
             ("by span", f"{more} of {spans.size} heads keep more, {alike - 1} keep as much"),

@@ -2,11 +2,19 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from tiny import DESIGNS, FAMILIES, WINDOW_TOKENS, tiny_model
 from transformers import Gemma3Config, LlamaConfig, MambaConfig, Qwen2Config, T5Config
 
 from moa_lab.geometry import ModelGeometry
+
+
+def test_a_head_is_whole_that_keeps_what_a_window_of_its_layers_own_lets_it_see() -> None:
+    geometry = ModelGeometry(layers=2, query_heads=2, kv_heads=2, head_dim=8, max_length=512, layer_windows=(48, None))
+    spans = np.array([[48, 40], [512, 48]])
+    assert geometry.whole_heads(spans, 512) == 2
+    assert geometry.whole_heads(spans, 40) == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)

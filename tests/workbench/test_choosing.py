@@ -177,6 +177,9 @@ def test_two_picks_are_compared_by_density_goals_and_the_heads_that_differ(choos
     assert rows["poems"] == ["-", "-"], "a goal that a plan has not"
     differ = (first.plan.spans(n) != last.plan.spans(n)).sum()
     assert rows["heads that differ"] == [f"{differ} of 90"]
+    assert "stored in" not in rows
+    choosing.picked[1] = replace(last, plan=last.plan.with_bits(8))
+    assert dict(choosing.compared())["stored in"] == ["16 bits", "8 bits"]
 
 
 def test_brushes_keep_the_plans_within_any_range_of_every_brushed_goal(choosing: Choosing) -> None:

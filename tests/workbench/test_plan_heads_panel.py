@@ -12,6 +12,7 @@ from figure_records import SMOL, make_front, make_plan, make_profile
 from moa_lab.bench.lifelike import lifelike_profile
 from moa_lab.evaluate.compare import rank_agreement
 from moa_lab.geometry import ModelGeometry
+from moa_lab.plan import dense_plan
 from moa_lab.records import InfluenceProfile
 from moa_lab.shipped import data_folder
 from moa_lab.workbench.desk import Workbench
@@ -44,6 +45,16 @@ def test_a_run_without_a_profile_shows_what_its_plan_keeps_of_every_head_and_say
     bench.press("right")
     assert bench.state.layer == 6
     assert "Layer 6, KV head" in bench.line.box.value
+
+
+def test_of_a_layer_with_a_window_of_its_own_a_head_keeps_no_more_than_that_and_its_bits_are_told() -> None:
+    bench = Workbench.open(QWEN.parent / "gemma-3-270m-50")
+    n, geometry = bench.state.n_tokens, bench.state.plan.geometry
+    assert n > 512
+    bench.state.set(plan=dense_plan(geometry).with_bits(np.array([8, 4])))
+    assert "18 of 18 heads keep all" in bench.panels["Heads"].facts.value
+    assert "it keeps 512 of the 512 tokens that its layer sees; keys in 8 bits, values in 4" in bench.panels["Heads"].facts.value
+    assert "It keeps 512 of the 512 tokens that its layer sees under dense" in bench.line.box.value
 
 
 def test_published_scores_are_held_against_the_spans_of_the_plan(tmp_path: Path) -> None:

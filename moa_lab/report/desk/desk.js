@@ -72,7 +72,7 @@
   const number = value => value.toLocaleString("en");
   const fillFacts = () => {
     const { length } = state, plan = stop(), dense = desk.stops.at(-1);
-    const spans = Array.from(plan.codes, code => desk.spans[code][length]);
+    const [spans, whole] = [plan, dense].map(({ codes }) => Array.from(codes, code => desk.spans[code][length]));
     const mean = spans.reduce((sum, each) => sum + each, 0) / spans.length;
     const told = plan.measured.length ? plan.measured : [nearest(plan)].filter(Boolean);
     const named = plan.kind === "budget" ? "" : ` (${plan.name})`;
@@ -81,7 +81,7 @@
       ["plan", plan.name],
       ["density", `${percent(plan.density[length])} at ${number(lengths[length])} tokens`],
       ["KV bytes, predicted", `${plan.kv_bytes[length]} (dense ${dense.kv_bytes[length]})`],
-      ["mean span", `${number(Math.round(mean))} tokens; ${spans.filter(each => each >= lengths[length]).length} of ${spans.length} keep all`],
+      ["mean span", `${number(Math.round(mean))} tokens; ${spans.filter((each, at) => each >= whole[at]).length} of ${spans.length} keep all`],
       ...Object.entries(plan.predicted).filter(([name]) => !name.includes("@")).map(([name, value]) =>
         [`predicted loss, ${name}`, value.toFixed(4)]),
       ...told.map(({ what, said }) => [`measured: ${what}`, said]),
