@@ -42,11 +42,12 @@ class AdvicePanel:
 
     def __init__(self, state: State) -> None:
         self.state, self.errors, self.advising = state, Errors("advice"), Advising(state)
-        self.needles = Wanted("needles, at least % of dense", 100 * FIRST, 1.0, 200.0, 1.0, "needles", wanted=True)
+        self.needles = Wanted("needles, at least % of dense", 100 * FIRST, 1.0, 100.0, 1.0, "needles", wanted=True)
         self.perplexity = Wanted("perplexity, at most % above dense", 3.0, 0.0, 1000.0, 0.5, "perplexity")
         self.density = Wanted("bytes, at most % of dense", 50.0, 0.1, 100.0, 1.0, "bytes")
         self.speed = Wanted("tokens/s, at least", 1000.0, 1.0, 1e7, 100.0, "speed")
         self.sequences = Wanted("sequences at once, at least", 16.0, 1.0, 1e7, 1.0, "sequences")
+        self._wishes = (self.needles, self.perplexity, self.density, self.sequences, self.speed)
         self._asked = self.errors.guard(lambda _=None: self.recommend(again=False))
         self.told, self.table, self.served = w.HTML(), w.HTML(layout=w.Layout(flex=f"1 1 {TABLE}px")), w.HTML()
         known = "runs of this model that are known; or folders, with commas"
@@ -64,7 +65,7 @@ class AdvicePanel:
         state.watch_in(TAB, ["dark"], self.errors.guard(self._draw))
         state.watch_in(TAB, ["width"], self._fit)
         self._fit()
-        for wanted in (self.needles, self.perplexity, self.density, self.sequences, self.speed):
+        for wanted in self._wishes:
             wanted.wanted.observe(self._asked, "value")
             wanted.number.observe(lambda _, wanted=wanted: self._asked() if wanted.wanted.value else None, "value")
         self.folders.observe(self._asked, "value")
@@ -92,6 +93,8 @@ class AdvicePanel:
 
     def wish(self) -> Wish:
         """What is ticked. Raises ValueError where nothing is."""
+        if not any(wanted.wanted.value for wanted in self._wishes):
+            raise ValueError("nothing is asked for: tick what the plan must hold")
         sequences = self.sequences.value()
         return Wish(
             self.density.value(100), self.needles.value(100), self.perplexity.value(100), self.speed.value(), gpu=self.on.device,
@@ -123,7 +126,8 @@ class AdvicePanel:
         on = f"on {self.on.device.name}, {self.on.n_tokens:,} tokens each"
         dense = {"plan": "dense", "bytes": "100.0%", on: self.on.brief(dense_plan(plans[0].geometry)), "verdict": "", "why": ""}
         rows = [dense, *({**one, on: self.on.brief(plan)} for one, plan in zip(told, plans, strict=True))]
-        beyond = self.on.beyond(plans[0])
+        # Said once: beside the recommended plan, where there is one.
+        beyond = self.on.beyond(plans[0]) if advice.plan is None else ""
         table = grid(list(dense), [[one[name] for name in dense] for one in rows])
         self.table.value = table + (f"<div>Note: {beyond}.</div>" if beyond else "")
 

@@ -205,4 +205,4 @@ def with_legend(fig: go.Figure, per_line: int = 2) -> go.Figure:
 def ring(x: float, y: float) -> dict[str, Any]:
     """A marker around the cell of a heat-map that is selected."""
     marker = {"symbol": "square-open", "size": 15, "color": OUTLINE, "line": {"width": 2.5, "color": OUTLINE}}
-    return {"x": [x], "y": [y], "mode": "markers", "name": "selected", "marker": marker, "hoverinfo": "skip"}
+    return {"x": [x], "y": [y], "mode": "markers", "name": "selected", "marker": marker, "hoverinfo": "skip", "cliponaxis": False}

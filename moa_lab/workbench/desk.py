@@ -37,7 +37,7 @@ from moa_lab.workbench.state import State
 from moa_lab.workbench.told import Told
 from moa_lab.workbench.trace_panel import TAB, TracePanel
 from moa_lab.workbench.tracing import Tracing
-from moa_lab.workbench.widgets import OWN_WIDTH, STYLE, Errors, button, row
+from moa_lab.workbench.widgets import OWN_WIDTH, STYLE, Errors, button, row, without_null
 
 
 class Workbench:
@@ -75,6 +75,7 @@ class Workbench:
         self.keys.on_msg(self.errors.guard(lambda _, content, __: self.press(content["key"])))
         self._look_at(state, model)
         opened = row(self.run, again, self.model, self.dark)
+        without_null(opened)
         self.box = w.VBox([w.HTML(STYLE), theme, self.width, self.worse, opened, self.errors.box, self.head, self.tabs, self.keys])
         self.box.add_class("moa-bench")
 

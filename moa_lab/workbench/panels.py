@@ -7,6 +7,8 @@ from typing import Any
 
 import ipywidgets as w
 
+from moa_lab.workbench.widgets import without_null
+
 
 class Panels(Mapping[str, Any]):
     """Panels by the title of their tab. makes: what makes each of them, in the order of the tabs. made: those that were made so far.
@@ -22,6 +24,7 @@ class Panels(Mapping[str, Any]):
     def __getitem__(self, title: str) -> Any:
         if title not in self.made:
             self.made[title] = self._makes[title]()
+            without_null(self.made[title].box)
             self.boxes[title].children = (self.made[title].box,)
         return self.made[title]
 

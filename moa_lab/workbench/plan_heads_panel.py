@@ -49,7 +49,7 @@ class PlanHeadsPanel:
         self.map = SpansMap(state, geometry, self.errors, "head-spans", find="heads-find", order="heads-order")
         self.path, load = scores_path(self.errors, self.load)
         self.profile, take = profile_path(self.errors, take_profile or (lambda _: None))
-        self.versus = choice("spans against", [(NO_SCORES, None)], "ranks-against", "380px")
+        self.versus = choice("spans against", [(NO_SCORES, "")], "ranks-against", "380px")
         self.scores = Canvas("head-scores", HALF, self.errors.guard(self._clicked), on_hover=state.hover, keys=True)
         self.ranks = RanksView(state, "Heads", self.errors)
         self.versus.observe(self.errors.guard(lambda _: self.draw()), "value")
@@ -120,7 +120,7 @@ class PlanHeadsPanel:
         return rows
 
     def _theirs(self) -> HeadScores | None:
-        return None if self.versus.value is None else self.known.scores[self.versus.value]
+        return self.known.scores.get(self.versus.value)
 
     def _clicked(self, place: Any) -> None:
         kv_head, layer = (int(index) for index in place)

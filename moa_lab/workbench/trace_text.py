@@ -80,7 +80,7 @@ def reach_html(trace: TokenTrace, share: HeadShare) -> str:
     sink, start = min(trace.plan.sink_tokens, n), trace.window_start(share.layer, share.kv_head)
     parts = [_bar(0, n, n, "rgba(128,128,128,0.22)"), *(_bar(a, b, n, "#1a80c4") for a, b in ((0, sink), (max(start, sink), n)) if a < b)]
     parts += _arcs(trace, share, n)
-    parts += [_text(0, 118, f"sink, {sink} tokens", "start"), _text(1000, 118, f"window, {n - start:,} tokens", "end")]
+    parts += [_text(0, 118, f"sink, {sink} tokens", "start"), _text(1000, 118, f"window, {max(n - max(start, sink), 0):,} tokens", "end")]
     if share.misses:
         middle = 1000 * (share.source + start) / 2 / n
         line = f'<path d="M{_x(share.source, n)} 128 H{_x(start, n)}" stroke="#d55e00" stroke-width="2" stroke-dasharray="5 4"/>'

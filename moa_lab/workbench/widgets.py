@@ -147,6 +147,14 @@ def side_by_side(*children: w.Widget) -> w.HBox:
     return w.HBox(list(children), layout=w.Layout(flex_flow="row wrap", align_items="flex-start", grid_gap="0 12px"))
 
 
+def without_null(widget: w.Widget) -> None:
+    """Give an empty tooltip to all boxes within `widget` that have none: a page shows "null" where there is none."""
+    if isinstance(widget, w.DOMWidget) and isinstance(widget, w.widget_description.DescriptionWidget) and widget.tooltip is None:
+        widget.tooltip = ""
+    for child in getattr(widget, "children", ()):
+        without_null(child)
+
+
 def number(label: str, value: float, low: float, high: float, step: float, name: str, width: str = "190px") -> w.BoundedFloatText:
     """A number box, which unlike a slider has a name for screen readers."""
     box = w.BoundedFloatText(value=value, min=low, max=high, step=step, description=label, layout=w.Layout(width=width), style=OWN_WIDTH)

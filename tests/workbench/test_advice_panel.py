@@ -76,7 +76,7 @@ def test_it_answers_at_once_and_follows_every_wish() -> None:
     panel.needles.number.value = 100.0
     assert "No measured plan meets the wish" in panel.told.value
     panel.needles.wanted.value = False
-    assert "wish for something" in said(panel)
+    assert "nothing is asked for" in said(panel)
     assert panel.told.value == ""
     panel.needles.wanted.value = True
     assert (said(panel), panel.take.disabled) == ("", True)
@@ -118,6 +118,8 @@ def test_where_no_plan_holds_nothing_can_be_taken(panel: AdvicePanel) -> None:
 
 def test_what_the_gpu_of_choice_holds_is_told_of_every_plan_also_where_none_holds_the_wish(panel: AdvicePanel) -> None:
     panel.folders.value = f"{HALF},{QUARTER}"
+    panel.needles.number.value = 150.0
+    assert (panel.needles.number.value, said(panel)) == (100.0, ""), "nobody finds more than the dense model for sure"
     panel.needles.number.value, panel.on.gpu.value = 99.0, "rtx-4090"
     panel.on.tokens.value = 32768
     press(panel, "Recommend")
@@ -129,6 +131,9 @@ def test_what_the_gpu_of_choice_holds_is_told_of_every_plan_also_where_none_hold
         assert f"<td>{one.batch:,} sequences, {one.tokens_s:,.0f} tokens/s</td>" in panel.table.value
     assert "on RTX 4090 24GB, 32,768 tokens each" in panel.table.value
     assert "the model takes 8,192 tokens at most" in panel.table.value
+    panel.needles.number.value = 50.0
+    assert "the model takes 8,192 tokens at most" in panel.served.value
+    assert "at most" not in panel.table.value.rpartition("</table>")[2], "told once"
     panel.on.tokens.value = 4096
     assert "4,096 tokens each" in panel.table.value
     assert "at most" not in panel.table.value.rpartition("</table>")[2]
@@ -146,7 +151,7 @@ def test_a_speed_is_foretold_on_the_gpu_of_choice(panel: AdvicePanel) -> None:
 def test_nothing_wished_for_and_folders_without_plans_are_told(panel: AdvicePanel) -> None:
     panel.needles.wanted.value = False
     press(panel, "Recommend")
-    assert "wish for something" in said(panel)
+    assert "nothing is asked for" in said(panel)
     panel.needles.wanted.value, panel.folders.value = True, str(RUNS.parent / "texts")
     press(panel, "Recommend")
     assert "holds no measured plan" in said(panel)

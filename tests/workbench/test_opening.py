@@ -20,7 +20,7 @@ from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, named, open_run
 from moa_lab.workbench.page import BUNDLE, Figure
 from moa_lab.workbench.state import State
-from tests.workbench.hands import ended, press, said, within
+from tests.workbench.hands import below, ended, press, said, within
 
 STANDARD = DEMO.parent / "standard-50"
 
@@ -212,6 +212,14 @@ def test_plotly_is_brought_to_the_page_once_for_all_figures() -> None:
     assert BUNDLE.is_file()
     sent = {name for name in Figure.class_trait_names() if name.startswith("_py2js_")}
     assert sent == {f"_py2js_{name}" for name in re.findall(r'"(\w+)"', first["_esm"].partition("const SENT = [")[2].partition("]")[0])}
+
+
+def test_no_box_has_null_for_a_tooltip() -> None:
+    bench = Workbench.open()
+    boxes = [box for title in bench.panels for box in below(bench.panels[title].box)] + below(bench.box)
+    described = [box for box in boxes if hasattr(box, "description_allow_html")]
+    assert len(described) > 80
+    assert [box.description for box in described if box.tooltip is None and box.description] == []
 
 
 def test_a_panel_is_made_at_the_first_look_and_the_budgets_plan_is_there_before() -> None:

@@ -37,6 +37,7 @@ def test_a_run_without_a_profile_shows_what_its_plan_keeps_of_every_head_and_say
     assert "keeps no profile" in panel.note.value
     spans = plan.spans(n)
     assert np.array_equal(panel.map.canvas.widget.data[0].z, spans.T)
+    assert panel.versus.label == "no scores yet", "an option whose value is None is not shown as chosen"
     panel.map.order.value = SPAN
     assert np.array_equal(panel.map.canvas.widget.data[0].z, -np.sort(-spans.T, axis=0))
     panel.map.find.value = "L5 H1"

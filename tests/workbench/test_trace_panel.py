@@ -82,6 +82,12 @@ def test_a_prompt_is_answered_and_a_click_on_a_token_shows_its_heads(family: str
     assert "moa-text" in panel.token.read.value
 
 
+def test_sink_and_window_of_a_head_that_sees_everything_are_all_tokens_and_none_twice() -> None:
+    panel = asked("llama", lambda model: dense_plan(geometry_of(model)))
+    sink, window = (int(count.replace(",", "")) for count in re.findall(r"(?:sink|window), ([\d,]+) tokens", panel.token.reach.value))
+    assert sink + window == panel._tracing.trace.position
+
+
 def test_the_head_under_the_pointer_is_the_same_in_the_list_on_the_map_and_in_what_it_read() -> None:
     panel = asked()
     token, state = panel.token, panel.state
