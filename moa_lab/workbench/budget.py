@@ -158,6 +158,13 @@ class Budget:
         """Let the search choose every head."""
         self.pinned.clear()
 
+    def density_at(self, answer: Answer, n_tokens: int) -> float:
+        """The share of the dense bytes that the answer's plan keeps at another length."""
+        # From the table: a plan works out every head's span anew.
+        spans = np.take_along_axis(self.table.span_tokens(n_tokens), answer.choice, axis=1)
+        dense = self.table.dense_tokens(n_tokens) * self.table.geometry.kv_bytes_per_token()
+        return int((spans * answer.plan.token_bytes()).sum()) / dense
+
     def density_of_bytes(self, kv_bytes: float) -> float:
         """The density at which one sequence of `n_tokens` takes `kv_bytes`, at least the least feasible one, at most 1."""
         return self._possible(kv_bytes / self.dense_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Collection
 
 import ipywidgets as w
@@ -69,7 +70,7 @@ class BudgetPanel:
         self.pins.add_class("moa-pins")
         self.facts.add_class("moa-budget-facts")
         self.exact = Work("Solve exactly", "exact", self.errors, lambda: self._exactly, self.show)
-        self.curves = MeasuredCurves(state, self.errors, measuring, density)
+        self.curves = MeasuredCurves(state, self.errors, measuring)
         self._moving = False
 
         self.slider.observe(self.errors.guard(lambda change: self._slid(change["new"])), "value")
@@ -85,7 +86,10 @@ class BudgetPanel:
         to_span.on_click(self.errors.guard(lambda _: self._pin(self.span.value)))
         release.on_click(self.errors.guard(lambda _: self._release(all_heads=False)))
         release_all.on_click(self.errors.guard(lambda _: self._release(all_heads=True)))
+        self.elsewhere = w.HTML()
+        self.elsewhere.add_class("moa-elsewhere")
         state.watch_in("Budget", ["layer", "kv_head"], self._select)
+        state.watch_in("Budget", ["plan"], self._tell_elsewhere)
         self._redraw = state.watch_in("Budget", ["dark"], self.map.draw)
         self.works = (self.exact, self._ahead, self.curves.work)
         pinning = row(self.layer, self.head, full, self.span, to_span, release, release_all)
@@ -100,6 +104,7 @@ class BudgetPanel:
             [
                 self.slider,
                 row(self.number, self.mib, self.mean, self.length, self.bits, self.served.box),
+                self.elsewhere,
                 self.errors.box,
                 self.curves.lost,
                 looked_at,
@@ -111,6 +116,7 @@ class BudgetPanel:
             self._look_at(self.budget.answer())
             self._draw()
             self._solve_ahead()
+        self._tell_elsewhere()
 
     def solve(self, density: float) -> None:
         """Solve for a density, and update the slider and the boxes."""
@@ -203,13 +209,23 @@ class BudgetPanel:
     def _draw(self) -> None:
         self._redraw()
         # After the map: the page draws in this order.
-        self.curves.mark(0.0 if self._answer is None else self._answer.density)
+        answer = self._answer
+        if answer is not None:
+            self.curves.mark(answer.plan, lambda n: self.budget.density_at(answer, n))
 
     def _tell(self) -> None:
         answer = self._answer
         if answer is not None:
             known = answer.kv_bytes if self.served.n_tokens == self.budget.n_tokens else None
             self.facts.value = facts([*kept(answer, self.budget), *self.served.told(answer.plan, known), *predicted(answer)])
+
+    def _tell_elsewhere(self) -> None:
+        """Say so where the panels show another plan than this one found."""
+        plan, told = self.state.plan, ""
+        if plan is not None and not self.holds(plan):
+            told = f"All panels show the plan {html.escape(plan.name)}, chosen elsewhere: a move of the density takes the one below."
+        self.elsewhere.value = f'<div role="note">{told}</div>' if told else ""
+        self.elsewhere.layout.display = "" if told else "none"
 
     def _solve_ahead(self) -> None:
         """Of a large model, where solving takes longer than a slider may: the slider's other steps, the nearest first."""

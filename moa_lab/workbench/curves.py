@@ -30,14 +30,16 @@ NOW = "measured now"
 
 
 class MeasuredCurves:
-    """Drawn where anything was measured; `mark` moves a line to a density. lost: what runs measured nearest to it, in a sentence.
+    """Drawn where anything was measured; `mark` moves a line to a plan's density. lost: what runs measured nearest to it, in a sentence.
 
-    measuring: makes the controller that measures the state's plan, and with it loads the model, when that is first asked for; None:
-    nothing is measured here. density: marked at first.
+    measuring: makes the controller that measures the plan that is marked, and with it loads the model, when that is first asked for;
+    None: nothing is measured here.
     """
 
-    def __init__(self, state: State, errors: Errors, measuring: Callable[[], Measuring] | None = None, density: float = 0.0) -> None:
-        self.state, self._marked, self._make = state, density, measuring
+    def __init__(self, state: State, errors: Errors, measuring: Callable[[], Measuring] | None = None) -> None:
+        self.state, self._make = state, measuring
+        self._plan: Plan | None = None
+        self._density_at: Callable[[int], float] = lambda _: 0.0
         self._measuring: Measuring | None = None
         self.options: tuple[Option, ...] = ()
         self.now: list[Measurement] = []
@@ -80,13 +82,19 @@ class MeasuredCurves:
             fig = with_legend(score_by_density(rows, *self.place.value), per_line=1)
             # Task and length are chosen right above.
             self.canvas.draw(fig.update_layout(title_text=fig.layout.title.text.partition(":")[0]), self.state.dark)
-            self.mark(self._marked)
+            self._mark()
 
-    def mark(self, density: float) -> None:
-        """Show where a density lies; nothing else is drawn anew."""
-        self._marked = density
-        self.lost.value = f'<div role="status">{html.escape(lost_text(self.options, density))}</div>' if self.options else ""
+    def mark(self, plan: Plan, density_at: Callable[[int], float]) -> None:
+        """Show where a plan lies, of which `density_at` tells the density by length; nothing else is drawn anew."""
+        self._plan, self._density_at = plan, density_at
+        self._mark()
+
+    def _mark(self) -> None:
+        told = lost_text(self.options, self._density_at)
+        self.lost.value = f'<div role="status">{html.escape(told)}</div>' if self.options else ""
         if self.places and self.canvas.box.layout.display == "":
+            # At the length that is drawn: a plan that keeps half of one length may keep less of a longer one.
+            density = self._density_at(self.place.value[1])
             line = {"type": "line", "x0": 100 * density, "x1": 100 * density, "y0": 0, "y1": 1, "yref": "paper"}
             self.canvas.widget.layout.shapes = [{**line, "line": {"color": OUTLINE, "width": 2, "dash": "dot"}}]
             self.nearest.value = f'<div class="moa-facts">{html.escape(nearest_text(self._drawn, density))}</div>'
@@ -109,7 +117,7 @@ class MeasuredCurves:
         return [*scores_over_bytes(self.options, task, length), *told]
 
     def _begin(self) -> Callable[[Handle], list[Entry]]:
-        plan, (task, length), n = self.state.plan, self.place.value, self.texts.value
+        plan, (task, length), n = self._plan, self.place.value, self.texts.value
         if task not in KINDS:
             raise ValueError("own answers are measured by a run: choose needles or documents")
         if plan is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from moa_lab.evaluate.compare import row_of
 from moa_lab.evaluate.options import NEEDLES, TEXTS, Option
@@ -28,15 +28,16 @@ def nearest_text(rows: Sequence[Measurement], density: float) -> str:
     return f"Measured nearest, at {percent(row.density, 1)}: {_score(row)} ({run or family(row)}, n = {row.n:,}){dense}."
 
 
-def lost_text(options: Sequence[Option], density: float) -> str:
-    """All that the run measured whose plan is nearest to a density, beside its own dense model, in one sentence; "" where none was.
+def lost_text(options: Sequence[Option], density_at: Callable[[int], float]) -> str:
+    """All that the run measured whose plan is nearest in density, beside its own dense model, in one sentence; "" where none was.
 
-    At the longest length that all `options` were measured at, of the first task that they have in common.
+    At the longest length that all `options` were measured at, of the first task that they have in common. density_at: by length.
     """
     places = measured_at(options)
     if not places:
         return ""
     task, length = places[0]
+    density = density_at(length)
     rows = [(option, row_of(option.rows, option.plan.name, task, length)) for option in options]
     option, row = min(rows, key=lambda pair: (abs(pair[1].density - density), -pair[1].n))
     scores = "; ".join(_beside(option, task, length) for task, n in measured_at([option]) if n == length)

@@ -11,7 +11,7 @@ import pytest
 
 from moa_lab.bench.lifelike import lifelike_table
 from moa_lab.capacity import GPUS, capacity
-from moa_lab.evaluate.options import Wish
+from moa_lab.evaluate.options import Wish, options_of
 from moa_lab.evaluate.over_bytes import scores_over_bytes
 from moa_lab.plan import Plan, dense_plan
 from moa_lab.records import Measurement, Measurements
@@ -179,7 +179,7 @@ def test_measured_scores_stand_beside_the_budget_and_follow_its_density() -> Non
     assert next(task for task, _ in panel.curves.places) == "needles"
     panel.number.value = 0.4
     (line,) = panel.curves.canvas.widget.layout.shapes
-    assert line.x0 == line.x1 == pytest.approx(100 * state.plan.density(panel.budget.n_tokens))
+    assert line.x0 == line.x1 == pytest.approx(100 * state.plan.density(panel.curves.place.value[1]))
     rows = panel.curves._drawn
     nearest = min((row for row in rows if row.density < 1), key=lambda row: (abs(row.density - line.x0 / 100), -row.n))
     assert f"Measured nearest, at {100 * nearest.density:.1f}%: " in panel.curves.nearest.value
@@ -189,6 +189,35 @@ def test_measured_scores_stand_beside_the_budget_and_follow_its_density() -> Non
     panel.curves.place.value = panel.curves.places[-1]
     assert "own answers" in {value: name for name, value in panel.curves.place.options}[panel.curves.places[-1]]
     assert len(panel.curves.canvas.widget.layout.shapes) == 1
+
+
+def test_a_density_is_marked_where_its_plan_lies_at_the_length_that_is_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = options_of([RUNS / "smollm2-135m-25", RUNS / "smollm2-135m-50"])
+    monkeypatch.setattr(Advising, "options", lambda _: options)
+    state = replace(open_run(RUNS / "demo"))
+    panel = BudgetPanel(state)
+    panel.number.value = 0.9
+    assert state.plan.density(8192) < 0.5, "its longest rule is of 3,072 tokens"
+    assert "Measured at 25.0% and 8,192 tokens" in panel.curves.lost.value
+    for place in (("needles", 8192), ("needles", 2048)):
+        panel.curves.place.value = place
+        (line,) = panel.curves.canvas.widget.layout.shapes
+        assert line.x0 == pytest.approx(100 * state.plan.density(place[1]))
+    assert "Measured nearest, at 50.0%" in panel.curves.nearest.value
+
+
+def test_the_budget_says_so_where_another_plan_is_shown_and_measures_its_own() -> None:
+    state = replace(open_run(RUNS / "demo"))
+    panel = BudgetPanel(state, measuring=FakeMeasuring)
+    assert panel.elsewhere.layout.display == "none"
+    own = state.plan
+    state.set(plan=Plan.load(RUNS / "smollm2-135m-25" / "plan.json"))
+    assert "the plan moa, chosen elsewhere" in panel.elsewhere.value
+    press(panel.curves, "Measure this density")
+    within(10, lambda: bool(panel.curves.now))
+    assert panel.curves.now[0].density == pytest.approx(own.density(2048))
+    panel.number.value = 0.4
+    assert panel.elsewhere.layout.display == "none"
 
 
 def test_without_measured_runs_the_budget_shows_no_empty_figure() -> None:
@@ -243,7 +272,7 @@ def test_what_a_density_loses_is_told_in_one_sentence_of_the_run_that_is_nearest
         assert re.search(rf"{task} \d\.\d{{3}} \[\d\.\d{{3}}, \d\.\d{{3}}\], dense \d\.\d{{3}} nats a token", told)
     panel.number.value = 0.5
     assert "Measured at 50.0% and 2,048 tokens, the nearest (smollm2-135m-50)" in panel.curves.lost.value
-    assert lost_text((), 0.5) == ""
+    assert lost_text((), lambda _: 0.5) == ""
 
 
 def test_a_gpu_and_a_length_are_chosen_once_for_all_panels() -> None:
