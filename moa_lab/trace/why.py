@@ -58,7 +58,8 @@ def why(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, answer: Answer, w
     """
     named = f"“{label(piece(tokenizer, trace.case.tokens, trace.position))}”"
     dense, cut = trace.dense.probability, trace.cut.probability
-    change = f"{_percent(dense)} in the dense model, {_percent(cut)} under the plan"
+    digits = 1 if _percent(dense) == _percent(cut) and dense != cut else 0
+    change = f"{_percent(dense, digits)} in the dense model, {_percent(cut, digits)} under the plan"
     if trace.plan.is_dense:
         kept = f"Nothing is lost: the plan keeps every token in every head ({named} has {_percent(dense)})."
         return f"{kept}{_carried(tokenizer, trace)}"
@@ -94,5 +95,5 @@ def _because(tokenizer: PreTrainedTokenizerBase, trace: TokenTrace, share: HeadS
     )
 
 
-def _percent(share: float) -> str:
-    return "under 1%" if share < 0.01 else "over 99%" if 0.99 < share < 1 else f"{share:.0%}"
+def _percent(share: float, digits: int = 0) -> str:
+    return "under 1%" if share < 0.01 else "over 99%" if 0.99 < share < 1 else f"{share:.{digits}%}"

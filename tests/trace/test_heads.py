@@ -60,6 +60,9 @@ def test_of_two_heads_that_are_cut_the_one_that_carried_the_needle_is_named_and_
     # What the dense model would not say either is not lost.
     assert " was lost " in why(tokenizer, trace, cut, dense)
     assert " was lost " not in why(tokenizer, trace, cut, replace(dense, likeliest=dense.wanted + 1))
+    # Where both round to the same percent, a digit more tells them apart.
+    close = replace(trace, dense=replace(trace.dense, probability=0.0342), cut=replace(trace.cut, probability=0.0311))
+    assert "(3.4% in the dense model, 3.1% under the plan)" in why(tokenizer, close, cut)
     # What is not lost was carried by a head as well.
     most = max(trace.shares, key=lambda one: one.brought)
     assert carrier(trace) == most
