@@ -13,7 +13,7 @@ from moa_lab.plan import Plan
 from moa_lab.records import Front, InfluenceProfile, Measurement, Measurements
 from moa_lab.text import given_path, told_apart
 from moa_lab.workbench.biography import Biography
-from moa_lab.workbench.opening import named
+from moa_lab.workbench.opening import model_title, named
 
 SHARE, EXCESS = "share_of_dense", "perplexity_excess"
 """Metrics of `Across.scores`: needles found, over those of the dense model; perplexity above the dense model's, as a share of it."""
@@ -46,12 +46,10 @@ def read_run(folder: str | Path) -> RunScores:
         raise ValueError(f"{folder} holds neither measurements of a plan nor a front: name the folder of a run")
     origins = [record.provenance for record in (scores, plan, front) if record is not None]
     named_as = next((origin.model for origin in origins if origin.model), "a model without a name")
-    # A file by its name alone, wherever it lay.
-    model = Path(named_as).stem if named_as.endswith(".gguf") else named_as
     weights = next((origin.weights for origin in origins if origin.weights), None)
     file = given / "profile.safetensors"
     profile = InfluenceProfile.load(file) if file.is_file() else None
-    return RunScores(given.resolve().name, model, weights, plan, scores, front, profile)
+    return RunScores(given.resolve().name, model_title(named_as), weights, plan, scores, front, profile)
 
 
 class Across:

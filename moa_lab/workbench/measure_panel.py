@@ -23,6 +23,7 @@ from moa_lab.runtime.generate import Generation
 from moa_lab.text import given_path
 from moa_lab.workbench.jobs import Handle
 from moa_lab.workbench.measuring import KINDS, Entry, Measuring, Plans, history_table, recorded
+from moa_lab.workbench.opening import model_title
 from moa_lab.workbench.state import State
 from moa_lab.workbench.widgets import OWN_WIDTH, Errors, Work, button, grid, number, row, whole
 
@@ -205,7 +206,8 @@ def _told(table: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     rows = [
         [
             str(one.plan), percent(one.density, 1), _measured(one.metric, one.task), TEXTS.get(one.task, one.task), f"{one.length:,}",
-            _scored(one.metric, one.value, one.low, one.high), f"{one.n:,}", one.when[:16].replace("T", " "), f"{one.model}, {one.device}",
+            _scored(one.metric, one.value, one.low, one.high), f"{one.n:,}", one.when[:16].replace("T", " "),
+            f"{model_title(one.model)}, {one.device}",
         ]
         for one in table.itertuples()
     ]  # fmt: skip

@@ -94,6 +94,12 @@ def model_of(state: State) -> str:
     return next((record.provenance.model for record in records if record is not None and record.provenance.model), MODEL)
 
 
+def model_title(name: str) -> str:
+    """A model's name as it is shown: a file or a folder by its own name, wherever it lay."""
+    path = Path(name)
+    return path.stem if path.suffix == ".gguf" else path.name if path.is_absolute() else name
+
+
 def _check_same_model(folder: Path, records: Mapping[str, Any]) -> None:
     """Raise ValueError where records, by file name, are of different geometries."""
     geometries = {name: record.geometry for name, record in records.items() if record is not None}

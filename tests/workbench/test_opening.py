@@ -17,7 +17,7 @@ from moa_lab.plan import dense_plan
 from moa_lab.storage import RecordError
 from moa_lab.workbench import Workbench, desk
 from moa_lab.workbench.exporting import PLAN
-from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, named, open_run
+from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, model_title, named, open_run
 from moa_lab.workbench.page import BUNDLE, Figure
 from moa_lab.workbench.state import State
 from tests.workbench.hands import below, ended, press, said, within
@@ -212,6 +212,14 @@ def test_plotly_is_brought_to_the_page_once_for_all_figures() -> None:
     assert BUNDLE.is_file()
     sent = {name for name in Figure.class_trait_names() if name.startswith("_py2js_")}
     assert sent == {f"_py2js_{name}" for name in re.findall(r'"(\w+)"', first["_esm"].partition("const SENT = [")[2].partition("]")[0])}
+
+
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [("models/gemma-3-270m.gguf", "gemma-3-270m"), ("/a/b/mine", "mine"), ("owner/name", "owner/name"), ("smollm2", "smollm2")],
+)
+def test_a_model_is_shown_by_its_own_name_wherever_it_lay(name: str, title: str) -> None:
+    assert model_title(name) == title
 
 
 def test_no_box_has_null_for_a_tooltip() -> None:
