@@ -25,7 +25,7 @@ def told_head(state: State, biography: Biography | None, pinned: Collection[tupl
         rule = plan.rules[layer][kv_head]
         kept = min(rule.span_tokens(n, plan.min_span, plan.span_multiple), plan.geometry.dense_span_tokens(layer, n))
         is_pinned = ", pinned" if (layer, kv_head) in pinned else ""
-        told += f" It keeps {kept_text(plan.geometry, layer, kept, n)} under {plan.name}{is_pinned}."
+        told += f" Under {plan.name} it keeps {kept_text(plan.geometry, layer, kept, n)}{is_pinned}."
     return told
 
 

@@ -39,7 +39,8 @@ STYLE = """<style>
 /* A table that is wider than its panel scrolls by itself. */
 .moa-bench .widget-html, .moa-bench .widget-html-content { min-width: 0; max-width: 100%; }
 .moa-history td:last-child { white-space: normal; min-width: 12em; }
-.moa-history-box td:nth-child(3), .moa-history-box td:nth-child(8) { white-space: normal; min-width: 6em; }
+.moa-history-box td:nth-child(3), .moa-history-box td:nth-child(8) { white-space: normal; min-width: 7em; }
+.moa-history-box td:last-child { min-width: 8em; }
 .moa-advice-table .moa-history { max-height: none; }
 .moa-advice { max-width: 860px; }
 .moa-advice .widget-html-content { line-height: 1.5; }

@@ -189,8 +189,8 @@ def test_one_line_tells_of_the_head_under_the_pointer_or_else_the_selected_one()
     state = State(profile=PROFILE, plan=plan, n_tokens=1024, layer=4, kv_head=1)
     biography = Biography({"this profile": PROFILE})
     kept = int(plan.spans(1024)[4, 1])
-    assert told_head(state, biography) == f"{biography.told(4, 1)} It keeps {kept:,} of 1,024 tokens under {plan.name}."
-    assert told_head(state, None, {(4, 1)}) == f"Layer 4, KV head 1. It keeps {kept:,} of 1,024 tokens under {plan.name}, pinned."
+    assert told_head(state, biography) == f"{biography.told(4, 1)} Under {plan.name} it keeps {kept:,} of 1,024 tokens."
+    assert told_head(state, None, {(4, 1)}) == f"Layer 4, KV head 1. Under {plan.name} it keeps {kept:,} of 1,024 tokens, pinned."
     state.set(hovered=(9, 0))
     assert told_head(state, biography).startswith(biography.told(9, 0))
 

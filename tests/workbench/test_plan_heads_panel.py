@@ -55,7 +55,7 @@ def test_of_a_layer_with_a_window_of_its_own_a_head_keeps_no_more_than_that_and_
     bench.state.set(plan=dense_plan(geometry).with_bits(np.array([8, 4])))
     assert "18 of 18 heads keep all" in bench.panels["Heads"].facts.value
     assert "it keeps 512 of the 512 tokens that its layer sees; keys in 8 bits, values in 4" in bench.panels["Heads"].facts.value
-    assert "It keeps 512 of the 512 tokens that its layer sees under dense" in bench.line.box.value
+    assert "Under dense it keeps 512 of the 512 tokens that its layer sees." in bench.line.box.value
 
 
 def test_published_scores_are_held_against_the_spans_of_the_plan(tmp_path: Path) -> None:
