@@ -21,17 +21,23 @@ SEEN_TO_WORK = ("0.26.", "0.32.")
 
 
 def register() -> None:
-    """Prepare vLLM for the plan that the environment names; without one nothing is touched.
+    """Prepare vLLM for the plan that the environment names, now or when an engine starts; an engine without one is vLLM's own.
 
     May be called again. Raises ValueError for a plan that cannot be served, or another version of vLLM; under vLLM's own command line
     that is a line on standard error, and the end.
     """
     with _in_one_line():
         _register()
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    # vLLM loads plugins once a process, which may start an engine without a plan first; and one that lost the plan is to say so.
+    _stand_in(EngineArgs, "create_engine_config", _create_engine_config)
+    _stand_in(Scheduler, "__init__", _make_scheduler)
 
 
 def _served() -> ServedPlan | None:
-    """The plan that the environment names, read once after `register`: vLLM asks for every request of every step."""
+    """The plan that the environment names, read once an engine: vLLM asks for every layer."""
     return _read(os.environ.get(PLAN_VARIABLE), os.environ.get(PLAN_LENGTH_VARIABLE))
 
 
@@ -49,7 +55,6 @@ def _register() -> None:
     if not vllm.__version__.startswith(SEEN_TO_WORK):
         known = " and ".join(f"{each}x" for each in SEEN_TO_WORK)
         raise ValueError(f"{PLAN_VARIABLE}: plans are served by vLLM {known}, which were seen to work, and this is {vllm.__version__}")
-    from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -60,11 +65,10 @@ def _register() -> None:
     # The second model runner of 0.26 makes block tables of as many columns as a dense cache has; the first asks the spec.
     os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")
     register_specs()
-    _replace(KVCacheManager, "allocate_slots", _allocate_slots)
-    _replace(EngineArgs, "create_engine_config", _create_engine_config)
+    _stand_in(KVCacheManager, "allocate_slots", _allocate_slots)
     _replace(Attention, "__init__", _make_layer)
     _replace(Attention, "get_kv_cache_spec", _kv_cache_spec)
-    _replace(DefaultModelLoader, "load_weights", load_weights)
+    _stand_in(DefaultModelLoader, "load_weights", load_weights)
 
 
 @contextlib.contextmanager
@@ -78,24 +82,38 @@ def _in_one_line() -> Iterator[None]:
         raise SystemExit(f"error: {one_line(error)}") from None
 
 
-def _replace(owner: type, name: str, ours: Callable[..., Any]) -> None:
-    """Let `ours(own, served, self, ...)` stand for a method wherever the environment names a plan."""
+def _stand_in(owner: type, name: str, ours: Callable[..., Any]) -> None:
+    """Let `ours(own, self, ...)` stand for a method."""
     own = getattr(owner, name)
     if getattr(own, "stands_for", None) == name:
         return
 
     @functools.wraps(own)
     def method(self: Any, *arguments: Any, **settings: Any) -> Any:
-        served = _served()
-        return own(self, *arguments, **settings) if served is None else ours(own, served, self, *arguments, **settings)
+        return ours(own, self, *arguments, **settings)
 
     # vLLM wraps some of its methods too, so that `__wrapped__` would not tell.
     method.stands_for = name  # type: ignore[attr-defined]
     setattr(owner, name, method)
 
 
-def _create_engine_config(own: Callable[..., Any], served: ServedPlan, self: Any, *arguments: Any, **settings: Any) -> Any:
-    """Check an engine's settings as soon as they are known, in the process that the user started."""
+def _replace(owner: type, name: str, ours: Callable[..., Any]) -> None:
+    """Let `ours(own, served, self, ...)` stand for a method wherever the environment names a plan."""
+
+    def either(own: Callable[..., Any], self: Any, *arguments: Any, **settings: Any) -> Any:
+        served = _served()
+        return own(self, *arguments, **settings) if served is None else ours(own, served, self, *arguments, **settings)
+
+    _stand_in(owner, name, either)
+
+
+def _create_engine_config(own: Callable[..., Any], self: Any, *arguments: Any, **settings: Any) -> Any:
+    """Read the plan and check an engine's settings as soon as they are known, in the process that the user started."""
+    with _in_one_line():
+        _register()
+    served = _served()
+    if served is None:
+        return own(self, *arguments, **settings)
     from moa_lab.serving.vllm.engine import check_engine, prepare_engine
 
     prepare_engine(self)
@@ -103,6 +121,15 @@ def _create_engine_config(own: Callable[..., Any], served: ServedPlan, self: Any
     with _in_one_line():
         check_engine(served, config)
     return config
+
+
+def _make_scheduler(own: Callable[..., Any], self: Any, *arguments: Any, **settings: Any) -> None:
+    """Let no engine start that was to serve under a plan and whose processes do not know of it."""
+    from moa_lab.serving.vllm.engine import check_processes
+
+    given = inspect.signature(own).bind(self, *arguments, **settings).arguments
+    check_processes(given["vllm_config"], given["kv_cache_config"])
+    own(self, *arguments, **settings)
 
 
 def _make_layer(own: Callable[..., Any], served: ServedPlan, self: Any, *arguments: Any, **settings: Any) -> None:
@@ -127,9 +154,12 @@ def _kv_cache_spec(own: Callable[..., Any], served: ServedPlan, self: Any, vllm_
     return pool_spec(served, self, vllm_config)
 
 
-def _allocate_slots(own: Callable[..., Any], served: ServedPlan, self: Any, request: Any, *arguments: Any, **settings: Any) -> Any:
+def _allocate_slots(own: Callable[..., Any], self: Any, request: Any, *arguments: Any, **settings: Any) -> Any:
     """Tell our manager how long a request may become: its windows are those of that length."""
+    from moa_lab.serving.vllm.specs import HeadPagesManager
+
     n_tokens = min(request.num_prompt_tokens + request.max_tokens, self.max_model_len)
     for manager in self.coordinator.single_type_managers:
-        manager.expect(request.request_id, n_tokens)
+        if isinstance(manager, HeadPagesManager):
+            manager.expect(request.request_id, n_tokens)
     return own(self, request, *arguments, **settings)

@@ -51,15 +51,14 @@ def _can_be_moved(config: Any) -> bool:
     return plain and model.hf_config.model_type in FAMILIES
 
 
-def load_weights(own: Callable[..., Any], served: ServedPlan, self: Any, model: Any, *arguments: Any, **settings: Any) -> Any:
+def load_weights(own: Callable[..., Any], self: Any, model: Any, *arguments: Any, **settings: Any) -> Any:
     """Let a model take its weights, now and later, in the order in which devices hold the heads."""
     from vllm.config import get_current_vllm_config
 
     config = get_current_vllm_config()
-    shares = engine_shares(config)
-    if shares.is_natural:
+    if ORDER not in config.additional_config:
         return own(self, model, *arguments, **settings)
-    weights, take = HeadWeights(shares.order, _geometry(config)), model.load_weights
+    weights, take = HeadWeights(engine_shares(config).order, _geometry(config)), model.load_weights
     model.load_weights = lambda given, *others, **more: take(weights.reordered(given), *others, **more)
     found = own(self, model, *arguments, **settings)
     weights.check_complete()

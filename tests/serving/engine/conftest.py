@@ -31,10 +31,6 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Start]:
         model.save_pretrained(tmp_path / "model")
         if plan is not None:
             monkeypatch.setenv("MOA_LAB_PLAN", str(plan.save(tmp_path / "plan.json")))
-        # vLLM loads plugins once a process, and a test may come after one without a plan.
-        from moa_lab.serving.vllm.plugin import register
-
-        register()
         return Engine(tmp_path / "model", **settings)
 
     yield make

@@ -112,6 +112,33 @@ def test_prefix_caching_is_off_also_where_it_is_asked_for(start: Start, llama: P
     assert not engine.caches_prefixes
 
 
+def test_engines_of_one_process_keep_what_each_was_started_with(start: Start, model: PreTrainedModel) -> None:
+    """Without a plan, under one, and under another one of the same file."""
+    prompts = [random_tokens(1, 100, seed=seed)[0].tolist() for seed in range(2)]
+    engines = [start(model, plan, block_size=PAGE_TOKENS) for plan in (None, small_plan(model), sparse(model))]
+    found = [engine.tokens(prompts, 20) for engine in engines]
+    assert [engine.tokens(prompts, 20) for engine in engines] == found
+    assert len({engine.concurrency for engine in engines}) == 3
+    assert [engine.caches_prefixes for engine in engines] == [True, False, False]
+
+
+def test_an_engine_whose_processes_do_not_know_of_its_plan_does_not_start(
+    start: Start, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moa_lab.serving.vllm import engine
+
+    own = engine.check_engine
+
+    def lose(*given: object) -> None:
+        own(*given)
+        monkeypatch.delenv("MOA_LAB_PLAN")
+
+    monkeypatch.setattr(engine, "check_engine", lose)
+    plan = small_plan(model)
+    with pytest.raises(ValueError, match=f"started under plan {plan.identity()}, of which not all its processes know"):
+        start(model, plan, block_size=PAGE_TOKENS)
+
+
 def test_other_geometry_is_refused_with_both(start: Start, llama: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match=r"another geometry: plan has 3 layers .* model has 2 layers"):
         start(llama, small_plan(tiny_model("llama", layers=3)))
