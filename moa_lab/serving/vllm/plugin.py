@@ -57,6 +57,7 @@ def _register() -> None:
         raise ValueError(f"{PLAN_VARIABLE}: plans are served by vLLM {known}, which were seen to work, and this is {vllm.__version__}")
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.platforms import current_platform
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     from moa_lab.serving.vllm.shares import load_weights
@@ -69,6 +70,10 @@ def _register() -> None:
     _replace(Attention, "__init__", _make_layer)
     _replace(Attention, "get_kv_cache_spec", _kv_cache_spec)
     _stand_in(DefaultModelLoader, "load_weights", load_weights)
+    if current_platform.is_cpu():
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        _stand_in(GPUModelRunner, "sample_tokens", _sample_tokens)
 
 
 @contextlib.contextmanager
@@ -163,3 +168,13 @@ def _allocate_slots(own: Callable[..., Any], self: Any, request: Any, *arguments
         if isinstance(manager, HeadPagesManager):
             manager.expect(request.request_id, n_tokens)
     return own(self, request, *arguments, **settings)
+
+
+def _sample_tokens(own: Callable[..., Any], self: Any, *arguments: Any, **settings: Any) -> Any:
+    """Draw nothing from the generator of a seeded request whose prompt goes on: vLLM takes that back, which on a CPU ends the engine."""
+    generators = self.input_batch.generators
+    spared = {row: generators.pop(row) for row in list(generators) if self.discard_request_mask.np[row]}
+    try:
+        return own(self, *arguments, **settings)
+    finally:
+        generators.update(spared)

@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,28 @@ def test_a_request_that_is_too_long_is_refused_and_the_server_goes_on(running: R
     with pytest.raises(ValueError, match="gave 12 of 50 tokens: it takes 512"):
         server.tokens([[100] * 500], 50)
     assert len(server.tokens([[100] * 20], 5)[0]) == 5
+
+
+def test_a_seed_gives_the_same_answers_however_the_prompt_is_cut(running: Running) -> None:
+    """Four prompts at once share the 64 tokens of a pass otherwise than one alone."""
+    server = Server(running.url)
+
+    def drawn(seeds: range) -> list[list[int]]:
+        body = {"model": server.model, "prompt": list(range(100, 250)), "max_tokens": 8, "ignore_eos": True, "return_token_ids": True}
+
+        def answer(seed: int) -> list[int]:
+            asked = json.dumps(body | {"seed": seed}).encode()
+            request = urllib.request.Request(f"{running.url}/v1/completions", asked, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request, timeout=60) as told:
+                found: list[int] = json.load(told)["choices"][0]["token_ids"]
+            return found
+
+        with ThreadPoolExecutor(len(seeds)) as clients:
+            return list(clients.map(answer, seeds))
+
+    together = drawn(range(4))
+    assert len(set(map(tuple, together))) == 4
+    assert [drawn(range(seed, seed + 1))[0] for seed in range(4)] == together
 
 
 def test_the_log_tells_the_plan_its_lengths_and_that_prefixes_are_not_cached(running: Running, plan: Path) -> None:
