@@ -65,4 +65,15 @@ def _serve(arguments: list[str], max_length: int | None, others: list[str]) -> N
     args = parser.parse_args()
     configure_logging_from_args(args)
     command.validate(args)
+    _check_plugin()
     command.cmd(args)
+
+
+def _check_plugin() -> None:
+    """Raise ValueError where vLLM has not called our plugin, and would serve without the plan."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    if not hasattr(EngineArgs.create_engine_config, "stands_for"):
+        allowed = os.environ.get("VLLM_PLUGINS")
+        why = "moa_lab is not installed as a package there" if allowed is None else f"VLLM_PLUGINS allows {allowed or 'none'}"
+        raise ValueError(f"vLLM did not load the plugin moa-lab, and would serve without the plan: {why}")

@@ -208,15 +208,21 @@ def folder(llama: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
     return made
 
 
-def test_what_is_refused_is_one_line(folder: Path) -> None:
-    options = ["--pipeline-parallel-size", "2"]
+@pytest.mark.parametrize(
+    ("options", "plugins", "told"),
+    [
+        (["--pipeline-parallel-size", "2"], "moa-lab", "pipeline parallelism cannot be combined with a plan yet"),
+        ([], "lora_hf_hub_resolver", "would serve without the plan: VLLM_PLUGINS allows lora_hf_hub_resolver"),
+    ],
+)
+def test_what_is_refused_is_one_line(folder: Path, options: list[str], plugins: str, told: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "moa_lab", "serve", "--model", str(folder), "--plan", str(folder / "plan.json"), *options],
-        capture_output=True, text=True, timeout=STARTED_S, check=False,
+        env=os.environ | {"VLLM_PLUGINS": plugins}, capture_output=True, text=True, timeout=STARTED_S, check=False,
     )  # fmt: skip
     assert done.returncode == 2
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "pipeline parallelism cannot be combined with a plan yet" in line
+    assert told in line
     assert "Traceback" not in done.stderr
 
 
