@@ -12,6 +12,8 @@ import pytest
 from moa_lab.workbench.canvas import Canvas
 from moa_lab.workbench.widgets import Work
 
+PATIENCE_S = 60.0
+
 
 def press(panel: Any, label: str) -> None:
     """Press the button with this label, wherever it is on the panel."""
@@ -42,7 +44,7 @@ def drawn(canvas: Canvas, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return titles
 
 
-def ended(work: Work, timeout_s: float = 60) -> None:
+def ended(work: Work, timeout_s: float = PATIENCE_S) -> None:
     """Wait for the end of a job, and for what the panel does then."""
     deadline = time.monotonic() + timeout_s
     while work.cancel.disabled is False or work.job is None or work.job.is_running:
@@ -50,8 +52,9 @@ def ended(work: Work, timeout_s: float = 60) -> None:
         time.sleep(0.01)
 
 
-def within(seconds: float, holds: Callable[[], object], pause: Callable[[], object] = lambda: time.sleep(0.01)) -> None:
-    deadline = time.monotonic() + seconds
+def at_last(holds: Callable[[], object], pause: Callable[[], object] = lambda: time.sleep(0.01)) -> None:
+    """Wait until `holds()`, as long as a busy machine may take."""
+    deadline = time.monotonic() + PATIENCE_S
     while not holds():
         assert time.monotonic() < deadline
         pause()

@@ -23,7 +23,7 @@ from moa_lab.workbench.measuring import Entry
 from moa_lab.workbench.nearest import lost_text
 from moa_lab.workbench.opening import open_run
 from moa_lab.workbench.state import State
-from tests.workbench.hands import press, said, within
+from tests.workbench.hands import at_last, press, said
 
 RUNS = Path(__file__).resolve().parents[2] / "data" / "runs"
 HALF, QUARTER = RUNS / "standard-50", RUNS / "standard-25"
@@ -214,7 +214,7 @@ def test_the_budget_says_so_where_another_plan_is_shown_and_measures_its_own() -
     state.set(plan=Plan.load(RUNS / "smollm2-135m-25" / "plan.json"))
     assert "the plan moa, chosen elsewhere" in panel.elsewhere.value
     press(panel.curves, "Measure this density")
-    within(10, lambda: bool(panel.curves.now))
+    at_last(lambda: bool(panel.curves.now))
     assert panel.curves.now[0].density == pytest.approx(own.density(2048))
     panel.number.value = 0.4
     assert panel.elsewhere.layout.display == "none"
@@ -242,11 +242,11 @@ def test_a_density_is_measured_beside_what_runs_measured() -> None:
     panel.curves.texts.value = 8
     panel.number.value = 0.4
     press(panel.curves, "Measure this density")
-    within(10, lambda: bool(panel.curves.now))
+    at_last(lambda: bool(panel.curves.now))
     (row,) = panel.curves.now
     assert row.plan == f"measured now, n = 8-{100 * row.density:.3g}"
     assert row.density == pytest.approx(state.plan.density(row.length))
-    within(10, lambda: any("measured now" in trace.name for trace in panel.curves.canvas.widget.data))
+    at_last(lambda: any("measured now" in trace.name for trace in panel.curves.canvas.widget.data))
     panel.curves.place.value = next(place for place in panel.curves.places if place[0] == "summaries")
     press(panel.curves, "Measure this density")
     assert "measured by a run" in said(panel)
@@ -257,9 +257,9 @@ def test_without_measured_runs_the_dense_model_is_measured_too() -> None:
     assert panel.curves.box.layout.display == ""
     assert panel.curves.canvas.box.layout.display == "none"
     press(panel.curves, "Measure this density")
-    within(10, lambda: len(panel.curves.now) == 2)
+    at_last(lambda: len(panel.curves.now) == 2)
     assert {row.plan.partition(",")[0] for row in panel.curves.now} == {"dense", "measured now"}
-    within(10, lambda: panel.curves.canvas.box.layout.display == "")
+    at_last(lambda: panel.curves.canvas.box.layout.display == "")
 
 
 def test_what_a_density_loses_is_told_in_one_sentence_of_the_run_that_is_nearest() -> None:

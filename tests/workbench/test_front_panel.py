@@ -15,7 +15,7 @@ from moa_lab.records import Front, LossTable
 from moa_lab.workbench import front_panel
 from moa_lab.workbench.front_panel import FrontPanel
 from moa_lab.workbench.state import State
-from tests.workbench.hands import drawn, ended, press, said, within
+from tests.workbench.hands import at_last, drawn, ended, press, said
 
 DEMO = Path(__file__).resolve().parents[2] / "data" / "runs" / "demo"
 X, Y = "questions@2048/all_or_nothing", "summaries@2048/sum"
@@ -124,7 +124,7 @@ def test_a_search_shows_its_front_and_forgets_what_was_chosen_of_the_other(solve
     panel.solver.value, panel.effort.value = solver, 3
     press(panel, "Search")
     ended(panel.work)
-    within(5, lambda: re.match(r"\d+ plans, hypervolume", panel.volume.value))
+    at_last(lambda: re.match(r"\d+ plans, hypervolume", panel.volume.value))
     assert said(panel) == ""
     assert "click a plan" in panel.compared.value
     assert (panel.x.value, panel.y.value) == panel.choosing.first_goals
@@ -142,7 +142,7 @@ def test_a_running_search_is_drawn_generation_by_generation(table: LossTable, mo
     panel.solver.value, panel.effort.value = "pymoo", 3
     press(panel, "Search")
     ended(panel.work)
-    within(5, lambda: len(curves) == 4)
+    at_last(lambda: len(curves) == 4)
     assert [title.partition(":")[0] for title in titles] == ["Generation 1", "Generation 2", "Generation 3"]
     assert list(panel.volumes.widget.data[0].x) == [1, 2, 3]
 
@@ -152,7 +152,7 @@ def test_figures_of_a_search_that_has_ended_follow_the_page_into_the_dark(table:
     panel.solver.value, panel.effort.value = "pymoo", 2
     press(panel, "Search")
     ended(panel.work)
-    within(5, lambda: re.match(r"\d+ plans, hypervolume", panel.volume.value))
+    at_last(lambda: re.match(r"\d+ plans, hypervolume", panel.volume.value))
 
     def inks() -> set[str]:
         return {canvas.widget.layout.template.layout.font.color for canvas in (panel.archive, panel.volumes, panel.scatter)}
@@ -193,7 +193,7 @@ def test_a_search_that_cannot_start_or_end_says_why(table: LossTable) -> None:
     panel.density.value = 0.01
     press(panel, "Search")
     ended(panel.work)
-    within(5, lambda: "infeasible" in said(panel))
+    at_last(lambda: "infeasible" in said(panel))
     assert panel.state.front is None
 
 

@@ -23,7 +23,7 @@ from moa_lab.workbench.budget import Budget
 from moa_lab.workbench.budget_panel import BudgetPanel
 from moa_lab.workbench.heads import INFLUENCE, SPAN, Heads
 from moa_lab.workbench.state import State
-from tests.workbench.hands import drawn, said, within
+from tests.workbench.hands import at_last, drawn, said
 from tests.workbench.lab import CHROMIUM, Page, add_notebook, chromium, copy_project, jupyterlab, opened
 from tests.workbench.slider import NOTEBOOK, slider_ms, slowness
 
@@ -125,16 +125,16 @@ def test_densities_are_solved_ahead_only_while_nobody_moves_the_slider(monkeypat
     ahead.moved()
     began = time.monotonic()
     ahead.start([0.5, 0.1, 0.6])
-    within(5, lambda: not ahead.is_running)
+    at_last(lambda: not ahead.is_running)
     assert time.monotonic() - began >= 0.3
     assert solved == [0.5, 0.6]
     gate = threading.Event()
-    waiting = Ahead(lambda density: (solved.append(density), gate.wait(5)))
+    waiting = Ahead(lambda density: (solved.append(density), gate.wait(60)))
     waiting.start([0.7, 0.8])
-    within(5, lambda: solved[-1] == 0.7)
+    at_last(lambda: solved[-1] == 0.7)
     waiting.stop()
     gate.set()
-    within(5, lambda: not waiting.is_running)
+    at_last(lambda: not waiting.is_running)
     assert solved[-1] == 0.7
 
 

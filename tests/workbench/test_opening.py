@@ -20,7 +20,7 @@ from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.opening import DEMO, default_run, known_runs, model_of, model_title, named, open_run
 from moa_lab.workbench.page import BUNDLE, Figure
 from moa_lab.workbench.state import State
-from tests.workbench.hands import below, ended, press, said, within
+from tests.workbench.hands import at_last, below, ended, press, said
 
 STANDARD = DEMO.parent / "standard-50"
 
@@ -127,7 +127,7 @@ def test_a_model_that_is_named_while_another_is_at_work_is_refused_and_the_name_
     bench = Workbench.open()
     panel = bench.panels["Apply & measure"]
     press(panel, "Measure")
-    within(20, lambda: panel._measuring is not None)
+    at_last(lambda: panel._measuring is not None)
     bench.model.value = "another"
     assert "busy (Measure)" in said(bench)
     assert bench.model.value == "smollm2"
@@ -136,7 +136,7 @@ def test_a_model_that_is_named_while_another_is_at_work_is_refused_and_the_name_
     bench.model.value = " another "
     assert said(bench) == ""
     press(panel, "Measure")
-    within(20, lambda: panel._measuring is not None)
+    at_last(lambda: panel._measuring is not None)
     panel._measuring.go.set()
     ended(panel.work)
     assert panel._measuring.model.name == "another"

@@ -23,7 +23,7 @@ from moa_lab.workbench.exporting import PLAN
 from moa_lab.workbench.measure_panel import MeasurePanel
 from moa_lab.workbench.measuring import KINDS, Measuring
 from moa_lab.workbench.state import State
-from tests.workbench.hands import ended, press, said, within
+from tests.workbench.hands import at_last, ended, press, said
 
 DEMO = Path(__file__).resolve().parents[2] / "data" / "runs" / "demo"
 PROFILE = make_profile(lengths=(512, 1024), samples=2)
@@ -180,7 +180,7 @@ def test_the_cap_on_rules_holds_after_the_exact_solve_and_not_before(table: Loss
     assert "press Solve exactly" in panel.facts.value
     press(panel, "Solve exactly")
     ended(panel.exact)
-    within(5, lambda: "exact" in panel.facts.value)
+    at_last(lambda: "exact" in panel.facts.value)
     assert "press Solve exactly" not in panel.facts.value
     assert all(len(set(row)) == 1 for row in panel.state.plan.rules)
 
@@ -206,7 +206,7 @@ def test_what_is_measured_is_kept_in_the_history_and_in_the_state(tmp_path: Path
     panel.kinds[KINDS.index("memory")].value = True
     press(panel, "Measure")
     ended(panel.work)
-    within(5, lambda: "budget" in panel.history.value)
+    at_last(lambda: "budget" in panel.history.value)
     assert state.measurements.settings == {"from": "a run"}
     assert [(row.plan, row.detail[PLAN]) for row in state.measurements] == [("budget", state.plan.identity())]
     panel.file.value = str(tmp_path / "history.json")
@@ -236,11 +236,11 @@ def test_one_job_at_a_time_runs_on_the_model_and_another_model_keeps_the_history
         panel.another_model()
     go.set()
     ended(panel.work)
-    within(5, lambda: "budget" in panel.history.value)
+    at_last(lambda: "budget" in panel.history.value)
     panel.another_model()
     press(panel, "Measure")
     ended(panel.work)
-    within(5, lambda: panel.history.value.count("KV cache of one sequence") == 2)
+    at_last(lambda: panel.history.value.count("KV cache of one sequence") == 2)
     assert len(made) == 2
     assert len(panel.state.measurements.rows) == 2
 

@@ -19,7 +19,7 @@ from moa_lab.workbench.state import State
 from moa_lab.workbench.token_heads import LIST
 from moa_lab.workbench.trace_panel import TracePanel
 from moa_lab.workbench.tracing import Tracing
-from tests.workbench.hands import ended, press, said, within
+from tests.workbench.hands import at_last, ended, press, said
 
 torch.set_num_threads(1)
 
@@ -221,7 +221,7 @@ def test_a_plan_that_is_chosen_while_an_answer_is_made_stays_and_is_answered_nex
     other = mixed_plan(panel._tracing.model).renamed("other")
     panel.state.set(plan=other)
     gate.set()
-    within(20, lambda: panel._tracing.trials.current is not None and panel._tracing.trials.current.plan is other)
+    at_last(lambda: panel._tracing.trials.current is not None and panel._tracing.trials.current.plan is other)
     ended(panel.work)
     assert panel.state.plan is other
     assert said(panel) == ""
