@@ -61,7 +61,8 @@ def check_processes(config: Any, kv_cache: Any) -> None:
     """Raise ValueError where an engine was started under a plan that its processes do not know of. kv_cache: vLLM's KVCacheConfig."""
     from moa_lab.serving.vllm.specs import HeadPagesSpec
 
-    told = config.additional_config.get(PLAN)
+    # Without a plan it may be an object of the user's.
+    told = config.additional_config.get(PLAN) if isinstance(config.additional_config, dict) else None
     if told and not all(isinstance(group.kv_cache_spec, HeadPagesSpec) for group in kv_cache.kv_cache_groups):
         raise ValueError(
             f"the engine was started under plan {told}, of which not all its processes know: {PLAN_VARIABLE} must be set in each, also "

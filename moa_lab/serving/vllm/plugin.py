@@ -23,11 +23,15 @@ SEEN_TO_WORK = ("0.26.", "0.32.")
 def register() -> None:
     """Prepare vLLM for the plan that the environment names, now or when an engine starts; an engine without one is vLLM's own.
 
-    May be called again. Raises ValueError for a plan that cannot be served, or another version of vLLM; under vLLM's own command line
-    that is a line on standard error, and the end.
+    May be called again. Raises ValueError for a plan that cannot be served, or is to be by a version of vLLM that was not seen to work;
+    under vLLM's own command line that is a line on standard error, and the end. Such a version is left alone without a plan.
     """
     with _in_one_line():
         _register()
+    import vllm
+
+    if not vllm.__version__.startswith(SEEN_TO_WORK):
+        return
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.core.sched.scheduler import Scheduler
 

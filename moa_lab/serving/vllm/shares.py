@@ -56,7 +56,8 @@ def load_weights(own: Callable[..., Any], self: Any, model: Any, *arguments: Any
     from vllm.config import get_current_vllm_config
 
     config = get_current_vllm_config()
-    if ORDER not in config.additional_config:
+    # Without a plan it may be an object of the user's.
+    if not isinstance(config.additional_config, dict) or ORDER not in config.additional_config:
         return own(self, model, *arguments, **settings)
     weights, take = HeadWeights(engine_shares(config).order, _geometry(config)), model.load_weights
     model.load_weights = lambda given, *others, **more: take(weights.reordered(given), *others, **more)

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,6 +168,29 @@ def test_broken_cards_are_refused(start: Start, llama: PreTrainedModel, tmp_path
     monkeypatch.setenv("MOA_LAB_PLAN", str(broken))
     with pytest.raises(ValueError, match=r"broken\.json"):
         start(llama, None)
+
+
+def test_a_version_of_vllm_that_was_not_seen_to_work_is_left_alone_without_a_plan_and_refused_with_one(
+    llama: PreTrainedModel, tmp_path: Path
+) -> None:
+    script = """
+import os, sys
+import vllm
+vllm.__version__ = "0.99.1"
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.scheduler import Scheduler
+from moa_lab.serving.vllm.plugin import register
+own = EngineArgs.create_engine_config, Scheduler.__init__
+register()
+assert (EngineArgs.create_engine_config, Scheduler.__init__) == own
+os.environ["MOA_LAB_PLAN"] = sys.argv[1]
+register()
+"""
+    card = small_plan(llama).save(tmp_path / "plan.json")
+    clean = {name: value for name, value in os.environ.items() if name != "MOA_LAB_PLAN"}
+    ended = subprocess.run([sys.executable, "-c", script, str(card)], capture_output=True, text=True, timeout=300, env=clean, check=False)
+    assert ended.returncode == 1
+    assert "plans are served by vLLM 0.26.x and 0.32.x, which were seen to work, and this is 0.99.1" in ended.stderr
 
 
 def test_an_engine_warms_up_every_layer_and_answers_as_before(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
