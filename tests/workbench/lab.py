@@ -9,7 +9,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import pytest
 
 from moa_lab.commands.doctor import find_chromium
 from moa_lab.workbench import launch
+from tests.workbench.hands import PATIENCE_S, at_last
 
 PROJECT = Path(__file__).resolve().parents[2]
 CHROMIUM = find_chromium()
@@ -141,7 +142,11 @@ class Page:
     def press(self, label: str) -> None:
         self.page.get_by_role("button", name=label, exact=True).first.click()
 
-    def until(self, name: str, pattern: str, timeout_s: float = 20) -> str:
+    def at_last(self, holds: Callable[[], object]) -> None:
+        """Wait until `holds()`, as long as a busy machine may take."""
+        at_last(holds, pause=lambda: self.page.wait_for_timeout(50))
+
+    def until(self, name: str, pattern: str, timeout_s: float = PATIENCE_S) -> str:
         """The text of the first element of class `name`, once it matches."""
         deadline = time.monotonic() + timeout_s
         # The text that matched: the next one may be on its way.

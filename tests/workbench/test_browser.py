@@ -102,7 +102,7 @@ def test_an_error_is_told_in_words_and_goes_away(measured: Page) -> None:
     measured.picture("error")
     measured.fill("moa-density-number", 0.5)
     measured.until("moa-budget-facts", HALF)
-    assert measured.text("moa-budget-error").strip() == ""
+    measured.until("moa-budget-error", r"^\s*$")
 
 
 def test_a_click_on_the_map_shows_that_head(measured: Page) -> None:
@@ -179,12 +179,12 @@ def test_a_measured_plan_is_recommended_with_its_reason_and_taken(measured: Page
 
 def test_runs_of_two_models_are_drawn_over_each_other(measured: Page) -> None:
     measured.tab("Runs")
-    assert "demo" in measured.text("moa-across-table")
+    measured.until("moa-across-table", "demo")
     measured.press("Add all known")
     told = measured.until("moa-across-table", "qwen2.5-coder-0.5b-50")
     assert "standard-25" in told
-    names = measured.until("moa-across-scores", "smollm2, uniform")
-    assert "qwen2.5-coder-0.5b-instruct-q4_k_m, moa, n = 512" in names
+    names = measured.until("moa-across-scores", r"qwen2\.5-coder-0\.5b-instruct-q4_k_m, moa, n = 512")
+    assert "smollm2, uniform" in names
     measured.until("moa-across-fronts", "standard-50")
     measured.picture("runs")
 
@@ -193,7 +193,7 @@ def test_two_lengths_are_compared_head_by_head(measured: Page) -> None:
     measured.tab("Heads")
     measured.page.locator(".moa-heads-view select").select_option("difference")
     measured.until("moa-influence", "less this profile: questions, 1,024 tokens")
-    assert re.search(r"[+-]\d\.\d\d", measured.text("moa-stability"))
+    measured.until("moa-stability", r"[+-]\d\.\d\d")
     measured.picture("difference")
     measured.fill("moa-profile-path", "../data/runs/nowhere")
     measured.press("Load profile")
@@ -212,7 +212,7 @@ def test_a_measurement_is_cancelled_and_started_again(measured: Page) -> None:
     measured.until("moa-measure-status", r"running .* of \d+", 120)
     measured.picture("measuring")
     measured.page.locator(".moa-measure").get_by_role("button", name="Cancel").click()
-    measured.until("moa-measure-status", "cancelled", 60)
+    measured.until("moa-measure-status", "cancelled")
     measured.fill("moa-measure-n", 2)
     measured.press("Measure")
     measured.until("moa-measure-status", "done", 120)
@@ -258,7 +258,7 @@ def test_the_slider_redraws_as_many_heads_as_a_7b_model_has(browser: Any, addres
     try:
         row = slider_row("W2", run, page, 9)
         page.picture("large")
-        assert "1024 heads" in page.text("moa-budget-facts")
+        page.until("moa-budget-facts", "1024 heads")
     finally:
         page.page.close()
     keeps_the_limit(row)

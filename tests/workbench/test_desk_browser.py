@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from moa_lab.records import InfluenceProfile
-from tests.workbench.hands import at_last
 from tests.workbench.lab import CHROMIUM, IN_BROWSER, PROJECT, Page, add_notebook, chromium, copy_project, jupyterlab, opened
 
 DEMO = PROJECT / "data" / "runs" / "demo"
@@ -182,7 +181,7 @@ def test_nothing_is_wider_than_its_screen_and_figures_follow_the_theme(page: Pag
         )
         assert wide <= room, title
         assert scrolled(page) == [], title
-        at_last(lambda: follows(page, dark), pause=lambda: page.page.wait_for_timeout(100))
+        page.at_last(lambda: follows(page, dark))
         assert all(right <= width for right, _ in figures(page)), title
         assert overlapping(page) == [], title
         page.picture(f"{'dark' if dark else 'light'}_{width}_{title.split()[0].lower()}")
