@@ -9,6 +9,7 @@ from moa_lab.serving.page_layout import PAGE_TOKENS
 from moa_lab.serving.page_pool import page_shape
 from moa_lab.serving.settings import PLAN_VARIABLE, ServedPlan, check_device, check_served
 from moa_lab.serving.vllm.shares import deal_heads
+from moa_lab.serving.vllm.told import tell, told
 
 logger = logging.getLogger("vllm.moa_lab")
 
@@ -51,7 +52,7 @@ def check_engine(served: ServedPlan, config: Any) -> None:
     check_served(served, model.hf_config, model.max_model_len)
     shape = page_shape(served.plan, cache.block_size, model.dtype)
     shares = deal_heads(served, config, shape)
-    config.additional_config = {**config.additional_config, PLAN: served.plan.identity()}
+    tell(config, PLAN, served.plan.identity())
     logger.warning("serving under %s", served.told(model.max_model_len, cache.block_size, shares, shape))
     held = " or ".join(str(count) for count in sorted(set(shape.tokens.values())))
     logger.warning("prefix caching is off under a plan; pages of %d bytes hold %s tokens of one head", shape.nbytes, held)
@@ -61,10 +62,9 @@ def check_processes(config: Any, kv_cache: Any) -> None:
     """Raise ValueError where an engine was started under a plan that its processes do not know of. kv_cache: vLLM's KVCacheConfig."""
     from moa_lab.serving.vllm.specs import HeadPagesSpec
 
-    # Without a plan it may be an object of the user's.
-    told = config.additional_config.get(PLAN) if isinstance(config.additional_config, dict) else None
-    if told and not all(isinstance(group.kv_cache_spec, HeadPagesSpec) for group in kv_cache.kv_cache_groups):
+    plan = told(config, PLAN)
+    if plan and not all(isinstance(group.kv_cache_spec, HeadPagesSpec) for group in kv_cache.kv_cache_groups):
         raise ValueError(
-            f"the engine was started under plan {told}, of which not all its processes know: {PLAN_VARIABLE} must be set in each, also "
+            f"the engine was started under plan {plan}, of which not all its processes know: {PLAN_VARIABLE} must be set in each, also "
             f"where a script is imported again"
         )

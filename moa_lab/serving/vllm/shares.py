@@ -10,6 +10,7 @@ from moa_lab.serving.head_weights import FAMILIES, HeadWeights
 from moa_lab.serving.page_layout import PageShape
 from moa_lab.serving.settings import ServedPlan
 from moa_lab.serving.shares import HeadShares, balanced_shares, natural_shares
+from moa_lab.serving.vllm.told import tell, told
 
 CHECKPOINTS = ("auto", "hf", "safetensors", "pt")
 """Ways to load weights whose names are those of transformers."""
@@ -29,14 +30,14 @@ def deal_heads(served: ServedPlan, config: Any, shape: PageShape | None = None) 
     lengths = served.lengths(config.model_config.max_model_len, page_tokens)
     found = balanced_shares(served.plan, natural.count, lengths, page_tokens, shape.tokens if shape else None)
     if not found.is_natural:
-        config.additional_config = {**config.additional_config, ORDER: [list(row) for row in found.order]}
+        tell(config, ORDER, [list(row) for row in found.order])
     return found
 
 
 def engine_shares(config: Any) -> HeadShares:
     """What was decided, in any process of the engine."""
     natural = natural_shares(_geometry(config), config.parallel_config.tensor_parallel_size)
-    order = config.additional_config.get(ORDER)
+    order = told(config, ORDER)
     return natural if order is None else HeadShares(tuple(map(tuple, order)), natural.count)
 
 
@@ -56,8 +57,7 @@ def load_weights(own: Callable[..., Any], self: Any, model: Any, *arguments: Any
     from vllm.config import get_current_vllm_config
 
     config = get_current_vllm_config()
-    # Without a plan it may be an object of the user's.
-    if not isinstance(config.additional_config, dict) or ORDER not in config.additional_config:
+    if told(config, ORDER) is None:
         return own(self, model, *arguments, **settings)
     weights, take = HeadWeights(engine_shares(config).order, _geometry(config)), model.load_weights
     model.load_weights = lambda given, *others, **more: take(weights.reordered(given), *others, **more)
